@@ -1,0 +1,76 @@
+"""What long work shows while it runs: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty redraws a second
+
+
+def make_console() -> Console:
+    """A console on standard error, so that standard output stays clean for results and `--json`."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class ProgressLine:
+    """Progress of `total` units of work under one title; use as a context manager.
+
+    `update(done, status)` is cheap enough to call on every unit. On a terminal it drives a bar with the time
+    left; anywhere else it prints at most one line every `PLAIN_INTERVAL_S` seconds, and the last one always.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0, console: Console | None = None) -> None:
+        self.title, self.total = title, total
+        self.console = console or make_console()
+        self._started = self._printed = time.monotonic()
+        self._first = self._done = done
+        self._status = ""
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+                transient=False,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, status="")
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def update(self, done: int, status: str = "") -> None:
+        """`done` units of `total` are finished; `status` is a short text shown at the end of the line."""
+        self._done, self._status = done, status
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, status=status)
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+            self._print_plain()
+
+    def _print_plain(self) -> None:
+        self._printed = time.monotonic()
+        elapsed = self._printed - self._started
+        fresh = self._done - self._first
+        left = f", {elapsed / fresh * (self.total - self._done):.0f} s left" if 0 < fresh < self.total else ""
+        status = f"  {self._status}" if self._status else ""
+        self.console.print(f"{self.title}: {self._done}/{self.total}, {elapsed:.0f} s{left}{status}", markup=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._print_plain()
+        sys.stderr.flush()

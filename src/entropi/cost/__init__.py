@@ -1,0 +1,1 @@
+"""Exact operation counts and FLOPs from a configuration."""

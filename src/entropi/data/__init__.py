@@ -1,0 +1,1 @@
+"""Corpora, tokenizer and packing; needs numpy and tokenizers, no torch."""

@@ -1,0 +1,1 @@
+"""The model family: configuration, attention, feed-forward, normalisation, decoder, folding."""

@@ -1,0 +1,231 @@
+"""Typed records: what every stage writes to `records.jsonl` and the report reads.
+
+One JSON object a line, tagged with its `kind` and the schema version. Entropies are in nats, sizes in bytes,
+times in seconds; matrices are nested lists, layers first, heads second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from entropi.errors import UserError
+
+SCHEMA_VERSION = 1
+RECORDS_FILE = "records.jsonl"
+
+Matrix: TypeAlias = list[list[float]]
+
+
+class Base(msgspec.Struct, tag_field="kind", forbid_unknown_fields=False, kw_only=True):
+    """What all records carry."""
+
+    version: int = SCHEMA_VERSION
+
+
+class RunStarted(Base, tag="run"):
+    """The first record of a training run, written again whenever the run is resumed."""
+
+    time: str  # ISO 8601, UTC
+    name: str  # as the user wrote it, for example "EReg(SM(t)+ScFuFFN)"
+    architecture: str  # the model's own, for example "SM(t)+ScFuFFN"
+    parameters: int
+    layers: int
+    heads: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    train_tokens: int  # in the corpus
+    heldout_tokens: int
+    corpus: str
+    tokens_per_step: int
+    total_steps: int
+    precision: str
+    resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
+
+
+class TrainingStep(Base, tag="step"):
+    """Means since the previous such record."""
+
+    step: int
+    cross_entropy: float  # nats per token
+    entropy_penalty: float | None  # lambda * L_entropy as added to the loss (Algorithm 1); None without it
+    learning_rate: float
+    grad_norm: float | None
+    tokens_per_second: float
+
+
+class EntropySnapshot(Base, tag="entropy"):
+    """Mean attention entropy of every head over one training batch (Eq. 5-7)."""
+
+    step: int
+    entropy: Matrix  # (L, H), nats
+    threshold: Matrix | None = None  # (L, H), fraction of the maximum entropy (Algorithm 1, theta)
+    temperature: Matrix | None = None  # (L, H), mean over positions
+
+
+class Evaluation(Base, tag="evaluation"):
+    """Held-out text at a step."""
+
+    step: int
+    cross_entropy: float  # nats per token
+    perplexity: float
+    tokens: int
+    entropy: Matrix  # (L, H), nats
+
+
+class SkippedUpdate(Base, tag="skipped"):
+    """An optimizer step that was refused because a gradient or the loss was not finite."""
+
+    step: int
+    reason: str
+
+
+class DiagnosisRecord(Base, tag="diagnosis"):
+    """Section 3 and Fig. 2a of the paper for one model."""
+
+    entropy: Matrix
+    context_length: int
+    max_observed: float  # M, nats
+    max_possible: float  # log T, nats
+    quartile_shares: list[float]  # of heads in [0,M/4), [M/4,M/2), [M/2,3M/4), [3M/4,M]
+    overloaded: list[tuple[int, int]]  # (layer, head)
+    collapsed: list[tuple[int, int]]
+    verdict: str
+
+
+class OperationCount(msgspec.Struct, kw_only=True):
+    """`count` evaluations of a nonlinear operation on tensors of shape `shape`."""
+
+    operation: str  # "softmax", "layernorm", "gelu", "relu"
+    count: int
+    shape: tuple[int, int]
+
+
+class CostRecord(Base, tag="cost"):
+    """Exact counts for one forward pass of `seq_len` tokens, before folding."""
+
+    architecture: str
+    seq_len: int
+    parameters: int
+    nonlinear: list[OperationCount]
+    ffn_flops: int
+    attention_flops: int
+
+
+class StageTraffic(msgspec.Struct, kw_only=True):
+    """What one operation of one pass cost one party, as that party's engine counted it."""
+
+    name: str  # "scores", "exp", ...
+    layer: int  # -1 outside the layers
+    token: int  # 0 for the pass over the prompt, then 1, 2, ... for each further token
+    seconds: float
+    sent_bytes: int
+    received_bytes: int
+    sent_messages: int
+    received_messages: int
+
+    @property
+    def bytes(self) -> int:
+        """Both directions."""
+        return self.sent_bytes + self.received_bytes
+
+    @property
+    def messages(self) -> int:
+        """Both directions; asynchronous messages, not rounds."""
+        return self.sent_messages + self.received_messages
+
+
+class PrivateRun(Base, tag="private"):
+    """One private generation as the client saw it. The prompt is the client's own and stays on its side."""
+
+    protocol: str  # "cheetah"
+    trust: str  # its trust model in words
+    server: str
+    prompt: str
+    prompt_tokens: list[int]
+    new_tokens: list[int]
+    new_text: str
+    stages: list[StageTraffic]
+    setup_seconds: float
+    setup_bytes: int  # input sharing and key exchange counted by the link, where the engine tells; else 0
+    reveal_bytes: int  # the server's shares of the logits
+    seconds: float
+    ring_bits: int
+    fraction_bits: int
+    exp_iterations: int
+
+
+class PlaintextComparison(Base, tag="comparison"):
+    """Private logits against the plaintext model's on the same tokens."""
+
+    max_logit_error: list[float]  # one a generated token
+    same_top1: list[bool]
+    plaintext_tokens: list[int]
+
+
+Record: TypeAlias = (
+    RunStarted
+    | TrainingStep
+    | EntropySnapshot
+    | Evaluation
+    | SkippedUpdate
+    | DiagnosisRecord
+    | CostRecord
+    | PrivateRun
+    | PlaintextComparison
+)
+
+_decoder = msgspec.json.Decoder(Record)
+_encoder = msgspec.json.Encoder()
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one record as one line, in a single write."""
+    with open(path, "ab") as file:
+        file.write(_encoder.encode(record) + b"\n")
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file, in order.
+
+    A last line cut short by a killed process is ignored; damage anywhere else is a `UserError` naming the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read the records {path}: {error.strerror}") from None
+    records: list[Record] = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished or empty
+        try:
+            record = _decoder.decode(line)
+        except msgspec.MsgspecError as error:
+            raise UserError(f"{path}, line {number} is damaged: {error}") from None
+        if record.version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}, line {number} has schema version {record.version}, this program reads {SCHEMA_VERSION}"
+            )
+        records.append(record)
+    return records
+
+
+def rewrite(path: Path, records: Iterable[Record]) -> None:
+    """Replace a records file atomically."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        for record in records:
+            file.write(_encoder.encode(record) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop records of steps later than `step`: a resumed run takes those steps again."""
+    if path.exists():
+        kept = [r for r in read(path) if isinstance(r, RunStarted) or getattr(r, "step", 0) <= step]
+        rewrite(path, kept)

@@ -1,0 +1,1 @@
+"""Training under the transformers Trainer: recipe, monitors, evaluation."""
