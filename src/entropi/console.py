@@ -7,7 +7,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty redraws a second
 
@@ -64,7 +71,9 @@ class ProgressLine:
         fresh = self._done - self._first
         left = f", {elapsed / fresh * (self.total - self._done):.0f} s left" if 0 < fresh < self.total else ""
         status = f"  {self._status}" if self._status else ""
-        self.console.print(f"{self.title}: {self._done}/{self.total}, {elapsed:.0f} s{left}{status}", markup=False)
+        self.console.print(
+            f"{self.title}: {self._done}/{self.total}, {elapsed:.0f} s{left}{status}", markup=False
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

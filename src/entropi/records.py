@@ -1,15 +1,17 @@
 """Typed records: what every stage writes to `records.jsonl` and the report reads.
 
 One JSON object a line, tagged with its `kind` and the schema version. Entropies are in nats, sizes in bytes,
-times in seconds; matrices are nested lists, layers first, heads second.
+times in seconds; matrices are nested lists, layers first, heads second. Numbers that are not finite (say, of a
+softmax-only model that diverged) are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -180,14 +182,30 @@ Record: TypeAlias = (
     | PlaintextComparison
 )
 
-_decoder = msgspec.json.Decoder(Record)
+_decoder = msgspec.json.Decoder(Record, strict=False)  # takes "NaN" for a float
 _encoder = msgspec.json.Encoder()
+
+
+def _spell_nonfinite(value: Any) -> Any:
+    """msgspec would write NaN as null, and then refuse to read the null back as a number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _spell_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spell_nonfinite(item) for item in value]
+    return value
+
+
+def encode(record: Record) -> bytes:
+    """One record as one line of JSON, without the newline."""
+    return _encoder.encode(_spell_nonfinite(msgspec.to_builtins(record)))
 
 
 def append(path: Path, record: Record) -> None:
     """Add one record as one line, in a single write."""
     with open(path, "ab") as file:
-        file.write(_encoder.encode(record) + b"\n")
+        file.write(encode(record) + b"\n")
 
 
 def read(path: Path) -> list[Record]:
@@ -200,7 +218,9 @@ def read(path: Path) -> list[Record]:
     except OSError as error:
         raise UserError(f"cannot read the records {path}: {error.strerror}") from None
     records: list[Record] = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished or empty
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last newline is unfinished or empty
         try:
             record = _decoder.decode(line)
         except msgspec.MsgspecError as error:
@@ -218,7 +238,7 @@ def rewrite(path: Path, records: Iterable[Record]) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         for record in records:
-            file.write(_encoder.encode(record) + b"\n")
+            file.write(encode(record) + b"\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

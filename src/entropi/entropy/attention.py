@@ -1,0 +1,183 @@
+"""Scaled dot-product attention that also returns the Shannon entropy of every row, differentiable.
+
+Notation, per row: s = scaled, masked logits (temperature included); p = softmax(s); L = logsumexp(s);
+H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
+E^(l,h) the mean of our H over rows). All entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Implementation = Literal["auto", "reference", "blockwise"]
+
+# Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
+MASKED = -1.0e30
+BLOCK_ROWS = 128  # query rows a block; large enough for efficient matmuls, small enough to stay in cache
+
+
+def entropy_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    temperature: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention output and the entropy of every attention row.
+
+    Args:
+        query: `(B, H, T, D)`.
+        key, value: `(B, H, S, D)`; with `enable_gqa`, `(B, G, S, D)` where G divides H.
+        is_causal: row i sees keys up to i + S - T: the last query row sees every key, as with a cache.
+        scale: factor on the logits, 1/sqrt(D) by default.
+        temperature: divides the logits of a row (Eq. 9); broadcasts against `(H, T)` or `(B, H, T)`.
+            Receives gradients.
+        attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or additive. No gradients.
+        implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
+            it in the backward pass, block by block; "auto" takes "blockwise".
+
+    Returns:
+        output `(B, H, T, D)` in the dtype of `query`, entropy `(B, H, T)` in nats, float32 (float64 for float64
+        input). A row that sees nothing has output 0 and entropy 0.
+
+    Raises:
+        ValueError: shapes that do not fit, naming them.
+    """
+    _check_shapes(query, key, value, enable_gqa)
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if temperature is not None:
+        query = (query / temperature.unsqueeze(-1)).to(query.dtype)
+    if implementation == "reference":
+        return _reference(query, key, value, attn_mask, is_causal)
+    if implementation in ("auto", "blockwise"):
+        return _Blockwise.apply(query, key, value, attn_mask, is_causal)
+    raise ValueError(f"implementation must be 'auto', 'reference' or 'blockwise', got {implementation!r}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    q, k, v = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    if len(q) != 4 or len(k) != 4 or k != v or q[0] != k[0] or q[3] != k[3]:
+        raise ValueError(f"query (B, H, T, D) and key, value (B, H, S, D) do not fit: {q}, {k}, {v}")
+    if q[1] != k[1] and not (enable_gqa and q[1] % k[1] == 0):
+        raise ValueError(f"{q[1]} query heads over {k[1]} key heads: enable_gqa needs a whole multiple")
+
+
+def _logits(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:
+    """Masked logits `(B, H, R, S)` of query rows `first_row`.. counted from the last key, at least float32."""
+    logits = query @ key.transpose(-1, -2)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if is_causal:
+        rows = torch.arange(query.shape[2], device=query.device)[:, None] + first_row
+        logits = logits.masked_fill(torch.arange(key.shape[2], device=query.device) > rows, MASKED)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, MASKED)
+        else:
+            logits = (logits + mask).clamp(min=MASKED)
+    return logits
+
+
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition, materialised; autograd differentiates it."""
+    logits = _logits(query, key, mask, is_causal, key.shape[2] - query.shape[2])
+    visible = logits > MASKED / 2
+    probabilities = torch.softmax(logits, dim=-1) * visible
+    log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
+    entropy = -(probabilities * log_probabilities).sum(dim=-1)
+    return probabilities.to(value.dtype) @ value, entropy
+
+
+class _Blockwise(torch.autograd.Function):
+    """Forward keeps L and H of every row; backward recomputes p and adds one elementwise term for the entropy.
+
+    With g_O and g_H the incoming gradients: dS = p * (g_O V^T - rowsum(g_O * O) - g_H (log p + H)), because
+    dH/ds_j = -p_j (log p_j + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        output = torch.zeros_like(query)
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        entropy = torch.zeros(query.shape[:3], dtype=wide, device=query.device)
+        log_normaliser = torch.zeros_like(entropy)
+        with torch.autocast(query.device.type, enabled=False):
+            for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], is_causal):
+                part = _mask_block(mask, rows, keys)
+                logits = _logits(query[:, :, rows], key[:, :, keys], part, is_causal, first_row)
+                largest = logits.amax(dim=-1, keepdim=True)
+                logits -= largest  # the entropy is taken of shifted logits: no cancellation of large values
+                weights = logits.exp()
+                if part is not None:
+                    weights *= largest > MASKED / 2
+                total = weights.sum(dim=-1, keepdim=True)
+                total = total.masked_fill(total == 0, 1.0)
+                output[:, :, rows] = ((weights.to(value.dtype) @ value[:, :, keys]) / total).to(output.dtype)
+                log_total = total.log()
+                mean_logit = weights.mul_(logits.clamp_(min=MASKED)).sum(dim=-1, keepdim=True) / total
+                entropy[:, :, rows] = (log_total - mean_logit).squeeze(-1).clamp(min=0.0)
+                log_normaliser[:, :, rows] = (log_total + largest).squeeze(-1)
+        ctx.save_for_backward(query, key, value, mask, output, entropy, log_normaliser)
+        ctx.is_causal = is_causal
+        return output, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, output, entropy, log_normaliser = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):
+            for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], ctx.is_causal):
+                part = _mask_block(mask, rows, keys)
+                q, k, v, g = query[:, :, rows], key[:, :, keys], value[:, :, keys], grad_output[:, :, rows]
+                logits = _logits(q, k, part, ctx.is_causal, first_row)
+                log_p = logits.sub_(log_normaliser[:, :, rows, None])
+                p = log_p.exp()
+                if part is not None:
+                    p *= log_normaliser[:, :, rows, None] > MASKED / 2
+                grad_value[:, :, keys] += p.to(v.dtype).transpose(-1, -2) @ g
+                row_sum = (g.to(p.dtype) * output[:, :, rows].to(p.dtype)).sum(dim=-1, keepdim=True)
+                grad_h = grad_entropy[:, :, rows, None]
+                inner = (g @ v.transpose(-1, -2)).to(p.dtype)
+                inner -= row_sum + grad_h * entropy[:, :, rows, None]
+                grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p).to(q.dtype)
+                grad_query[:, :, rows] = grad_s @ k
+                grad_key[:, :, keys] += grad_s.transpose(-1, -2) @ q
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _blocks(queries: int, keys: int, is_causal: bool) -> list[tuple[slice, slice, int]]:
+    """(query rows, keys any of them can see, position of the first row) for every block that sees something."""
+    offset = keys - queries
+    blocks = []
+    for start in range(0, queries, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, queries)
+        seen = min(keys, stop + offset) if is_causal else keys
+        if seen > 0:
+            # Rows before the first visible key are skipped here: they keep output 0 and entropy 0.
+            first = max(start, -offset) if is_causal else start
+            blocks.append((slice(first, stop), slice(0, seen), first + offset))
+    return blocks
+
+
+def _mask_block(mask: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
+    """The part of a broadcastable mask that belongs to a block."""
+    if mask is None:
+        return None
+    if mask.dim() >= 2 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    return mask[..., keys] if mask.shape[-1] > 1 else mask

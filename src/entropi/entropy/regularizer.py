@@ -1,0 +1,117 @@
+"""The entropy regulariser of Algorithm 1, with every known ambiguity of the paper as an explicit option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Granularity = Literal["query", "head"]
+MaxEntropy = Literal["context", "causal"]
+Reduction = Literal["sum", "mean"]
+
+
+def maximum_entropy(
+    context_length: int, kind: MaxEntropy, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """E_max of every query row, `(T,)` nats: log T ("context", the paper) or log(i + 1) ("causal")."""
+    if kind == "context":
+        return torch.full((context_length,), math.log(context_length), dtype=dtype, device=device)
+    if kind == "causal":
+        return torch.arange(1, context_length + 1, dtype=dtype, device=device).log()
+    raise ValueError(f"max_entropy must be 'context' or 'causal', got {kind!r}")
+
+
+def entropy_penalty(
+    entropies: Tensor | Sequence[Tensor],
+    threshold: Tensor,
+    *,
+    margin: float = 0.2,
+    granularity: Granularity = "query",
+    max_entropy: MaxEntropy = "context",
+    reduction: Reduction = "sum",
+) -> Tensor:
+    """L_entropy of Algorithm 1, a scalar in nats squared.
+
+    deviation = E - threshold * E_max; the penalty is deviation^2 where |deviation| > margin * E_max, else 0,
+    averaged over heads and then over layers.
+
+    Args:
+        entropies: `(L, B, H, T)` nats, or L tensors `(B, H, T)`.
+        threshold: `(L, H)`, theta; fractions of E_max.
+        margin: gamma; a fraction of E_max.
+        granularity: "query" penalises every (batch, query) row, as the published listing does; "head" penalises
+            the mean over batch and queries, one number a head, as Algorithm 1 is written.
+        max_entropy: "context" is log T for every row (the paper); "causal" is log(i + 1), what row i can reach;
+            with "head", its mean over rows.
+        reduction: over rows, for "query" only: "sum" is the listing's, to which the published lambdas belong;
+            "mean" makes the penalty independent of batch size and length.
+    """
+    layers = list(entropies)
+    if len(layers) != threshold.shape[0] or any(e.shape[1] != threshold.shape[1] for e in layers):
+        shapes = [tuple(e.shape) for e in layers]
+        raise ValueError(f"entropies {shapes} do not fit thresholds (L, H) = {tuple(threshold.shape)}")
+    like = layers[0]
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    limit = maximum_entropy(like.shape[-1], max_entropy, wide, like.device)
+    theta = threshold.to(wide)
+    if granularity == "query":
+        per_head = []
+        for entropy, theta_layer in zip(layers, theta):
+            penalty = _outside_margin(entropy - theta_layer[None, :, None] * limit, margin * limit)
+            per_head.append(penalty.sum(dim=(0, 2)) if reduction == "sum" else penalty.mean(dim=(0, 2)))
+        return torch.stack(per_head).mean(dim=1).mean()
+    if granularity == "head":
+        mean_entropy = torch.stack([e.mean(dim=(0, 2)) for e in layers])
+        return _outside_margin(mean_entropy - theta * limit.mean(), margin * limit.mean()).mean(dim=1).mean()
+    raise ValueError(f"granularity must be 'query' or 'head', got {granularity!r}")
+
+
+def _outside_margin(deviation: Tensor, margin: Tensor) -> Tensor:
+    """Square of `deviation`, zero within `margin`; the gradient is zero there too."""
+    return torch.where(deviation.abs() > margin, deviation, torch.zeros_like(deviation)).square()
+
+
+class EntropyRegularizer(nn.Module):
+    """Holds the learnable thresholds theta `(L, H)` (their `reg_threshold_weights`) and evaluates Algorithm 1.
+
+    `threshold_init` is where theta starts; the paper does not say, learned values end between 0.20 and 0.52.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        margin: float = 0.2,
+        granularity: Granularity = "query",
+        max_entropy: MaxEntropy = "context",
+        reduction: Reduction = "sum",
+        threshold_init: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if granularity not in ("query", "head"):
+            raise ValueError(f"granularity must be 'query' or 'head', got {granularity!r}")
+        if max_entropy not in ("context", "causal"):
+            raise ValueError(f"max_entropy must be 'context' or 'causal', got {max_entropy!r}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        if not 0.0 <= margin < 1.0:
+            raise ValueError(f"margin is a fraction of the maximum entropy in [0, 1), got {margin}")
+        self.margin, self.granularity = margin, granularity
+        self.max_entropy, self.reduction = max_entropy, reduction
+        self.threshold_init = threshold_init
+        self.threshold = nn.Parameter(torch.full((num_layers, num_heads), threshold_init))
+
+    def forward(self, entropies: Tensor | Sequence[Tensor]) -> Tensor:
+        """L_entropy of `entropies` `(L, B, H, T)`; see `entropy_penalty`."""
+        return entropy_penalty(
+            entropies,
+            self.threshold,
+            margin=self.margin,
+            granularity=self.granularity,
+            max_entropy=self.max_entropy,
+            reduction=self.reduction,
+        )

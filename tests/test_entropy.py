@@ -1,0 +1,247 @@
+"""The entropy operation, its regulariser and its diagnosis against definitions in double precision."""
+
+import math
+
+import pytest
+import torch
+
+from entropi.entropy.attention import entropy_attention
+from entropi.entropy.diagnosis import diagnose
+from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
+
+
+def make_qkv(batch=2, heads=3, queries=17, keys=None, width=8, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys = keys or queries
+    shapes = [(batch, heads, queries, width), (batch, heads, keys, width), (batch, heads, keys, width)]
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def definition(query, key, value, visible, temperature=None):
+    """Loops over rows: no shared code with the package, and -inf nowhere."""
+    batch, heads, queries, width = query.shape
+    output = torch.zeros_like(query)
+    entropy = torch.zeros(batch, heads, queries, dtype=query.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(queries):
+                seen = visible[i].nonzero().flatten()
+                if len(seen) == 0:
+                    continue
+                t = 1.0 if temperature is None else temperature[h, i]
+                logits = (key[b, h, seen] @ query[b, h, i]) / (t * math.sqrt(width))
+                p = torch.softmax(logits, dim=0)
+                output[b, h, i] = p @ value[b, h, seen]
+                entropy[b, h, i] = -(p * p.log()).sum()
+    return output, entropy
+
+
+def causal(queries, keys):
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (2, 2), (17, 17), (5, 12), (1, 9), (7, 4)])
+def test_output_and_entropy_are_the_definition(implementation, queries, keys):
+    query, key, value = make_qkv(queries=queries, keys=keys)
+    output, entropy = entropy_attention(query, key, value, implementation=implementation)
+    expected = definition(query, key, value, causal(queries, keys))
+    torch.testing.assert_close(output, expected[0])
+    torch.testing.assert_close(entropy, expected[1])
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 65, 111, 300])
+def test_blockwise_gradients_equal_the_reference(length):
+    """T above and below the block size; the loss uses output and entropy, so both paths of dS are exercised."""
+    temperature = (torch.rand(3, length, dtype=torch.float64) + 0.5).requires_grad_()
+    results = []
+    for implementation in ("reference", "blockwise"):
+        tensors = [*make_qkv(queries=length, width=5), temperature]
+        query, key, value = tensors[:3]
+        output, entropy = entropy_attention(query, key, value, temperature=temperature, implementation=implementation)
+        loss = (output.sin() * 1.3).sum() + (entropy.square() * torch.arange(1, length + 1)).sum()
+        results.append([output, entropy, *torch.autograd.grad(loss, tensors)])
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_double_precision_gradcheck(is_causal):
+    query, key, value = make_qkv(batch=1, heads=2, queries=5, keys=6, width=3)
+    temperature = torch.tensor([[0.7], [1.9]], dtype=torch.float64, requires_grad=True)
+
+    def both(q, k, v, t):
+        return entropy_attention(q, k, v, temperature=t, is_causal=is_causal, implementation="blockwise")
+
+    assert torch.autograd.gradcheck(both, (query, key, value, temperature))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation, additive):
+    query, key, value = make_qkv(queries=6)
+    visible = causal(6, 6)
+    visible[2] = False
+    visible[4, 1:] = False
+    mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf) if additive else visible
+    output, entropy = entropy_attention(
+        query, key, value, attn_mask=mask, is_causal=False, implementation=implementation
+    )
+    expected = definition(query, key, value, visible)
+    torch.testing.assert_close(output, expected[0])
+    torch.testing.assert_close(entropy, expected[1])
+    assert output[:, :, 2].abs().max() == 0
+    assert entropy[:, :, [2, 4]].abs().max() == 0
+    (output.sum() + entropy.square().sum()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in (query, key, value))
+
+
+def test_grouped_queries_share_keys():
+    query, key, value = make_qkv(heads=4)
+    shared = key[:, ::2], value[:, ::2]
+    repeated = [x.repeat_interleave(2, dim=1) for x in shared]
+    for got, expected in zip(entropy_attention(query, *shared, enable_gqa=True), entropy_attention(query, *repeated)):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])
+def test_float32_entropy_survives_large_logits(sharpness):
+    """The entropy of shifted logits: no cancellation against logits of any size (error bounded by float32 logits)."""
+    query, key, value = make_qkv(queries=64, width=16, dtype=torch.float32)
+    offset = torch.ones_like(key)  # a common shift of all logits leaves the entropy unchanged
+    args = [query.detach() * sharpness, key.detach() + offset, value.detach()]
+    exact = entropy_attention(*[x.double() for x in args], implementation="reference")[1]
+    plain = entropy_attention(*args, implementation="reference")[1]
+    fast = entropy_attention(*args, implementation="blockwise")[1]
+    assert fast.min() >= 0
+    assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
+
+
+def test_bfloat16_entropy_is_float32_and_no_worse_than_a_plain_bfloat16_version():
+    query, key, value = (x.detach() for x in make_qkv(queries=111, width=48, dtype=torch.float32))
+    exact = entropy_attention(query.double(), key.double(), value.double(), implementation="reference")
+    low = [x.bfloat16() for x in (query, key, value)]
+    plain = entropy_attention(*low, implementation="reference")
+    fast = entropy_attention(*low, implementation="blockwise")
+    assert fast[0].dtype == torch.bfloat16
+    assert fast[1].dtype == torch.float32
+    for p, f, e in zip(plain, fast, exact):
+        assert (f.double() - e).abs().max() <= 2 * (p.double() - e).abs().max()
+
+
+def test_temperature_limits():
+    query, key, value = make_qkv(queries=9)
+    flat = entropy_attention(query, key, value, temperature=torch.tensor(1e9, dtype=torch.float64))[1]
+    torch.testing.assert_close(flat, torch.arange(1, 10, dtype=torch.float64).log().expand(2, 3, 9))
+    sharp = entropy_attention(query, key, value, temperature=torch.tensor(1e-6, dtype=torch.float64))[1]
+    assert sharp.max() < 1e-6
+
+
+def test_shapes_that_do_not_fit_are_named():
+    query, key, value = make_qkv()
+    with pytest.raises(ValueError, match=r"\(2, 3, 17, 8\)"):
+        entropy_attention(query, key[..., :4], value)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        entropy_attention(query, key[:, :1], value[:, :1])
+    with pytest.raises(ValueError, match="triton"):
+        entropy_attention(query, key, value, implementation="triton")
+
+
+# The regulariser against a scalar double-precision evaluation of Algorithm 1, written as loops.
+
+
+def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reduction):
+    layers, batch, heads, length = entropies.shape
+    limit = [math.log(length) if max_entropy == "context" else math.log(i + 1) for i in range(length)]
+    total = 0.0
+    for layer in range(layers):
+        layer_total = 0.0
+        for head in range(heads):
+            if granularity == "head":
+                rows = [(float(entropies[layer, :, head].mean()), sum(limit) / length)]
+            else:
+                rows = [(float(entropies[layer, b, head, i]), limit[i]) for b in range(batch) for i in range(length)]
+            penalties = []
+            for entropy, top in rows:
+                deviation = entropy - float(theta[layer, head]) * top
+                penalties.append(deviation**2 if abs(deviation) > margin * top else 0.0)
+            layer_total += sum(penalties) / (len(penalties) if reduction == "mean" else 1)
+        total += layer_total / heads
+    return total / layers
+
+
+@pytest.mark.parametrize("granularity", ["query", "head"])
+@pytest.mark.parametrize("max_entropy", ["context", "causal"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_regularizer_is_algorithm_1(granularity, max_entropy, reduction, dtype):
+    generator = torch.Generator().manual_seed(1)
+    limits = torch.arange(1, 12, dtype=torch.float64).log()
+    entropies = torch.rand(3, 2, 4, 11, generator=generator, dtype=torch.float64) * limits
+    module = EntropyRegularizer(3, 4, 0.15, granularity, max_entropy, reduction).to(dtype)
+    with torch.no_grad():
+        module.threshold.uniform_(0.1, 0.9, generator=generator)
+    got = module([e.to(dtype) for e in entropies])
+    expected = penalty_by_loops(entropies, module.threshold.detach(), 0.15, granularity, max_entropy, reduction)
+    assert expected > 0
+    assert float(got.detach()) == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("granularity", ["query", "head"])
+def test_regularizer_gradient_is_zero_within_the_margin_only(granularity):
+    entropies = torch.full((1, 2, 2, 8), 0.5 * math.log(8), dtype=torch.float64)
+    entropies[:, :, 1] = 0.9 * math.log(8)  # head 0 sits on its threshold, head 1 is overloaded
+    entropies.requires_grad_()
+    threshold = torch.full((1, 2), 0.5, dtype=torch.float64, requires_grad=True)
+    entropy_penalty(entropies, threshold, granularity=granularity).backward()
+    assert entropies.grad[:, :, 0].abs().max() == 0
+    assert threshold.grad[0, 0] == 0
+    assert (entropies.grad[:, :, 1] > 0).all()
+    assert threshold.grad[0, 1] < 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"granularity": "rows"}, {"max_entropy": "log"}, {"reduction": "max"}, {"margin": 1.5}]
+)
+def test_regularizer_refuses_unknown_options(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EntropyRegularizer(1, 1, **wrong)
+
+
+def test_regularizer_refuses_another_models_entropies():
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        EntropyRegularizer(2, 3)(torch.zeros(2, 1, 4, 5))
+
+
+# Diagnosis.
+
+
+def test_diagnosis_counts_quarters_of_the_largest_entropy():
+    found = diagnose(torch.tensor([[4.0, 3.0], [2.0, 0.5]]), context_length=128)
+    assert found.max_observed == 4.0
+    assert found.max_possible == pytest.approx(math.log(128))
+    assert found.quartile_shares == (0.25, 0.0, 0.25, 0.5)
+    assert found.overloaded == [(0, 0), (0, 1)]
+    assert found.collapsed == [(1, 1)]
+    assert "overload: 50%" in found.verdict
+    assert "collapse: 25%" in found.verdict
+    assert "layer 1" in found.verdict
+
+
+def test_diagnosis_of_a_well_behaved_model():
+    values = torch.full((4, 5), 2.0)
+    values[0, 0] = 3.2
+    assert diagnose(values).verdict.startswith("Well-behaved")
+
+
+def test_diagnosis_of_total_collapse_is_not_fooled_by_quarters():
+    found = diagnose(torch.full((2, 2), 1e-3), context_length=128)
+    assert found.quartile_shares[0] == 1.0
+    assert "collapse: 100%" in found.verdict
+
+
+def test_diagnosis_refuses_what_is_not_a_finite_matrix():
+    with pytest.raises(ValueError, match="layer 1, head 0"):
+        diagnose(torch.tensor([[1.0, 1.0], [math.nan, 1.0]]))
+    with pytest.raises(ValueError, match="matrix"):
+        diagnose(torch.ones(3))
