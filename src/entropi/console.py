@@ -71,9 +71,7 @@ class ProgressLine:
         fresh = self._done - self._first
         left = f", {elapsed / fresh * (self.total - self._done):.0f} s left" if 0 < fresh < self.total else ""
         status = f"  {self._status}" if self._status else ""
-        self.console.print(
-            f"{self.title}: {self._done}/{self.total}, {elapsed:.0f} s{left}{status}", markup=False
-        )
+        self.console.print(f"{self.title}: {self._done}/{self.total}, {elapsed:.0f} s{left}{status}", markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -44,6 +44,7 @@ class RunStarted(Base, tag="run"):
     train_tokens: int  # in the corpus
     heldout_tokens: int
     corpus: str
+    corpus_hash: str  # SHA-256 over paths and texts
     tokens_per_step: int
     total_steps: int
     precision: str
@@ -218,9 +219,7 @@ def read(path: Path) -> list[Record]:
     except OSError as error:
         raise UserError(f"cannot read the records {path}: {error.strerror}") from None
     records: list[Record] = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last newline is unfinished or empty
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished or empty
         try:
             record = _decoder.decode(line)
         except msgspec.MsgspecError as error:

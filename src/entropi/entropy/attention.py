@@ -79,8 +79,10 @@ def _logits(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, fi
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if is_causal:
+        # Every row sees the keys before `first_row`; only what follows can be masked.
+        start = max(first_row, 0)
         rows = torch.arange(query.shape[2], device=query.device)[:, None] + first_row
-        logits = logits.masked_fill(torch.arange(key.shape[2], device=query.device) > rows, MASKED)
+        logits[..., start:].masked_fill_(torch.arange(start, key.shape[2], device=query.device) > rows, MASKED)
     if mask is not None:
         if mask.dtype == torch.bool:
             logits = logits.masked_fill(~mask, MASKED)
@@ -121,16 +123,16 @@ class _Blockwise(torch.autograd.Function):
                 part = _mask_block(mask, rows, keys)
                 logits = _logits(query[:, :, rows], key[:, :, keys], part, is_causal, first_row)
                 largest = logits.amax(dim=-1, keepdim=True)
-                logits -= largest  # the entropy is taken of shifted logits: no cancellation of large values
-                weights = logits.exp()
+                # softmax() passes quickly over masked entries, where exp() crawls through underflow.
+                p = logits.softmax(dim=-1)
+                log_total = -p.amax(dim=-1, keepdim=True).log()  # p is exp(s - largest) / total, 1 / total at most
+                sees = largest > MASKED / 2
                 if part is not None:
-                    weights *= largest > MASKED / 2
-                total = weights.sum(dim=-1, keepdim=True)
-                total = total.masked_fill(total == 0, 1.0)
-                output[:, :, rows] = ((weights.to(value.dtype) @ value[:, :, keys]) / total).to(output.dtype)
-                log_total = total.log()
-                mean_logit = weights.mul_(logits.clamp_(min=MASKED)).sum(dim=-1, keepdim=True) / total
-                entropy[:, :, rows] = (log_total - mean_logit).squeeze(-1).clamp(min=0.0)
+                    p *= sees
+                output[:, :, rows] = p.to(value.dtype) @ value[:, :, keys]
+                # Of shifted logits: the entropy must not cancel against logits of any size.
+                mean_logit = p.mul_(logits.sub_(largest)).sum(dim=-1, keepdim=True)
+                entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
                 log_normaliser[:, :, rows] = (log_total + largest).squeeze(-1)
         ctx.save_for_backward(query, key, value, mask, output, entropy, log_normaliser)
         ctx.is_causal = is_causal
@@ -145,8 +147,8 @@ class _Blockwise(torch.autograd.Function):
                 part = _mask_block(mask, rows, keys)
                 q, k, v, g = query[:, :, rows], key[:, :, keys], value[:, :, keys], grad_output[:, :, rows]
                 logits = _logits(q, k, part, ctx.is_causal, first_row)
+                p = logits.softmax(dim=-1)
                 log_p = logits.sub_(log_normaliser[:, :, rows, None])
-                p = log_p.exp()
                 if part is not None:
                     p *= log_normaliser[:, :, rows, None] > MASKED / 2
                 grad_value[:, :, keys] += p.to(v.dtype).transpose(-1, -2) @ g

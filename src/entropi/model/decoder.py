@@ -233,6 +233,10 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             entropies=outputs.entropies,
         )
 
+    def inference_parameters(self) -> int:
+        """Number of parameters, without the regulariser's thresholds, which take no part in inference."""
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith("entropy_regularizer."))
+
     @classmethod
     def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> EntropiForCausalLM:
         """An `SM+LN+G` model with copies of a GPT-2's weights: the same logits, plus row entropies.

@@ -1,0 +1,117 @@
+"""Byte-level byte-pair encoding, trained on the corpus itself and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from entropi.data.cache import default_cache_dir, written_whole
+from entropi.data.corpus import Corpus, Document
+from entropi.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+FORMAT = 1  # raise it when the training or the file changes, so that old cache entries are not met
+
+PIECE_CHARACTERS = 1 << 20
+_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `UserError` if a byte-level vocabulary cannot be that small."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {vocab_size} but must be at least {MIN_VOCAB_SIZE}: 256 bytes and the end of text"
+        )
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer learnt from the train part of `corpus` alone.
+
+    Every byte is a token of its own, so no text is unknown and `decode(encode(text).ids) == text`. Id 0 is
+    the end of text, `"<|endoftext|>"`; where text spells out those characters they are encoded as plain text.
+    A small corpus may not hold `vocab_size` tokens worth learning: ask the result's `get_vocab_size()`.
+
+    Raises `UserError` if `vocab_size` is below 257.
+    """
+    check_vocab_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_all_pieces(corpus.train), trainer)
+    return _as_plain_text(tokenizer)
+
+
+def load_or_train_tokenizer(
+    corpus: Corpus, vocab_size: int, cache_dir: Path | None = None, *, console: Console | None = None
+) -> Tokenizer:
+    """`train_tokenizer`, once for each corpus content and vocabulary size; later calls read the cache.
+
+    `cache_dir` is `default_cache_dir()` unless given. A damaged entry is trained anew. `console` is told when
+    training starts. Raises `UserError` if `vocab_size` is below 257 or the cache cannot be written.
+    """
+    check_vocab_size(vocab_size)
+    key = hashlib.sha256(f"{FORMAT} {corpus.content_hash} {vocab_size}".encode()).hexdigest()[:32]
+    path = (cache_dir or default_cache_dir()) / f"tokenizer-{key}.json"
+    if (tokenizer := _load(path, vocab_size)) is not None:
+        return tokenizer
+    if console is not None:
+        size = sum(len(document.text) for document in corpus.train)
+        console.print(f"training the tokenizer on {size:,} characters of {corpus.name}", markup=False)
+    tokenizer = train_tokenizer(corpus, vocab_size)
+    with written_whole(path) as file:
+        file.write(tokenizer.to_str().encode())
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 (hexadecimal) of everything that decides how `tokenizer` encodes."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """`text` in parts of about `size` characters that have, together, the very tokens of the whole.
+
+    A book of a gigabyte would otherwise be encoded in one go, on one core and in a hundred times its memory.
+    The byte-level pre-tokenizer never joins a single line break to a neighbour that is not white space, so
+    a cut right after one changes no token; text without such a place stays whole.
+    """
+    start = 0
+    while len(text) - start > size and (match := _SAFE_CUT.search(text, start + size)):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _all_pieces(documents: Iterable[Document]) -> Iterator[str]:
+    for document in documents:
+        yield from pieces(document.text)
+
+
+def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.encode_special_tokens = True  # not part of the file, so set again after every load
+    return tokenizer
+
+
+def _load(path: Path, vocab_size: int) -> Tokenizer | None:
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception:  # the tokenizers library raises nothing narrower; missing and damaged are mended alike
+        return None
+    if tokenizer.token_to_id(END_OF_TEXT) != END_OF_TEXT_ID:
+        return None
+    if not MIN_VOCAB_SIZE <= tokenizer.get_vocab_size() <= vocab_size:
+        return None
+    return _as_plain_text(tokenizer)
