@@ -137,7 +137,8 @@ def _open_folder(recipe: Recipe, folder: Path) -> Recipe:
         existing = load_recipe(config)
         if differing := differences(recipe, existing):
             raise UserError(
-                f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; choose another folder"
+                f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
+                "choose another folder"
             )
         return existing
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -305,7 +306,7 @@ def bf16_is_fast(recipe: Recipe) -> bool:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and command of this process, for the run folder."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("entropi", "torch", "transformers", "accelerate", "tokenizers", "numpy", "jax", "spu"):
         try:
             versions[package] = metadata.version(package)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from entropi import records
 from entropi.training.callbacks import RunRecorder
@@ -74,5 +74,5 @@ class EntropiTrainer(Trainer):
             )
         self.recorder.resume_clock(paused_at)
         metrics = {"eval_loss": result.cross_entropy, "eval_perplexity": result.perplexity}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,0 +1,345 @@
+"""Records and matrices in, matplotlib figures out; no global state of pyplot, no window.
+
+Entropies are in nats. Layers and heads are counted from 0. A number that is not finite leaves a gap and never
+an exception; a matrix that is empty or ragged is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from entropi.errors import UserError
+from entropi.records import EntropySnapshot, Evaluation, StageTraffic, TrainingStep
+from entropi.report.traffic import by_operation
+
+# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out as too pale for white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+MISSING = "#d0d0d0"
+MAX_CELLS_WITH_NUMBERS = 200
+MAX_LABELLED_LINES = 12
+MAX_NAME = 40
+
+STYLE: dict[str, Any] = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#222222",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "text.color": "#222222",
+    "text.parse_math": False,  # a run may be called "$x"
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+}
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw under our style whatever the user's matplotlibrc says, and leave theirs as it was."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def grid(values: Sequence[Sequence[float]], what: str = "the matrix") -> np.ndarray:
+    """`values` as a float array `(L, H)`; `UserError` if it is empty or its rows differ in length."""
+    widths = {len(row) for row in values}
+    if len(widths) != 1 or widths == {0}:
+        raise UserError(f"{what} must have one row a layer and one column a head, but has rows of {sorted(widths)}")
+    return np.asarray(values, dtype=float)
+
+
+def mean_over_heads(values: Sequence[Sequence[float]]) -> np.ndarray:
+    """`(L, H)` -> `(L,)`; heads that are not finite are left out, a layer without any other is NaN."""
+    return np.ma.masked_invalid(grid(values)).mean(axis=1).filled(np.nan)
+
+
+def causal_maximum(context_length: int) -> float:
+    """The largest mean row entropy under a causal mask, (1/T) sum_i log i, in nats; below E_max = log T."""
+    return math.lgamma(context_length + 1) / context_length
+
+
+def _name(text: str) -> str:
+    """A run's name as a label: short, on one line, and not starting with the "_" that legends leave out."""
+    text = " ".join(text.split())
+    text = text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
+    return " " + text if text.startswith("_") else text
+
+
+def _dark(colour: Any) -> bool:
+    red, green, blue = colour[:3]
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+
+
+def _cells(axes: Any, values: np.ndarray, low: float, high: float, label: str) -> None:
+    """A heatmap with layers downwards and heads to the right, and numbers where they fit."""
+    layers, heads = values.shape
+    cmap = matplotlib.colormaps["cividis"].with_extremes(bad=MISSING)
+    image = axes.imshow(
+        np.ma.masked_invalid(values), cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(min(heads, 16), integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(min(layers, 16), integer=True, min_n_ticks=1))
+    axes.set_xlim(-0.5, heads - 0.5)
+    axes.set_ylim(layers - 0.5, -0.5)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if values.size <= MAX_CELLS_WITH_NUMBERS:
+        for (row, column), value in np.ndenumerate(values):
+            finite = math.isfinite(value)
+            ink = "white" if finite and _dark(cmap(image.norm(value))) else "black"
+            text = f"{value:.2f}" if finite else "n/a"
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
+    axes.figure.colorbar(image, ax=axes, label=label, pad=0.02)
+
+
+def _heatmap_height(layers: int) -> float:
+    return min(1.5 + 0.3 * max(layers, 4), 8.0)
+
+
+@_styled
+def entropy_heatmap(entropy: Sequence[Sequence[float]], max_possible: float, title: str = "") -> Figure:
+    """Mean entropy of every head, `(L, H)` in nats, on the fixed scale 0 to `max_possible` (Fig. 3)."""
+    values = grid(entropy, "entropy")
+    if not (math.isfinite(max_possible) and max_possible > 0):
+        max_possible = float(values[np.isfinite(values)].max(initial=1.0))
+    figure = Figure(figsize=(max(6.0, 1.6 + 0.5 * min(values.shape[1], 16)), _heatmap_height(len(values))))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    _cells(axes, values, 0.0, max_possible, "mean entropy (nats)")
+    axes.set_title(_name(title))
+    return figure
+
+
+@_styled
+def layerwise_entropy(snapshots: Sequence[EntropySnapshot], context_length: int | None = None) -> Figure:
+    """Mean over heads of the entropy, one line a layer over training steps (Fig. 5 and 8).
+
+    With a context length, the ceiling that a causal mask sets is drawn too.
+    """
+    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("training step")
+    axes.set_ylabel("mean entropy (nats)")
+    axes.grid(axis="y")
+    means = [mean_over_heads(snapshot.entropy) for snapshot in snapshots]
+    if len({len(mean) for mean in means}) != 1:
+        raise UserError("entropy snapshots must all have the same number of layers, and there must be one")
+    steps = [snapshot.step for snapshot in snapshots]
+    series = np.stack(means, axis=1)  # (L, snapshots)
+    layers = len(series)
+    cmap = matplotlib.colormaps["viridis"]
+    marker = "o" if len(steps) <= 12 else ""
+    for layer, values in enumerate(series):
+        colour = cmap(0.9 * layer / max(layers - 1, 1))  # the last tenth is too pale for white
+        axes.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=f"layer {layer}")
+    top = float(series[np.isfinite(series)].max(initial=0.0))
+    if context_length is not None and context_length > 1:
+        ceiling = causal_maximum(context_length)
+        top = max(top, ceiling)
+        axes.axhline(ceiling, color="#777777", linewidth=1, linestyle=(0, (4, 3)), label="causal maximum")
+    axes.set_ylim(0, 1.05 * top or 1.0)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    if layers <= MAX_LABELLED_LINES:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+    else:
+        shades = matplotlib.colors.ListedColormap([cmap(0.9 * i / (layers - 1)) for i in range(layers)])
+        norm = matplotlib.colors.Normalize(-0.5, layers - 0.5)
+        scale = matplotlib.cm.ScalarMappable(norm=norm, cmap=shades)
+        bar = figure.colorbar(scale, ax=axes, label="layer", ticks=MaxNLocator(12, integer=True))
+        bar.ax.invert_yaxis()
+    return figure
+
+
+QUARTERS = ("0 to M/4", "M/4 to M/2", "M/2 to 3M/4", "3M/4 to M")
+
+
+@_styled
+def quartile_shares(shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Share of heads in each quarter of the largest observed entropy M, one bar a run (Fig. 2a and 7).
+
+    `shares` maps a run's name to the four shares between 0 and 1 that a diagnosis holds.
+    """
+    figure = Figure(figsize=(7.2, 1.2 + 0.42 * max(len(shares), 1)), layout="constrained")
+    axes = figure.add_subplot()
+    cmap = matplotlib.colormaps["cividis"]
+    rows = np.arange(len(shares))
+    table = np.array([[value if math.isfinite(value) else 0.0 for value in row] for row in shares.values()])
+    left = np.zeros(len(shares))
+    for quarter, label in enumerate(QUARTERS):
+        colour = cmap((0.0, 0.36, 0.7, 1.0)[quarter])
+        widths = 100 * table[:, quarter]
+        bars = axes.barh(rows, widths, left=left, height=0.7, color=colour, edgecolor="white", label=label)
+        for bar, width in zip(bars, widths):
+            if width >= 5:
+                x, y = bar.get_x() + width / 2, bar.get_y() + bar.get_height() / 2
+                ink = "white" if _dark(colour) else "black"
+                axes.text(x, y, f"{width:.0f} %", ha="center", va="center", color=ink, fontsize=8.5)
+        left += widths
+    axes.set_yticks(rows, [_name(name) for name in shares])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of heads (%)")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+    return figure
+
+
+@_styled
+def thresholds(threshold: Sequence[Sequence[float]]) -> Figure:
+    """Learned thresholds theta `(L, H)` as fractions of E_max, with mean and spread by layer (Fig. 6)."""
+    values = grid(threshold, "threshold")
+    finite = np.ma.masked_invalid(values)
+    low, high = (float(finite.min()), float(finite.max())) if finite.count() else (0.0, 1.0)
+    if high - low < 0.05:  # untrained thresholds differ by nothing, and should look it
+        low, high = low - 0.05, high + 0.05
+    figure = Figure(figsize=(7.4, _heatmap_height(len(values))), layout=ConstrainedLayoutEngine(wspace=0.06))
+    cells, layers = figure.subplots(1, 2, width_ratios=(2.4, 1), sharey=True)
+    _cells(cells, values, low, high, "threshold θ (fraction of E_max)")
+    mean, spread = finite.mean(axis=1).filled(np.nan), finite.std(axis=1).filled(np.nan)
+    layers.errorbar(mean, np.arange(len(values)), xerr=spread, fmt="o", color=PALETTE[0], capsize=2.5)
+    layers.set_xlabel("mean over heads ± std")
+    layers.grid(axis="x")
+    layers.tick_params(axis="y", labelleft=True)
+    return figure
+
+
+@_styled
+def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping[str, Sequence[Evaluation]]) -> Figure:
+    """Cross-entropy in nats per token over steps: a line for training, points for held-out text, by run."""
+    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.grid(axis="y")
+    names = list(dict.fromkeys([*runs, *evaluations]))
+    drawn: list[float] = []
+    for index, name in enumerate(names):
+        colour = PALETTE[index % len(PALETTE)]
+        dash = DASHES[index // len(PALETTE) % len(DASHES)]
+        prefix = _name(name) + ", " if len(names) > 1 else ""
+        taken, held_out = runs.get(name, ()), evaluations.get(name, ())
+        if taken:
+            losses = [step.cross_entropy for step in taken]
+            marker = "." if len(losses) == 1 else ""
+            axes.plot(
+                [step.step for step in taken],
+                losses,
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                linewidth=1.1,
+                alpha=0.75,
+                label=f"{prefix}training",
+            )
+            drawn += losses
+        if held_out:
+            losses = [evaluation.cross_entropy for evaluation in held_out]
+            axes.plot(
+                [evaluation.step for evaluation in held_out],
+                losses,
+                color=colour if len(names) > 1 else PALETTE[1],
+                linestyle="none",
+                marker="o",
+                markersize=4.5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                label=f"{prefix}held out",
+            )
+            drawn += losses
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    if not any(map(math.isfinite, drawn)):
+        axes.text(0.5, 0.5, "no finite value is recorded", transform=axes.transAxes, ha="center")
+    elif len(names) > 3:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        figure.set_size_inches(9.2, max(3.8, 0.8 + 0.36 * len(names)))
+    else:
+        axes.legend(fontsize=8.5)
+    return figure
+
+
+@_styled
+def bytes_per_operation(stages: Iterable[StageTraffic]) -> Figure:
+    """Bytes in both directions by operation, over all layers; prompt pass and further tokens told apart."""
+    operations = by_operation(stages)
+    total = sum(operation.total.bytes for operation in operations)
+    figure = Figure(figsize=(7.6, 1.5 + 0.3 * max(len(operations), 1)), layout="constrained")
+    axes = figure.add_subplot()
+    rows = np.arange(len(operations))
+    prompt = np.array([operation.prompt.bytes / 1e6 for operation in operations])
+    further = np.array([operation.further.bytes / 1e6 for operation in operations])
+    axes.barh(rows, prompt, height=0.7, color=PALETTE[0], label="pass over the prompt")
+    axes.barh(rows, further, left=prompt, height=0.7, color=PALETTE[5], label="further tokens")
+    for row, operation in enumerate(operations):
+        size = operation.total.bytes / 1e6
+        digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+        share = f" ({100 * operation.total.bytes / total:.1f} %)" if total else ""
+        axes.annotate(
+            f"{size:,.{digits}f} MB{share}",
+            (prompt[row] + further[row], row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
+    axes.set_yticks(rows, [_name(operation.name) for operation in operations])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.28 * ((prompt + further).max(initial=0.0) or 1.0))  # room for the labels
+    axes.set_xlabel("sent and received (MB)")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower right", fontsize=8.5)
+    return figure
+
+
+def _png(figure: Figure, dpi: float) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_png(figure: Figure, path: Path, dpi: float = 150) -> None:
+    """Write a figure as a PNG file."""
+    path.write_bytes(_png(figure, dpi))
+
+
+def to_data_uri(figure: Figure, dpi: float = 110) -> str:
+    """A figure as a `data:` URI, a PNG that an HTML page can hold."""
+    return "data:image/png;base64," + base64.b64encode(_png(figure, dpi)).decode("ascii")

@@ -1,0 +1,580 @@
+"""The report: figures that show something, and one safe, self-contained page about whatever a folder holds."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from matplotlib import image as png
+
+from entropi import records
+from entropi.errors import UserError
+from entropi.records import (
+    CostRecord,
+    DiagnosisRecord,
+    EntropySnapshot,
+    Evaluation,
+    OperationCount,
+    PlaintextComparison,
+    PrivateRun,
+    Record,
+    RunStarted,
+    SkippedUpdate,
+    StageTraffic,
+    TrainingStep,
+)
+from entropi.report import figures
+from entropi.report.page import MAX_PAGE_BYTES, read_run, write_report
+from entropi.report.traffic import by_operation, by_pass
+
+NAN = math.nan
+LAYERS, HEADS, CONTEXT = 6, 4, 128
+SCRIPT = "<script>alert('x')</script>"
+
+started = RunStarted(
+    time="2026-01-02T03:04:05+00:00",
+    name="EReg(SM(t)+ScFuFFN)",
+    architecture="SM(t)+ScFuFFN",
+    parameters=1_712_345,
+    layers=LAYERS,
+    heads=HEADS,
+    hidden_size=128,
+    vocab_size=4096,
+    context_length=CONTEXT,
+    train_tokens=2_500_000,
+    heldout_tokens=120_000,
+    corpus="python-stdlib",
+    corpus_hash="5f1e",
+    tokens_per_step=4096,
+    total_steps=600,
+    precision="fp32",
+)
+
+
+def renamed(name: str) -> RunStarted:
+    return msgspec.structs.replace(started, name=name)
+
+
+def some_entropy(progress: float = 1.0) -> list[list[float]]:
+    ceiling = figures.causal_maximum(CONTEXT)
+    falls = np.linspace(0.0, 0.95, LAYERS)[:, None] * np.linspace(0.6, 1.0, HEADS)[None]
+    return (ceiling * (1 - progress * falls)).tolist()
+
+
+def training(scale: float = 1.0, thresholds: bool = True) -> list[Record]:
+    result: list[Record] = []
+    for step in range(10, 610, 10):
+        loss = scale * (4.8 + 3.5 * math.exp(-step / 90) + 0.02 * math.sin(step))
+        result.append(
+            TrainingStep(
+                step=step,
+                cross_entropy=loss,
+                entropy_penalty=1e-3,
+                learning_rate=1e-3,
+                grad_norm=0.7,
+                tokens_per_second=8123.4,
+            )
+        )
+        if step % 50 == 0:
+            threshold = (0.3 + 0.2 * np.random.default_rng(0).random((LAYERS, HEADS))).tolist() if thresholds else None
+            result.append(EntropySnapshot(step=step, entropy=some_entropy(step / 600), threshold=threshold))
+        if step % 100 == 0:
+            result.append(
+                Evaluation(
+                    step=step,
+                    cross_entropy=loss + 0.1,
+                    perplexity=math.exp(loss + 0.1),
+                    tokens=8192,
+                    entropy=some_entropy(step / 600),
+                )
+            )
+    return result
+
+
+def diagnosis(shares: Iterable[float] = (0.0417, 0.25, 0.2917, 0.4166), verdict: str = "Entropic overload") -> Record:
+    return DiagnosisRecord(
+        entropy=some_entropy(),
+        context_length=CONTEXT,
+        max_observed=3.88,
+        max_possible=math.log(CONTEXT),
+        quartile_shares=list(shares),
+        overloaded=[(0, 0), (0, 1), (1, 3)],
+        collapsed=[(5, 3)],
+        verdict=verdict,
+    )
+
+
+cost = CostRecord(
+    architecture="SM(t)+ScFuFFN",
+    seq_len=CONTEXT,
+    parameters=1_712_345,
+    nonlinear=[OperationCount(operation="softmax", count=24, shape=(128, 128))],
+    ffn_flops=25_165_824,
+    attention_flops=138_412_032,
+)
+
+
+def stages() -> list[StageTraffic]:
+    sizes = {"embedding": 3.1, "qkv": 9.7, "scores": 12.4, "exp": 71.0, "normalise": 33.2, "values": 8.8, "ffn": 2.5}
+    return [
+        StageTraffic(
+            name=name,
+            layer=-1 if name == "embedding" else layer,
+            token=token,
+            seconds=0.02 * megabytes / (1 + 4 * token),
+            sent_bytes=int(6e5 * megabytes / (1 + 9 * (token > 0))),
+            received_bytes=int(4e5 * megabytes / (1 + 9 * (token > 0))),
+            sent_messages=40,
+            received_messages=38,
+        )
+        for token in range(4)
+        for name, megabytes in sizes.items()
+        for layer in range(1 if name == "embedding" else LAYERS)
+    ]
+
+
+def private(prompt: str = "def area(radius):\n    return ", text: str = "radius * radius") -> PrivateRun:
+    return PrivateRun(
+        protocol="cheetah",
+        trust="Two parties, semi-honest: the server learns neither prompt nor answer",
+        server="127.0.0.1:9000",
+        prompt=prompt,
+        prompt_tokens=[17, 4, 255, 31],
+        new_tokens=[812, 9, 812, 77],
+        new_text=text,
+        stages=stages(),
+        setup_seconds=1.5,
+        setup_bytes=0,
+        reveal_bytes=131_072,
+        seconds=83.2,
+        ring_bits=64,
+        fraction_bits=18,
+        exp_iterations=8,
+    )
+
+
+comparison = PlaintextComparison(
+    max_logit_error=[0.0021, 0.0044, 0.0017, 0.0123],
+    same_top1=[True, True, False, True],
+    plaintext_tokens=[812, 9, 5, 77],
+)
+
+
+def folder(path: Path, contents: Iterable[Record], **files: str) -> Path:
+    path.mkdir()
+    (path / records.RECORDS_FILE).touch()
+    for record in contents:
+        records.append(path / records.RECORDS_FILE, record)
+    for name, text in files.items():
+        (path / name.replace("_", ".")).write_text(text)
+    return path
+
+
+def full_folder(path: Path) -> Path:
+    return folder(
+        path,
+        [started, *training(), diagnosis(), cost, private(), comparison],
+        config_yaml="architecture: EReg(SM(t)+ScFuFFN)\nlearning_rate: 0.001\n",
+        environment_json=json.dumps(
+            {"versions": {"torch": "2.13.0", "python": "3.11.7"}, "command": ["entropi", "train", "--name", "a b"]}
+        ),
+    )
+
+
+class Page(HTMLParser):
+    """Tags with attributes, text, headings, and a check that elements close in order."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def report(runs: list[Path], output: Path) -> Page:
+    page = Page(write_report(runs, output))
+    assert len(page.source.encode()) < MAX_PAGE_BYTES
+    assert not page.all("script")
+    assert not page.all("link")
+    for attributes in page.all("img"):
+        assert attributes["alt"]
+        assert (attributes["src"] or "").startswith("data:image/png;base64,")
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "srcset", "action", "data"):
+                assert (value or "").startswith(("data:", "#"))
+            assert not name.startswith("on")
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert all((link["href"] or "")[1:] in targets for link in page.all("a"))
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    return page
+
+
+# Figures
+
+
+def pixels(uri: str) -> np.ndarray:
+    return png.imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])), format="png")
+
+
+def drawings() -> dict[str, Any]:
+    snapshots = [record for record in training() if isinstance(record, EntropySnapshot)]
+    steps = [record for record in training() if isinstance(record, TrainingStep)]
+    evaluations = [record for record in training() if isinstance(record, Evaluation)]
+    hole = [[NAN, 1.0], [math.inf, 0.5]]
+    nan_step = TrainingStep(
+        step=1, cross_entropy=NAN, entropy_penalty=NAN, learning_rate=NAN, grad_norm=None, tokens_per_second=NAN
+    )
+    zero = StageTraffic(
+        name="exp",
+        layer=0,
+        token=0,
+        seconds=0,
+        sent_bytes=0,
+        received_bytes=0,
+        sent_messages=0,
+        received_messages=0,
+    )
+    many = {f"run {i}": [0.1, 0.2, 0.3, 0.4] for i in range(15)}
+    return {
+        "heatmap": figures.entropy_heatmap(some_entropy(), math.log(CONTEXT), "a $run_ with _marks"),
+        "large heatmap": figures.entropy_heatmap(np.random.default_rng(0).random((48, 32)).tolist(), 1.0),
+        "one head": figures.entropy_heatmap([[0.0]], NAN),
+        "holes": figures.entropy_heatmap(hole, math.inf),
+        "only holes": figures.entropy_heatmap([[NAN]], NAN),
+        "layerwise": figures.layerwise_entropy(snapshots, CONTEXT),
+        "one snapshot": figures.layerwise_entropy(snapshots[:1]),
+        "many layers": figures.layerwise_entropy(
+            [EntropySnapshot(step=s, entropy=[[s * layer, NAN] for layer in range(30)]) for s in (1, 2, 3)]
+        ),
+        "snapshot with holes": figures.layerwise_entropy([EntropySnapshot(step=1, entropy=[[NAN], [NAN]])]),
+        "quartiles": figures.quartile_shares({"SM": [0.33, 0.1, 0.12, 0.45], "_x $": [0, 0, 1, 0]}),
+        "many quartiles": figures.quartile_shares(many),
+        "quartiles with holes": figures.quartile_shares({"SM": [NAN] * 4}),
+        "thresholds": figures.thresholds(np.random.default_rng(0).uniform(0.2, 0.5, (LAYERS, HEADS)).tolist()),
+        "untrained thresholds": figures.thresholds([[0.5, 0.5]]),
+        "thresholds with holes": figures.thresholds([[NAN, NAN]]),
+        "losses": figures.loss_curves({"a": steps}, {"a": evaluations}),
+        "many losses": figures.loss_curves({f"_run {i}": steps for i in range(12)}, {"other": evaluations}),
+        "diverged": figures.loss_curves({"a": [nan_step]}, {}),
+        "no losses": figures.loss_curves({}, {}),
+        "bytes": figures.bytes_per_operation(stages()),
+        "no bytes": figures.bytes_per_operation([zero]),
+        "no stages": figures.bytes_per_operation([]),
+    }
+
+
+def test_every_figure_shows_something(tmp_path: Path) -> None:
+    for name, figure in drawings().items():
+        drawn = pixels(figures.to_data_uri(figure, dpi=50))
+        assert drawn[..., :3].var() > 1e-4, name
+        assert drawn[0, 0, :3].tolist() == [1, 1, 1], name  # white whatever the page's colour
+        assert drawn[..., 3].min() == 1, name
+    figures.to_png(figure, tmp_path / "figure.png", dpi=50)
+    assert png.imread(tmp_path / "figure.png").shape == drawn.shape
+
+
+def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
+    figure = figures.entropy_heatmap([[0.0, 1.0, 2.0], [3.0, 4.0, 4.5]], 4.85)
+    axes = figure.axes[0]
+    assert axes.images[0].get_array().shape == (2, 3)
+    assert axes.images[0].get_clim() == (0.0, 4.85)
+    assert axes.get_ylim() == (1.5, -0.5)
+    assert [text.get_text() for text in axes.texts] == ["0.00", "1.00", "2.00", "3.00", "4.00", "4.50"]
+    assert not figures.entropy_heatmap([[1.0] * 21] * 10, 2.0).axes[0].texts
+
+
+@pytest.mark.parametrize("matrix", [[], [[]], [[1.0], [1.0, 2.0]]])
+def test_figures_refuse_what_is_no_matrix(matrix: list[list[float]]) -> None:
+    with pytest.raises(UserError, match="layer"):
+        figures.entropy_heatmap(matrix, 1.0)
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 31.0}):
+        figures.to_data_uri(figures.entropy_heatmap([[1.0]], 2.0), dpi=30)
+        assert matplotlib.rcParams["font.size"] == 31.0
+
+
+def test_causal_maximum() -> None:
+    assert figures.causal_maximum(128) == pytest.approx(sum(math.log(i + 1) for i in range(128)) / 128)
+
+
+def test_traffic_sums() -> None:
+    operations = by_operation(stages())
+    assert [operation.name for operation in operations][:2] == ["exp", "normalise"]
+    assert operations[0].prompt.bytes == 71_000_000 * LAYERS
+    assert operations[0].further.messages == 3 * 78 * LAYERS
+    assert [token for token, _ in by_pass(stages())] == [0, 1, 2, 3]
+    total = sum(stage.bytes for stage in stages())
+    assert sum(operation.total.bytes for operation in operations) == total
+    assert sum(traffic.bytes for _, traffic in by_pass(stages())) == total
+
+
+# The page
+
+
+def test_one_run_with_everything(tmp_path: Path) -> None:
+    page = report([full_folder(tmp_path / "run")], tmp_path / "out" / "report.html")
+    assert len(page.all("img")) == 6
+    last = next(record for record in reversed(training()) if isinstance(record, Evaluation))
+    for fact in [
+        "EReg(SM(t)+ScFuFFN)",
+        f"the perplexity is {last.perplexity:.2f}",
+        f"{last.cross_entropy:.3f} nats per token",
+        "Entropic overload.",
+        "softmax 24 × 128×128",
+        "25.2 M / 138.4 M",
+        "4 / 25 / 29 / 42 3 / 1",
+        "layer 0: heads 0, 1; layer 1: head 3",
+        "1,712,345",
+        "radius * radius",
+        "17 4 255 31",
+        "Two parties, semi-honest",
+        "1.08 GB",
+        "83.2 s",
+        "The biggest cost is exp",
+        "3 of 4 tokens agree",
+        "0.0123",
+        "426.00 MB",
+        "learning_rate: 0.001",
+        "versions.torch",
+        "entropi train --name 'a b'",
+    ]:
+        assert fact in page.text, fact
+    assert "not recorded" not in page.text
+    order = ["Summary", "Comparison", "Entropy and training", "Private inference", "Cost counts", "Settings"]
+    found = [page.text.index(title, page.text.index("costs. Entropies")) for title in order]
+    assert found == sorted(found)
+
+
+def test_missing_data_is_said(tmp_path: Path) -> None:
+    page = report([folder(tmp_path / "bare", [])], tmp_path / "report.html")
+    for words in [
+        "No held-out evaluation is recorded.",
+        "No diagnosis is recorded.",
+        "No private run is recorded in this folder.",
+        "No training run is recorded in this folder.",
+        "No attention entropies are recorded.",
+        "No entropies were recorded during training.",
+        "No thresholds are recorded",
+        "No training steps or evaluations are recorded.",
+        "No cost counts are recorded in this folder.",
+        "The command that made this run is not recorded.",
+        "This folder has no config.yaml.",
+        "This folder has no environment.json.",
+    ]:
+        assert words in page.text, words
+    assert not page.all("img")
+    assert "None" not in page.text
+
+
+def test_private_run_alone(tmp_path: Path) -> None:
+    page = report([folder(tmp_path / "asked", [private()])], tmp_path / "report.html")
+    assert "No comparison with plaintext is recorded." in page.text
+    assert "exp" in page.text
+    assert len(page.all("img")) == 1
+
+
+def test_text_cannot_inject_markup(tmp_path: Path) -> None:
+    broken = f"\"'>{SCRIPT}<img src=http://example.org/x onerror=alert(1)>{{{{ 7*191 }}}}"
+    stage = StageTraffic(
+        name=broken,
+        layer=0,
+        token=0,
+        seconds=1,
+        sent_bytes=1,
+        received_bytes=1,
+        sent_messages=1,
+        received_messages=1,
+    )
+    bad = private(prompt=broken, text=broken)
+    bad.trust = bad.server = bad.protocol = broken
+    bad.stages = [stage]
+    path = folder(
+        tmp_path / "run",
+        [renamed(broken), *training(), diagnosis(verdict=broken), SkippedUpdate(step=3, reason=broken), bad],
+        config_yaml=f"# {SCRIPT}\nname: x\n",
+        environment_json=json.dumps({SCRIPT: SCRIPT, "command": SCRIPT}),
+    )
+    page = report([path], tmp_path / "report.html")
+    assert SCRIPT in page.text
+    assert "&lt;script&gt;" in page.source
+    assert "<script" not in page.source
+    assert "1337" not in page.text
+
+
+def test_several_runs_are_compared(tmp_path: Path) -> None:
+    names = ["SM+LN+G", "SM", "SM"]
+    paths = [
+        folder(tmp_path / f"run{i}", [renamed(name), *training(1 + i / 10, thresholds=False), diagnosis()])
+        for i, name in enumerate(names)
+    ]
+    page = report(paths, tmp_path)
+    assert (tmp_path / "report.html").is_file()
+    assert "Comparison of 3 runs" in page.text
+    assert "Loss of all runs" in page.text
+    assert "SM (run1)" in page.text
+    assert "SM (run2)" in page.text
+    assert "SM+LN+G (run0)" not in page.text
+    assert "No private run is recorded in any of these folders." in page.text
+    assert "No thresholds are recorded" in page.text
+    again = report([paths[0], paths[0]], tmp_path)
+    assert "SM+LN+G (run0), 2" in again.text
+
+
+def test_last_record_wins(tmp_path: Path) -> None:
+    contents = [
+        started,
+        renamed("resumed"),
+        diagnosis(verdict="first verdict"),
+        diagnosis(verdict="new verdict"),
+        private(text="first answer"),
+        private(text="new answer"),
+    ]
+    page = report([folder(tmp_path / "run", contents)], tmp_path / "report.html")
+    assert "resumed" in page.text
+    assert "new verdict." in page.text
+    assert "new answer" in page.text
+    assert "first verdict" not in page.text
+    assert "first answer" not in page.text
+
+
+def test_a_step_evaluated_twice_counts_once(tmp_path: Path) -> None:
+    subset = Evaluation(step=600, cross_entropy=5.0, perplexity=148.41, tokens=8_192, entropy=some_entropy())
+    whole = Evaluation(step=600, cross_entropy=4.9, perplexity=134.29, tokens=120_000, entropy=some_entropy())
+    page = report([folder(tmp_path / "run", [started, subset, whole])], tmp_path / "report.html")
+    assert "134.29" in page.text
+    assert "148.41" not in page.text
+    assert len(read_run(tmp_path / "run").evaluations) == 1
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    holes = [[NAN, math.inf], [-math.inf, NAN]]
+    contents: list[Record] = [
+        started,
+        TrainingStep(
+            step=1, cross_entropy=NAN, entropy_penalty=NAN, learning_rate=NAN, grad_norm=math.inf, tokens_per_second=NAN
+        ),
+        EntropySnapshot(step=1, entropy=holes, threshold=holes, temperature=holes),
+        Evaluation(step=1, cross_entropy=NAN, perplexity=math.inf, tokens=1, entropy=holes),
+        SkippedUpdate(step=2, reason="the loss is not finite"),
+        DiagnosisRecord(
+            entropy=holes,
+            context_length=0,
+            max_observed=NAN,
+            max_possible=NAN,
+            quartile_shares=[NAN] * 4,
+            overloaded=[],
+            collapsed=[],
+            verdict="diverged",
+        ),
+        private(),
+        PlaintextComparison(max_logit_error=[0.1, NAN], same_top1=[], plaintext_tokens=[1]),
+    ]
+    path = folder(tmp_path / "run", contents)
+    lines = (path / records.RECORDS_FILE).read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert math.isinf(records.read(path / records.RECORDS_FILE)[3].perplexity)  # type: ignore[union-attr]
+    page = report([path], tmp_path / "report.html")
+    assert "not finite" in page.text
+    assert "1 update was refused" in page.text
+    assert "nan" not in page.text.lower()
+
+
+def test_many_runs_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path / "run", [started, *training(), diagnosis()])
+    whole = len(write_report([path], tmp_path / "whole.html").read_bytes())
+    monkeypatch.setattr("entropi.report.page.MAX_PAGE_BYTES", int(0.7 * whole))
+    assert len(write_report([path], tmp_path / "small.html").read_bytes()) < 0.7 * whole
+    monkeypatch.setattr("entropi.report.page.MAX_PAGE_BYTES", 1000)
+    with pytest.raises(UserError, match="fewer"):
+        write_report([path], tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+
+
+def damage(path: Path, name: str, text: str) -> Path:
+    full_folder(path)
+    with open(path / name, "a") as file:
+        file.write(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (records.RECORDS_FILE, "{half\n"),
+        (records.RECORDS_FILE, '{"kind":"entropy","step":1,"entropy":[[1],[1,2]]}\n'),
+        (records.RECORDS_FILE, '{"kind":"entropy","step":900,"entropy":[[1,2]]}\n'),
+        (records.RECORDS_FILE, records.encode(diagnosis([0.5, 0.5])).decode() + "\n"),
+        ("config.yaml", "broken: [\n"),
+        ("environment.json", "}"),
+    ],
+)
+def test_damage_is_a_user_error_of_one_line(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(UserError, match="damaged") as caught:
+        write_report([damage(tmp_path / "run", name, text)], tmp_path / "report.html")
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_a_last_line_cut_short_is_forgiven(tmp_path: Path) -> None:
+    report([damage(tmp_path / "run", records.RECORDS_FILE, '{"kind":"st')], tmp_path / "report.html")
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="at least one"):
+        write_report([], tmp_path / "report.html")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        write_report([folder(tmp_path / "run", [])], tmp_path / "file" / "report.html")
+
+
+def test_reporting_needs_neither_torch_nor_pyplot() -> None:
+    code = "import sys, entropi.report.page as p; sys.exit(bool({'torch', 'transformers', 'jax', 'matplotlib.pyplot'} & set(sys.modules)))"  # noqa: E501
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
