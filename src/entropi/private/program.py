@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
@@ -112,8 +111,9 @@ def forward(model: Description, new: int, past: int, exp_iterations: int) -> Ite
         if layer in model.explicit_ffn:
             yield Stage("ffn", layer, affine, ("state", w + "ffn", w + "ffn_bias"), ("state",))
     if model.final_norm:
+        yield Stage("centre", -1, jnp.matmul, ("state", "centre"), ("state",))
         norm = partial(normalise_state, epsilon=model.norm_epsilon, width=width)
-        yield Stage("norm", -1, norm, ("state", "centre"), ("state",))
+        yield Stage("norm", -1, norm, ("state",), ("state",))
     yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
 
 
@@ -193,9 +193,8 @@ def affine(state: Array, matrix: Array, bias: Array) -> Array:
     return state @ matrix + bias
 
 
-def normalise_state(state: Array, centre: Array, *, epsilon: float, width: int) -> Array:
-    """LayerNorm without gain and bias, which live in the head; centring is part of the matrix."""
-    centred = state @ centre
+def normalise_state(centred: Array, *, epsilon: float, width: int) -> Array:
+    """LayerNorm of a row that is centred already; gain and bias live in the head."""
     variance = (centred * centred).sum(axis=-1, keepdims=True) * (1.0 / width)
     return centred * inverse_root(variance + epsilon)
 
@@ -236,8 +235,3 @@ def run_plain(
         generated += fresh
         all_logits.append(logits)
     return generated, all_logits
-
-
-def enable_float64() -> None:
-    """Let plaintext runs use double precision; process-wide, so only tests and range checks call it."""
-    jax.config.update("jax_enable_x64", True)

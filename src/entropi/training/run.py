@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from entropi import records
 from entropi.console import ProgressLine, make_console
 from entropi.data.packing import Prepared, prepare
-from entropi.entropy.diagnosis import Diagnosis, diagnose
+from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.model.configuration import EntropiConfig, split_training_name
 from entropi.model.decoder import EntropiForCausalLM
@@ -93,10 +93,10 @@ def train(recipe: Recipe, folder: Path) -> Path:
     return model_folder
 
 
-def diagnose_heldout(result: HeldOut, context_length: int) -> tuple[Diagnosis, records.DiagnosisRecord]:
-    """The diagnosis of an evaluation, and its record."""
+def diagnose_heldout(result: HeldOut, context_length: int) -> records.DiagnosisRecord:
+    """The diagnosis of an evaluation."""
     found = diagnose(result.entropy, context_length)
-    return found, records.DiagnosisRecord(
+    return records.DiagnosisRecord(
         entropy=found.entropy,
         context_length=context_length,
         max_observed=found.max_observed,
@@ -268,7 +268,7 @@ def _record_result(folder: Path, recipe: Recipe, result: HeldOut) -> None:
             entropy=result.entropy.tolist(),
         ),
     )
-    records.append(path, diagnose_heldout(result, recipe.context_length)[1])
+    records.append(path, diagnose_heldout(result, recipe.context_length))
 
 
 def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> None:

@@ -1,0 +1,414 @@
+"""The command line: one function a command, its signature and docstring are its options and help."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser, Namespace
+
+from entropi import __version__, records
+from entropi.console import ProgressLine, make_console
+from entropi.errors import UserError
+from entropi.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from entropi.private.client import Answer
+    from entropi.training.evaluation import HeldOut
+
+
+def train(run: Path, recipe: Recipe) -> None:
+    """Train a model into the run folder RUN; run it again to continue after an interruption.
+
+    Args:
+        run: folder of the run: configuration, records, checkpoints, the trained model
+        recipe: every other option
+    """
+    from entropi.training.run import train as train_run
+
+    folder = train_run(recipe, run)
+    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)][-1]
+    print(f"held-out perplexity {found.perplexity:.2f} ({found.cross_entropy:.4f} nats a token); model in {folder}")
+
+
+def evaluate(model: Path, corpus: str = "stdlib", batch_size: int = 32, json: bool = False) -> None:
+    """Held-out perplexity of a trained model.
+
+    Args:
+        model: run folder or saved model
+        corpus: "stdlib" or a text file or folder; its held-out part is used
+        batch_size: sequences at a time
+        json: print one JSON object
+    """
+    result, _ = _evaluate(model, corpus, batch_size)
+    if json:
+        _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
+    else:
+        print(
+            f"perplexity {result.perplexity:.3f}, cross-entropy {result.cross_entropy:.4f} nats a token, "
+            f"{result.tokens:,} tokens"
+        )
+
+
+def diagnose(
+    model: Path,
+    corpus: str = "stdlib",
+    batch_size: int = 32,
+    heatmap: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Where the attention heads of a model stand between collapse and overload.
+
+    Args:
+        model: run folder or saved model
+        corpus: "stdlib" or a text file or folder; its held-out part is used
+        batch_size: sequences at a time
+        heatmap: PNG to write; by default entropy.png in the folder of the model
+        json: print one JSON object
+    """
+    from entropi.training.run import diagnose_heldout
+
+    result, context_length = _evaluate(model, corpus, batch_size)
+    found = diagnose_heldout(result, context_length)
+    picture = heatmap or model / "entropy.png"
+    with _extra("report"):
+        from entropi.report import figures
+
+        figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.name), picture)
+    if json:
+        _print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table("layer", *(f"head {h}" for h in range(len(found.entropy[0]))), title="mean entropy, nats")
+    marks = dict.fromkeys(found.overloaded, " [red]high[/red]") | dict.fromkeys(found.collapsed, " [blue]low[/blue]")
+    for layer, row in enumerate(found.entropy):
+        table.add_row(str(layer), *(f"{e:.3f}{marks.get((layer, head), '')}" for head, e in enumerate(row)))
+    make_console().print(table)
+    shares = " / ".join(f"{share:.0%}" for share in found.quartile_shares)
+    print(f"quartile shares of the largest entropy {found.max_observed:.3f} nats: {shares}")
+    print(found.verdict)
+    print(f"heatmap in {picture}")
+
+
+def cost(
+    architecture: str = "SM(t)+ScFuFFN",
+    seq_len: int = 128,
+    layers: int = 12,
+    heads: int = 12,
+    hidden_size: int = 768,
+    vocab_size: int = 50257,
+    bias: Literal["qk", "all", "none"] = "qk",
+    json: bool = False,
+) -> None:
+    """Exact parameters, nonlinear operations and FLOPs of an architecture; the defaults are GPT-2 small's.
+
+    Args:
+        architecture: one of the paper's names
+        seq_len: tokens of one forward pass, T
+        layers: number of layers, L
+        heads: attention heads a layer, H
+        hidden_size: width of the model, d
+        vocab_size: entries of the tokenizer, V
+        bias: linear layers with a bias
+        json: print one JSON object
+    """
+    from entropi.costs.operations import count
+    from entropi.model.configuration import EntropiConfig, split_training_name
+
+    config = EntropiConfig(
+        architecture=split_training_name(architecture)[0],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max(seq_len, 2),
+        bias=bias,
+    )
+    found = count(config, seq_len)
+    if json:
+        _print_json(found)
+        return
+    print(f"{found.architecture}, {seq_len} tokens, {found.parameters:,} parameters")
+    for operation in found.nonlinear:
+        rows, columns = operation.shape
+        print(f"  {operation.operation:10} {operation.count:4} x R^({rows} x {columns})")
+    print(f"  FLOPs      FFN {found.ffn_flops / 1e9:.1f} G, attention {found.attention_flops / 1e9:.1f} G")
+
+
+def fold(model: Path, output: Path) -> None:
+    """Fold a softmax-only model: everything linear disappears into neighbouring matrices.
+
+    Args:
+        model: run folder or saved model
+        output: folder for folded.safetensors and folded.json, readable without torch
+    """
+    from entropi.model.folding import fold as fold_model
+    from entropi.training.run import open_model
+
+    loaded, _, folder = open_model(model)
+    folded = fold_model(loaded)
+    folded.save(output)
+    shutil.copy(folder / "tokenizer.json", output)
+    explicit = folded.description["explicit_ffn"]
+    kept = f"feed-forward networks kept in layers {explicit}" if explicit else "every feed-forward network folded away"
+    print(f"{kept}; condition numbers up to {max(folded.conditions):.1f}; written to {output}")
+
+
+def serve(
+    model: Path,
+    listen: str = "127.0.0.1:9000",
+    max_sessions: int = 1,
+    max_new_tokens: int = 64,
+    session_seconds: float = 3600.0,
+    exp_iterations: int = 7,
+) -> None:
+    """Answer prompts without seeing them: the model owner's side.
+
+    Args:
+        model: run folder, saved model, or the output of `entropi fold`; softmax-only
+        listen: HOST:PORT, loopback only in this version; port 0 takes a free one
+        max_sessions: sessions at a time
+        max_new_tokens: most tokens a session may ask for
+        session_seconds: time limit of a session
+        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), 4 to 8: more bytes, less error
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    with _extra("private"):
+        from entropi.private.messages import Settings
+        from entropi.private.server import Limits
+        from entropi.private.server import serve as serve_folder
+    if not 4 <= exp_iterations <= 8:
+        raise UserError(f"exp_iterations is {exp_iterations}, 4 to 8 are possible")
+    limits = Limits(max_sessions, max_new_tokens, session_seconds)
+    settings = Settings(exp_iterations=exp_iterations)
+    with tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
+        folder = model
+        if not (model / "folded.json").exists():
+            folder = Path(temporary)
+            fold(model, folder)
+        try:
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
+        serve_folder(folder, tokenizer, listen, settings, limits)
+
+
+def ask(
+    prompt: str,
+    server: str = "127.0.0.1:9000",
+    max_new_tokens: int = 8,
+    json: bool = False,
+    record: Path | None = None,
+    logits: Path | None = None,
+) -> None:
+    """Let a server's model continue PROMPT without showing it the prompt or the answer.
+
+    Args:
+        prompt: text to continue; it does not leave this machine in readable form
+        server: HOST:PORT of an `entropi serve`
+        max_new_tokens: tokens to generate
+        json: print the whole record as one JSON object instead of the text
+        record: run folder to add the record to, for its report
+        logits: .npy file for the logits (tokens, V)
+    """
+    with _extra("private"):
+        from entropi.private.client import Watcher
+        from entropi.private.client import ask as ask_server
+    line: list[ProgressLine] = []
+    moved = [0]
+
+    def begin(total: int) -> None:
+        line.append(ProgressLine("private inference", total).__enter__())
+
+    def stage(done: int, traffic: records.StageTraffic) -> None:
+        moved[0] += traffic.bytes
+        layer = f"layer {traffic.layer} " if traffic.layer >= 0 else ""
+        line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
+
+    def text(piece: str) -> None:
+        if not json and not sys.stdout.isatty():
+            print(piece, end="", flush=True)
+
+    try:
+        answer = ask_server(server, prompt, max_new_tokens, Watcher(begin, stage, text))
+    finally:
+        for shown in line:
+            shown.__exit__(None, None, None)
+    if logits is not None:
+        import numpy as np
+
+        np.save(logits, np.stack(answer.logits))
+    if record is not None:
+        records.append(record / records.RECORDS_FILE, answer.record)
+    if json:
+        _print_json(answer.record)
+        return
+    print(answer.record.new_text if sys.stdout.isatty() else "")
+    make_console().print(summary_of_private_run(answer), markup=False)
+
+
+def summary_of_private_run(answer: Answer) -> str:
+    """Bytes, messages and seconds of a private generation, in one line."""
+    run = answer.record
+    total = sum(s.bytes for s in run.stages) + run.setup_bytes + run.reveal_bytes
+    messages = sum(s.messages for s in run.stages)
+    return (
+        f"{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {total / 1e6:.1f} MB both directions "
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {messages:,} messages"
+    )
+
+
+def report(runs: list[Path], output: Path | None = None) -> None:
+    """One self-contained HTML page of one or more run folders.
+
+    Args:
+        runs: run folders
+        output: file to write; by default report.html in the first run folder
+    """
+    with _extra("report"):
+        from entropi.report.page import write_report
+    path = write_report(runs, output or runs[0] / "report.html")
+    print(f"report in {path}")
+
+
+def demo(folder: Path = Path("runs/demo"), steps: int = 600) -> None:
+    """Everything once, small and real: train two models, diagnose them, answer a prompt in private, write the report.
+
+    Args:
+        folder: where the two run folders and the report go
+        steps: optimizer updates of each training
+    """
+    with _extra("private"):
+        import entropi.private.client
+    with _extra("report"):
+        import entropi.report.page  # noqa: F401
+    from entropi.demo import run_demo
+
+    run_demo(folder, steps)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "diagnose": diagnose,
+    "cost": cost,
+    "fold": fold,
+    "serve": serve,
+    "ask": ask,
+    "report": report,
+}
+
+
+class _Parser(ArgumentParser):
+    """Options are written with dashes, as everywhere; an error is one line and status 2."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z_]+", lambda match: match[0].replace("_", "-"), super().format_help())
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        command = self.prog.replace(" [options]", "")
+        text = re.sub(r"Parser key \"(\w+)\":\s*", r"\1: ", " ".join(message.split()))
+        raise UserError(f"{text} (see {command} --help)")
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands, made from their signatures and docstrings."""
+    parser = _Parser(prog="entropi", description="Language models with few nonlinear operations, run in private.")
+    parser.add_argument("--version", action="version", version=f"entropi {__version__}")
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, function in COMMANDS.items():
+        doc = parse_docstring(function.__doc__ or "")
+        helps = {p.arg_name: p.description for p in doc.params}
+        command = _Parser(description=doc.short_description)
+        skipped = set()
+        if "json" in helps:  # a flag, where jsonargparse would want "true"
+            skipped.add("json")
+            command.add_argument("--json", action="store_true", help=helps["json"])
+        if function is report:
+            skipped.add("runs")
+            command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
+        if function is train:
+            skipped.add("recipe")
+            command.add_argument("--config", action="config", help="YAML file of a recipe; options override it")
+        command.add_function_arguments(function, as_group=False, as_positional=True, skip=skipped)
+        if function is train:
+            command.add_class_arguments(Recipe, as_group=False)
+        commands.add_subcommand(name, command, help=doc.short_description)
+    return parser
+
+
+def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any]:
+    """Parsed values as the arguments of a command."""
+    values = {k: v for k, v in given.as_dict().items() if k != "config"}
+    if function is train:
+        run = values.pop("run")
+        return {"run": run, "recipe": Recipe(**values)}
+    return values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; status 0, 1 after a failure of ours, 2 after a mistake of the user's, 130 when interrupted."""
+    given = [_with_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        parsed = build_parser().parse_args(given)
+        function = COMMANDS[parsed.command]
+        function(**_arguments(function, parsed[parsed.command]))
+    except UserError as error:
+        print(f"entropi: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("entropi: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _with_underscores(word: str) -> str:
+    """`--max-new-tokens` as Python spells it."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turn a missing optional dependency into advice."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'entropi[{name}]'") from None
+
+
+def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[HeldOut, int]:
+    """Held-out evaluation of a model on a corpus, with its own tokenizer; and its context length."""
+    from entropi.data.corpus import load_corpus
+    from entropi.data.packing import pack
+    from entropi.training.evaluation import evaluate_blocks
+    from entropi.training.run import open_model
+
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
+    loaded, tokenizer, _ = open_model(model)
+    context_length = loaded.config.max_position_embeddings
+    blocks = pack(load_corpus(corpus).heldout, tokenizer, context_length)
+    if not len(blocks):
+        raise UserError(f"the held-out part of {corpus} is shorter than one block of {context_length} tokens")
+    with ProgressLine("evaluating on held-out text", len(blocks)) as line:
+        return evaluate_blocks(loaded, blocks, batch_size, line.update), context_length
+
+
+def _print_json(value: Any) -> None:
+    print(records.encode(value).decode())

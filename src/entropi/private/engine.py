@@ -1,0 +1,181 @@
+"""SPU behind one module: a link, a runtime whose variables stay secret-shared, and an always-on meter.
+
+Nothing else in the package imports `spu`. One engine a process: SPU's logger, which carries the meter's readings,
+is global.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import spu
+from spu import libspu
+from spu.utils import frontend
+
+from entropi.private.messages import CLIENT, SERVER, Settings
+from entropi.private.program import Stage
+from entropi.records import StageTraffic
+
+LINK_TIMEOUT_S = 30  # how long to wait for the other engine to appear
+# One party may compute locally for minutes while the other waits; a dead peer is noticed on the control channel.
+RECEIVE_TIMEOUT_S = 3600
+
+_LINK_LINE = re.compile(
+    rb"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
+)
+
+
+class EngineError(Exception):
+    """The secure engine failed: no link, a dead peer, or an internal check."""
+
+
+class Engine:
+    """One party's half of the secure computation.
+
+    Args:
+        rank: `SERVER` or `CLIENT`.
+        links: "host:port" of both engines, by rank.
+        log: a fresh file for SPU's log; it holds counts, times and shapes, no value.
+    """
+
+    def __init__(self, rank: int, links: tuple[str, str], settings: Settings, log: Path) -> None:
+        self.rank, self._log, self._read = rank, log, 0
+        options = libspu.logging.LogOptions()
+        options.enable_console_logger = False
+        options.system_log_path = str(log)
+        libspu.logging.setup_logging(options)
+        config = _runtime_config(settings)
+        desc = libspu.link.Desc()
+        desc.id = "entropi"
+        for name, address in zip(("server", "client"), links):
+            desc.add_party(name, address)
+        desc.connect_retry_times = LINK_TIMEOUT_S * 5
+        desc.connect_retry_interval_ms = 200
+        desc.recv_timeout_ms = desc.http_timeout_ms = RECEIVE_TIMEOUT_S * 1000
+        try:
+            self._link = libspu.link.create_brpc(desc, rank)
+        except RuntimeError as error:
+            raise EngineError(_reason(error, f"no link between {links[0]} and {links[1]}")) from None
+        self._runtime = spu.Runtime(self._link, config)
+        self._io = spu.Io(2, config)
+        self._shapes: dict[str, Any] = {}
+        self._compiled: dict[Any, tuple[bytes, list[Any]]] = {}
+
+    def hold(self, name: str, shape: tuple[int, ...], value: np.ndarray | None) -> None:
+        """Hold a private value; its owner passes it, the other party None. Nothing is sent."""
+        owner = self.rank if value is not None else 1 - self.rank
+        array = np.zeros(shape, np.float32) if value is None else np.ascontiguousarray(value, np.float32)
+        assert array.shape == shape, (name, array.shape, shape)
+        shares = self._io.make_shares(array, libspu.Visibility.VIS_SECRET, owner)
+        self._runtime.set_var(name, shares[self.rank])
+        self._shapes[name] = jax.ShapeDtypeStruct(shape, np.float32)
+
+    def run(self, stage: Stage, token: int) -> StageTraffic:
+        """Run one stage on held values, in step with the other party, and say what it cost."""
+        executable = self._compile(stage)
+        started = time.perf_counter()
+        try:
+            self._runtime.run(executable)
+        except RuntimeError as error:
+            raise EngineError(_reason(error, f"the secure computation failed in {stage.name}")) from None
+        seconds = time.perf_counter() - started
+        sent, received, sent_messages, received_messages = self._meter()
+        return StageTraffic(
+            name=stage.name,
+            layer=stage.layer,
+            token=token,
+            seconds=seconds,
+            sent_bytes=sent,
+            received_bytes=received,
+            sent_messages=sent_messages,
+            received_messages=received_messages,
+        )
+
+    def _compile(self, stage: Stage) -> Any:
+        """Trace and compile once for every function and shapes; layers share the code under other names."""
+        arguments = [self._shapes[name] for name in stage.inputs]
+        key = (stage.name, str(stage.function), tuple(a.shape for a in arguments))
+        if key not in self._compiled:
+            secret = [libspu.Visibility.VIS_SECRET] * len(arguments)
+
+            def function(*values: Any) -> Any:
+                return stage.function(*values)
+
+            executable, shapes = frontend.compile(
+                frontend.Kind.JAX,
+                function,
+                arguments,
+                {},
+                list(stage.inputs),
+                secret,
+                lambda flat: list(stage.outputs),
+            )
+            self._compiled[key] = executable.code, jax.tree_util.tree_leaves(shapes)
+        code, outputs = self._compiled[key]
+        for name, shape in zip(stage.outputs, outputs):
+            self._shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+        return libspu.Executable(
+            name=stage.name, input_names=list(stage.inputs), output_names=list(stage.outputs), code=code
+        )
+
+    def _meter(self) -> tuple[int, int, int, int]:
+        """Bytes and messages, sent and received, of the latest run, from SPU's log."""
+        with open(self._log, "rb") as file:
+            file.seek(self._read)
+            fresh = file.read()
+        self._read += len(fresh)
+        found = _LINK_LINE.findall(fresh)
+        if len(found) != 1:
+            raise EngineError(f"the engine's log has {len(found)} traffic lines for one run, expected 1")
+        sent, received, sent_messages, received_messages = (int(n) for n in found[0])
+        return sent, received, sent_messages, received_messages
+
+    def reveal_to_client(self, name: str) -> tuple[np.ndarray | None, int]:
+        """Send the server's share of a value to the client: the value there, None here, and the bytes sent."""
+        share = self._runtime.get_var(name)
+        if self.rank == SERVER:
+            for chunk in share.share_chunks:
+                self._link.send(CLIENT, chunk)
+            return None, sum(len(chunk) for chunk in share.share_chunks)
+        theirs = libspu.Share()
+        theirs.meta = share.meta  # shape and type are the client's own knowledge, only the content is the server's
+        chunks = []
+        for ours in share.share_chunks:
+            chunk = self._link.recv(SERVER)
+            if len(chunk) != len(ours):
+                raise EngineError(f"the server's share of {name} has {len(chunk)} bytes, expected {len(ours)}")
+            chunks.append(chunk)
+        theirs.share_chunks = chunks
+        value = self._io.reconstruct([theirs, share])
+        return np.asarray(value), sum(len(chunk) for chunk in chunks)
+
+    def close(self) -> None:
+        """Leave the link once the other party has received everything."""
+        self._link.stop_link()
+
+
+def _runtime_config(settings: Settings) -> Any:
+    config = libspu.RuntimeConfig(
+        protocol=libspu.ProtocolKind.CHEETAH,
+        field=libspu.FieldType.FM64,
+        fxp_fraction_bits=settings.fraction_bits,
+    )
+    config.fxp_exp_mode = libspu.RuntimeConfig.ExpMode.EXP_TAYLOR
+    config.fxp_exp_iters = settings.exp_iterations
+    # Weights stay the server's plaintext and the prompt the client's, instead of being shared: half the bytes.
+    config.experimental_enable_colocated_optimization = True
+    # The last bit of a product may be wrong: 168 instead of 221 bytes a multiplication.
+    config.cheetah_2pc_config.enable_mul_lsb_error = True
+    config.enable_pphlo_profile = True  # the meter; exact because operations run one after another
+    return config
+
+
+def _reason(error: RuntimeError, what: str) -> str:
+    """`what`, and the first line of an SPU error without its stack."""
+    first = str(error).strip().splitlines()
+    return f"{what}: {first[0][:200]}" if first else what

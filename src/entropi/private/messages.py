@@ -1,0 +1,169 @@
+"""Everything that crosses a boundary between processes or machines: typed, bounded, validated before use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from entropi.private.program import Description
+from entropi.records import StageTraffic
+
+PROTOCOL_VERSION = 1
+SERVER: Literal[0] = 0  # ranks of the two parties
+CLIENT: Literal[1] = 1
+
+MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
+MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
+MAX_TOKENS = 1 << 14
+
+Text = Annotated[str, msgspec.Meta(max_length=300)]
+Address = Annotated[str, msgspec.Meta(max_length=80, pattern=r"^(\d{1,3}\.){3}\d{1,3}:\d{1,5}$")]
+TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+
+
+class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How the secure engine computes; both parties must agree."""
+
+    protocol: Literal["cheetah"] = "cheetah"
+    ring_bits: Literal[64] = 64
+    fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
+    # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 107 bytes a score and halves the kernel's error.
+    exp_iterations: Annotated[int, msgspec.Meta(ge=4, le=8)] = 7
+
+
+TRUST = {
+    "cheetah": "two parties, semi-honest, no third party: the server learns the number of tokens and nothing of "
+    "prompt or answer; the client learns the logits, the architecture and the tokenizer, and nothing else of the weights"
+}
+
+
+# Control channel, client to server.
+
+
+class Hello(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """First message; engines of different versions do not understand each other's ciphertexts."""
+
+    version: int
+    engine: Text
+
+
+class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Ask for a session; `link` is where the client's engine will listen."""
+
+    prompt_length: TokenCount
+    max_new_tokens: TokenCount
+    link: Address
+
+
+class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Run the pass for one more token; which token it is stays with the client."""
+
+
+FromClient: TypeAlias = Hello | Start | Next
+
+
+# Control channel, server to client.
+
+
+class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """What the server makes public."""
+
+    description: Description
+    tokenizer: Annotated[str, msgspec.Meta(max_length=MAX_SERVER_MESSAGE)]
+    settings: Settings
+
+
+class Accepted(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """The session begins; `link` is where the server's engine listens."""
+
+    link: Address
+
+
+class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """The session ends, with a reason a person can read."""
+
+    reason: Text
+
+
+FromServer: TypeAlias = Welcome | Accepted | Refused
+
+
+# Between a process and the party it started, over pipes.
+
+
+class Job(msgspec.Struct, forbid_unknown_fields=True):
+    """What a party does. The prompt travels by pipe: command lines can be read by other users of a machine."""
+
+    rank: Literal[0, 1]
+    links: tuple[Address, Address]
+    description: Description
+    settings: Settings
+    max_new_tokens: TokenCount
+    prompt_length: TokenCount
+    prompt: list[TokenId] | None = None  # the client's
+    weights: str | None = None  # the server's: path of the safetensors file
+
+
+class Proceed(msgspec.Struct, forbid_unknown_fields=True):
+    """Run the pass for one more token; only the client's party is told which."""
+
+    token: TokenId | None = None
+
+
+class Linked(msgspec.Struct, tag=True):
+    """Both engines are connected."""
+
+
+class StageDone(msgspec.Struct, tag=True):
+    """One operation has finished."""
+
+    traffic: StageTraffic
+
+
+class Revealed(msgspec.Struct, tag=True):
+    """The client's party holds the logits of the next token; the server's has sent its shares of them."""
+
+    bytes: int
+    logits: list[float] | None = None
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The party gives up."""
+
+    reason: str
+
+
+Event: TypeAlias = Linked | StageDone | Revealed | Failed
+
+M = TypeVar("M")
+
+_event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_client_decoder: msgspec.json.Decoder[FromClient] = msgspec.json.Decoder(FromClient)
+_server_decoder: msgspec.json.Decoder[FromServer] = msgspec.json.Decoder(FromServer)
+
+
+def decode(data: bytes | str, kind: type[M]) -> M:
+    """A validated message; `msgspec.MsgspecError` for anything else."""
+    return msgspec.json.decode(data, type=kind)
+
+
+def decode_event(data: bytes) -> Event:
+    """A party's event."""
+    return _event_decoder.decode(data)
+
+
+def decode_from_client(data: bytes | str) -> FromClient:
+    """A client's message, validated."""
+    return _client_decoder.decode(data)
+
+
+def decode_from_server(data: bytes | str) -> FromServer:
+    """A server's message, validated."""
+    return _server_decoder.decode(data)
+
+
+def encode(message: object) -> bytes:
+    """One line of JSON."""
+    return msgspec.json.encode(message)
