@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -157,7 +157,7 @@ class PrivateRun(Base, tag="private"):
     setup_seconds: float
     setup_bytes: int  # input sharing and key exchange counted by the link, where the engine tells; else 0
     reveal_bytes: int  # the server's shares of the logits
-    seconds: float
+    seconds: float  # from the first message to the last token, set-up included
     ring_bits: int
     fraction_bits: int
     exp_iterations: int
@@ -182,6 +182,8 @@ Record: TypeAlias = (
     | PrivateRun
     | PlaintextComparison
 )
+
+R = TypeVar("R", bound=Base)
 
 _decoder = msgspec.json.Decoder(Record, strict=False)  # takes "NaN" for a float
 _encoder = msgspec.json.Encoder()

@@ -34,8 +34,9 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
 
 TRUST = {
-    "cheetah": "two parties, semi-honest, no third party: the server learns the number of tokens and nothing of "
-    "prompt or answer; the client learns the logits, the architecture and the tokenizer, and nothing else of the weights"
+    "cheetah": "two parties, semi-honest, no third party: the server learns how many tokens there are and nothing "
+    "else of prompt and answer; the client learns the logits, the architecture and the tokenizer, and nothing else "
+    "of the weights"
 }
 
 

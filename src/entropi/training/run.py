@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from entropi import records
 from entropi.console import ProgressLine, make_console
+from entropi.costs.operations import count
 from entropi.data.packing import Prepared, prepare
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
@@ -88,7 +89,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
     heldout = prepared.packed.heldout
     with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
         result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
-    _record_result(folder, recipe, result)
+    _record_result(folder, recipe, model, result)
     _save_model(model, prepared.tokenizer, recipe, model_folder)
     return model_folder
 
@@ -256,7 +257,7 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     )
 
 
-def _record_result(folder: Path, recipe: Recipe, result: HeldOut) -> None:
+def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut) -> None:
     path = folder / records.RECORDS_FILE
     records.append(
         path,
@@ -269,6 +270,7 @@ def _record_result(folder: Path, recipe: Recipe, result: HeldOut) -> None:
         ),
     )
     records.append(path, diagnose_heldout(result, recipe.context_length))
+    records.append(path, count(model.config, recipe.context_length))
 
 
 def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> None:
