@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace
 
@@ -169,7 +170,8 @@ def serve(
     max_sessions: int = 1,
     max_new_tokens: int = 64,
     session_seconds: float = 3600.0,
-    exp_iterations: int = 7,
+    exp_iterations: int = 8,
+    fraction_bits: int = 18,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
 
@@ -180,16 +182,18 @@ def serve(
         max_new_tokens: most tokens a session may ask for
         session_seconds: time limit of a session
         exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), 4 to 8: more bytes, less error
+        fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; the range is checked at the start
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with _extra("private"):
         from entropi.private.messages import Settings
         from entropi.private.server import Limits
         from entropi.private.server import serve as serve_folder
-    if not 4 <= exp_iterations <= 8:
-        raise UserError(f"exp_iterations is {exp_iterations}, 4 to 8 are possible")
+    try:
+        settings = msgspec.convert({"exp_iterations": exp_iterations, "fraction_bits": fraction_bits}, Settings)
+    except msgspec.ValidationError as error:
+        raise UserError(f"these settings are not possible: {error}") from None
     limits = Limits(max_sessions, max_new_tokens, session_seconds)
-    settings = Settings(exp_iterations=exp_iterations)
     with tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():

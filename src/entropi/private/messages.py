@@ -30,7 +30,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     ring_bits: Literal[64] = 64
     fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
     # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 107 bytes a score and halves the kernel's error.
-    exp_iterations: Annotated[int, msgspec.Meta(ge=4, le=8)] = 7
+    exp_iterations: Annotated[int, msgspec.Meta(ge=4, le=8)] = 8
 
 
 TRUST = {
