@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from entropi.costs.operations import count as cost
     from entropi.entropy.attention import entropy_attention
     from entropi.entropy.diagnosis import Diagnosis, diagnose
+    from entropi.entropy.recording import record_entropy, register_attention
     from entropi.entropy.regularizer import EntropyRegularizer
     from entropi.errors import UserError
     from entropi.model.configuration import EntropiConfig
@@ -30,6 +31,8 @@ __all__ = [
     "diagnose",
     "entropy_attention",
     "fold",
+    "record_entropy",
+    "register_attention",
 ]
 
 _HOMES = {
@@ -42,6 +45,8 @@ _HOMES = {
     "diagnose": ("entropi.entropy.diagnosis", "diagnose"),
     "entropy_attention": ("entropi.entropy.attention", "entropy_attention"),
     "fold": ("entropi.model.folding", "fold"),
+    "record_entropy": ("entropi.entropy.recording", "record_entropy"),
+    "register_attention": ("entropi.entropy.recording", "register_attention"),
 }
 
 

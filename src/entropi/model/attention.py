@@ -7,16 +7,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from entropi.entropy.attention import entropy_attention
+from entropi.entropy.recording import observe
 from entropi.model.configuration import EntropiConfig
 
 
 class EntropiAttention(nn.Module):
     """Query, key, value and output projections around `entropy_attention`."""
 
-    def __init__(self, config: EntropiConfig, layer_index: int) -> None:
+    def __init__(self, config: EntropiConfig, layer_idx: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.layer_index = layer_index
+        self.layer_idx = layer_idx  # the name transformers uses
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query = nn.Linear(width, width, bias=config.bias != "none")
         self.key = nn.Linear(width, width, bias=config.bias != "none")
@@ -38,9 +39,10 @@ class EntropiAttention(nn.Module):
             for projection in (self.query, self.key, self.value)
         )
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_index)
+            key, value = cache.update(key, value, self.layer_idx)
         temperature = None
         if self.temperature is not None:
             temperature = self.temperature[:, position_ids].transpose(0, 1)  # (B or 1, H, T)
         heads, entropy = entropy_attention(query, key, value, temperature=temperature, attn_mask=attn_mask)
+        observe(self, entropy, None if attn_mask is None else attn_mask[:, 0, :, -length:])
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
