@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.10 is needed: the secure engine has no wheels for others"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=23" "setuptools>=77" wheel
-	@echo "installing into $(VENV); this downloads about 700 MB once"
+	@echo "installing into $(VENV); this takes a minute or more and about 2.5 GB of disk"
 	# torch first and by its exact version: an open range could bring a build with gigabytes of GPU libraries.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[private,report,dev]"

@@ -50,7 +50,9 @@ def run_demo(folder: Path, steps: int) -> None:
     console.print("\n[bold]3/4  Ask the softmax-only model a question nobody else can read[/bold]")
     run = runs[SOFTMAX_ONLY]
     logits_file = run / "private_logits.npy"
+    console.print("the server's process folds the weights, checks their ranges and starts to listen ...")
     with running_server(run, run / "server.log") as address:
+        console.print(f"the client's process asks {address} to continue {PROMPT!r}", markup=False)
         command = ["ask", PROMPT, "--server", address, "--max-new-tokens", str(NEW_TOKENS), "--record", str(run)]
         asked = subprocess.run(
             [sys.executable, "-m", "entropi", *command, "--logits", str(logits_file)], stdout=subprocess.DEVNULL
