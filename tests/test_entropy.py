@@ -143,8 +143,8 @@ def test_shapes_that_do_not_fit_are_named():
         entropy_attention(query, key[..., :4], value)
     with pytest.raises(ValueError, match="enable_gqa"):
         entropy_attention(query, key[:, :1], value[:, :1])
-    with pytest.raises(ValueError, match="triton"):
-        entropy_attention(query, key, value, implementation="triton")
+    with pytest.raises(ValueError, match="got 'fused'"):
+        entropy_attention(query, key, value, implementation="fused")
 
 
 # The regulariser against a scalar double-precision evaluation of Algorithm 1, written as loops.

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Implementation = Literal["auto", "reference", "blockwise"]
+from entropi.entropy import native
+
+Implementation = Literal["auto", "reference", "blockwise", "native"]
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
 MASKED = -1.0e30
@@ -42,27 +44,50 @@ def entropy_attention(
             Receives gradients.
         attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or additive. No gradients.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
-            it in the backward pass, block by block; "auto" takes "blockwise".
+            it in the backward pass, block by block; "native" does the same in a compiled CPU kernel; "auto" takes
+            the last that can run, see `available_implementations`.
 
     Returns:
         output `(B, H, T, D)` in the dtype of `query`, entropy `(B, H, T)` in nats, float32 (float64 for float64
         input). A row that sees nothing has output 0 and entropy 0.
 
     Raises:
-        ValueError: shapes that do not fit, naming them.
+        ValueError: shapes that do not fit, naming them; an implementation that cannot run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     if temperature is not None:
         query = (query / temperature.unsqueeze(-1)).to(query.dtype)
+    able = available_implementations(query)
+    if implementation == "auto":
+        implementation = "native" if able["native"] is None else "blockwise"
+    if implementation not in able:
+        raise ValueError(f"implementation must be one of auto, {', '.join(able)}, got {implementation!r}")
+    if (reason := able[implementation]) is not None:
+        raise ValueError(f"implementation {implementation!r} cannot run here: {reason}")
     if implementation == "reference":
         return _reference(query, key, value, attn_mask, is_causal)
-    if implementation in ("auto", "blockwise"):
-        return _Blockwise.apply(query, key, value, attn_mask, is_causal)
-    raise ValueError(f"implementation must be 'auto', 'reference' or 'blockwise', got {implementation!r}")
+    if implementation == "native":
+        output, entropy, _ = native.attention(query, key, value, attn_mask, is_causal)
+        return output, entropy
+    return _Blockwise.apply(query, key, value, attn_mask, is_causal)
+
+
+def available_implementations(query: Tensor) -> dict[str, str | None]:
+    """Every implementation and why it cannot run on tensors like `query`, or None where it can."""
+    reason: str | None
+    if query.device.type != "cpu":
+        reason = f"it is for CPUs, the tensors are on {query.device.type}"
+    elif query.dtype not in native.KINDS:
+        reason = f"it computes in float32, the tensors are {query.dtype}"
+    else:
+        reason = native.why_not()
+    return {"reference": None, "blockwise": None, "native": reason}
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

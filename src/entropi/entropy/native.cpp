@@ -1,0 +1,345 @@
+// Fused attention with row entropy for CPUs: forward and backward, float32 arithmetic, memory linear in length.
+//
+// One call works on tasks (a batch entry and head each, in the forward pass a chunk of its query rows) taken from a
+// shared counter until none is left, so that any number of threads may make the same call side by side.
+//
+// Notation per row: s logits, p = exp(s - L), L log-normaliser, H entropy. Online over blocks of keys, with m the
+// largest logit so far: l = sum exp(s - m), w = sum exp(s - m) (s - m); a new maximum m' = m - delta rescales
+// l by e^-delta and turns w into e^-delta (w - delta l). In the end L = m + log l and H = log l - w / l.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_VECTORS = 4, TILE_ROWS = 6;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_VECTORS = 2, TILE_ROWS = 6;
+#else
+constexpr int LANES = 4, TILE_VECTORS = 4, TILE_ROWS = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+
+constexpr int ROWS = 48;   // query rows a block
+constexpr int KEYS = 128;  // keys a block
+constexpr float MASKED = -1.0e30f;
+
+static inline vec load(const float *p) { return *reinterpret_cast<const vec_u *>(p); }
+static inline void store(float *p, vec x) { *reinterpret_cast<vec_u *>(p) = x; }
+static inline vec splat(float x) { return vec{} + x; }
+static inline float sum(vec x) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += x[i];
+  return total;
+}
+// Of a and b the larger; a where a is not a number.
+static inline vec larger(vec a, vec b) { return b > a ? b : a; }
+
+// exp for x <= 0: 2^n * polynomial on [-ln 2 / 2, ln 2 / 2], relative error below 2e-7; exactly 0 below -87.
+static inline vec exp_nonpositive(vec x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  vec clamped = larger(x, splat(-87.0f));
+  vec shifted = clamped * 1.44269504f + magic;
+  vec n = shifted - magic;
+  vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  vec y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+
+  ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23;
+  vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return x < -87.0f ? splat(0.0f) : y * power;
+}
+
+// C (M x N) = or += sum over k of A(i, k) B[k], A with strides (row, col), N a multiple of LANES.
+template <int M, int NV>
+static inline void tile(int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
+  vec acc[M][NV];
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < NV; n++) acc[i][n] = add ? load(C + i * ldc + n * LANES) : vec{};
+  for (int k = 0; k < K; k++) {
+    vec b[NV];
+    for (int n = 0; n < NV; n++) b[n] = load(B + k * ldb + n * LANES);
+    for (int i = 0; i < M; i++) {
+      vec a = splat(A[i * row + k * col]);
+      for (int n = 0; n < NV; n++) acc[i][n] += a * b[n];
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < NV; n++) store(C + i * ldc + n * LANES, acc[i][n]);
+}
+
+template <int NV>
+static void strips(int M, int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
+  int i = 0;
+  for (; i + TILE_ROWS <= M; i += TILE_ROWS) tile<TILE_ROWS, NV>(K, A + i * row, row, col, B, ldb, C + i * ldc, ldc, add);
+  for (; i + 2 <= M; i += 2) tile<2, NV>(K, A + i * row, row, col, B, ldb, C + i * ldc, ldc, add);
+  for (; i < M; i++) tile<1, NV>(K, A + i * row, row, col, B, ldb, C + i * ldc, ldc, add);
+}
+
+static void matmul(int M, int N, int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
+  int n = 0;
+  for (; n + TILE_VECTORS * LANES <= N; n += TILE_VECTORS * LANES)
+    strips<TILE_VECTORS>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
+  const int rest = (N - n) / LANES;  // fewer accumulators than this would wait for each other
+  if (TILE_VECTORS > 3 && rest == 3) return strips<3>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
+  if (TILE_VECTORS > 2 && rest == 2) return strips<2>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
+  for (; n < N; n += LANES) strips<1>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
+}
+
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+static inline float read(const void *p, long i, int kind) {
+  if (kind == FLOAT32) return static_cast<const float *>(p)[i];
+  if (kind == BFLOAT16) {
+    uint32_t bits = uint32_t(static_cast<const uint16_t *>(p)[i]) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  return float(static_cast<const _Float16 *>(p)[i]);
+}
+static inline void write(void *p, long i, int kind, float x) {
+  if (kind == FLOAT32) {
+    static_cast<float *>(p)[i] = x;
+  } else if (kind == BFLOAT16) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = std::isnan(x) ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1);  // to nearest, ties to even
+    static_cast<uint16_t *>(p)[i] = uint16_t(bits >> 16);
+  } else {
+    static_cast<_Float16 *>(p)[i] = _Float16(x);
+  }
+}
+
+struct Tensor {  // (B, H, T, D), the last dimension contiguous
+  void *data;
+  long batch, head, row;  // strides in elements
+};
+struct Problem {
+  long batches, heads, queries, keys, width;
+  int kind, causal;
+  Tensor query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+  Tensor mask;    // (B, H, T, S) with strides 0 where it is broadcast, the last one in mask_column
+  long mask_column;
+  int mask_kind;  // 0 none, 1 bytes (0 hides), 2 floats that are added
+  float *entropy, *log_normaliser;  // (B, H, T) contiguous
+  const float *grad_entropy;
+};
+
+static float *scratch(long floats) {
+  return static_cast<float *>(std::aligned_alloc(64, size_t((floats * 4 + 63) / 64 * 64 + 64)));
+}
+static const void *at(const Tensor &x, long b, long h, long t, int kind) {
+  return static_cast<const char *>(x.data) + (b * x.batch + h * x.head + t * x.row) * (kind == FLOAT32 ? 4 : 2);
+}
+static long round_up(long x, long to) { return (x + to - 1) / to * to; }
+
+// `count` rows from `first`, as floats with zeros behind `width` and behind the last row, row by row.
+static void take_rows(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded, float *out) {
+  for (long i = 0; i < count; i++) {
+    const void *row = at(x, b, h, first + i, p.kind);
+    float *to = out + i * padded;
+    for (long d = 0; d < p.width; d++) to[d] = read(row, d, p.kind);
+    for (long d = p.width; d < padded; d++) to[d] = 0;
+  }
+  if (padded_rows > count) std::memset(out + count * padded, 0, size_t((padded_rows - count) * padded) * 4);
+}
+// Blocks of KEYS rows (padded_rows of them in all), each transposed to (width, KEYS).
+static void transpose_blocks(const float *rows, long padded_rows, long padded, long width, float *out) {
+  for (long block = 0; block < padded_rows; block += KEYS)
+    for (long j = 0; j < KEYS; j++)
+      for (long d = 0; d < width; d++) out[block * width + d * KEYS + j] = rows[(block + j) * padded + d];
+}
+
+// Hide what query `t` does not see of a block of its logits: keys from `limit` on, and what the mask says.
+static inline void hide(const Problem &p, long b, long h, long t, long block, long columns, long limit, float *row) {
+  if (p.mask_kind) {
+    const long first = b * p.mask.batch + h * p.mask.head + t * p.mask.row + block * p.mask_column;
+    const long end = limit - block < KEYS ? limit - block : KEYS;
+    if (p.mask_kind == 1) {
+      const uint8_t *mask = static_cast<const uint8_t *>(p.mask.data) + first;
+      for (long j = 0; j < end; j++) row[j] = mask[j * p.mask_column] ? row[j] : MASKED;
+    } else {
+      const float *mask = static_cast<const float *>(p.mask.data) + first;
+      for (long j = 0; j < end; j++) {
+        const float x = row[j] + mask[j * p.mask_column];
+        row[j] = x > MASKED ? x : MASKED;
+      }
+    }
+  }
+  for (long j = limit < block ? 0 : limit - block; j < columns; j++) row[j] = MASKED;
+}
+
+// How many columns of a block matter to rows that reach `reach` keys: the others are not computed.
+static inline long columns_of(long block, long reach) {
+  const long columns = round_up(reach - block, LANES);
+  return columns < KEYS ? columns : KEYS;
+}
+
+static void forward_chunk(const Problem &p, long b, long h, long first, long last) {
+  const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
+  long seen = p.causal ? last + offset : p.keys;
+  seen = seen < 0 ? 0 : (seen > p.keys ? p.keys : seen);
+  const long padded_keys = round_up(seen, KEYS);
+  float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
+  float *keys_t = scratch(padded_keys * p.width), *q = scratch(ROWS * padded), *out = scratch(ROWS * padded);
+  float *s = scratch(ROWS * KEYS);
+  take_rows(p, p.key, b, h, 0, seen, padded_keys, padded, keys);
+  take_rows(p, p.value, b, h, 0, seen, padded_keys, padded, values);
+  transpose_blocks(keys, padded_keys, padded, p.width, keys_t);
+  for (long start = first; start < last; start += ROWS) {
+    const long rows = last - start < ROWS ? last - start : ROWS;
+    take_rows(p, p.query, b, h, start, rows, rows, padded, q);
+    std::memset(out, 0, size_t(ROWS * padded) * 4);
+    float m[ROWS], l[ROWS], w[ROWS];
+    for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
+    const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
+    for (long block = 0; block < reach; block += KEYS) {
+      const long columns = columns_of(block, reach);
+      matmul(rows, columns, p.width, q, padded, 1, keys_t + block * p.width, KEYS, s, KEYS, false);
+      for (long r = 0; r < rows; r++) {
+        float *row = s + r * KEYS;
+        const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
+        hide(p, b, h, start + r, block, columns, limit, row);
+        vec top = load(row);
+        for (long j = LANES; j < columns; j += LANES) top = larger(load(row + j), top);
+        float largest = m[r];
+        for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+        if (largest <= MASKED / 2) {  // nothing visible yet, or nothing that is a number
+          for (long j = 0; j < columns; j++) {
+            const float x = row[j] == row[j] ? 0.0f : row[j];
+            row[j] = x;
+            l[r] += x;
+          }
+          continue;
+        }
+        if (largest > m[r]) {
+          const float delta = m[r] - largest, factor = l[r] > 0 ? std::exp(delta) : 0.0f;
+          w[r] = l[r] > 0 ? factor * (w[r] + delta * l[r]) : 0.0f;
+          l[r] *= factor;
+          m[r] = largest;
+          for (long d = 0; d < padded; d += LANES) store(out + r * padded + d, load(out + r * padded + d) * factor);
+        }
+        vec sum_l{}, sum_w{};
+        for (long j = 0; j < columns; j += LANES) {
+          vec x = load(row + j) - largest, e = exp_nonpositive(x);
+          sum_l += e;
+          sum_w += e * larger(x, splat(-88.0f));
+          store(row + j, e);
+        }
+        l[r] += sum(sum_l);
+        w[r] += sum(sum_w);
+      }
+      matmul(rows, padded, columns, s, KEYS, 1, values + block * padded, padded, out, padded, true);
+    }
+    for (long r = 0; r < rows; r++) {
+      const long index = (b * p.heads + h) * p.queries + start + r;
+      const bool sees = l[r] != 0;  // true of what is not a number, which must not be hidden
+      const float log_l = sees ? std::log(l[r]) : 0.0f, entropy = sees ? log_l - w[r] / l[r] : 0.0f;
+      p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
+      p.log_normaliser[index] = sees ? m[r] + log_l : MASKED;
+      void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
+      const float scale = sees ? 1.0f / l[r] : 0.0f;
+      for (long d = 0; d < p.width; d++) write(to, d, p.kind, out[r * padded + d] * scale);
+    }
+  }
+  for (float *x : {keys, values, keys_t, q, out, s}) std::free(x);
+}
+
+static void backward_head(const Problem &p, long b, long h) {
+  const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
+  const long padded_keys = round_up(p.keys, KEYS);
+  float *q = scratch(p.queries * padded), *g = scratch(p.queries * padded);
+  float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
+  float *keys_t = scratch(padded_keys * p.width), *values_t = scratch(padded_keys * p.width);
+  float *dq = scratch(p.queries * padded), *dk = scratch(KEYS * padded), *dv = scratch(KEYS * padded);
+  float *s = scratch(ROWS * KEYS), *dp = scratch(ROWS * KEYS), *row_sum = scratch(p.queries);
+  take_rows(p, p.query, b, h, 0, p.queries, p.queries, padded, q);
+  take_rows(p, p.grad_output, b, h, 0, p.queries, p.queries, padded, g);
+  take_rows(p, p.key, b, h, 0, p.keys, padded_keys, padded, keys);
+  take_rows(p, p.value, b, h, 0, p.keys, padded_keys, padded, values);
+  transpose_blocks(keys, padded_keys, padded, p.width, keys_t);
+  transpose_blocks(values, padded_keys, padded, p.width, values_t);
+  std::memset(dq, 0, size_t(p.queries * padded) * 4);
+  const long base = (b * p.heads + h) * p.queries;
+  const float *log_n = p.log_normaliser + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
+  for (long t = 0; t < p.queries; t++) {  // rowsum(g_O * O) + g_H H, what every dP of the row is reduced by
+    const void *row = at(p.output, b, h, t, p.kind);
+    float total = 0;
+    for (long d = 0; d < p.width; d++) total += g[t * padded + d] * read(row, d, p.kind);
+    row_sum[t] = total + grad_h[t] * entropy[t];
+  }
+  for (long block = 0; block < p.keys; block += KEYS) {
+    std::memset(dk, 0, size_t(KEYS * padded) * 4);
+    std::memset(dv, 0, size_t(KEYS * padded) * 4);
+    long begin = p.causal ? block - offset : 0;  // the first row that sees this block
+    begin = begin < 0 ? 0 : begin;
+    for (long start = begin; start < p.queries; start += ROWS) {
+      const long rows = p.queries - start < ROWS ? p.queries - start : ROWS;
+      const long reach = p.causal && start + rows + offset < p.keys ? start + rows + offset : p.keys;
+      const long columns = columns_of(block, reach);
+      matmul(rows, columns, p.width, q + start * padded, padded, 1, keys_t + block * p.width, KEYS, s, KEYS, false);
+      matmul(rows, columns, p.width, g + start * padded, padded, 1, values_t + block * p.width, KEYS, dp, KEYS, false);
+      for (long r = 0; r < rows; r++) {
+        float *sr = s + r * KEYS, *dr = dp + r * KEYS;
+        const long t = start + r, limit = p.causal && t + offset + 1 < p.keys ? t + offset + 1 : p.keys;
+        hide(p, b, h, t, block, columns, limit, sr);
+        if (log_n[t] <= MASKED / 2) {  // a row that sees nothing
+          std::memset(sr, 0, KEYS * 4);
+          std::memset(dr, 0, KEYS * 4);
+          continue;
+        }
+        for (long j = 0; j < columns; j += LANES) {
+          vec x = load(sr + j) - log_n[t];
+          vec prob = exp_nonpositive(x > 0.0f ? splat(0.0f) : x);  // rounding may leave x a little above 0
+          vec slope = load(dr + j) - row_sum[t] - grad_h[t] * larger(x, splat(-88.0f));
+          store(sr + j, prob);
+          store(dr + j, prob * slope);
+        }
+      }
+      matmul(columns, padded, rows, s, 1, KEYS, g + start * padded, padded, dv, padded, true);
+      matmul(columns, padded, rows, dp, 1, KEYS, q + start * padded, padded, dk, padded, true);
+      matmul(rows, padded, columns, dp, KEYS, 1, keys + block * padded, padded, dq + start * padded, padded, true);
+    }
+    for (long j = 0; j < KEYS && block + j < p.keys; j++) {
+      void *to_k = const_cast<void *>(at(p.grad_key, b, h, block + j, p.kind));
+      void *to_v = const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind));
+      for (long d = 0; d < p.width; d++) {
+        write(to_k, d, p.kind, dk[j * padded + d]);
+        write(to_v, d, p.kind, dv[j * padded + d]);
+      }
+    }
+  }
+  for (long t = 0; t < p.queries; t++) {
+    void *to = const_cast<void *>(at(p.grad_query, b, h, t, p.kind));
+    for (long d = 0; d < p.width; d++) write(to, d, p.kind, dq[t * padded + d]);
+  }
+  for (float *x : {q, g, keys, values, keys_t, values_t, dq, dk, dv, s, dp, row_sum}) std::free(x);
+}
+
+extern "C" void entropi_forward(const Problem *p, long chunks, std::atomic<long> *next) {
+  const long tasks = p->batches * p->heads * chunks, rows = (p->queries + chunks - 1) / chunks;
+  for (long task; (task = next->fetch_add(1)) < tasks;) {
+    // The last chunk of a causal problem is the longest: it goes first.
+    const long chunk = chunks - 1 - task % chunks, head = task / chunks;
+    const long first = chunk * rows, last = first + rows < p->queries ? first + rows : p->queries;
+    if (first < last) forward_chunk(*p, head / p->heads, head % p->heads, first, last);
+  }
+}
+
+extern "C" void entropi_backward(const Problem *p, std::atomic<long> *next) {
+  const long tasks = p->batches * p->heads;
+  for (long task; (task = next->fetch_add(1)) < tasks;) backward_head(*p, task / p->heads, task % p->heads);
+}

@@ -1,0 +1,272 @@
+"""The CPU kernel of `entropy_attention`: `native.cpp`, compiled once for this machine and called from many threads.
+
+It is plain C++ with no dependency, so compiling takes about a second; the result is cached beside the tokenizers. The
+kernel is registered as a torch operator, which `torch.compile` treats as one node.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_long),
+        ("head", ctypes.c_long),
+        ("row", ctypes.c_long),
+    )
+
+
+_TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value", "mask")
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of native.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("batches", "heads", "queries", "keys", "width")),
+        ("kind", ctypes.c_int),
+        ("causal", ctypes.c_int),
+        *((name, _Tensor) for name in _TENSORS),
+        ("mask_column", ctypes.c_long),
+        ("mask_kind", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("entropy", "log_normaliser", "grad_entropy")),
+    )
+
+
+@torch.compiler.assume_constant_result
+def why_not() -> str | None:
+    """Why the kernel cannot run on this machine, or None where it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The compiled kernel, or the reason why there is none."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        return "no C++ compiler was found (set CXX, or install g++)"
+    source = SOURCE.read_bytes()
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        # -march=native means another machine's code elsewhere, and caches may lie on a shared disk.
+        key = hashlib.sha256(b"\0".join([source, version, _processor(), " ".join(FLAGS).encode()])).hexdigest()[:24]
+        library = _cache_folder() / f"attention-{key}.so"
+        if not library.exists():
+            _compile(compiler, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or b""
+        reason = output.decode(errors="replace").strip().splitlines()[:1] or [str(error)]
+        return f"{compiler} could not build it: {reason[0]}"
+
+
+def _compile(compiler: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        for native in ("-march=native", "-mcpu=native"):  # x86 and Arm compilers differ in the name
+            command = [compiler, *FLAGS, native, str(SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, check=False)
+            if done.returncode == 0:
+                os.replace(built, library)
+                return
+        done.check_returncode()
+
+
+def _cache_folder() -> Path:
+    """Where compiled code is kept; readable and writable by this user alone."""
+    root = os.environ.get("ENTROPI_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "entropi"
+    )
+    folder = Path(os.path.expanduser(root)) / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="entropi-native-"))
+    return folder
+
+
+def _processor() -> bytes:
+    """What identifies this processor's instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"".join(line for line in lines if line.startswith((b"flags", b"Features")))[:8192]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a pool does not survive a fork, so its key is the process."""
+    return ThreadPoolExecutor(
+        max_workers=max(torch.get_num_threads(), os.cpu_count() or 1), thread_name_prefix="entropi"
+    )
+
+
+def _run(call: Callable[[ctypes.c_long], None]) -> None:
+    """Make one call from as many threads as torch uses; they share the tasks through a counter."""
+    counter = ctypes.c_long(0)
+    pool = _pool(os.getpid())
+    helpers = [pool.submit(call, counter) for _ in range(torch.get_num_threads() - 1)]
+    call(counter)
+    for helper in helpers:
+        helper.result()
+
+
+def _problem(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, **tensors: Tensor) -> _Problem:
+    problem = _Problem(
+        batches=query.shape[0],
+        heads=query.shape[1],
+        queries=query.shape[2],
+        keys=key.shape[2],
+        width=query.shape[3],
+        kind=KINDS[query.dtype],
+        causal=int(causal),
+        query=_view(query),
+        key=_view(key),
+    )
+    for name, tensor in tensors.items():
+        value: Any = tensor.data_ptr() if name in ("entropy", "log_normaliser", "grad_entropy") else _view(tensor)
+        setattr(problem, name, value)
+    if mask is not None:
+        problem.mask, problem.mask_column = _view(mask), mask.stride(3)
+        problem.mask_kind = 1 if mask.dtype == torch.bool else 2
+    return problem
+
+
+def _view(tensor: Tensor) -> _Tensor:
+    return _Tensor(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, its last dimension contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as the kernel reads it: bool or float32, broadcast by strides of 0."""
+    if mask is None:
+        return None
+    mask = mask if mask.dtype == torch.bool else mask.float()
+    return mask.expand(*query.shape[:3], key.shape[2])
+
+
+@torch.library.custom_op("entropi::attention", mutates_args=(), device_types="cpu")
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `(B, H, T, D)`, entropy and log-normaliser `(B, H, T)` of scaled queries."""
+    library = _load()
+    assert isinstance(library, ctypes.CDLL)
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    output = torch.empty(query.shape, dtype=query.dtype)
+    entropy, log_normaliser = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+    problem = _problem(
+        query,
+        key,
+        causal,
+        _mask(mask, query, key),
+        value=value,
+        output=output,
+        entropy=entropy,
+        log_normaliser=log_normaliser,
+    )
+    # Few heads over many threads: cut the query rows, at the price of packing keys once a piece.
+    pieces = -(-4 * torch.get_num_threads() // max(1, query.shape[0] * query.shape[1]))
+    chunks = ctypes.c_long(max(1, min(pieces, query.shape[2] // 256)))
+    _run(lambda counter: library.entropi_forward(ctypes.byref(problem), chunks, ctypes.byref(counter)))
+    return output, entropy, log_normaliser
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    row = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty(query.shape), row, torch.empty_like(row)
+
+
+@torch.library.custom_op("entropi::attention_backward", mutates_args=(), device_types="cpu")
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    output: Tensor,
+    entropy: Tensor,
+    log_normaliser: Tensor,
+    grad_output: Tensor,
+    grad_entropy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    library = _load()
+    assert isinstance(library, ctypes.CDLL)
+    query, key, value, grad_output = _rows(query), _rows(key), _rows(value), _rows(grad_output)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+    problem = _problem(
+        query,
+        key,
+        causal,
+        _mask(mask, query, key),
+        value=value,
+        output=output,
+        grad_output=grad_output,
+        grad_query=grads[0],
+        grad_key=grads[1],
+        grad_value=grads[2],
+        entropy=entropy,
+        log_normaliser=log_normaliser,
+        grad_entropy=grad_entropy,
+    )
+    _run(lambda counter: library.entropi_backward(ctypes.byref(problem), ctypes.byref(counter)))
+    return grads[0], grads[1], grads[2]
+
+
+@attention_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, mask, ctx.causal = inputs
+    ctx.save_for_backward(query, key, value, mask, *output)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, mask, output, entropy, log_normaliser = ctx.saved_tensors
+    grads = attention_backward(
+        query,
+        key,
+        value,
+        mask,
+        ctx.causal,
+        output,
+        entropy,
+        log_normaliser,
+        grad_output.to(query.dtype),
+        grad_entropy.float().contiguous(),
+    )
+    return (*grads, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_save)

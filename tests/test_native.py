@@ -1,0 +1,200 @@
+"""The compiled CPU kernel against the definition in double precision: no worse than twice plain float32."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from entropi.entropy import native
+from entropi.entropy.attention import available_implementations, entropy_attention
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernel: {native.why_not()}")
+
+
+def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(batch, heads, n, width) for n in (queries, keys, keys)]
+    tensors = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    return tensors, torch.randn(sizes[0], generator=generator), torch.randn(sizes[0][:3], generator=generator)
+
+
+def everything(implementation, tensors, grad_output, grad_entropy, dtype, **options):
+    """Output, entropy and the three gradients."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    output, entropy = entropy_attention(*inputs, implementation=implementation, **options)
+    incoming = [grad_output.to(output.dtype), grad_entropy.to(entropy.dtype)]
+    return [output, entropy, *torch.autograd.grad([output, entropy], inputs, incoming)]
+
+
+def assert_as_exact(tensors, grad_output, grad_entropy, dtype=torch.float32, slack=4e-6, **options):
+    """Derived tolerance: at most twice the error of the plain version in the same precision.
+
+    The slack is the float32 rounding of a dot product of some 256 terms, for cases where the plain version happens
+    to be exact.
+    """
+    rest = (grad_output, grad_entropy)
+    exact = everything("reference", tensors, *rest, torch.float64, **options)
+    plain = everything("reference", tensors, *rest, dtype, **options)
+    got = everything("native", tensors, *rest, dtype, **options)
+    for name, e, p, g in zip(("output", "entropy", "dq", "dk", "dv"), exact, plain, got):
+        assert torch.isfinite(g).all(), name
+        scale = max(1.0, float(e.detach().abs().max()))
+        error, allowed = (g.double() - e).abs().max(), 2 * (p.double() - e).abs().max() + slack * scale
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("width", [8, 32, 48, 64, 100, 256])
+@pytest.mark.parametrize("length", [1, 2, 63, 65, 111, 300])
+def test_awkward_shapes(length, width, is_causal):
+    assert_as_exact(*make(length, length, width), is_causal=is_causal)
+
+
+def test_a_thousand_rows():
+    assert_as_exact(*make(1000, 1000, 64, batch=1, heads=2))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 200), (5, 130), (7, 4), (200, 129), (49, 400)])
+def test_queries_and_keys_of_different_length(queries, keys):
+    assert_as_exact(*make(queries, keys, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [65, 300])
+def test_half_precision_is_no_worse_than_plain(dtype, length):
+    assert_as_exact(*make(length, length, 64, dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 150, 170), (2, 1, 1, 170), (1, 3, 150, 170), (150, 170), (170,)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_masks_broadcast(shape, additive, is_causal):
+    generator = torch.Generator().manual_seed(3)
+    visible = torch.rand(shape, generator=generator) > 0.4
+    mask = visible
+    if additive:
+        mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
+    assert_as_exact(*make(150, 170, 24), attn_mask=mask, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_that_see_nothing(additive):
+    visible = torch.ones(140, 140, dtype=torch.bool)
+    visible[[0, 3, 77]] = False
+    mask = torch.zeros(140, 140).masked_fill(~visible, -math.inf) if additive else visible
+    tensors, grad_output, grad_entropy = make(140, 140, 16)
+    assert_as_exact(tensors, grad_output, grad_entropy, attn_mask=mask, is_causal=False)
+    output, entropy = entropy_attention(*tensors, attn_mask=mask, is_causal=False, implementation="native")
+    assert output[:, :, [0, 3, 77]].abs().max() == 0
+    assert entropy[:, :, [0, 3, 77]].abs().max() == 0
+
+
+def test_large_logits_keep_the_entropy():
+    (query, key, value), *rest = make(200, 200, 32)
+    assert_as_exact([query * 30, key + 5, value], *rest, slack=1e-5)
+
+
+def test_grouped_queries_and_strided_inputs():
+    tensors, grad_output, grad_entropy = make(70, 70, 16, heads=4)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    assert strided[0].stride() != tensors[0].stride()
+    for got, expected in zip(
+        everything("native", strided, grad_output, grad_entropy, torch.float32),
+        everything("native", tensors, grad_output, grad_entropy, torch.float32),
+    ):
+        assert torch.equal(got, expected)
+    query, key, value = tensors
+    shared = entropy_attention(query, key[:, :2], value[:, :2], enable_gqa=True, implementation="native")
+    repeated = [x[:, :2].repeat_interleave(2, dim=1) for x in (key, value)]
+    assert torch.equal(shared[0], entropy_attention(query, *repeated, implementation="native")[0])
+
+
+def test_temperature_has_gradients():
+    (query, key, value), grad_output, grad_entropy = make(40, 40, 16)
+    results = []
+    for implementation in ("reference", "native"):
+        temperature = (torch.arange(120.0).reshape(3, 40) / 120 + 0.5).requires_grad_()
+        output, entropy = entropy_attention(query, key, value, temperature=temperature, implementation=implementation)
+        results.append(torch.autograd.grad([output, entropy], temperature, [grad_output, grad_entropy])[0])
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    arguments = make(600, 600, 32, batch=1, heads=2)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(everything("native", *arguments, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_not_a_number_is_not_hidden():
+    (query, key, value), *_ = make(150, 150, 16)
+    query[0, 0, 70, 3] = math.nan
+    output, entropy = entropy_attention(query, key, value, implementation="native")
+    assert output[0, 0, 70].isnan().all()
+    assert entropy[0, 0, 70].isnan()
+    assert torch.isfinite(output[0, 1]).all()
+
+
+def test_compiled_without_graph_breaks():
+    (query, key, value), grad_output, grad_entropy = make(70, 70, 16)
+
+    def loss(q, k, v):
+        output, entropy = entropy_attention(q, k, v)
+        return (output * grad_output).sum() + (entropy * grad_entropy).sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        results.append(torch.autograd.grad(function(*inputs), inputs))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operator_is_registered_correctly():
+    (query, key, value), *_ = make(20, 20, 8)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    torch.library.opcheck(native.attention, (*inputs, None, True))
+
+
+def test_memory_is_linear_in_length():
+    """At 16,384 rows the T x T matrix of one head alone would be a gigabyte."""
+    program = """
+import resource, torch
+from entropi.entropy.attention import entropy_attention
+q = torch.randn(1, 1, 16384, 32, requires_grad=True)
+entropy_attention(q[:, :, :64], q[:, :, :64], q[:, :, :64], implementation="native")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+output, entropy = entropy_attention(q, q, q, implementation="native")
+(output.sum() + entropy.sum()).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200
+
+
+def test_dispatch_can_be_inspected(monkeypatch):
+    query = torch.zeros(1, 1, 2, 4)
+    assert available_implementations(query) == {"reference": None, "blockwise": None, "native": None}
+    double = query.double()
+    assert "float64" in available_implementations(double)["native"]
+    with pytest.raises(ValueError, match=r"'native' cannot run here: .*float64"):
+        entropy_attention(double, double, double, implementation="native")
+
+
+def test_without_a_compiler_blockwise_takes_over(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: "no C++ compiler was found")
+    tensors, *_ = make(9, 9, 4)
+    output, _ = entropy_attention(*tensors)
+    torch.testing.assert_close(output, entropy_attention(*tensors, implementation="reference")[0])
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+        entropy_attention(*tensors, implementation="native")
