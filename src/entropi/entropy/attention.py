@@ -7,6 +7,8 @@ E^(l,h) the mean of our H over rows). All entropies are in nats.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from entropi.entropy import native
 
-Implementation = Literal["auto", "reference", "blockwise", "native"]
+Implementation = Literal["auto", "reference", "blockwise", "native", "triton"]
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
 MASKED = -1.0e30
@@ -44,8 +46,8 @@ def entropy_attention(
             Receives gradients.
         attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or additive. No gradients.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
-            it in the backward pass, block by block; "native" does the same in a compiled CPU kernel; "auto" takes
-            the last that can run, see `available_implementations`.
+            it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
+            GPU kernel; "auto" takes the fastest that can run, see `available_implementations`.
 
     Returns:
         output `(B, H, T, D)` in the dtype of `query`, entropy `(B, H, T)` in nats, float32 (float64 for float64
@@ -65,7 +67,8 @@ def entropy_attention(
         query = (query / temperature.unsqueeze(-1)).to(query.dtype)
     able = available_implementations(query)
     if implementation == "auto":
-        implementation = "native" if able["native"] is None else "blockwise"
+        fused = "triton" if query.is_cuda else "native"
+        implementation = fused if able[fused] is None else "blockwise"  # type: ignore[assignment]
     if implementation not in able:
         raise ValueError(f"implementation must be one of auto, {', '.join(able)}, got {implementation!r}")
     if (reason := able[implementation]) is not None:
@@ -75,19 +78,33 @@ def entropy_attention(
     if implementation == "native":
         output, entropy, _ = native.attention(query, key, value, attn_mask, is_causal)
         return output, entropy
+    if implementation == "triton":
+        from entropi.entropy import triton_kernel
+
+        output, entropy, _ = triton_kernel.attention(query, key, value, attn_mask, is_causal)
+        return output, entropy
     return _Blockwise.apply(query, key, value, attn_mask, is_causal)
 
 
 def available_implementations(query: Tensor) -> dict[str, str | None]:
     """Every implementation and why it cannot run on tensors like `query`, or None where it can."""
-    reason: str | None
-    if query.device.type != "cpu":
-        reason = f"it is for CPUs, the tensors are on {query.device.type}"
-    elif query.dtype not in native.KINDS:
-        reason = f"it computes in float32, the tensors are {query.dtype}"
+    on_cpu = query.device.type == "cpu"
+    if query.dtype not in native.KINDS:
+        compiled = gpu = f"it computes in float32, the tensors are {query.dtype}"
     else:
-        reason = native.why_not()
-    return {"reference": None, "blockwise": None, "native": reason}
+        compiled = native.why_not() if on_cpu else f"it is for CPUs, the tensors are on {query.device.type}"
+        gpu = _why_no_triton(query.device.type)
+    return {"reference": None, "blockwise": None, "native": compiled, "triton": gpu}
+
+
+@torch.compiler.assume_constant_result
+def _why_no_triton(device: str) -> str | None:
+    """Why the Triton kernel cannot run on a device type, or None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it is for CUDA devices, the tensors are on {device} (TRITON_INTERPRET=1 runs it anywhere, slowly)"
+    return None
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

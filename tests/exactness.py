@@ -1,0 +1,37 @@
+"""How exact an implementation of `entropy_attention` has to be, derived from the plain version's error."""
+
+import torch
+
+from entropi.entropy.attention import entropy_attention
+
+
+def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(batch, heads, n, width) for n in (queries, keys, keys)]
+    tensors = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    return tensors, torch.randn(sizes[0], generator=generator), torch.randn(sizes[0][:3], generator=generator)
+
+
+def everything(implementation, tensors, grad_output, grad_entropy, dtype, **options):
+    """Output, entropy and the three gradients."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    output, entropy = entropy_attention(*inputs, implementation=implementation, **options)
+    incoming = [grad_output.to(output.dtype), grad_entropy.to(entropy.dtype)]
+    return [output, entropy, *torch.autograd.grad([output, entropy], inputs, incoming)]
+
+
+def assert_as_exact(implementation, tensors, grad_output, grad_entropy, dtype=torch.float32, slack=4e-6, **options):
+    """Derived tolerance: at most twice the error of the plain version in the same precision.
+
+    The slack is the float32 rounding of a dot product of some 256 terms, for cases where the plain version happens
+    to be exact.
+    """
+    rest = (grad_output, grad_entropy)
+    exact = everything("reference", tensors, *rest, torch.float64, **options)
+    plain = everything("reference", tensors, *rest, dtype, **options)
+    got = everything(implementation, tensors, *rest, dtype, **options)
+    for name, e, p, g in zip(("output", "entropy", "dq", "dk", "dv"), exact, plain, got):
+        assert torch.isfinite(g).all(), name
+        scale = max(1.0, float(e.detach().abs().max()))
+        error, allowed = (g.double() - e).abs().max(), 2 * (p.double() - e).abs().max() + slack * scale
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"

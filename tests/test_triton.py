@@ -1,0 +1,81 @@
+"""The Triton kernel against the definition: on a GPU where there is one, else on the CPU through the interpreter."""
+
+import math
+
+import pytest
+import torch
+
+from entropi.entropy.attention import available_implementations, entropy_attention
+from exactness import assert_as_exact, everything, make
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(queries, keys, width, **options):
+    tensors, grad_output, grad_entropy = make(queries, keys, width, batch=1, heads=2, **options)
+    return [x.to(DEVICE) for x in tensors], grad_output.to(DEVICE), grad_entropy.to(DEVICE)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("length", "width"), [(1, 32), (2, 64), (63, 48), (65, 100), (111, 32)])
+def test_awkward_shapes(length, width, is_causal):
+    assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 90), (5, 70), (7, 4), (40, 33)])
+def test_queries_and_keys_of_different_length(queries, keys):
+    assert_as_exact("triton", *on_device(queries, keys, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_plain(dtype):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as if their bits were integers")
+    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2, 50, 70), (1, 1, 1, 70), (50, 70)])
+def test_masks_broadcast_and_rows_may_see_nothing(shape, additive):
+    generator = torch.Generator().manual_seed(3)
+    visible = torch.rand(shape, generator=generator) > 0.4
+    if shape[-2] > 1:
+        visible[..., 17, :] = False
+    mask = visible
+    if additive:
+        mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
+    for is_causal in (True, False):
+        assert_as_exact("triton", *on_device(50, 70, 32), attn_mask=mask.to(DEVICE), is_causal=is_causal)
+
+
+def test_large_logits_keep_the_entropy():
+    (query, key, value), *rest = on_device(70, 70, 32)
+    assert_as_exact("triton", [query * 30, key + 5, value], *rest, slack=1e-5)
+
+
+def test_strided_inputs():
+    tensors, *rest = on_device(40, 40, 32)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    for a, b in zip(
+        everything("triton", strided, *rest, torch.float32), everything("triton", tensors, *rest, torch.float32)
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_not_a_number_is_not_hidden():
+    (query, key, value), *_ = on_device(40, 40, 32)
+    query[0, 0, 20, 3] = math.nan
+    output, entropy = entropy_attention(query, key, value, implementation="triton")
+    assert output[0, 0, 20].isnan().all()
+    assert entropy[0, 0, 20].isnan()
+    assert torch.isfinite(output[0, 1]).all()
+
+
+def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    query = torch.zeros(1, 1, 2, 16)
+    assert "CUDA" in available_implementations(query)["triton"]
+    with pytest.raises(ValueError, match="'triton' cannot run here: it is for CUDA"):
+        entropy_attention(query, query, query, implementation="triton")
