@@ -16,7 +16,9 @@ from entropi.model.configuration import ARCHITECTURES, EntropiConfig  # noqa: E4
 from entropi.model.decoder import EntropiForCausalLM  # noqa: E402
 from entropi.model.folding import fold  # noqa: E402
 from entropi.private.functions import exp_kernel, segment_max  # noqa: E402
+from entropi.private.messages import Settings  # noqa: E402
 from entropi.private.program import Description, run_plain  # noqa: E402
+from entropi.private.ranges import check_ranges, largest_values  # noqa: E402
 
 SIZES = dict(vocab_size=53, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=24)
 SOFTMAX_ONLY = [name for name, parts in ARCHITECTURES.items() if parts.softmax_only]
@@ -137,3 +139,56 @@ def test_exp_kernel_error_is_the_documented_one(iterations):
     assert (relative <= 1.2 * x**2 / 2 ** (iterations + 1) + 1e-9).all()  # 1.2: higher terms, at most x = -2^t / 5
     far = exp_kernel(jnp.asarray([-1e3, -1e6]), iterations)
     assert (np.asarray(far) < 0.11 ** (2**iterations) + 1e-300).all()
+
+
+def folded_with(**factors):
+    """Description and float32 weights of a random model, some of them multiplied."""
+    folded = fold(trained_like("SM(t)+ScFuFFN"))
+    weights = {name: w.astype(np.float32) for name, w in folded.weights.items()}
+    for name, factor in factors.items():
+        weights[name.replace("_", ".")] *= factor
+    return describe(folded), weights
+
+
+def test_check_ranges_names_the_largest_value_and_it_is_the_programs():
+    description, weights = folded_with()
+    tokens = [[1, 2, 3, 4], [50, 49]]
+    largest = largest_values(description, weights, tokens, 8)
+    expected = max(np.abs(run_plain(description, weights, t, 1, 8)[1][0]).max() for t in tokens)
+    assert largest["head"] == pytest.approx(expected, rel=1e-6)
+    assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
+    name, value = check_ranges(description, weights, Settings(), tokens)
+    assert largest[name] == value == max(largest.values())
+
+
+@pytest.mark.parametrize(("fraction_bits", "limit"), [(18, 2.0**26), (22, 2.0**18), (12, 2.0**38)])
+def test_check_ranges_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit):
+    settings = Settings(fraction_bits=fraction_bits)
+    description, weights = folded_with()
+    size = largest_values(description, weights, [[1, 2, 3]], 8)["head"]
+    for factor in (0.5, 2.0):
+        weights["head"], weights["head_bias"] = (
+            w * np.float32(factor * limit / size) for w in (folded_with()[1][n] for n in ("head", "head_bias"))
+        )
+        if factor < 1:
+            assert check_ranges(description, weights, settings, [[1, 2, 3]])[0] == "head"
+        else:
+            match = rf"head reaches {2 * limit:.3g}, .*ring of 64 bits with {fraction_bits} .* below {limit:.3g}"
+            with pytest.raises(UserError, match=match.replace("+", r"\+")):
+                check_ranges(description, weights, settings, [[1, 2, 3]])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("factor", [1e30, np.inf])
+def test_check_ranges_refuses_values_that_are_not_finite(factor):
+    with pytest.raises(UserError, match="overflow"):
+        check_ranges(*folded_with(**{"0_qkv": factor}), Settings())
+
+
+def test_check_ranges_looks_at_rare_tokens_with_large_embeddings():
+    description, weights = folded_with()
+    sampled = np.random.default_rng(0).integers(0, description.vocab_size, description.positions)
+    rare = next(token for token in range(description.vocab_size) if token not in sampled)
+    weights["embedding"][rare] *= 1e7
+    with pytest.raises(UserError, match="overflow"):
+        check_ranges(description, weights, Settings())

@@ -1,7 +1,13 @@
-"""The command line: one function a command, its signature and docstring are its options and help."""
+"""The command line: one function a command, its signature and docstring are its options and help.
+
+A command imports what it needs when it runs, so that `entropi ask` loads no torch. The parser would undo that in two
+ways, which is why this module has no `if TYPE_CHECKING` (the parser executes it) and no function named like a public
+name of the package, such as `fold` (the parser looks its functions up there, which imports their homes).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import shutil
@@ -10,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from docstring_parser import parse as parse_docstring
@@ -19,11 +25,7 @@ from jsonargparse import ArgumentParser, Namespace
 from entropi import __version__, records
 from entropi.console import ProgressLine, make_console
 from entropi.errors import UserError
-from entropi.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from entropi.private.client import Answer
-    from entropi.training.evaluation import HeldOut
+from entropi.training.recipe import Recipe, load_recipe
 
 
 def train(run: Path, recipe: Recipe) -> None:
@@ -35,9 +37,14 @@ def train(run: Path, recipe: Recipe) -> None:
     """
     from entropi.training.run import train as train_run
 
-    folder = train_run(recipe, run)
-    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)][-1]
-    print(f"held-out perplexity {found.perplexity:.2f} ({found.cross_entropy:.4f} nats a token); model in {folder}")
+    try:
+        folder = train_run(recipe, run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the run") from None
+    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
+    if found:
+        print(f"held-out perplexity {found[-1].perplexity:.2f} ({found[-1].cross_entropy:.4f} nats a token)", end="; ")
+    print(f"model in {folder}")
 
 
 def evaluate(model: Path, corpus: str = "stdlib", batch_size: int = 32, json: bool = False) -> None:
@@ -59,7 +66,7 @@ def evaluate(model: Path, corpus: str = "stdlib", batch_size: int = 32, json: bo
         )
 
 
-def diagnose(
+def diagnose_heads(
     model: Path,
     corpus: str = "stdlib",
     batch_size: int = 32,
@@ -75,15 +82,16 @@ def diagnose(
         heatmap: PNG to write; by default entropy.png in the folder of the model
         json: print one JSON object
     """
-    from entropi.training.run import diagnose_heldout
-
-    result, context_length = _evaluate(model, corpus, batch_size)
-    found = diagnose_heldout(result, context_length)
-    picture = heatmap or model / "entropy.png"
     with _extra("report"):
         from entropi.report import figures
+    from entropi.training.run import diagnose_heldout
 
-        figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.name), picture)
+    picture = heatmap or model / "entropy.png"
+    if heatmap is not None:
+        _check_parent(heatmap)
+    result, context_length = _evaluate(model, corpus, batch_size)
+    found = diagnose_heldout(result, context_length)
+    figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name), picture)
     if json:
         _print_json(found)
         return
@@ -100,7 +108,7 @@ def diagnose(
     print(f"heatmap in {picture}")
 
 
-def cost(
+def cost_of(
     architecture: str = "SM(t)+ScFuFFN",
     seq_len: int = 128,
     layers: int = 12,
@@ -145,18 +153,18 @@ def cost(
     print(f"  FLOPs      FFN {found.ffn_flops / 1e9:.1f} G, attention {found.attention_flops / 1e9:.1f} G")
 
 
-def fold(model: Path, output: Path) -> None:
+def fold_model(model: Path, output: Path) -> None:
     """Fold a softmax-only model: everything linear disappears into neighbouring matrices.
 
     Args:
         model: run folder or saved model
         output: folder for folded.safetensors and folded.json, readable without torch
     """
-    from entropi.model.folding import fold as fold_model
+    from entropi.model.folding import fold
     from entropi.training.run import open_model
 
     loaded, _, folder = open_model(model)
-    folded = fold_model(loaded)
+    folded = fold(loaded)
     folded.save(output)
     shutil.copy(folder / "tokenizer.json", output)
     explicit = folded.description["explicit_ffn"]
@@ -198,7 +206,7 @@ def serve(
         folder = model
         if not (model / "folded.json").exists():
             folder = Path(temporary)
-            fold(model, folder)
+            fold_model(model, folder)
         try:
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -227,8 +235,15 @@ def ask(
     with _extra("private"):
         from entropi.private.client import Watcher
         from entropi.private.client import ask as ask_server
+        from entropi.private.versions import engine_version
+
+        engine_version()  # the engine itself runs in a process of its own
+    if logits is not None:
+        _check_parent(logits)
+    if record is not None and not record.is_dir():
+        raise UserError(f"there is no run folder {record} to add the record to")
     line: list[ProgressLine] = []
-    moved = [0]
+    moved, printed = [0], [0]
 
     def begin(total: int) -> None:
         line.append(ProgressLine("private inference", total).__enter__())
@@ -239,8 +254,9 @@ def ask(
         line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
-        if not json and not sys.stdout.isatty():
+        if not json and not sys.stdout.isatty():  # on a terminal it would run into the progress bar
             print(piece, end="", flush=True)
+            printed[0] += len(piece)
 
     try:
         answer = ask_server(server, prompt, max_new_tokens, Watcher(begin, stage, text))
@@ -250,19 +266,19 @@ def ask(
     if logits is not None:
         import numpy as np
 
-        np.save(logits, np.stack(answer.logits))
+        with open(logits, "wb") as file:
+            np.save(file, np.stack(answer.logits))
     if record is not None:
         records.append(record / records.RECORDS_FILE, answer.record)
     if json:
         _print_json(answer.record)
         return
-    print(answer.record.new_text if sys.stdout.isatty() else "")
-    make_console().print(summary_of_private_run(answer), markup=False)
+    print(answer.record.new_text[printed[0] :])
+    make_console().print(summary_of_private_run(answer.record), markup=False)
 
 
-def summary_of_private_run(answer: Answer) -> str:
+def summary_of_private_run(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line."""
-    run = answer.record
     total = sum(s.bytes for s in run.stages) + run.setup_bytes + run.reveal_bytes
     messages = sum(s.messages for s in run.stages)
     return (
@@ -293,6 +309,9 @@ def demo(folder: Path = Path("runs/demo"), steps: int = 600) -> None:
     """
     with _extra("private"):
         import entropi.private.client
+        from entropi.private.versions import engine_version
+
+        engine_version()
     with _extra("report"):
         import entropi.report.page  # noqa: F401
     from entropi.demo import run_demo
@@ -304,9 +323,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
-    "diagnose": diagnose,
-    "cost": cost,
-    "fold": fold,
+    "diagnose": diagnose_heads,
+    "cost": cost_of,
+    "fold": fold_model,
     "serve": serve,
     "ask": ask,
     "report": report,
@@ -317,23 +336,38 @@ class _Parser(ArgumentParser):
     """Options are written with dashes, as everywhere; an error is one line and status 2."""
 
     def format_help(self) -> str:
-        return re.sub(r"--[a-z_]+", lambda match: match[0].replace("_", "-"), super().format_help())
+        text = re.sub(r"--[a-z_]+", lambda match: match[0].replace("_", "-"), super().format_help())
+        return text.replace("<class 'Path'>", "Path")
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         command = self.prog.replace(" [options]", "")
-        text = re.sub(r"Parser key \"(\w+)\":\s*", r"\1: ", " ".join(message.split()))
+        text = " ".join(message.split())
+        if match := re.search(r"arguments are required: (\w+)\.(\w+)", text):  # the parser of all commands says so
+            command = f"{command} {match[1]}"
+            text = f"{match[2].upper()} is missing"
+        text = re.sub(r"--\w+", lambda match: match[0].replace("_", "-"), text)
+        text = re.sub(r"Parser key \"(\w+)\": ", r"\1: ", text)
+        text = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\. Got value:", _expectation, text)
         raise UserError(f"{text} (see {command} --help)")
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all commands, made from their signatures and docstrings."""
-    parser = _Parser(prog="entropi", description="Language models with few nonlinear operations, run in private.")
+def _expectation(match: re.Match[str]) -> str:
+    return f"expected {match[1] or 'one of ' + match[2]}, got"
+
+
+def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
+    """The parser of all commands, made from their signatures and docstrings; `recipe` holds `train`'s defaults."""
+    parser = _Parser(
+        prog="entropi",
+        description="Language models with few nonlinear operations, run in private.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"entropi {__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
     for name, function in COMMANDS.items():
         doc = parse_docstring(function.__doc__ or "")
         helps = {p.arg_name: p.description for p in doc.params}
-        command = _Parser(description=doc.short_description)
+        command = _Parser(description=doc.short_description, allow_abbrev=False)
         skipped = set()
         if "json" in helps:  # a flag, where jsonargparse would want "true"
             skipped.add("json")
@@ -343,10 +377,12 @@ def build_parser() -> ArgumentParser:
             command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
         if function is train:
             skipped.add("recipe")
-            command.add_argument("--config", action="config", help="YAML file of a recipe; options override it")
+            command.add_argument("--config", type=str, help="YAML file of a recipe; options override it")
         command.add_function_arguments(function, as_group=False, as_positional=True, skip=skipped)
         if function is train:
             command.add_class_arguments(Recipe, as_group=False)
+            if recipe is not None:
+                command.set_defaults(dataclasses.asdict(recipe))
         commands.add_subcommand(name, command, help=doc.short_description)
     return parser
 
@@ -362,29 +398,52 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; status 0, 1 after a failure of ours, 2 after a mistake of the user's, 130 when interrupted."""
-    given = [_with_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    given = _with_underscores(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed = build_parser().parse_args(given)
+        if not given:
+            raise UserError(f"a command is missing: one of {', '.join(COMMANDS)} (see entropi --help)")
+        parsed = build_parser(_recipe_file(given)).parse_args(given)
         function = COMMANDS[parsed.command]
         function(**_arguments(function, parsed[parsed.command]))
     except UserError as error:
         print(f"entropi: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("entropi: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["entropi: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"entropi: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _with_underscores(word: str) -> str:
-    """`--max-new-tokens` as Python spells it."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def _with_underscores(words: list[str]) -> list[str]:
+    """`--max-new-tokens` as Python spells it; what follows a lone `--` is no option."""
+    options = words[: words.index("--")] if "--" in words else words
+    spelt = []
+    for word in options:
+        name, equals, value = word.partition("=")
+        spelt.append("--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word)
+    return spelt + words[len(options) :]
+
+
+def _recipe_file(words: list[str]) -> Recipe | None:
+    """The recipe that `train --config` names, read here because its mistakes are then told all at once."""
+    found = None
+    if words[0] == "train":
+        for word, following in zip(words, [*words[1:], "--"]):
+            if word == "--":
+                break
+            if word.startswith("--config="):
+                found = word.partition("=")[2]
+            elif word == "--config" and not following.startswith("--"):
+                found = following
+    return load_recipe(Path(found)) if found else None
 
 
 @contextmanager
@@ -392,12 +451,23 @@ def _extra(name: str) -> Iterator[None]:
     """Turn a missing optional dependency into advice."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "entropi":
+            raise
         raise UserError(f"{error.name} is not installed: pip install 'entropi[{name}]'") from None
+    except ImportError as error:  # there, but it does not load
+        reason = " ".join(str(error).split())
+        raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
 
 
-def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[HeldOut, int]:
-    """Held-out evaluation of a model on a corpus, with its own tokenizer; and its context length."""
+def _check_parent(path: Path) -> None:
+    """Refuse, before long work, a file to write whose folder does not exist."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
+    """The `HeldOut` of a model on a corpus, with its own tokenizer; and its context length."""
     from entropi.data.corpus import load_corpus
     from entropi.data.packing import pack
     from entropi.training.evaluation import evaluate_blocks

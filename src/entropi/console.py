@@ -21,7 +21,7 @@ PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty r
 
 def make_console() -> Console:
     """A console on standard error, so that standard output stays clean for results and `--json`."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class ProgressLine:
@@ -37,6 +37,7 @@ class ProgressLine:
         self._started = self._printed = time.monotonic()
         self._first = self._done = done
         self._status = ""
+        self._shown: int | None = None  # the last count printed
         self._bar: Progress | None = None
         if self.console.is_terminal:
             self._bar = Progress(
@@ -66,7 +67,7 @@ class ProgressLine:
             self._print_plain()
 
     def _print_plain(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._done
         elapsed = self._printed - self._started
         fresh = self._done - self._first
         left = f", {elapsed / fresh * (self.total - self._done):.0f} s left" if 0 < fresh < self.total else ""
@@ -78,6 +79,6 @@ class ProgressLine:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif self._shown != self._done:
             self._print_plain()
         sys.stderr.flush()

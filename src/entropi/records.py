@@ -29,6 +29,12 @@ class Base(msgspec.Struct, tag_field="kind", forbid_unknown_fields=False, kw_onl
     version: int = SCHEMA_VERSION
 
 
+class _Header(msgspec.Struct):
+    """All that records of every schema version share."""
+
+    version: int = SCHEMA_VERSION
+
+
 class RunStarted(Base, tag="run"):
     """The first record of a training run, written again whenever the run is resumed."""
 
@@ -52,18 +58,18 @@ class RunStarted(Base, tag="run"):
 
 
 class TrainingStep(Base, tag="step"):
-    """Means since the previous such record."""
+    """Means over the updates since the previous such record, refused ones left out."""
 
     step: int
-    cross_entropy: float  # nats per token
+    cross_entropy: float  # nats per token; NaN if every update was refused
     entropy_penalty: float | None  # lambda * L_entropy as added to the loss (Algorithm 1); None without it
-    learning_rate: float
-    grad_norm: float | None
+    learning_rate: float  # of the last update, as the next one
+    grad_norm: float | None  # before clipping
     tokens_per_second: float
 
 
 class EntropySnapshot(Base, tag="entropy"):
-    """Mean attention entropy of every head over one training batch (Eq. 5-7)."""
+    """Mean attention entropy of every head over the last micro-batch of a step (Eq. 5-7), before its update."""
 
     step: int
     entropy: Matrix  # (L, H), nats
@@ -186,6 +192,7 @@ Record: TypeAlias = (
 R = TypeVar("R", bound=Base)
 
 _decoder = msgspec.json.Decoder(Record, strict=False)  # takes "NaN" for a float
+_header_decoder = msgspec.json.Decoder(_Header)
 _encoder = msgspec.json.Encoder()
 
 
@@ -206,15 +213,23 @@ def encode(record: Record) -> bytes:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one record as one line, in a single write."""
-    with open(path, "ab") as file:
+    """Add one record as one line, in a single write; what a killed process left of a last line is removed."""
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(encode(record) + b"\n")
 
 
 def read(path: Path) -> list[Record]:
     """All records of a file, in order.
 
-    A last line cut short by a killed process is ignored; damage anywhere else is a `UserError` naming the line.
+    A last line cut short by a killed process is ignored.
+
+    Raises:
+        UserError: the file cannot be read, is damaged anywhere else, or has another schema version; names the line.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -223,14 +238,14 @@ def read(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished or empty
         try:
-            record = _decoder.decode(line)
-        except msgspec.MsgspecError as error:
+            version = _header_decoder.decode(line).version  # first: records of another version may not fit ours
+            if version != SCHEMA_VERSION:
+                raise UserError(
+                    f"{path}, line {number} has schema version {version}, this program reads {SCHEMA_VERSION}"
+                )
+            records.append(_decoder.decode(line))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UserError(f"{path}, line {number} is damaged: {error}") from None
-        if record.version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path}, line {number} has schema version {record.version}, this program reads {SCHEMA_VERSION}"
-            )
-        records.append(record)
     return records
 
 
@@ -246,7 +261,16 @@ def rewrite(path: Path, records: Iterable[Record]) -> None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop records of steps later than `step`: a resumed run takes those steps again."""
-    if path.exists():
-        kept = [r for r in read(path) if isinstance(r, RunStarted) or getattr(r, "step", 0) <= step]
-        rewrite(path, kept)
+    """Drop what a run that resumes after `step` will write again: records of later steps, and of the run's end."""
+    if not path.exists():
+        return
+    found = read(path)
+    total = max((r.total_steps for r in found if isinstance(r, RunStarted)), default=0)
+    kept = []
+    for record in found:
+        of_the_end = isinstance(record, DiagnosisRecord | CostRecord) or (
+            isinstance(record, Evaluation) and record.step >= total
+        )
+        if not of_the_end and getattr(record, "step", 0) <= step:
+            kept.append(record)
+    rewrite(path, kept)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
-import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -19,6 +20,7 @@ from entropi.private.messages import (
     PROTOCOL_VERSION,
     TRUST,
     Accepted,
+    BadMessage,
     Failed,
     FromServer,
     Hello,
@@ -41,7 +43,8 @@ from entropi.records import PrivateRun, StageTraffic
 CONNECT_SECONDS = 10
 HANDSHAKE_SECONDS = 15
 LINK_SECONDS = 60
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 20.0
+LAST_WORDS_SECONDS = 1.0
 END_OF_TEXT_ID = 0
 
 
@@ -78,31 +81,41 @@ def ask(server: str, prompt: str, max_new_tokens: int, watcher: Watcher | None =
     host, port = parse_address(server)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
-    try:
-        return asyncio.run(_ask(host, port, prompt, max_new_tokens, watcher or Watcher()))
-    except KeyboardInterrupt:
-        raise UserError("interrupted") from None
+    return asyncio.run(_ask(host, port, prompt, max_new_tokens, watcher or Watcher()))
 
 
 async def _ask(host: str, port: int, prompt: str, max_new_tokens: int, watcher: Watcher) -> Answer:
     where = f"{host}:{port}"
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout) as http:
+    not_a_server = f"{where} is not an entropi server, or it closed the connection"
+
+    async def refuse_redirect(*_: Any) -> None:  # it could lead to another machine
+        raise UserError(not_a_server)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse_redirect)
+    # Time limits are set around the steps; aiohttp's own would end a long generation.
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(), trace_configs=[trace]) as http:
         try:
-            async with (
-                asyncio.timeout(CONNECT_SECONDS) as connecting,
+            socket = await asyncio.wait_for(
                 http.ws_connect(
-                    f"http://{where}/v1/session", max_msg_size=MAX_SERVER_MESSAGE, heartbeat=HEARTBEAT_SECONDS
-                ) as socket,
-            ):
-                connecting.reschedule(None)
+                    f"http://{where}/v1/session",
+                    max_msg_size=MAX_SERVER_MESSAGE,
+                    heartbeat=HEARTBEAT_SECONDS,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=LAST_WORDS_SECONDS),
+                ),
+                CONNECT_SECONDS,
+            )
+            try:
                 return await _Session(socket, where, prompt, max_new_tokens, watcher).run()
+            finally:
+                await socket.close()
         except aiohttp.ClientConnectorError as error:
-            raise UserError(f"cannot reach a server at {where}: {error.os_error.strerror or error}") from None
-        except TimeoutError:
+            reason = os.strerror(error.os_error.errno) if error.os_error.errno else str(error)
+            raise UserError(f"cannot reach a server at {where}: {reason}") from None
+        except asyncio.TimeoutError:
             raise UserError(f"{where} accepts connections but does not answer as an entropi server") from None
-        except (aiohttp.ClientError, ConnectionError):
-            raise UserError(f"{where} is not an entropi server, or it closed the connection") from None
+        except (aiohttp.ClientError, ConnectionResetError):
+            raise UserError(not_a_server) from None
 
 
 class _Session:
@@ -131,10 +144,12 @@ class _Session:
         link = f"127.0.0.1:{free_port('127.0.0.1')}"
         await self.socket.send_bytes(encode(Start(len(prompt_ids), self.max_new_tokens, link)))
         accepted = await self._receive(Accepted)
+        parse_address(accepted.link)  # a server must not send this side's engine elsewhere
 
         party = await Party.start(
             Job(
                 rank=CLIENT,
+                session=accepted.session,
                 links=(accepted.link, link),
                 description=welcome.description,
                 settings=welcome.settings,
@@ -149,7 +164,7 @@ class _Session:
             done, _ = await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if work not in done or work.exception() is not None:
                 # The server's own words say more about a failure than the broken link they follow from.
-                await asyncio.wait({watch}, timeout=1.0)
+                await asyncio.wait({watch}, timeout=LAST_WORDS_SECONDS)
                 if watch.done():
                     watch.result()
             work.result()
@@ -195,29 +210,31 @@ class _Session:
         self.watcher.begin(self._count_stages(welcome, len(prompt_ids)))
         shown, done = "", 0
         try:
-            async with asyncio.timeout(LINK_SECONDS) as linking:
-                async for event in party.events():
-                    match event:
-                        case Linked():
-                            linking.reschedule(None)
-                        case StageDone(traffic):
-                            done += 1
-                            self._note(traffic)
-                            self.watcher.stage(done, traffic)
-                        case Revealed():
-                            token = self._take_logits(event)
-                            text = tokenizer.decode(self.new_tokens)
-                            if not text.endswith("\ufffd"):  # half of a character waits for its other bytes
-                                self.watcher.text(text[len(shown) :])
-                                shown = text
-                            if token == END_OF_TEXT_ID or len(self.new_tokens) == self.max_new_tokens:
-                                return
-                            await self.socket.send_bytes(encode(Next()))
-                            await party.proceed(token)
-                        case Failed(reason):
-                            raise UserError(f"the private computation with {self.where} failed: {reason}")
-        except TimeoutError:
+            event = await asyncio.wait_for(party.event(), LINK_SECONDS)
+        except asyncio.TimeoutError:
             raise UserError(f"no engine link with {self.where} within {LINK_SECONDS} s") from None
+        while event is not None:
+            match event:
+                case Linked():
+                    pass
+                case StageDone(traffic):
+                    done += 1
+                    self._note(traffic)
+                    self.watcher.stage(done, traffic)
+                case Revealed():
+                    token = self._take_logits(event)
+                    finished = token == END_OF_TEXT_ID or len(self.new_tokens) == self.max_new_tokens
+                    text = tokenizer.decode(self.new_tokens)
+                    if finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+                        self.watcher.text(text[len(shown) :])
+                        shown = text
+                    if finished:
+                        return
+                    await self.socket.send_bytes(encode(Next()))
+                    await party.proceed(token)
+                case Failed(reason):
+                    raise UserError(f"the private computation with {self.where} failed: {reason}")
+            event = await party.event()
         raise UserError(f"the private computation with {self.where} ended early")
 
     def _note(self, traffic: StageTraffic) -> None:
@@ -256,7 +273,7 @@ class _Session:
         """The next message of the handshake, which must be of `kind`."""
         try:
             message = await asyncio.wait_for(self.socket.receive(), HANDSHAKE_SECONDS)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise UserError(f"{self.where} does not answer as an entropi server") from None
         if message.type not in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT):
             raise UserError(f"{self.where} closed the connection during the handshake")
@@ -270,5 +287,5 @@ class _Session:
     def _decode(self, data: bytes | str) -> FromServer:
         try:
             return decode_from_server(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.where} does not follow the protocol: {str(error).splitlines()[0]}") from None
+        except BadMessage as error:
+            raise UserError(f"{self.where} does not follow the protocol: {error}") from None

@@ -7,9 +7,10 @@ is global.
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -39,19 +40,18 @@ class Engine:
 
     Args:
         rank: `SERVER` or `CLIENT`.
+        session: name of this computation, the same on both sides; messages of another one are not taken for its own.
         links: "host:port" of both engines, by rank.
-        log: a fresh file for SPU's log; it holds counts, times and shapes, no value.
+
+    Raises:
+        EngineError: no link within `LINK_TIMEOUT_S` seconds.
     """
 
-    def __init__(self, rank: int, links: tuple[str, str], settings: Settings, log: Path) -> None:
-        self.rank, self._log, self._read = rank, log, 0
-        options = libspu.logging.LogOptions()
-        options.enable_console_logger = False
-        options.system_log_path = str(log)
-        libspu.logging.setup_logging(options)
+    def __init__(self, rank: int, session: str, links: tuple[str, str], settings: Settings) -> None:
+        self.rank, self._log = rank, _start_log()
         config = _runtime_config(settings)
         desc = libspu.link.Desc()
-        desc.id = "entropi"
+        desc.id = session
         for name, address in zip(("server", "client"), links):
             desc.add_party(name, address)
         desc.connect_retry_times = LINK_TIMEOUT_S * 5
@@ -125,11 +125,7 @@ class Engine:
 
     def _meter(self) -> tuple[int, int, int, int]:
         """Bytes and messages, sent and received, of the latest run, from SPU's log."""
-        with open(self._log, "rb") as file:
-            file.seek(self._read)
-            fresh = file.read()
-        self._read += len(fresh)
-        found = _LINK_LINE.findall(fresh)
+        found = _LINK_LINE.findall(self._log.read())
         if len(found) != 1:
             raise EngineError(f"the engine's log has {len(found)} traffic lines for one run, expected 1")
         sent, received, sent_messages, received_messages = (int(n) for n in found[0])
@@ -157,6 +153,21 @@ class Engine:
     def close(self) -> None:
         """Leave the link once the other party has received everything."""
         self._link.stop_link()
+
+
+def _start_log() -> BinaryIO:
+    """Let SPU log to a file and return it, open for reading; it holds counts, times and shapes, no value.
+
+    The file has no name any more once this returns, so it goes when the process does, however that ends.
+    """
+    with tempfile.TemporaryDirectory(prefix="entropi-engine-") as folder:
+        path = Path(folder) / "engine.log"
+        path.touch()
+        options = libspu.logging.LogOptions()
+        options.enable_console_logger = False
+        options.system_log_path = str(path)
+        libspu.logging.setup_logging(options)
+        return open(path, "rb")
 
 
 def _runtime_config(settings: Settings) -> Any:

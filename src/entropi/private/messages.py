@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -18,7 +18,8 @@ MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sen
 MAX_TOKENS = 1 << 14
 
 Text = Annotated[str, msgspec.Meta(max_length=300)]
-Address = Annotated[str, msgspec.Meta(max_length=80, pattern=r"^(\d{1,3}\.){3}\d{1,3}:\d{1,5}$")]
+Address = Annotated[str, msgspec.Meta(max_length=80, pattern=r"^([0-9]{1,3}\.){3}[0-9]{1,3}:[0-9]{1,5}\Z")]
+SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
@@ -77,9 +78,13 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Accepted(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """The session begins; `link` is where the server's engine listens."""
+    """The session begins; `link` is where the server's engine listens.
+
+    `session` marks the engines' messages: another program on the machine cannot slip one in without knowing it.
+    """
 
     link: Address
+    session: SessionId
 
 
 class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -98,6 +103,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     """What a party does. The prompt travels by pipe: command lines can be read by other users of a machine."""
 
     rank: Literal[0, 1]
+    session: SessionId
     links: tuple[Address, Address]
     description: Description
     settings: Settings
@@ -145,24 +151,35 @@ _client_decoder: msgspec.json.Decoder[FromClient] = msgspec.json.Decoder(FromCli
 _server_decoder: msgspec.json.Decoder[FromServer] = msgspec.json.Decoder(FromServer)
 
 
+class BadMessage(Exception):
+    """Bytes that are not a message of the expected kind; the text is one line."""
+
+
 def decode(data: bytes | str, kind: type[M]) -> M:
-    """A validated message; `msgspec.MsgspecError` for anything else."""
-    return msgspec.json.decode(data, type=kind)
+    """A validated message; `BadMessage` for anything else."""
+    return _decode(data, msgspec.json.Decoder(kind))
 
 
 def decode_event(data: bytes) -> Event:
-    """A party's event."""
-    return _event_decoder.decode(data)
+    """A party's event; `BadMessage` for anything else."""
+    return _decode(data, _event_decoder)
 
 
 def decode_from_client(data: bytes | str) -> FromClient:
-    """A client's message, validated."""
-    return _client_decoder.decode(data)
+    """A client's message; `BadMessage` for anything else."""
+    return _decode(data, _client_decoder)
 
 
 def decode_from_server(data: bytes | str) -> FromServer:
-    """A server's message, validated."""
-    return _server_decoder.decode(data)
+    """A server's message; `BadMessage` for anything else."""
+    return _decode(data, _server_decoder)
+
+
+def _decode(data: bytes | str, decoder: msgspec.json.Decoder[Any]) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise BadMessage(" ".join(str(error).split())) from None
 
 
 def encode(message: object) -> bytes:

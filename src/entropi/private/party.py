@@ -1,16 +1,17 @@
 """One party of one session, in a process of its own: `python -m entropi.private.party`.
 
 Reads a `Job` and then a `Proceed` for every further token from standard input, writes `Event`s to standard output,
-one JSON line each. Its parent may kill it at any moment; that ends the session and nothing else.
+one JSON line each. Its parent may kill it at any moment; that ends the session and nothing else. When standard input
+ends, the parent is gone, and the party goes too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import sys
-import tempfile
-from pathlib import Path
+import threading
 from typing import BinaryIO
 
 import jax
@@ -41,23 +42,35 @@ def main() -> int:
     # SPU and its libraries may print; only events go to the parent.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    jobs = sys.stdin.buffer
-    job = decode(jobs.readline(), Job)
-    with tempfile.TemporaryDirectory(prefix="entropi-party-") as folder:
-        try:
-            engine = Engine(job.rank, job.links, job.settings, Path(folder) / "engine.log")
-            _emit(events, Linked())
-            _serve_session(engine, job, jobs, events)
-            engine.close()
-        except EngineError as error:
-            _emit(events, Failed(reason=str(error)))
-            return 1
-        except BrokenPipeError:
-            return 1  # the parent is gone, and with it the session
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    try:
+        job = decode(lines.get(), Job)
+        engine = Engine(job.rank, job.session, job.links, job.settings)
+        _emit(events, Linked())
+        _serve_session(engine, job, lines, events)
+        engine.close()
+    except EngineError as error:
+        _emit(events, Failed(reason=str(error)))
+        return 1
+    except BrokenPipeError:
+        return 1  # the parent is gone, and with it the session
+    except Exception as error:  # the parent's user reads one line, wherever it comes from
+        _emit(events, Failed(reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]))
+        return 1
     return 0
 
 
-def _serve_session(engine: Engine, job: Job, jobs: BinaryIO, events: BinaryIO) -> None:
+def _read_lines(lines: queue.SimpleQueue[bytes]) -> None:
+    """Pass on what the parent says; end this process, whatever it is doing, once the parent is gone."""
+    # Unbuffered: at exit the interpreter could not take the lock that a blocked buffered reader holds.
+    with os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0) as pipe:
+        for line in pipe:
+            lines.put(line)
+    os._exit(1)
+
+
+def _serve_session(engine: Engine, job: Job, lines: queue.SimpleQueue[bytes], events: BinaryIO) -> None:
     _warm_up(engine, events)
     weights = load_file(job.weights) if job.weights else None
     for name, shape in job.description.weight_shapes().items():
@@ -71,11 +84,9 @@ def _serve_session(engine: Engine, job: Job, jobs: BinaryIO, events: BinaryIO) -
         logits, size = engine.reveal_to_client("logits")
         _emit(events, Revealed(bytes=size, logits=None if logits is None else logits[0].tolist()))
         past += count
-        line = jobs.readline() if token + 1 < job.max_new_tokens else b""
-        if not line:  # enough tokens, or the parent has closed the pipe
-            break
-        proceed = decode(line, Proceed)
-        fresh, count = ([proceed.token] if proceed.token is not None else None), 1
+        if token + 1 < job.max_new_tokens:
+            proceed = decode(lines.get(), Proceed)
+            fresh, count = ([proceed.token] if proceed.token is not None else None), 1
 
 
 def _warm_up(engine: Engine, events: BinaryIO) -> None:

@@ -18,14 +18,14 @@ def largest_values(
     """Largest magnitude that any product or sum of each operation reaches on `sequences` of token ids.
 
     Keys read "layer 3 scores" or "head". For the centred state it is the sum of squares, which the next
-    operation forms.
+    operation forms. What is not finite even in float32 counts as infinite.
     """
     largest: dict[str, float] = {}
 
     def watch(stage: Stage, value: Array) -> None:
         name = f"layer {stage.layer} {stage.name}" if stage.layer >= 0 else stage.name
-        magnitude = np.square(value).sum(axis=-1).max() if stage.name == "centre" else np.abs(value).max()
-        largest[name] = max(largest.get(name, 0.0), float(magnitude))
+        magnitude = float(np.square(value).sum(axis=-1).max() if stage.name == "centre" else np.abs(value).max())
+        largest[name] = max(largest.get(name, 0.0), magnitude if np.isfinite(magnitude) else np.inf)
 
     for sequence in sequences:
         run_plain(model, weights, sequence, 1, exp_iterations, watch=watch)
@@ -40,16 +40,21 @@ def check_ranges(
 ) -> tuple[str, float]:
     """The operation with the largest values and that value, once it is known to fit.
 
-    Without `sequences` of calibration text, random tokens over all positions are used.
+    Without `sequences` of calibration text, random tokens over all positions are used, and those whose embeddings
+    hold the largest values.
 
     Raises:
         UserError: a value that the ring could not hold, with the numbers.
     """
     if sequences is None:
         random = np.random.default_rng(0)
-        sequences = [random.integers(0, model.vocab_size, model.positions).tolist() for _ in range(2)]
+        by_size = np.argsort(-np.abs(weights["embedding"]).max(axis=1))
+        sequences = [
+            random.integers(0, model.vocab_size, model.positions).tolist(),
+            np.resize(by_size, model.positions).tolist(),
+        ]
     largest = largest_values(model, weights, sequences, settings.exp_iterations)
-    name, value = max(largest.items(), key=lambda item: item[1] if item[1] == item[1] else np.inf)
+    name, value = max(largest.items(), key=lambda item: item[1])
     # A product carries twice the fraction bits until it is truncated, and needs a sign and one bit to spare.
     limit = 2.0 ** (settings.ring_bits - 2 * settings.fraction_bits - 2)
     if not value < limit:

@@ -6,18 +6,17 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import re
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
-from entropi.private.messages import Event, Failed, Job, Proceed, decode, decode_event, encode
+from entropi.private.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
 from entropi.private.program import Description
 
 WEIGHTS_FILE = "folded.safetensors"
@@ -33,7 +32,7 @@ def parse_address(address: str) -> tuple[str, int]:
             yet, the wire would show what the parties' engines assume to be protected.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 65536:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise UserError(f"{address!r} is not an address: write HOST:PORT, for example 127.0.0.1:9000")
     host = "127.0.0.1" if host == "localhost" else host
     try:
@@ -63,7 +62,8 @@ def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
         weights = load_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise UserError(f"{folder} holds no folded model: {error.strerror or error}") from None
-    except (msgspec.MsgspecError, SafetensorError) as error:
+    except (BadMessage, SafetensorError, AttributeError) as error:
+        # AttributeError: a type of number that safetensors knows and NumPy does not
         raise UserError(f"the folded model in {folder} is damaged: {str(error).splitlines()[0]}") from None
     shapes = {name: weight.shape for name, weight in weights.items()}
     if shapes != description.weight_shapes():
@@ -91,6 +91,7 @@ class Party:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             limit=_LINE_LIMIT,
+            start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
             env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
         )
         party = cls(process)
@@ -107,16 +108,17 @@ class Party:
             self._process.stdin.write(line + b"\n")
             await self._process.stdin.drain()
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Events until the process ends; an unexpected end is a `Failed` event."""
+    async def event(self) -> Event | None:
+        """The next event, None once the process has ended as it should; any other end is a `Failed` event."""
         assert self._process.stdout is not None
-        while line := await self._process.stdout.readline():
-            event = decode_event(line)
-            yield event
-            if isinstance(event, Failed):
-                return
+        try:
+            if line := await self._process.stdout.readline():
+                return decode_event(line)
+        except (BadMessage, ValueError):  # what a crashing process may leave; too long a line
+            return Failed(reason="the party's process wrote something unreadable")
         if status := await self._process.wait():
-            yield Failed(reason=f"the party's process ended with status {status}")
+            return Failed(reason=f"the party's process ended with status {status}")
+        return None
 
     async def stop(self) -> None:
         """End the process, whatever it is doing, and wait until it is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from entropi import records
 from entropi.console import ProgressLine
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
+from entropi.training.checkpoints import remove_oldest, seal
 
-SEAL = "complete"  # an empty file, written last: a checkpoint without it was cut short
 MOST_SKIPPED_IN_A_ROW = 10
 
 
@@ -31,21 +32,42 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         self.path, self.progress = path, progress
         self.log_every, self.entropy_every, self.tokens_per_step = log_every, entropy_every, tokens_per_step
-        self._cross_entropy: list[Tensor] = []
-        self._penalty: list[Tensor] = []
+        self.entropies: list[Tensor] = []  # (L, H) of every micro-batch of the update in progress
+        self._losses: list[tuple[Tensor, Tensor | None]] = []  # cross-entropy, penalty; likewise
+        self._refused = False
+        # One value for each update since the last record; tensors, so that nothing waits for the device.
+        self._cross_entropy: list[Tensor | float] = []
+        self._penalty: list[Tensor | float] = []
         self._steps = 0
         self._started = 0.0
         self._status = ""
         self._heads = ""
-        self.entropy: Tensor | None = None  # (L, H) of the latest micro-batch
 
     def observe(self, outputs: Any) -> None:
         """Take note of one micro-batch; nothing here waits for the device."""
-        self._cross_entropy.append(outputs.cross_entropy.detach())
-        if outputs.entropy_penalty is not None:
-            self._penalty.append(outputs.entropy_penalty.detach())
+        penalty = outputs.entropy_penalty
+        self._losses.append((outputs.cross_entropy.detach(), None if penalty is None else penalty.detach()))
         with torch.no_grad():
-            self.entropy = torch.stack([e.detach().mean(dim=(0, 2)) for e in outputs.entropies])
+            self.entropies.append(torch.stack([e.detach().mean(dim=(0, 2)) for e in outputs.entropies]))
+
+    def refuse(self) -> None:
+        """The update in progress is refused: its losses do not enter the means."""
+        self._refused = True
+
+    def losses_are_finite(self) -> bool:
+        """Whether the losses of the update in progress are finite; waits for the device."""
+        return all(math.isfinite(float(loss)) for loss, _ in self._losses)
+
+    def pending(self) -> dict[str, list[float]]:
+        """Losses of the updates since the last record, to be kept with a checkpoint."""
+        return {
+            "cross_entropy": [float(x) for x in self._cross_entropy],
+            "penalty": [float(x) for x in self._penalty],
+        }
+
+    def restore(self, pending: dict[str, list[float]]) -> None:
+        """Go on from the `pending` of a checkpoint."""
+        self._cross_entropy, self._penalty = list(pending["cross_entropy"]), list(pending["penalty"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,16 +83,22 @@ class RunRecorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._steps += 1
-        step = state.global_step
-        if step % self.entropy_every == 0 or step == 1:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if not self._refused:
+            # With losses scaled for accumulation, the micro-batches of an update add up to the update's loss.
+            self._cross_entropy.append(torch.stack([loss for loss, _ in self._losses]).sum())
+            if penalties := [penalty for _, penalty in self._losses if penalty is not None]:
+                self._penalty.append(torch.stack(penalties).sum())
+        if step % self.entropy_every == 0 or step == 1 or last:
             self._record_entropy(step, model)
-        if step % self.log_every == 0:
-            control.should_log = True
+        self._refused, self._losses, self.entropies = False, [], []
+        control.should_log = step % self.log_every == 0 or last
+        if last:
+            control.should_evaluate = False  # all of the held-out text is evaluated right after
         self.progress.update(step, f"{self._status}{self._heads}")
 
     def _record_entropy(self, step: int, model: Any) -> None:
-        if self.entropy is None:
-            return
+        entropy = self.entropies[-1]
         model = getattr(model, "module", model)
         threshold = model.entropy_regularizer.threshold if model.entropy_regularizer is not None else None
         temperatures = [block.attention.temperature for block in model.model.blocks]
@@ -78,15 +106,15 @@ class RunRecorder(TrainerCallback):
             self.path,
             records.EntropySnapshot(
                 step=step,
-                entropy=self.entropy.tolist(),
+                entropy=entropy.tolist(),
                 threshold=None if threshold is None else threshold.detach().tolist(),
                 temperature=None
                 if temperatures[0] is None
                 else [t.detach().mean(dim=1).tolist() for t in temperatures],
             ),
         )
-        if bool(torch.isfinite(self.entropy).all()):
-            shares = diagnose(self.entropy).quartile_shares
+        if bool(torch.isfinite(entropy).all()):
+            shares = diagnose(entropy).quartile_shares
             self._heads = f"  heads overloaded {shares[3]:.0%}, collapsed {shares[0]:.0%}"
 
     def on_log(
@@ -99,9 +127,8 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         if not logs or "learning_rate" not in logs or not self._steps:
             return
-        # With losses scaled for accumulation, the micro-batches of a step add up to the step's loss.
-        cross_entropy = float(torch.stack(self._cross_entropy).sum()) / self._steps
-        penalty = float(torch.stack(self._penalty).sum()) / self._steps if self._penalty else None
+        cross_entropy = _mean(self._cross_entropy)
+        penalty = _mean(self._penalty) if self._penalty else None
         now = time.monotonic()
         speed = self._steps * self.tokens_per_step / max(now - self._started, 1e-9)
         records.append(
@@ -127,6 +154,11 @@ class RunRecorder(TrainerCallback):
         self._started += time.monotonic() - paused_at
 
 
+def _mean(values: list[Tensor | float]) -> float:
+    """NaN where there are none: every update since the last record was refused."""
+    return sum(map(float, values)) / len(values) if values else math.nan
+
+
 class NonFiniteGuard(TrainerCallback):
     """Refuses an update whose gradients are not finite: stops the run or skips the update, naming the step."""
 
@@ -150,41 +182,37 @@ class NonFiniteGuard(TrainerCallback):
         step = state.global_step + 1
         reason = f"step {step}: the gradient is not finite{self._where()}"
         self._in_a_row += 1
+        self.recorder.refuse()
         records.append(self.recorder.path, records.SkippedUpdate(step=step, reason=reason))
-        if self.policy == "stop":
+        # In float16 a gradient overflows whenever the loss scale is too large, as it is at first: no divergence.
+        overflow = args.fp16 and self.recorder.losses_are_finite()
+        if self.policy == "stop" and not overflow:
             raise NonFiniteUpdate(
-                f"{reason}; the update was refused and the run stopped. Lower the learning rate, use --precision "
-                "fp32, or continue past such steps with --nonfinite skip"
+                f"{reason}; the update was refused and the run stopped. Start again in another folder with a lower "
+                "learning rate or precision fp32, or with nonfinite skip to go on past such steps"
             )
         if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise NonFiniteUpdate(f"{reason}, for the {self._in_a_row}th time in a row: the run has diverged")
-        model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
+        if not args.fp16:  # there the scaler passes over the update, and needs the gradients to lower its scale
+            model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
 
     def _where(self) -> str:
         """The first layer whose attention is no longer finite, if that is what happened."""
-        if self.recorder.entropy is None:
-            return ""
-        broken = (~torch.isfinite(self.recorder.entropy)).any(dim=1).nonzero().flatten()
-        return f", beginning in the attention of layer {int(broken[0])}" if len(broken) else ""
+        for entropy in self.recorder.entropies:
+            broken = (~torch.isfinite(entropy)).any(dim=1).nonzero().flatten()
+            if len(broken):
+                return f", beginning in the attention of layer {int(broken[0])}"
+        return ""
 
 
 class CheckpointSeal(TrainerCallback):
-    """Marks a checkpoint complete once all its files are written."""
+    """Seals a checkpoint once all its files are written, and only then removes the oldest beyond `keep`."""
+
+    def __init__(self, recorder: RunRecorder, keep: int) -> None:
+        self.recorder, self.keep = recorder, keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and state.is_world_process_zero:
-            (folder / SEAL).touch()
-
-
-def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint below `folder` and its step."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit() and (path / SEAL).exists():
-            found.append((int(number), path))
-    if not found:
-        return None
-    step, path = max(found)
-    return path, step
+        folder = Path(str(args.output_dir))
+        if state.is_world_process_zero:
+            seal(folder / f"checkpoint-{state.global_step}", self.recorder.pending())
+            remove_oldest(folder, self.keep)

@@ -22,7 +22,7 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """exp(cross-entropy); infinite where that overflows."""
-        return math.exp(self.cross_entropy) if self.cross_entropy < 700 else math.inf
+        return math.inf if self.cross_entropy > 700 else math.exp(self.cross_entropy)
 
 
 @torch.no_grad()
@@ -34,13 +34,15 @@ def evaluate_blocks(
     Float32 whatever the training precision, so that figures of different runs can be compared. `progress` is
     called with the number of blocks done.
     """
+    # The class's own forward: mixed-precision training replaces the instance's by one under autocast.
+    forward = type(model).forward
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     total, tokens, entropy = 0.0, 0, torch.zeros(0)
     for start in range(0, len(blocks), batch_size):
         ids = torch.from_numpy(np.asarray(blocks[start : start + batch_size], dtype=np.int64)).to(device)
-        out = model(ids, use_cache=False)
+        out = forward(model, ids, use_cache=False)
         losses = nn.functional.cross_entropy(
             out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from entropi.data.tokenizer import MIN_VOCAB_SIZE
 from entropi.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -88,51 +91,93 @@ class Recipe:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        if problems := _type_problems(dataclasses.asdict(self)) or self._range_problems():
+            raise UserError("; ".join(problems))
+
+    def _range_problems(self) -> list[str]:
+        """What is wrong with values that have the right types."""
         problems = []
-        for name in ("context_length", "layers", "heads", "hidden_size", "steps", "batch_size"):
-            if getattr(self, name) < (2 if name == "context_length" else 1):
-                problems.append(f"{name} is {getattr(self, name)}")
-        for name in ("gradient_accumulation", "log_every", "entropy_every", "evaluation_blocks", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, at least 1 is needed")
-        for name in ("evaluate_every", "save_every", "weight_decay", "entropy_weight", "gradient_clip"):
-            if not getattr(self, name) >= 0:
+        least = {"context_length": 2, "vocab_size": MIN_VOCAB_SIZE, "evaluate_every": 0, "save_every": 0, "seed": 0}
+        for name, wanted in get_type_hints(Recipe).items():
+            value = getattr(self, name)
+            if wanted is int and value < least.get(name, 1):
+                problems.append(f"{name} is {value}, at least {least.get(name, 1)} is needed")
+            if wanted is float and not math.isfinite(value):
+                problems.append(f"{name} is {value}, a finite number is needed")
+        if self.seed >= 2**32:
+            problems.append(f"seed is {self.seed}, it must be below 2^32")
+        if self.heads > 0 and self.hidden_size % self.heads:
+            problems.append(f"hidden_size is {self.hidden_size}, not a multiple of heads, {self.heads}")
+        for name in ("weight_decay", "entropy_weight", "gradient_clip"):
+            if getattr(self, name) < 0:
                 problems.append(f"{name} is {getattr(self, name)}, it cannot be negative")
-        if not self.learning_rate > 0:
-            problems.append(f"learning_rate is {self.learning_rate}, it must be positive")
+        for name in ("learning_rate", "temperature_init"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} is {getattr(self, name)}, it must be positive")
         if not 0 <= self.warmup < 1:
             problems.append(f"warmup is {self.warmup}, a share of the steps in [0, 1) is needed")
         if not 0 <= self.entropy_margin < 1:
             problems.append(f"entropy_margin is {self.entropy_margin}, a share in [0, 1) is needed")
-        if problems:
-            raise UserError("; ".join(problems))
+        return problems
+
+
+def _type_problems(settings: dict[str, Any]) -> list[str]:
+    """Which values do not have the type of their setting."""
+    problems = []
+    types = get_type_hints(Recipe)
+    for name, value in settings.items():
+        wanted = types[name]
+        if choices := get_args(wanted):
+            if value not in choices:
+                problems.append(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            problems.append(f"{name} is {value!r}, expected {wanted.__name__}")
+    return problems
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+    """Write a recipe as YAML, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
+    os.replace(partial, path)
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from YAML.
+    """Read a recipe from YAML; settings it does not name have their defaults.
 
     Raises:
-        UserError: not readable, not a recipe, or with unknown or ill-typed settings.
+        UserError: not readable, not a recipe, or with unknown, ill-typed or impossible settings: all are named.
     """
     try:
         settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read the recipe {path}: {reason}") from None
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    if not isinstance(settings, dict) or not set(settings) <= set(fields):
-        unknown = sorted(set(settings) - set(fields)) if isinstance(settings, dict) else []
-        raise UserError(f"{path} is not a training recipe" + (f": unknown {', '.join(unknown)}" if unknown else ""))
-    for name, value in settings.items():
-        wanted = type(fields[name].default)
-        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-            raise UserError(f"{path}: {name} is {value!r}, expected {wanted.__name__}")
-    return Recipe(**settings)
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not a training recipe: lines such as 'steps: 600' are expected")
+    types = get_type_hints(Recipe)
+    problems = [f"unknown setting {name}" for name in sorted(str(name) for name in settings if name not in types)]
+    known = {name: _as_float(value, types[name]) for name, value in settings.items() if name in types}
+    ill_typed = {name: problem for name in known for problem in _type_problems({name: known[name]})}
+    problems += ill_typed.values()
+    try:
+        recipe = Recipe(**{name: value for name, value in known.items() if name not in ill_typed})
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return recipe
+
+
+def _as_float(value: Any, wanted: Any) -> Any:
+    """`value` as a float where one is `wanted`: YAML takes 1e-3, without a point, for text."""
+    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:

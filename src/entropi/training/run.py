@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors.torch import load_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -30,10 +33,16 @@ from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.model.configuration import EntropiConfig, split_training_name
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.training.callbacks import SEAL, CheckpointSeal, NonFiniteGuard, RunRecorder, latest_checkpoint
+from entropi.training.callbacks import CheckpointSeal, NonFiniteGuard, RunRecorder
+from entropi.training.checkpoints import Checkpoint, newest_whole
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
 from entropi.training.trainer import BlockDataset, EntropiTrainer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -51,52 +60,80 @@ def train(recipe: Recipe, folder: Path) -> Path:
     """
     console = make_console()
     architecture, regularised = split_training_name(recipe.architecture)
-    recipe = _open_folder(recipe, folder)
+    recipe = _check_folder(recipe, folder)
     model_folder = folder / MODEL_FOLDER
     if model_folder.exists():
         console.print(f"{folder} holds the finished run of this recipe; nothing to do.", markup=False)
         return model_folder
-
+    _check_precision(recipe)
     prepared = prepare(recipe.corpus, recipe.vocab_size, recipe.context_length, console=console)
-    set_seed(recipe.seed)
-    model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, prepared.tokenizer))
-    checkpoint, step = _resume_point(recipe, folder, prepared, console)
-    _record_start(recipe, folder, model, prepared, architecture, step)
+    _check_corpus(recipe, prepared)
+    with _alone_in(folder), _quiet_transformers():
+        recipe = _begin_folder(recipe, folder)
+        set_seed(recipe.seed)
+        model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, prepared.tokenizer))
+        checkpoint = _resume_point(recipe, folder, prepared, console)
+        _record_start(recipe, folder, model, prepared, architecture, checkpoint)
+        _optimize(recipe, folder, model, prepared, checkpoint, console)
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    tokens_per_step = recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
-    progress = ProgressLine(f"training {recipe.architecture}", recipe.steps, done=step, console=console)
+        heldout = prepared.packed.heldout
+        with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
+            result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
+        _record_result(folder, recipe, model, result)
+        _save_model(model, prepared.tokenizer, recipe, model_folder)
+    return model_folder
+
+
+def _optimize(
+    recipe: Recipe,
+    folder: Path,
+    model: EntropiForCausalLM,
+    prepared: Prepared,
+    checkpoint: Checkpoint | None,
+    console: Console,
+) -> None:
+    """Bring `model` from `checkpoint`, or from the start, to the last step."""
+    done = checkpoint.step if checkpoint else 0
+    if checkpoint and done >= recipe.steps:  # interrupted in the last evaluation; the Trainer would take a step more
+        load_model(model, checkpoint.path / "model.safetensors")
+        return
+    progress = ProgressLine(f"training {recipe.architecture}", recipe.steps, done=done, console=console)
     recorder = RunRecorder(
         folder / records.RECORDS_FILE,
         progress,
         log_every=recipe.log_every,
         entropy_every=recipe.entropy_every,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=_tokens_per_step(recipe),
     )
+    if checkpoint:
+        recorder.restore(checkpoint.pending)
     trainer = EntropiTrainer(
         model=model,
         args=_training_arguments(recipe, folder),
         train_dataset=BlockDataset(prepared.packed.train),
-        callbacks=[recorder, NonFiniteGuard(recipe.nonfinite, recorder), CheckpointSeal()],
+        callbacks=[
+            recorder,
+            NonFiniteGuard(recipe.nonfinite, recorder),
+            CheckpointSeal(recorder, recipe.keep_checkpoints),
+        ],
         eval_dataset=BlockDataset(prepared.packed.heldout[: recipe.evaluation_blocks]),
         recorder=recorder,
     )
     trainer.remove_callback(PrinterCallback)
     with progress:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    heldout = prepared.packed.heldout
-    with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
-        result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
-    _record_result(folder, recipe, model, result)
-    _save_model(model, prepared.tokenizer, recipe, model_folder)
-    return model_folder
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
 
 
 def diagnose_heldout(result: HeldOut, context_length: int) -> records.DiagnosisRecord:
-    """The diagnosis of an evaluation."""
-    found = diagnose(result.entropy, context_length)
+    """The diagnosis of an evaluation.
+
+    Raises:
+        UserError: entropies that are not finite: the model has diverged.
+    """
+    try:
+        found = diagnose(result.entropy, context_length)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return records.DiagnosisRecord(
         entropy=found.entropy,
         context_length=context_length,
@@ -117,42 +154,137 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
     """
     folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
     if not folder.is_dir():
-        raise UserError(f"there is no model at {path}")
+        raise UserError(f"there is no model at {path}" + (": a folder is needed" if folder.exists() else ""))
     if not (folder / "config.json").exists():
         hint = "its training has not finished" if (path / CONFIG_FILE).exists() else "config.json is missing"
         raise UserError(f"{path} holds no model: {hint}")
     try:
-        model = EntropiForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"the model in {folder} is damaged: config.json cannot be read") from None
+    if kind != EntropiConfig.model_type:
+        raise UserError(f"the model in {folder} is of type {kind!r}; only entropi models can be opened here")
+    for name in ("model.safetensors", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise UserError(f"the model in {folder} is damaged: {name} is missing")
+    try:
+        with _quiet_transformers():
+            model, loaded = EntropiForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:
         # from_pretrained raises whatever its parsers raise; the user needs the folder and the first reason.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model in {folder} is damaged: {reason}") from None
-    return model, tokenizer, folder
+    # Without this, weights that are not in the file would silently be random ones.
+    if astray := [str(name) for names in loaded.values() for name in names]:
+        raise UserError(f"the model in {folder} is damaged: its weights do not fit its config.json, first {astray[0]}")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"the model in {folder} is damaged: tokenizer.json cannot be read: {error}") from None
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise UserError(
+            f"the model in {folder} is damaged: its tokenizer has {tokenizer.get_vocab_size()} entries, "
+            f"the model {model.config.vocab_size}"
+        )
+    return model.eval(), tokenizer, folder
 
 
-def _open_folder(recipe: Recipe, folder: Path) -> Recipe:
-    """Create the run folder, or check that it belongs to `recipe`; returns the recipe with what was resolved."""
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the progress bars and advice of transformers; its settings are restored afterwards."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """Check that `folder` can hold a run of `recipe`; returns the recipe, as resolved by an earlier start of it."""
     config = folder / CONFIG_FILE
-    if config.exists():
-        existing = load_recipe(config)
-        if differing := differences(recipe, existing):
-            raise UserError(
-                f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
-                "choose another folder"
-            )
-        return existing
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a run folder; choose another folder")
+    try:
+        if config.exists():
+            existing = load_recipe(config)
+            if differing := differences(recipe, existing):
+                raise UserError(
+                    f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
+                    "choose another folder"
+                )
+            recipe = existing
+        elif folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):
+            raise UserError(f"{folder} exists and is not a run folder; choose another folder")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"cannot open the run folder {folder}: {error.strerror}") from None
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {there}: choose another run folder")
+    return recipe
+
+
+def _check_precision(recipe: Recipe) -> None:
+    """Refuse arithmetic that this machine does not have."""
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a GPU; use bf16 or fp32")
+    if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU has no bfloat16; use precision fp16 or fp32")
+
+
+def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse a corpus without a single batch: the Trainer would end without a step."""
+    found = len(prepared.packed.train)
+    if found < recipe.batch_size:
+        raise UserError(
+            f"{recipe.corpus} gives {found} training sequences of {recipe.context_length} tokens, one batch needs "
+            f"{recipe.batch_size}: give more text or a smaller batch_size"
+        )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Create and hold the run folder; a second process in it would remove the first one's unfinished checkpoint.
+
+    Raises:
+        UserError: it cannot be created, or another process holds it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _begin_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """Write what a run folder begins with, unless it is there; returns the recipe with the precision resolved."""
+    recipe = _check_folder(recipe, folder)  # once more: another process may have begun a run since
     if recipe.precision == "auto":
         recipe = replace(recipe, precision="bf16" if bf16_is_fast(recipe) else "fp32")
-    environment = json.dumps(describe_environment(), indent=2)
-    (folder / ENVIRONMENT_FILE).write_text(environment + "\n", encoding="utf-8")
-    save_recipe(recipe, config)
+    try:
+        if not (folder / CONFIG_FILE).exists():
+            save_recipe(recipe, folder / CONFIG_FILE)
+        if not (folder / ENVIRONMENT_FILE).exists():
+            environment = json.dumps(describe_environment(), indent=2)
+            (folder / ENVIRONMENT_FILE).write_text(environment + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from None
     return recipe
 
 
@@ -178,27 +310,29 @@ def _model_config(recipe: Recipe, architecture: str, regularised: bool, tokenize
     )
 
 
-def _resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Console) -> tuple[Path | None, int]:
-    """The newest complete checkpoint and its step; later records are dropped, cut-short checkpoints removed."""
-    checkpoints = folder / CHECKPOINTS_FOLDER
-    found = latest_checkpoint(checkpoints)
-    for path in checkpoints.glob("checkpoint-*"):
-        if not (path / SEAL).exists():
-            console.print(f"{path.name} was cut short and is removed", markup=False)
-            shutil.rmtree(path)
-    step = found[1] if found else 0
+def _resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Console) -> Checkpoint | None:
+    """The newest whole checkpoint; later records are dropped, checkpoints that are not whole are removed."""
     path = folder / records.RECORDS_FILE
-    if path.exists():
+    begun = path.exists()
+    if begun:
         starts = [r for r in records.read(path) if isinstance(r, records.RunStarted)]
         if starts and starts[-1].corpus_hash != prepared.corpus.content_hash:
             raise UserError(f"the corpus {recipe.corpus} has changed since {folder} was begun; choose another folder")
+    checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, console)
+    if begun:
+        step = checkpoint.step if checkpoint else 0
         records.forget_after(path, step)
         console.print(f"resuming {folder} after step {step} of {recipe.steps}", markup=False)
-    return (found[0] if found else None), step
+    return checkpoint
 
 
 def _record_start(
-    recipe: Recipe, folder: Path, model: EntropiForCausalLM, prepared: Prepared, architecture: str, step: int
+    recipe: Recipe,
+    folder: Path,
+    model: EntropiForCausalLM,
+    prepared: Prepared,
+    architecture: str,
+    checkpoint: Checkpoint | None,
 ) -> None:
     records.append(
         folder / records.RECORDS_FILE,
@@ -216,12 +350,16 @@ def _record_start(
             heldout_tokens=prepared.packed.heldout.size,
             corpus=recipe.corpus,
             corpus_hash=prepared.corpus.content_hash,
-            tokens_per_step=recipe.batch_size * recipe.gradient_accumulation * recipe.context_length,
+            tokens_per_step=_tokens_per_step(recipe),
             total_steps=recipe.steps,
             precision=recipe.precision,
-            resumed_at=step,
+            resumed_at=checkpoint.step if checkpoint else 0,
         ),
     )
+
+
+def _tokens_per_step(recipe: Recipe) -> int:
+    return recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
 
 
 def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -248,7 +386,7 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         eval_steps=recipe.evaluate_every or None,
         save_strategy="steps",
         save_steps=recipe.save_every or recipe.steps,
-        save_total_limit=recipe.keep_checkpoints,
+        save_total_limit=None,  # CheckpointSeal removes old ones, after the new one is sealed
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -269,7 +407,8 @@ def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, resu
             entropy=result.entropy.tolist(),
         ),
     )
-    records.append(path, diagnose_heldout(result, recipe.context_length))
+    if bool(torch.isfinite(result.entropy).all()):  # a model that diverged in its last step has no diagnosis
+        records.append(path, diagnose_heldout(result, recipe.context_length))
     records.append(path, count(model.config, recipe.context_length))
 
 
@@ -314,9 +453,6 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -326,10 +462,24 @@ def describe_environment() -> dict[str, Any]:
         "command": ["entropi", *sys.argv[1:]],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it does."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() or None
