@@ -95,7 +95,11 @@ class Party:
             env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
         )
         party = cls(process)
-        await party._write(encode(job))
+        try:
+            await party._write(encode(job))
+        except BaseException:  # a session that ends right now
+            await party.stop()
+            raise
         return party
 
     async def proceed(self, token: int | None = None) -> None:

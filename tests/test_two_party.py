@@ -1,0 +1,1085 @@
+"""Two real processes over loopback: right answers, true meters, nothing readable on the wire, clean ends.
+
+A recording proxy stands in the control channel and in both directions between the engines, so that everything a
+side receives can be searched for what it must not learn.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("spu")
+import aiohttp
+import msgspec
+import torch
+from aiohttp import web
+from safetensors.numpy import load_file, save_file
+
+from entropi import cli, records
+from entropi.data.corpus import load_corpus
+from entropi.data.tokenizer import train_tokenizer
+from entropi.errors import UserError
+from entropi.model.configuration import EntropiConfig
+from entropi.model.decoder import EntropiForCausalLM
+from entropi.private import client, server
+from entropi.private.messages import Accepted, Hello, Next, Settings, Start, Welcome, encode
+from entropi.private.program import Description, forward
+from entropi.private.versions import engine_version
+
+pytestmark = [
+    pytest.mark.two_party,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
+]
+
+TEXT = "The secret garden lies behind the old stone wall, and the keeper of the garden has the only key. "
+PROMPT = "the keeper lies"
+NEW_TOKENS = 3
+MOST_TOKENS = 8  # the server's limit
+POSITIONS = 32
+FRACTION_BITS = 18
+TOLERANCE = 0.05
+HANGING = 60  # seconds after which something hangs; everything here takes far less
+
+
+# --- A model, a server, and the processes they leave behind -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """Temporary files of all processes; and their environment carries a mark by which they are found."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setenv("ENTROPI_TEST_MARK", str(folder))
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        yield folder
+
+
+def save_model(folder, architecture="SM(t)+ScFuFFN", change=None):
+    """A model with random weights and biases, which a training could have left, and a tokenizer of 300 entries."""
+    corpus = folder.parent / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for number in range(8):
+        (corpus / f"{number}.txt").write_text(TEXT * 10 + str(number))
+    tokenizer = train_tokenizer(load_corpus(str(corpus)), 300)
+    torch.manual_seed(3)
+    config = EntropiConfig(
+        architecture=architecture,
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=POSITIONS,
+    )
+    model = EntropiForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        if change is not None:
+            change(model)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of the model, the model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    return folder, *save_model(folder)
+
+
+@pytest.fixture(scope="module")
+def folded(model, tmp_path_factory):
+    """Folder of the folded model."""
+    folder = tmp_path_factory.mktemp("models") / "folded"
+    assert cli.main(["fold", str(model[0]), str(folder)]) == 0
+    return folder
+
+
+def command(*words):
+    """The command line of an entropi process."""
+    return [sys.executable, "-m", "entropi", *map(str, words)]
+
+
+class Server:
+    """An `entropi serve` process."""
+
+    def __init__(self, folder, log):
+        self.log_file = log
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(
+                command("serve", folder, "--listen", "127.0.0.1:0", "--max-new-tokens", MOST_TOKENS),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def log(self):
+        return self.log_file.read_text()
+
+    def address(self):
+        wait_for(lambda: "listening on" in self.log or self.process.poll() is not None)
+        return re.search(r"listening on (127\.0\.0\.1:\d+)", self.log)[1]
+
+    def sessions_closed(self):
+        return self.log.count(": opened") == self.log.count(": closed")
+
+
+@pytest.fixture(scope="module")
+def running(folded, scratch):
+    """The server most tests ask."""
+    started = Server(folded, scratch / "server.log")
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture(scope="module")
+def more_servers(folded, scratch):
+    """Two servers to be ended by a test; started early, so that nobody waits for them."""
+    started = [Server(folded, scratch / f"server-{number}.log") for number in range(2)]
+    yield started
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + HANGING
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def marked_processes(mark):
+    """Process id -> command line of every process with our mark in its environment, living or orphaned."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"ENTROPI_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def parties(mark, parent=None):
+    """Ids of party processes; only the children of `parent`, if it is given."""
+    return [
+        pid
+        for pid, command in marked_processes(mark).items()
+        if "entropi.private.party" in command and (parent is None or parent_of(pid) == parent)
+    ]
+
+
+def parent_of(pid):
+    with contextlib.suppress(OSError):
+        return int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+    return None
+
+
+def engine_logs(mark):
+    """What the engines of all parties have logged so far, in files without a name."""
+    logs = []
+    for pid in parties(mark):
+        with contextlib.suppress(OSError):
+            descriptors = [d for d in Path(f"/proc/{pid}/fd").iterdir() if "engine.log" in os.readlink(d)]
+            logs += [descriptor.read_bytes() for descriptor in descriptors[:1]]
+    return logs
+
+
+def no_parties_left(mark):
+    """Wait until they are gone."""
+    wait_for(lambda: not parties(mark))
+    return True
+
+
+def plain_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].double().numpy()
+
+
+def honest_answer(address, model):
+    """One token from a server, compared with the model's."""
+    _, plain, tokenizer = model
+    answer = client.ask(address, PROMPT, 1)
+    expected = plain_logits(plain, tokenizer.encode(PROMPT).ids)
+    assert np.abs(answer.logits[0] - expected).max() < TOLERANCE
+    assert answer.record.new_tokens == [int(expected.argmax())]
+    return True
+
+
+def run_cli(capfd, *words):
+    """Status of a command in this process, and what it says: one line for a person, never a traceback."""
+    capfd.readouterr()
+    status = cli.main([str(word) for word in words])
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("entropi: ")]
+    assert "Traceback" not in said
+    assert len(lines) == 1
+    assert said.endswith(lines[0] + "\n")
+    return status, lines[0]
+
+
+# --- Recording proxies ------------------------------------------------------------------------------------------------
+
+
+class Tap:
+    """A TCP proxy on a port of its own: `forth` holds all bytes that came from the connecting side, `back` the rest."""
+
+    def __init__(self, target):
+        self.target = target
+        self.forth, self.back = bytearray(), bytearray()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = self._connect()
+                for source, sink, record in ((near, far, self.forth), (far, near, self.back)):
+                    threading.Thread(target=self._copy, args=(source, sink, record), daemon=True).start()
+
+    def _connect(self):
+        host, port = self.target.split(":")
+        deadline = time.monotonic() + HANGING
+        while True:
+            try:
+                return socket.create_connection((host, int(port)))
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def _copy(self, source, sink, record):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                record += data
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.listener.close()
+
+
+class ThreadedApp:
+    """An aiohttp application in a thread of its own."""
+
+    def __init__(self, handler):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        app = web.Application()
+        app.router.add_get("/v1/session", handler)
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self.address = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(HANGING)
+
+    async def _start(self):
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        return f"127.0.0.1:{self.runner.addresses[0][1]}"
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(HANGING)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+class Wiretap:
+    """Between a client and a server: relays the control channel unmasked, and puts taps between the engines."""
+
+    def __init__(self, address, before_next):
+        self.server_address, self.before_next = address, before_next
+        self.client_said, self.server_said = bytearray(), bytearray()
+        self.to_server = self.to_client = None
+        self.app = ThreadedApp(self._relay)
+        self.address = self.app.address
+
+    async def _relay(self, request):
+        near = web.WebSocketResponse()
+        await near.prepare(request)
+        self.client_said += b"".join(b"%s: %s\n" % header for header in request.raw_headers) + b"\n"
+        async with (
+            aiohttp.ClientSession() as http,
+            http.ws_connect(f"http://{self.server_address}/v1/session", max_msg_size=1 << 25) as far,
+        ):
+            backward = asyncio.create_task(self._server_to_client(near, far))
+            async for message in near:
+                data = message.data if isinstance(message.data, bytes) else message.data.encode()
+                self.client_said += data + b"\n"
+                said = json.loads(data)
+                if said["type"] == "Start":
+                    self.to_client = Tap(said["link"])
+                    said["link"] = self.to_client.address
+                    data = json.dumps(said).encode()
+                elif said["type"] == "Next":
+                    self.before_next()
+                await far.send_bytes(data)
+            await far.close()
+            await backward
+        return near
+
+    async def _server_to_client(self, near, far):
+        async for message in far:
+            self.server_said += message.data + b"\n"
+            said, data = json.loads(message.data), message.data
+            if said["type"] == "Accepted":
+                self.to_server = Tap(said["link"])
+                data = json.dumps({**said, "link": self.to_server.address}).encode()
+            await near.send_bytes(data)
+
+    @property
+    def server_received(self):
+        return self.client_said + self.to_server.forth + self.to_client.back
+
+    @property
+    def client_received(self):
+        return self.server_said + self.to_client.forth + self.to_server.back
+
+    def close(self):
+        self.app.close()
+        for tap in (self.to_server, self.to_client):
+            if tap is not None:
+                tap.close()
+
+
+@pytest.fixture(scope="module")
+def listened(running, model, scratch):
+    """A whole generation through real commands, with every byte between them recorded, and the engines' logs."""
+    logs = []
+    wiretap = Wiretap(running.address(), lambda: logs.append(engine_logs(scratch)))
+    logits = scratch / "logits.npy"
+    asked = subprocess.run(
+        command(
+            "ask", PROMPT, "--server", wiretap.address, "--max-new-tokens", NEW_TOKENS, "--json", "--logits", logits
+        ),
+        capture_output=True,
+        timeout=2 * HANGING,
+    )
+    assert asked.returncode == 0, asked.stderr
+    wait_for(running.sessions_closed)
+    wiretap.record = msgspec.json.decode(asked.stdout, type=records.PrivateRun)
+    wiretap.logits = np.load(logits)
+    wiretap.engine_logs = logs[-1]
+    yield wiretap
+    wiretap.close()
+
+
+@pytest.fixture(scope="module")
+def stalled_client(running):
+    """A client that says hello and nothing more, while others ask; yields what it is told in the end."""
+    told = []
+
+    async def stall():
+        async with aiohttp.ClientSession() as http, http.ws_connect(f"http://{running.address()}/v1/session") as idle:
+            await idle.send_bytes(encode(Hello(1, engine_version())))
+            told.extend([json.loads(message.data) async for message in idle][1:])
+
+    thread = threading.Thread(target=asyncio.run, args=(stall(),))
+    thread.start()
+    yield told
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def asked_of_silence(scratch):
+    """A client of a port that accepts connections and says nothing; it may take its time behind other tests."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    process = subprocess.Popen(
+        command("ask", "hello", "--server", f"127.0.0.1:{silent.getsockname()[1]}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    silent.close()
+
+
+# --- Right answers, true meters ---------------------------------------------------------------------------------------
+
+
+def test_private_logits_and_tokens_are_the_models(listened, model, asked_of_silence, more_servers):
+    _, plain, tokenizer = model
+    record = listened.record
+    ids = tokenizer.encode(PROMPT).ids
+    assert record.prompt_tokens == ids
+    assert listened.logits.shape == (NEW_TOKENS, 300)
+    for row, token in zip(listened.logits, record.new_tokens):
+        expected = plain_logits(plain, ids)
+        assert np.abs(row - expected).max() < TOLERANCE
+        assert token == expected.argmax()
+        ids.append(token)
+    assert record.new_text == tokenizer.decode(record.new_tokens)
+
+
+def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running, folded):
+    record = listened.record
+    description = msgspec.json.decode((folded / "folded.json").read_bytes(), type=Description)
+    expected, past, new = [], 0, len(record.prompt_tokens)
+    for token in range(NEW_TOKENS):
+        expected += [(s.name, s.layer, token) for s in forward(description, new, past, 8)]
+        past, new = past + new, 1
+    assert [(s.name, s.layer, s.token) for s in record.stages] == expected
+    for stage in record.stages:
+        assert min(stage.sent_bytes, stage.received_bytes, stage.sent_messages, stage.received_messages) > 0
+
+    # What the client's engine counts as sent, the server's counts as received.
+    sent = sum(s.sent_bytes for s in record.stages)
+    received = sum(s.received_bytes for s in record.stages)
+    server_sent, server_received = (
+        int(n) for n in re.findall(r"(\d+) bytes sent, (\d+) received so far", running.log)[-1]
+    )
+    assert sent + received + record.setup_bytes == server_sent + server_received
+    setup_sent, setup_received = server_received - sent, server_sent - received
+    assert min(setup_sent, setup_received) > 0
+
+    # The meter counts what the engines say; the wire carries it in frames, and acknowledges every message.
+    share_bytes = record.reveal_bytes
+    for metered, wire in (
+        (server_received, len(listened.to_server.forth) + len(listened.to_client.back)),
+        (server_sent + share_bytes, len(listened.to_client.forth) + len(listened.to_server.back)),
+    ):
+        print(f"metered {metered}, on the wire {wire}: {1 - metered / wire:.3%} more")
+        assert 0.95 * wire < metered < wire
+
+    # A comparison costs about 98 bytes: the row maxima of the prompt's pass are nothing else.
+    length = len(record.prompt_tokens)
+    maxima = next(s.bytes for s in record.stages if s.name == "max" and s.token == 0)
+    assert 50 < maxima / (description.heads * length * (length - 1) / 2) < 200
+    # With keys and values kept, one more token costs less than the prompt did.
+    per_token = [sum(s.bytes for s in record.stages if s.token == token) for token in range(NEW_TOKENS)]
+    assert max(per_token[1:]) < per_token[0]
+
+
+# --- Nothing readable on the wire -------------------------------------------------------------------------------------
+
+
+def token_needles(prompt, token_ids, vocab_size):
+    """Everything plain that would give a text or its tokens away, by name."""
+    encoded = prompt.encode()
+    needles = {f"prompt from byte {n}": encoded[n : n + 8] for n in range(len(encoded) - 7)}
+    for separator in (",", ", ", " "):
+        needles[f"ids joined by {separator!r}"] = separator.join(map(str, token_ids)).encode()
+    for kind in ("<i2", "<i4", "<i8", ">i4", ">i8", "<f4", "<f8"):
+        needles[f"ids as {kind}"] = np.array(token_ids).astype(kind).tobytes()
+    needles["ids in fixed point"] = (np.array(token_ids, np.int64) << FRACTION_BITS).tobytes()
+    for token in token_ids:
+        row = np.eye(vocab_size)[token]
+        for kind in ("<f4", "<f8", "<i8"):
+            needles[f"one-hot row of {token} as {kind}"] = row.astype(kind).tobytes()
+        needles[f"one-hot row of {token} in fixed point"] = (row.astype(np.int64) << FRACTION_BITS).tobytes()
+    return needles
+
+
+def found_needles(haystack, needles):
+    """Names of the needles that occur."""
+    return [name for name, needle in needles.items() if needle in haystack]
+
+
+def windows(matrices):
+    """All 16-byte windows, `(n, 16)` uint8, of neighbouring numbers in float32 and in fixed point, both ways round."""
+    found = []
+    for matrix in matrices:
+        for array in {2: (matrix, matrix.T)}.get(matrix.ndim, (matrix.reshape(1, -1),)):
+            scaled = array.astype(np.float64) * 2**FRACTION_BITS
+            for numbers in (array.astype("<f4"), np.trunc(scaled).astype("<i8"), np.rint(scaled).astype("<i8")):
+                step = 16 // numbers.itemsize
+                if numbers.shape[1] >= step:
+                    runs = np.lib.stride_tricks.sliding_window_view(numbers, step, axis=1).reshape(-1, step)
+                    runs = runs[(runs != 0).all(axis=1) & (runs != -1).all(axis=1)]  # zeros are everybody's
+                    found.append(np.ascontiguousarray(runs).view(np.uint8))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+PART = 1 << 22
+
+
+def found_windows(haystack, wanted):
+    """How often any of the windows occurs, at any byte."""
+    known = {row.tobytes() for row in wanted}
+    data = np.frombuffer(bytes(haystack), np.uint8)
+    starts = np.zeros(1 << 24, bool)  # the first three bytes sort almost everything out
+    starts[wanted[:, 0] | wanted[:, 1].astype(np.uint32) << 8 | wanted[:, 2].astype(np.uint32) << 16] = True
+    found = 0
+    for begin in range(0, len(data), PART):
+        part = data[begin : begin + PART + 15].astype(np.uint32)
+        if len(part) >= 16:
+            candidates = np.flatnonzero(starts[part[:-15] | part[1:-14] << 8 | part[2:-13] << 16])
+            found += sum(data[begin + n : begin + n + 16].tobytes() in known for n in candidates)
+    return found
+
+
+@pytest.fixture(scope="module")
+def secrets_of_the_client(listened):
+    record = listened.record
+    needles = token_needles(PROMPT, record.prompt_tokens, 300)
+    needles |= token_needles(PROMPT + record.new_text, record.prompt_tokens + record.new_tokens, 300)
+    return needles, windows([listened.logits])
+
+
+@pytest.fixture(scope="module")
+def secrets_of_the_server(model, folded):
+    trained = [p.detach().numpy() for p in model[1].parameters()]
+    return windows([w for w in [*trained, *load_file(folded / "folded.safetensors").values()] if w.size > 1])
+
+
+def test_server_receives_and_logs_nothing_of_prompt_and_answer(listened, running, secrets_of_the_client):
+    needles, logits = secrets_of_the_client
+    received = listened.server_received
+    assert b'"Start"' in received  # the relay records what is said, not its WebSocket mask
+    assert found_needles(received, needles) == []
+    assert found_windows(received, logits) == 0
+    assert found_needles(running.log.encode(), needles) == []
+
+
+def test_client_receives_nothing_of_the_weights(listened, secrets_of_the_server):
+    received = listened.client_received
+    assert b'"Welcome"' in received
+    assert found_windows(received, secrets_of_the_server) == 0
+
+
+def test_engine_logs_hold_no_value(listened, secrets_of_the_client, secrets_of_the_server):
+    assert len(listened.engine_logs) == 2
+    needles, logits = secrets_of_the_client
+    for log in listened.engine_logs:
+        assert b"Link details" in log
+        assert found_needles(log, needles) == []
+        assert found_windows(log, logits) == found_windows(log, secrets_of_the_server) == 0
+
+
+def test_the_search_finds_what_is_planted(listened, secrets_of_the_client, secrets_of_the_server):
+    needles, logits = secrets_of_the_client
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    assert found_needles(noise, needles) == []
+    for name, needle in needles.items():
+        assert found_needles(noise[:777] + needle + noise[777:], {name: needle}) == [name]
+    for wanted in (logits, secrets_of_the_server):
+        assert found_windows(noise, wanted) == 0
+        planted = noise.join(row.tobytes() for row in wanted[:: len(wanted) // 7])  # several parts, at all offsets
+        assert found_windows(noise[:3] + planted, wanted) == len(wanted[:: len(wanted) // 7])
+    place = PART - 5
+    planted = (noise * 5)[:place] + logits[0].tobytes() + (noise * 5)[place:]
+    assert found_windows(planted, logits) == 1
+
+
+LEAK = """
+import sys
+from spu import libspu
+rank, leak = int(sys.argv[1]), open(sys.argv[4], "rb").read()
+desc = libspu.link.Desc()
+desc.add_party("server", sys.argv[2]); desc.add_party("client", sys.argv[3])
+link = libspu.link.create_brpc(desc, rank)
+link.send(0, leak) if rank else link.recv(1)
+link.stop_link()
+"""
+
+
+def test_a_leak_through_the_engines_link_would_be_found(secrets_of_the_client, secrets_of_the_server, scratch):
+    needles, logits = secrets_of_the_client
+    noise = np.random.default_rng(1).bytes(1 << 22)  # larger than what the link sends in one piece
+    leak = scratch / "leak.bin"
+    leak.write_bytes(noise + b"".join(needles.values()) + noise + logits.tobytes())
+    own = [f"127.0.0.1:{client.free_port('127.0.0.1')}" for _ in range(2)]
+    taps = [Tap(address) for address in own]
+    addresses = [(own[0], taps[1].address), (taps[0].address, own[1])]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", LEAK, str(rank), *addresses[rank], str(leak)]) for rank in (0, 1)
+    ]
+    assert [process.wait(HANGING) for process in processes] == [0, 0]
+    received = taps[0].forth + taps[1].back
+    assert found_needles(received, needles) == list(needles)
+    assert found_windows(received, logits) >= len(logits)
+    assert found_windows(received, secrets_of_the_server) == 0
+    for tap in taps:
+        tap.close()
+
+
+# --- Refused in one line: the client ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["9000", "localhost", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:²", ":1", ""])
+@pytest.mark.parametrize("command", ["ask", "serve"])
+def test_ill_formed_addresses(capfd, command, address, folded):
+    words = ("ask", "hello", f"--server={address}") if command == "ask" else ("serve", folded, f"--listen={address}")
+    status, line = run_cli(capfd, *words)
+    assert status == 2
+    assert "HOST:PORT" in line
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8:9000", "0.0.0.0:9000", "example.org:80", "::1:9000", "192.168.0.1:1"])
+@pytest.mark.parametrize("command", ["ask", "serve"])
+def test_other_machines_are_refused_until_there_is_tls(capfd, command, address, folded):
+    words = ("ask", "hello", f"--server={address}") if command == "ask" else ("serve", folded, f"--listen={address}")
+    status, line = run_cli(capfd, *words)
+    assert status == 2
+    assert "loopback" in line
+    assert "TLS" in line
+
+
+def test_nobody_listens(capfd):
+    address = f"127.0.0.1:{client.free_port('127.0.0.1')}"
+    status, line = run_cli(capfd, "ask", "hello", "--server", address)
+    assert (status, line) == (2, f"entropi: cannot reach a server at {address}: Connection refused")
+
+
+def web_page(request):
+    return web.Response(text="hello")
+
+
+def no_room(request):
+    raise web.HTTPServiceUnavailable
+
+
+def redirect(request):
+    raise web.HTTPFound("http://127.0.0.1:1/v1/session")
+
+
+@pytest.mark.parametrize("handler", [web_page, no_room, redirect])
+def test_another_kind_of_server(capfd, handler):
+    async def answer(request):
+        return handler(request)
+
+    app = ThreadedApp(answer)
+    try:
+        status, line = run_cli(capfd, "ask", "hello", "--server", app.address)
+    finally:
+        app.close()
+    assert status == 2
+    assert "is not an entropi server" in line
+
+
+def test_another_kind_of_program(capfd):
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def greet():
+        with listener.accept()[0] as connection:
+            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            connection.recv(1 << 16)
+
+    thread = threading.Thread(target=greet)
+    thread.start()
+    status, line = run_cli(capfd, "ask", "hello", "--server", f"127.0.0.1:{listener.getsockname()[1]}")
+    thread.join()
+    listener.close()
+    assert status == 2
+    assert "is not an entropi server" in line
+
+
+def a_welcome(folded, **changes):
+    description = msgspec.json.decode((folded / "folded.json").read_bytes(), type=Description)
+    tokenizer = (folded / "tokenizer.json").read_text()
+    plain = msgspec.to_builtins(Welcome(description, tokenizer, Settings()))
+    return encode({**plain, **changes})
+
+
+BAD_SERVERS = {
+    "says nothing sensible": ([b"\x00\xff garbage"], "does not follow the protocol"),
+    "another message": ([encode(Accepted("127.0.0.1:5", "0" * 32))], "does not follow the protocol"),
+    "a list": ([b"[" * 5000], "does not follow the protocol"),
+    "hangs up": ([], "closed the connection"),
+    "a bad description": (["description", {"layers": 10**9}], "does not follow the protocol"),
+    "a bad tokenizer": (["tokenizer", "{}"], "sent a tokenizer that cannot be read"),
+    "other settings": (["settings", {"protocol": "none"}], "does not follow the protocol"),
+    "an engine elsewhere": ([None, encode(Accepted("8.8.8.8:5", "0" * 32))], "loopback"),
+    "a refusal": ([b'{"type":"Refused","reason":"not today"}'], "refused: not today"),
+    "a refusal too late": (
+        [None, encode(Accepted("127.0.0.1:1", "0" * 32)), b'{"type":"Refused","reason":"not today"}'],
+        "ended the session: not today",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SERVERS)
+def test_dishonest_servers(capfd, folded, name, scratch):
+    replies, complaint = BAD_SERVERS[name]
+    if replies and isinstance(replies[0], str):
+        replies = [a_welcome(folded, **{replies[0]: replies[1]})]
+    replies = [a_welcome(folded) if reply is None else reply for reply in replies]
+
+    async def answer(request):
+        near = web.WebSocketResponse()
+        await near.prepare(request)
+        for reply in replies:
+            if reply is not replies[-1] or len(replies) < 3:
+                await near.receive()
+            await near.send_bytes(reply)
+        if replies:
+            await near.receive()
+        return near
+
+    app = ThreadedApp(answer)
+    try:
+        status, line = run_cli(capfd, "ask", "hello", "--server", app.address)
+    finally:
+        app.close()
+    assert status == 2
+    assert complaint in line
+    assert no_parties_left(scratch)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "complaint"),
+    [
+        ("", [], "the prompt is empty"),
+        ("wall " * 40, [], f"the model has room for {POSITIONS + 1 - 8}"),
+        ("wall", ["--max-new-tokens", "0"], "at least 1"),
+        ("wall", ["--max-new-tokens", str(MOST_TOKENS + 1)], f"at most {MOST_TOKENS} new tokens"),
+    ],
+)
+def test_questions_that_cannot_be_asked(capfd, running, prompt, options, complaint):
+    status, line = run_cli(capfd, "ask", prompt, "--server", running.address(), *options)
+    assert status == 2
+    assert complaint in line
+
+
+def test_another_protocol_version(capfd, running, monkeypatch):
+    monkeypatch.setattr(client, "PROTOCOL_VERSION", 99)
+    status, line = run_cli(capfd, "ask", "hello", "--server", running.address())
+    assert status == 2
+    assert "versions differ" in line
+
+
+# --- Refused in one line: the server ----------------------------------------------------------------------------------
+
+
+def replace_weights(folder, change):
+    weights = load_file(folder / "folded.safetensors")
+    change(weights)
+    save_file(weights, folder / "folded.safetensors")
+
+
+DAMAGE = {
+    "truncated weights": lambda f: os.truncate(f / "folded.safetensors", 500),
+    "empty weights": lambda f: os.truncate(f / "folded.safetensors", 0),
+    "no weights": lambda f: (f / "folded.safetensors").unlink(),
+    "garbage description": lambda f: (f / "folded.json").write_bytes(b"\xff\x00{"),
+    "nested description": lambda f: (f / "folded.json").write_text('{"layers":' + "[" * 100_000),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "garbage tokenizer": lambda f: (f / "tokenizer.json").write_text('{"version": 1'),
+    "binary tokenizer": lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe\x00"),
+    "wrong shape": lambda f: replace_weights(f, lambda w: w.update({"head": w["head"].T.copy()})),
+    "missing weight": lambda f: replace_weights(f, lambda w: w.pop("head")),
+    "unknown weight": lambda f: replace_weights(f, lambda w: w.update({"more": w["head"]})),
+    "NaN": lambda f: replace_weights(f, lambda w: w["1.qkv"].__setitem__((0, 0), np.nan)),
+}
+COMPLAINTS = {"no weights": "holds no folded model", "no tokenizer": "tokenizer", "binary tokenizer": "tokenizer"}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_folded_models(capfd, folded, tmp_path, name):
+    for file in folded.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    DAMAGE[name](tmp_path)
+    status, line = run_cli(capfd, "serve", tmp_path, "--listen", "127.0.0.1:0")
+    assert status == 2
+    assert COMPLAINTS.get(name, "is damaged") in line
+
+
+MODEL_DAMAGE = {
+    "truncated weights": lambda f: os.truncate(f / "model.safetensors", 2000),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "garbage configuration": lambda f: (f / "config.json").write_text("{]"),
+    "no configuration": lambda f: (f / "config.json").unlink(),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_DAMAGE)
+def test_damaged_models(capfd, model, tmp_path, name):
+    for file in model[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    MODEL_DAMAGE[name](tmp_path)
+    status, line = run_cli(capfd, "serve", tmp_path, "--listen", "127.0.0.1:0")
+    assert status == 2
+    assert str(tmp_path) in line
+
+
+def test_no_model_at_all(capfd, tmp_path):
+    assert run_cli(capfd, "serve", tmp_path / "nothing")[0] == 2
+
+
+def test_models_with_layernorm_are_refused(capfd, tmp_path):
+    save_model(tmp_path / "model", "SM+LN+G")
+    status, line = run_cli(capfd, "serve", tmp_path / "model", "--listen", "127.0.0.1:0")
+    assert status == 2
+    assert "softmax-only" in line
+
+
+def test_models_that_would_overflow_are_refused_with_the_numbers(capfd, tmp_path):
+    def enlarge(model):
+        model.model.blocks[1].attention.query.weight.mul_(1e5)
+        model.model.blocks[1].attention.key.weight.mul_(1e4)
+
+    save_model(tmp_path / "model", change=enlarge)
+    status, line = run_cli(capfd, "serve", tmp_path / "model", "--listen", "127.0.0.1:0")
+    assert status == 2
+    assert re.search(r"overflow: layer 1 \w+ reaches \d\S+, .* 64 bits with 18 .* below 6\.71e\+07", line)
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--exp-iterations=99", "not possible"),
+        ("--fraction-bits=40", "not possible"),
+        ("--max-sessions=0", "max_sessions is 0"),
+        ("--max-new-tokens=-1", "max_new_tokens is -1"),
+        ("--session-seconds=0", "session_seconds is 0"),
+    ],
+)
+def test_impossible_settings(capfd, folded, option, complaint):
+    status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", option)
+    assert status == 2
+    assert complaint in line
+
+
+def test_port_in_use(capfd, folded, running):
+    status, line = run_cli(capfd, "serve", folded, "--listen", running.address())
+    assert (status, line) == (2, f"entropi: cannot listen on {running.address()}: Address already in use")
+
+
+# --- Killed in the middle ---------------------------------------------------------------------------------------------
+
+
+def ask_and_interrupt(address, interrupt):
+    """Ask in this process, `interrupt()` once the prompt's pass has begun, and return the complaint."""
+    done = []
+
+    def stage(number, traffic):
+        if number == 3:
+            done.append(interrupt())
+
+    with pytest.raises(UserError) as caught:
+        client.ask(address, PROMPT, NEW_TOKENS, client.Watcher(stage=stage))
+    assert len(done) == 1
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def kill_parties(mark, parent):
+    for pid in parties(mark, parent):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_servers_party_is_killed(running, scratch, stalled_client):
+    address = running.address()
+    complaint = ask_and_interrupt(address, lambda: kill_parties(scratch, running.process.pid))
+    assert complaint == f"{address} ended the session: the server's party failed"
+    assert no_parties_left(scratch)
+
+
+def test_clients_party_is_killed(running, scratch):
+    complaint = ask_and_interrupt(running.address(), lambda: kill_parties(scratch, os.getpid()))
+    assert "the party's process ended with status -9" in complaint
+    assert no_parties_left(scratch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_client_is_killed_and_the_server_answers_the_next_one(running, model, scratch, number):
+    address = running.address()
+    process = subprocess.Popen(
+        command("ask", PROMPT, "--server", address, "--max-new-tokens", MOST_TOKENS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: len(engine_logs(scratch)) == 2 or process.poll() is not None)
+    wait_for(lambda: all(log.count(b"Link details") > 2 for log in engine_logs(scratch)))
+    assert len(parties(scratch)) == 2
+    process.send_signal(number)
+    _, said = process.communicate(timeout=HANGING)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in said
+    assert no_parties_left(scratch)
+    wait_for(running.sessions_closed)
+    if number == signal.SIGKILL:
+        assert honest_answer(address, model)
+
+
+def test_client_that_stalls_takes_no_slot(stalled_client):
+    wait_for(lambda: stalled_client)
+    assert stalled_client == [{"type": "Refused", "reason": "no Start message within 10 s"}]
+
+
+def test_server_is_killed(more_servers, scratch):
+    doomed = more_servers[0]
+    address = doomed.address()
+    assert ask_and_interrupt(address, doomed.process.kill) == f"{address} went away in the middle of the session"
+    assert no_parties_left(scratch)
+
+
+def test_sigterm_ends_a_server_in_the_middle_of_a_session(more_servers, scratch):
+    stopped = more_servers[1]
+    address = stopped.address()
+    assert ask_and_interrupt(address, stopped.process.terminate).endswith("the server is stopping")
+    assert stopped.process.wait(HANGING) == 0
+    assert "Traceback" not in stopped.log
+    assert stopped.log.endswith("stopped\n")
+    assert no_parties_left(scratch)
+
+
+# --- The control channel under fire -----------------------------------------------------------------------------------
+
+
+def mutations(count):
+    """Pairs (say a proper Hello first, message): damaged, misplaced, wrongly typed, huge."""
+    fixed = random.Random(0)
+    hello = encode(Hello(1, engine_version()))
+    start = encode(Start(4, 2, "127.0.0.1:9"))
+    seeds = [hello, start, encode(Next()), encode(Accepted("127.0.0.1:9", "0" * 32))]
+    special = [
+        b"", b"null", b"[]", b"1e999", b"\xff\xfe", b"[" * 4000, b'{"type":"Hello","x":' + b"[" * 3000,
+        b'{"type":"Hello","version":' + b"9" * 3000 + b',"engine":"x"}', b'{"a":' * 700, b"x" * 5000, b"x" * (1 << 20),
+        b'{"type":"Start","prompt_length":0,"max_new_tokens":1,"link":"127.0.0.1:9"}',
+        b'{"type":"Start","prompt_length":"4","max_new_tokens":1,"link":"127.0.0.1:9"}',
+        b'{"type":"Start","prompt_length":4.5,"max_new_tokens":1,"link":"127.0.0.1:9"}',
+        b'{"type":"Start","prompt_length":4,"max_new_tokens":-1,"link":"127.0.0.1:9"}',
+        b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"link":"8.8.8.8:9"}',
+        b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"link":"127.0.0.1:0"}',
+        b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"link":"127.0.0.1:99999"}',
+        b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"link":"999.0.0.1:9"}',
+        b'{"type":"Start","prompt_length":16384,"max_new_tokens":8,"link":"127.0.0.1:9"}',
+        b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"link":"127.0.0.1:9","prompt":[1]}',
+    ]  # fmt: skip
+    for message in [*special, *seeds]:
+        yield True, message
+        yield False, message
+    for _ in range(count):
+        message = bytearray(fixed.choice(seeds))
+        for _ in range(fixed.randint(1, 4)):
+            place = fixed.randrange(len(message))
+            match fixed.randrange(4):
+                case 0:
+                    message[place] = fixed.randrange(256)
+                case 1:
+                    del message[place : place + fixed.randint(1, 8)]
+                case 2:
+                    message[place:place] = fixed.randbytes(fixed.randint(1, 8))
+                case 3:
+                    message = message[: place + 1] * 2
+        yield fixed.random() < 0.7, bytes(message)
+
+
+async def throw(address, messages):
+    """Say every message on a connection of its own; the kinds of answers and how the connections ended."""
+    answers = {}
+    async with aiohttp.ClientSession() as http:
+        for polite, message in messages:
+            async with http.ws_connect(f"http://{address}/v1/session") as channel:
+                if polite:
+                    await channel.send_bytes(encode(Hello(1, engine_version())))
+                    assert json.loads((await channel.receive(HANGING)).data)["type"] == "Welcome"
+                with contextlib.suppress(ConnectionResetError):
+                    await channel.send_bytes(message)
+                answer = await channel.receive(HANGING)
+                known = answer.type == aiohttp.WSMsgType.BINARY
+                kind = json.loads(answer.data)["type"] if known else f"{answer.type.name} {channel.close_code}"
+                answers[kind] = answers.get(kind, 0) + 1
+    return answers
+
+
+def test_garbage_on_the_control_channel(running, model, scratch):
+    address = running.address()
+    answers = asyncio.run(throw(address, mutations(300)))
+    print(answers)
+    assert answers["Refused"] > 250
+    assert set(answers) <= {"Refused", "Welcome", "Accepted", "CLOSE 1009", "CLOSED 1009"}
+    host, port = address.split(":")
+    for garbage in (b"\0" * 100_000, b"\x16\x03\x01\x02\x00\x01" * 50, b"GET /" + b"a" * 100_000, struct.pack(">Q", 1)):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as raw:
+            raw.sendall(garbage)
+    wait_for(running.sessions_closed)
+    assert no_parties_left(scratch)
+    assert honest_answer(address, model)
+    assert "Traceback" not in running.log
+
+
+async def hold_a_session(address, meanwhile):
+    """Occupy the server's only slot with an engine that never comes, and run `meanwhile()`."""
+    async with aiohttp.ClientSession() as http, http.ws_connect(f"http://{address}/v1/session") as channel:
+        await channel.send_bytes(encode(Hello(1, engine_version())))
+        assert json.loads((await channel.receive(HANGING)).data)["type"] == "Welcome"
+        await channel.send_bytes(encode(Start(4, 2, f"127.0.0.1:{client.free_port('127.0.0.1')}")))
+        assert json.loads((await channel.receive(HANGING)).data)["type"] == "Accepted"
+        return await asyncio.to_thread(meanwhile)
+
+
+def test_busy_server_says_so(running, scratch):
+    def ask():
+        with pytest.raises(UserError, match="refused: the server is busy") as caught:
+            client.ask(running.address(), PROMPT, 1)
+        return caught
+
+    assert asyncio.run(hold_a_session(running.address(), ask))
+    wait_for(running.sessions_closed)
+    assert no_parties_left(scratch)
+
+
+def test_web_pages_may_not_talk_to_the_server(running):
+    async def pose_as_a_page():
+        async with aiohttp.ClientSession() as http:
+            await http.ws_connect(f"http://{running.address()}/v1/session", origin="http://example.org")
+
+    with pytest.raises(aiohttp.WSServerHandshakeError):
+        asyncio.run(pose_as_a_page())
+
+
+def test_connections_are_limited(running):
+    async def crowd():
+        async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as open_channels:
+            for _ in range(server.MAX_CONNECTIONS + 1):
+                connecting = http.ws_connect(f"http://{running.address()}/v1/session")
+                channel = await open_channels.enter_async_context(connecting)
+            return json.loads((await channel.receive(HANGING)).data)
+
+    assert "too many connections" in asyncio.run(crowd())["reason"]
+    wait_for(running.sessions_closed)
+
+
+def test_sessions_in_which_nothing_happens_end():
+    class Stalled:
+        async def event(self):
+            await asyncio.sleep(HANGING)
+
+    with pytest.raises(server.SessionError, match=r"nothing happened for 0\.1 s"):
+        asyncio.run(server._watch_party(Stalled(), "name", 0.1))
+
+
+# --- Last: what ran all the time --------------------------------------------------------------------------------------
+
+
+def test_a_port_that_accepts_and_says_nothing(asked_of_silence):
+    _, said = asked_of_silence.communicate(timeout=HANGING)
+    assert asked_of_silence.returncode == 2
+    assert re.fullmatch(r"entropi: 127\.0\.0\.1:\d+ accepts connections but does not answer .*\n", said)
+
+
+def test_sigint_ends_the_server_and_nothing_is_left(running, scratch):
+    running.address()
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(HANGING) == 0
+    assert "Traceback" not in running.log
+    assert running.log.endswith("stopped\n")
+    assert no_parties_left(scratch)
+    assert list(scratch.glob("entropi-engine-*")) == []
+    assert len(list(scratch.glob("entropi-serve-*"))) <= 1  # of the server that was killed
