@@ -141,6 +141,7 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
         "final_norm": isinstance(norm, nn.LayerNorm),
         "norm_epsilon": config.layer_norm_epsilon,
         "explicit_ffn": explicit,
+        "end_of_text": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
     }
     return Folded(description, weights, conditions)
 

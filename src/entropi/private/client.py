@@ -45,7 +45,6 @@ HANDSHAKE_SECONDS = 15
 LINK_SECONDS = 60
 HEARTBEAT_SECONDS = 20.0
 LAST_WORDS_SECONDS = 1.0
-END_OF_TEXT_ID = 0
 
 
 @dataclass
@@ -223,7 +222,7 @@ class _Session:
                     self.watcher.stage(done, traffic)
                 case Revealed():
                     token = self._take_logits(event)
-                    finished = token == END_OF_TEXT_ID or len(self.new_tokens) == self.max_new_tokens
+                    finished = token == welcome.description.end_of_text or len(self.new_tokens) == self.max_new_tokens
                     text = tokenizer.decode(self.new_tokens)
                     if finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
                         self.watcher.text(text[len(shown) :])

@@ -39,6 +39,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     final_norm: bool
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
     explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers whose FFN was not folded away
+    end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:
