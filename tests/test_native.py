@@ -138,17 +138,19 @@ def test_the_operator_is_registered_correctly():
 def test_memory_is_linear_in_length():
     """At 16,384 rows the T x T matrix of one head alone would be a gigabyte."""
     program = """
-import resource, torch
+import torch
 from entropi.entropy.attention import entropy_attention
 q = torch.randn(1, 1, 16384, 32, requires_grad=True)
 entropy_attention(q[:, :, :64], q[:, :, :64], q[:, :, :64], implementation="native")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # not getrusage's figure: a child inherits that from its parent
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) // 1024
+before = peak()
 output, entropy = entropy_attention(q, q, q, implementation="native")
 (output.sum() + entropy.sum()).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 200
+    assert 0 < int(done.stdout) < 200
 
 
 def test_dispatch_can_be_inspected(monkeypatch):
