@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import shutil
 import sys
@@ -405,6 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = build_parser(_recipe_file(given)).parse_args(given)
         function = COMMANDS[parsed.command]
         function(**_arguments(function, parsed[parsed.command]))
+        sys.stdout.flush()
     except UserError as error:
         print(f"entropi: {error}", file=sys.stderr)
         return 2
@@ -412,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("; ".join(["entropi: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush, of the interpreter
         return 1
     except OSError as error:
         if error.filename is None:
@@ -452,9 +454,10 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "entropi":
+        package = (error.name or "").partition(".")[0]
+        if package == "entropi":
             raise
-        raise UserError(f"{error.name} is not installed: pip install 'entropi[{name}]'") from None
+        raise UserError(f"{package} is not installed: pip install 'entropi[{name}]'") from None
     except ImportError as error:  # there, but it does not load
         reason = " ".join(str(error).split())
         raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
@@ -468,6 +471,8 @@ def _check_parent(path: Path) -> None:
 
 def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
     """The `HeldOut` of a model on a corpus, with its own tokenizer; and its context length."""
+    import torch
+
     from entropi.data.corpus import load_corpus
     from entropi.data.packing import pack
     from entropi.training.evaluation import evaluate_blocks
@@ -480,6 +485,7 @@ def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
     blocks = pack(load_corpus(corpus).heldout, tokenizer, context_length)
     if not len(blocks):
         raise UserError(f"the held-out part of {corpus} is shorter than one block of {context_length} tokens")
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     with ProgressLine("evaluating on held-out text", len(blocks)) as line:
         return evaluate_blocks(loaded, blocks, batch_size, line.update), context_length
 

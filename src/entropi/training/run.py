@@ -96,6 +96,7 @@ def _optimize(
     done = checkpoint.step if checkpoint else 0
     if checkpoint and done >= recipe.steps:  # interrupted in the last evaluation; the Trainer would take a step more
         load_model(model, checkpoint.path / "model.safetensors")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         return
     progress = ProgressLine(f"training {recipe.architecture}", recipe.steps, done=done, console=console)
     recorder = RunRecorder(
@@ -169,16 +170,20 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
             raise UserError(f"the model in {folder} is damaged: {name} is missing")
     try:
         with _quiet_transformers():
-            model, loaded = EntropiForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            model, loading = EntropiForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # and then refuse them below, by name
+                output_loading_info=True,
             )
     except Exception as error:
         # from_pretrained raises whatever its parsers raise; the user needs the folder and the first reason.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model in {folder} is damaged: {reason}") from None
     # Without this, weights that are not in the file would silently be random ones.
-    if astray := [str(name) for names in loaded.values() for name in names]:
-        raise UserError(f"the model in {folder} is damaged: its weights do not fit its config.json, first {astray[0]}")
+    if astray := sorted(name if isinstance(name, str) else name[0] for names in loading.values() for name in names):
+        raise UserError(f"the model in {folder} is damaged: {astray[0]} does not fit its config.json")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the tokenizers library raises nothing narrower

@@ -1,0 +1,85 @@
+"""Checkpoints that are whole or do not count: a seal, written last, names every file and its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+SEAL = "seal.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, its step, and what the recorder had not yet written at that step."""
+
+    path: Path
+    step: int
+    pending: dict[str, Any]
+
+
+def seal(folder: Path, pending: dict[str, Any]) -> None:
+    """Declare the checkpoint in `folder` whole; `pending` is kept for whoever resumes from it."""
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != SEAL}
+    partial = folder / (SEAL + ".partial")
+    partial.write_text(json.dumps({"files": files, "pending": pending}, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / SEAL)
+
+
+def remove_oldest(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints below `folder`."""
+    for _, path in _by_step(folder)[keep:]:
+        (path / SEAL).unlink(missing_ok=True)  # first: what is half removed must not look whole
+        shutil.rmtree(path)
+
+
+def newest_whole(folder: Path, console: Console) -> Checkpoint | None:
+    """The newest checkpoint below `folder` that is whole; newer ones, and any without a seal, are removed and named."""
+    found: Checkpoint | None = None
+    for step, path in _by_step(folder):
+        if not (path / SEAL).exists():
+            problem = "was cut short"
+        elif found is not None:
+            continue
+        else:
+            pending, damaged = _open(path)
+            if damaged is None:
+                found = Checkpoint(path, step, pending)
+                continue
+            problem = f"is damaged, first in {damaged},"
+        console.print(f"{path.name} {problem} and is removed", markup=False)
+        shutil.rmtree(path)
+    return found
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of all checkpoints, the newest first."""
+    numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return sorted(((int(number), path) for number, path in numbered if number.isdecimal()), reverse=True)
+
+
+def _open(path: Path) -> tuple[dict[str, Any], str | None]:
+    """What a seal holds, and the first file that is not as it was sealed."""
+    try:
+        content = json.loads((path / SEAL).read_bytes())
+        files, pending = dict(content["files"]), dict(content["pending"])
+    except (ValueError, KeyError, TypeError):
+        return {}, SEAL
+    for name, digest in files.items():
+        if not (path / name).is_file() or _digest(path / name) != digest:
+            return {}, name
+    return pending, None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

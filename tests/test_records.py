@@ -1,0 +1,311 @@
+"""Records: every kind survives the way to disk and back, damage is named, a killed writer does no harm."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from entropi import records
+from entropi.errors import UserError
+from entropi.records import (
+    CostRecord,
+    DiagnosisRecord,
+    EntropySnapshot,
+    Evaluation,
+    OperationCount,
+    PlaintextComparison,
+    PrivateRun,
+    Record,
+    RunStarted,
+    SkippedUpdate,
+    StageTraffic,
+    TrainingStep,
+)
+
+
+def started(total_steps: int = 100, resumed_at: int = 0) -> RunStarted:
+    return RunStarted(
+        time="2025-01-02T03:04:05+00:00",
+        name="EReg(SM(t)+ScFuFFN)",
+        architecture="SM(t)+ScFuFFN",
+        parameters=7556,
+        layers=2,
+        heads=2,
+        hidden_size=16,
+        vocab_size=300,
+        context_length=16,
+        train_tokens=1000,
+        heldout_tokens=100,
+        corpus="texte/größe",
+        corpus_hash="ab" * 32,
+        tokens_per_step=64,
+        total_steps=total_steps,
+        precision="fp32",
+        resumed_at=resumed_at,
+    )
+
+
+def step(number: int, cross_entropy: float = 5.5) -> TrainingStep:
+    return TrainingStep(
+        step=number,
+        cross_entropy=cross_entropy,
+        entropy_penalty=None,
+        learning_rate=1e-3,
+        grad_norm=0.5,
+        tokens_per_second=1000.0,
+    )
+
+
+def evaluation(number: int) -> Evaluation:
+    return Evaluation(step=number, cross_entropy=1.5, perplexity=math.exp(1.5), tokens=99, entropy=[[1.0, 2.0]])
+
+
+EXAMPLES: list[Record] = [
+    started(),
+    step(1),
+    EntropySnapshot(step=1, entropy=[[1.0, 2.0], [0.1, 0.25]], threshold=[[0.5, 0.5], [0.5, 0.5]], temperature=None),
+    evaluation(10),
+    SkippedUpdate(step=4, reason='step 4: "quoted", with a\nline break'),
+    DiagnosisRecord(
+        entropy=[[1.0, 2.0]],
+        context_length=16,
+        max_observed=2.0,
+        max_possible=math.log(16),
+        quartile_shares=[0.0, 0.5, 0.0, 0.5],
+        overloaded=[(0, 1)],
+        collapsed=[],
+        verdict="Entropic overload",
+    ),
+    CostRecord(
+        architecture="SM",
+        seq_len=16,
+        parameters=1,
+        nonlinear=[OperationCount(operation="softmax", count=4, shape=(16, 16))],
+        ffn_flops=10**12,
+        attention_flops=2,
+    ),
+    PrivateRun(
+        protocol="cheetah",
+        trust="semi-honest",
+        server="127.0.0.1:9000",
+        prompt="def f(\u2028",
+        prompt_tokens=[1, 2],
+        new_tokens=[3],
+        new_text="x\n",
+        stages=[
+            StageTraffic(
+                name="exp",
+                layer=0,
+                token=0,
+                seconds=0.5,
+                sent_bytes=1,
+                received_bytes=2,
+                sent_messages=3,
+                received_messages=4,
+            )
+        ],
+        setup_seconds=1.0,
+        setup_bytes=10,
+        reveal_bytes=5,
+        seconds=2.0,
+        ring_bits=64,
+        fraction_bits=18,
+        exp_iterations=8,
+    ),
+    PlaintextComparison(max_logit_error=[0.01], same_top1=[True], plaintext_tokens=[3]),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / records.RECORDS_FILE
+
+
+def kinds(found: list[Record]) -> list[type]:
+    return [type(record) for record in found]
+
+
+def test_examples_cover_every_kind():
+    assert set(kinds(EXAMPLES)) == set(get_args(Record))
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
+def test_round_trip(path: Path, record: Record):
+    records.append(path, record)
+    assert records.read(path) == [record]
+    assert path.read_bytes().count(b"\n") == 1  # one line, whatever the texts hold
+    records.rewrite(path, [record, record])
+    assert records.read(path) == [record, record]
+
+
+def test_traffic_adds_up_both_directions():
+    (stage,) = next(r for r in EXAMPLES if isinstance(r, PrivateRun)).stages
+    assert (stage.bytes, stage.messages) == (3, 7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite(path: Path, value: float):
+    """A diverged model has them everywhere a float can stand."""
+    records.append(
+        path,
+        TrainingStep(
+            step=1, cross_entropy=value, entropy_penalty=value, learning_rate=0.0, grad_norm=value, tokens_per_second=1
+        ),
+    )
+    records.append(path, EntropySnapshot(step=1, entropy=[[value, 1.0]], threshold=[[value]]))
+    training, snapshot = records.read(path)
+    assert isinstance(training, TrainingStep)
+    assert isinstance(snapshot, EntropySnapshot)
+    assert snapshot.threshold is not None
+    found = [training.cross_entropy, training.entropy_penalty, training.grad_norm]
+    for number in [*found, snapshot.entropy[0][0], snapshot.threshold[0][0]]:
+        assert number == value or (number is not None and math.isnan(number) and math.isnan(value))
+    assert b"null" not in path.read_bytes().replace(b'"temperature":null', b"")
+
+
+def test_none_stays_none(path: Path):
+    records.append(path, step(1))
+    (found,) = records.read(path)
+    assert isinstance(found, TrainingStep)
+    assert found.entropy_penalty is None
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_last_line_cut_short_is_ignored(path: Path):
+    for number in range(3):
+        records.append(path, step(number))
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for length in range(last, len(whole)):  # wherever a killed process was in its write
+        path.write_bytes(whole[:length])
+        assert records.read(path) == [step(0), step(1)]
+
+
+@pytest.mark.parametrize("left", [b'{"kind":"step","st', b"", b"\xff\xfe"])
+def test_append_after_a_line_cut_short(path: Path, left: bytes):
+    """The next record must not be glued to the remains of the last one."""
+    records.append(path, step(1))
+    with open(path, "ab") as file:
+        file.write(left)
+    records.append(path, step(2))
+    records.append(path, step(3))
+    assert records.read(path) == [step(1), step(2), step(3)]
+
+
+def test_append_when_only_a_part_of_a_line_is_there(path: Path):
+    path.write_bytes(b'{"kind":"ru')
+    records.append(path, step(1))
+    assert records.read(path) == [step(1)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"kind":"step"',
+        b"",
+        b"[]",
+        b'{"kind":"unheard of","version":1}',
+        b'{"kind":"step","version":1}',
+        b'{"step":1,"version":1}',
+        b'{"kind":"skipped","step":1,"reason":"\xff"}',
+        b'{"kind":"skipped","step":"one","reason":""}',
+        b'{"kind":"skipped","step":1,"reason":"","version":"x"}',
+        b"\x00\x00\x00",
+    ],
+)
+def test_a_damaged_line_in_the_middle_is_named(path: Path, line: bytes):
+    records.append(path, step(1))
+    with open(path, "ab") as file:
+        file.write(line + b"\n")
+    records.append(path, step(3))
+    with pytest.raises(UserError, match="line 2 is damaged") as caught:
+        records.read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_schema_version_is_refused(path: Path):
+    records.append(path, step(1))
+    with open(path, "ab") as file:  # a version may have kinds and fields that this one does not know
+        file.write(b'{"kind":"step 2.0","version":2}\n')
+    with pytest.raises(UserError, match="line 2 has schema version 2, this program reads 1"):
+        records.read(path)
+
+
+def test_fields_of_a_later_minor_change_are_passed_over(path: Path):
+    path.write_bytes(b'{"kind":"skipped","step":1,"reason":"r","extra":[1],"version":1}\n')
+    assert records.read(path) == [SkippedUpdate(step=1, reason="r")]
+
+
+def test_missing_file_is_one_line(path: Path):
+    with pytest.raises(UserError, match=r"cannot read the records .*No such file"):
+        records.read(path)
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_forget_after_keeps_the_past(path: Path):
+    past = [started(), step(1), evaluation(4), SkippedUpdate(step=5, reason="r"), started(resumed_at=5), step(5)]
+    lost = [step(6), evaluation(8), SkippedUpdate(step=7, reason="r"), EntropySnapshot(step=6, entropy=[[1.0]])]
+    records.rewrite(path, [*past, *lost])
+    records.forget_after(path, 5)
+    assert records.read(path) == past
+
+
+def test_forget_after_drops_what_the_end_of_a_run_writes_again(path: Path):
+    """Killed between its last record and its model, a run evaluates once more from its last checkpoint."""
+    diagnosis, cost = (r for r in EXAMPLES if isinstance(r, DiagnosisRecord | CostRecord))
+    records.rewrite(path, [started(10), step(9), evaluation(9), step(10), evaluation(10), diagnosis, cost])
+    records.forget_after(path, 10)
+    assert records.read(path) == [started(10), step(9), evaluation(9), step(10)]
+
+
+def test_forget_after_everything(path: Path):
+    records.rewrite(path, [started(), step(1), evaluation(2)])
+    records.forget_after(path, 0)
+    assert records.read(path) == [started()]
+    records.forget_after(path.with_name("missing"), 0)
+    assert not path.with_name("missing").exists()
+
+
+def test_forget_after_mends_a_last_line_cut_short(path: Path):
+    records.append(path, step(1))
+    with open(path, "ab") as file:
+        file.write(b'{"kind"')
+    records.forget_after(path, 1)
+    assert path.read_bytes() == records.encode(step(1)) + b"\n"
+
+
+def test_rewrite_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch):
+    records.append(path, step(1))
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            records.rewrite(path, [step(2), step(3)])
+    assert records.read(path) == [step(1)]
+    records.rewrite(path, [step(2)])
+    assert records.read(path) == [step(2)]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_rewrite_of_records_that_cannot_be_encoded_leaves_the_file(path: Path):
+    records.append(path, step(1))
+
+    def failing() -> list[Record]:
+        yield step(2)  # type: ignore[misc]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        records.rewrite(path, failing())
+    assert records.read(path) == [step(1)]
