@@ -1,7 +1,8 @@
 // Fused attention with row entropy for CPUs: forward and backward, float32 arithmetic, memory linear in length.
 //
-// One call works on tasks (a batch entry and head each, in the forward pass a chunk of its query rows) taken from a
-// shared counter until none is left, so that any number of threads may make the same call side by side.
+// Threads take tasks (a batch entry and head each, in the forward pass a chunk of its query rows) from a shared counter
+// until none is left. They are those of torch's own OpenMP runtime where it has one: a second set of threads would
+// compete with the first, which spins between its parallel regions.
 //
 // Notation per row: s logits, p = exp(s - L), L log-normaliser, H entropy. Online over blocks of keys, with m the
 // largest logit so far: l = sum exp(s - m), w = sum exp(s - m) (s - m); a new maximum m' = m - delta rescales
@@ -13,6 +14,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <thread>
+#include <vector>
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TILE_VECTORS = 4, TILE_ROWS = 6;
@@ -329,17 +332,45 @@ static void backward_head(const Problem &p, long b, long h) {
   for (float *x : {q, g, keys, values, keys_t, values_t, dq, dk, dv, s, dp, row_sum}) std::free(x);
 }
 
-extern "C" void entropi_forward(const Problem *p, long chunks, std::atomic<long> *next) {
-  const long tasks = p->batches * p->heads * chunks, rows = (p->queries + chunks - 1) / chunks;
-  for (long task; (task = next->fetch_add(1)) < tasks;) {
-    // The last chunk of a causal problem is the longest: it goes first.
-    const long chunk = chunks - 1 - task % chunks, head = task / chunks;
-    const long first = chunk * rows, last = first + rows < p->queries ? first + rows : p->queries;
-    if (first < last) forward_chunk(*p, head / p->heads, head % p->heads, first, last);
+// OpenMP's entry point `GOMP_parallel`: run a function on so many threads, the caller among them.
+typedef void (*Parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+struct Call {
+  const Problem *problem;
+  long chunks;  // 0 for the backward pass
+  std::atomic<long> next;
+};
+
+static void work(void *data) {
+  Call &call = *static_cast<Call *>(data);
+  const Problem &p = *call.problem;
+  const long chunks = call.chunks ? call.chunks : 1, rows = (p.queries + chunks - 1) / chunks;
+  for (long task; (task = call.next.fetch_add(1)) < p.batches * p.heads * chunks;) {
+    const long head = task / chunks, chunk = chunks - 1 - task % chunks;  // the longest chunk of a causal head first
+    const long first = chunk * rows, last = first + rows < p.queries ? first + rows : p.queries;
+    if (!call.chunks) {
+      backward_head(p, head / p.heads, head % p.heads);
+    } else if (first < last) {
+      forward_chunk(p, head / p.heads, head % p.heads, first, last);
+    }
   }
 }
 
-extern "C" void entropi_backward(const Problem *p, std::atomic<long> *next) {
-  const long tasks = p->batches * p->heads;
-  for (long task; (task = next->fetch_add(1)) < tasks;) backward_head(*p, task / p->heads, task % p->heads);
+static void run(const Problem *problem, long chunks, unsigned threads, Parallel parallel) {
+  Call call{problem, chunks, {0}};
+  if (parallel && threads > 1) {
+    parallel(work, &call, threads, 0);
+    return;
+  }
+  std::vector<std::thread> helpers;
+  for (unsigned i = 1; i < threads; i++) helpers.emplace_back(work, &call);
+  work(&call);
+  for (std::thread &helper : helpers) helper.join();
+}
+
+extern "C" void entropi_forward(const Problem *problem, long chunks, unsigned threads, Parallel parallel) {
+  run(problem, chunks, threads, parallel);
+}
+extern "C" void entropi_backward(const Problem *problem, unsigned threads, Parallel parallel) {
+  run(problem, 0, threads, parallel);
 }

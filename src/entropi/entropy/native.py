@@ -14,8 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -116,21 +114,15 @@ def _processor() -> bytes:
 
 
 @functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a pool does not survive a fork, so its key is the process."""
-    return ThreadPoolExecutor(
-        max_workers=max(torch.get_num_threads(), os.cpu_count() or 1), thread_name_prefix="entropi"
-    )
-
-
-def _run(call: Callable[[ctypes.c_long], None]) -> None:
-    """Make one call from as many threads as torch uses; they share the tasks through a counter."""
-    counter = ctypes.c_long(0)
-    pool = _pool(os.getpid())
-    helpers = [pool.submit(call, counter) for _ in range(torch.get_num_threads() - 1)]
-    call(counter)
-    for helper in helpers:
-        helper.result()
+def _parallel() -> Any:
+    """`GOMP_parallel` of the OpenMP runtime torch has loaded, or None: then the kernel starts threads of its own."""
+    runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
+    for runtime in runtimes:
+        try:
+            return ctypes.cast(ctypes.CDLL(str(runtime)).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def _problem(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, **tensors: Tensor) -> _Problem:
@@ -193,8 +185,10 @@ def attention(
     )
     # Few heads over many threads: cut the query rows, at the price of packing keys once a piece.
     pieces = -(-4 * torch.get_num_threads() // max(1, query.shape[0] * query.shape[1]))
-    chunks = ctypes.c_long(max(1, min(pieces, query.shape[2] // 256)))
-    _run(lambda counter: library.entropi_forward(ctypes.byref(problem), chunks, ctypes.byref(counter)))
+    chunks = max(1, min(pieces, query.shape[2] // 256))
+    library.entropi_forward(
+        ctypes.byref(problem), ctypes.c_long(chunks), ctypes.c_uint(torch.get_num_threads()), _parallel()
+    )
     return output, entropy, log_normaliser
 
 
@@ -237,7 +231,7 @@ def attention_backward(
         log_normaliser=log_normaliser,
         grad_entropy=grad_entropy,
     )
-    _run(lambda counter: library.entropi_backward(ctypes.byref(problem), ctypes.byref(counter)))
+    library.entropi_backward(ctypes.byref(problem), ctypes.c_uint(torch.get_num_threads()), _parallel())
     return grads[0], grads[1], grads[2]
 
 
