@@ -9,11 +9,13 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -145,12 +147,6 @@ def assert_close(a: Any, b: Any) -> None:
         assert a == b
 
 
-def remove(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
-
-
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
@@ -194,6 +190,7 @@ def wait_for_step(process: subprocess.Popen[bytes], folder: Path, step: int) -> 
         if path.exists() and any(r.step >= step for r in of_kind(folder, records.TrainingStep)):
             return
         time.sleep(0.002)
+    process.kill()
     raise AssertionError(f"no step {step}: {(process.stderr.read() if process.stderr else b'').decode()[-2000:]}")
 
 
@@ -234,10 +231,10 @@ def test_killed_at_three_moments_and_resumed(tmp_path: Path, corpus: str):
 
 def rewind(folder: Path, *, to: int | None = None) -> None:
     """Make a finished run one that was killed after the checkpoint of step `to`, or right after the last one."""
-    remove(folder / "model")
+    shutil.rmtree(folder / "model")
     for path in (folder / "checkpoints").iterdir():
         if to is not None and int(path.name.rpartition("-")[2]) > to:
-            remove(path)
+            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +248,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[Rec
 @pytest.fixture
 def again(tmp_path: Path, finished: tuple[Recipe, Path]) -> tuple[Recipe, Path]:
     """A copy of the finished run, to be damaged."""
-    import shutil
-
     return finished[0], Path(shutil.copytree(finished[1], tmp_path / "again"))
 
 
@@ -1001,7 +996,7 @@ def test_the_run_folder(finished: tuple[Recipe, Path], corpus: str):
     recipe, folder = finished
     assert load_recipe(folder / "config.yaml") == recipe
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == metadata.version("torch")
     assert environment["cores"] >= 1
     (started,) = of_kind(folder, records.RunStarted)
     model, tokenizer, where = open_model(folder)

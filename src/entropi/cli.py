@@ -368,7 +368,7 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
     for name, function in COMMANDS.items():
         doc = parse_docstring(function.__doc__ or "")
         helps = {p.arg_name: p.description for p in doc.params}
-        command = _Parser(description=doc.short_description, allow_abbrev=False)
+        command = _Parser(description=doc.short_description)
         skipped = set()
         if "json" in helps:  # a flag, where jsonargparse would want "true"
             skipped.add("json")

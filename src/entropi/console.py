@@ -11,11 +11,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
+WIDE = 120  # columns of a terminal with room for everything
 PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty redraws a second
 
 
@@ -40,17 +43,18 @@ class ProgressLine:
         self._shown: int | None = None  # the last count printed
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
+            wide = self.console.width >= WIDE
+            columns: list[ProgressColumn] = [
+                TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=24 if wide else 8),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                *([TimeElapsedColumn()] if wide else []),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=self.console,
-                transient=False,
-            )
+                # The status has what room the others leave, and not the other way round.
+                TextColumn("{task.fields[status]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            ]
+            self._bar = Progress(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task(title, total=total, completed=done, status="")
 
     def __enter__(self) -> ProgressLine:
