@@ -1,6 +1,6 @@
-# `make demo` and `make test` need nothing but Python 3.11 (or 3.10): everything is installed into .venv.
+# `make demo` and `make test` need nothing but Python 3.11: everything is installed into .venv.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.10)
+PYTHON ?= $(shell command -v python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -23,7 +23,7 @@ check: install
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.10 is needed: the secure engine has no wheels for others"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: the pins are for it, and the secure engine has wheels for 3.10 and 3.11 only"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=23" "setuptools>=77" wheel
 	@echo "installing into $(VENV); this takes a minute or more and about 2.5 GB of disk"

@@ -6,6 +6,7 @@ side receives can be searched for what it must not learn.
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import random
@@ -1083,3 +1084,9 @@ def test_sigint_ends_the_server_and_nothing_is_left(running, scratch):
     assert no_parties_left(scratch)
     assert list(scratch.glob("entropi-engine-*")) == []
     assert len(list(scratch.glob("entropi-serve-*"))) <= 1  # of the server that was killed
+
+
+def test_a_prompt_may_come_from_standard_input(running, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("wall"))
+    assert cli.main(["ask", "-", "--server", running.address(), "--max-new-tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "wall"

@@ -12,8 +12,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,7 +205,7 @@ def serve(
     except msgspec.ValidationError as error:
         raise UserError(f"these settings are not possible: {error}") from None
     limits = Limits(max_sessions, max_new_tokens, session_seconds)
-    with tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
+    with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():
             folder = Path(temporary)
@@ -226,7 +228,8 @@ def ask(
     """Let a server's model continue PROMPT without showing it the prompt or the answer.
 
     Args:
-        prompt: text to continue; it does not leave this machine in readable form
+        prompt: text to continue, or - for standard input (the list of processes shows command lines to other users
+            of this machine); it does not leave this machine in readable form
         server: HOST:PORT of an `entropi serve`
         max_new_tokens: tokens to generate
         json: print the whole record as one JSON object instead of the text
@@ -239,6 +242,11 @@ def ask(
         from entropi.private.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
     if logits is not None:
         _check_parent(logits)
     if record is not None and not record.is_dir():
@@ -446,6 +454,19 @@ def _recipe_file(words: list[str]) -> Recipe | None:
             elif word == "--config" and not following.startswith("--"):
                 found = following
     return load_recipe(Path(found)) if found else None
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does: folded weights must not stay behind in a temporary folder."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is asked about signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
