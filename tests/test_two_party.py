@@ -568,6 +568,12 @@ def test_engine_logs_hold_no_value(listened, secrets_of_the_client, secrets_of_t
         assert found_windows(log, logits) == found_windows(log, secrets_of_the_server) == 0
 
 
+def test_a_prompt_may_come_from_standard_input(running, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("wall"))
+    assert cli.main(["ask", "-", "--server", running.address(), "--max-new-tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "wall"
+
+
 def test_the_search_finds_what_is_planted(listened, secrets_of_the_client, secrets_of_the_server):
     needles, logits = secrets_of_the_client
     noise = np.random.default_rng(0).bytes(1 << 20)
@@ -1084,9 +1090,3 @@ def test_sigint_ends_the_server_and_nothing_is_left(running, scratch):
     assert no_parties_left(scratch)
     assert list(scratch.glob("entropi-engine-*")) == []
     assert len(list(scratch.glob("entropi-serve-*"))) <= 1  # of the server that was killed
-
-
-def test_a_prompt_may_come_from_standard_input(running, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("wall"))
-    assert cli.main(["ask", "-", "--server", running.address(), "--max-new-tokens", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt"] == "wall"
