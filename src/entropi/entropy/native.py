@@ -150,7 +150,7 @@ def _view(tensor: Tensor) -> _Tensor:
     return _Tensor(tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor, its last dimension contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -170,7 +170,7 @@ def attention(
     """Output `(B, H, T, D)`, entropy and log-normaliser `(B, H, T)` of scaled queries."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     output = torch.empty(query.shape, dtype=query.dtype)
     entropy, log_normaliser = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
     problem = _problem(
@@ -192,12 +192,6 @@ def attention(
     return output, entropy, log_normaliser
 
 
-@attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    row = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return query.new_empty(query.shape), row, torch.empty_like(row)
-
-
 @torch.library.custom_op("entropi::attention_backward", mutates_args=(), device_types="cpu")
 def attention_backward(
     query: Tensor,
@@ -214,7 +208,12 @@ def attention_backward(
     """Gradients of queries, keys and values."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
-    query, key, value, grad_output = _rows(query), _rows(key), _rows(value), _rows(grad_output)
+    query, key, value, grad_output = (
+        contiguous_rows(query),
+        contiguous_rows(key),
+        contiguous_rows(value),
+        contiguous_rows(grad_output),
+    )
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
     problem = _problem(
         query,
@@ -235,32 +234,33 @@ def attention_backward(
     return grads[0], grads[1], grads[2]
 
 
-@attention_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def make_differentiable(forward: Any, backward: Any) -> None:
+    """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
+
+    Both kernels have these two operators: forward(query, key, value, mask, causal) -> output, entropy,
+    log-normaliser; backward(those five, those three, gradients of output and entropy) -> gradients of q, k, v.
+    """
+
+    @forward.register_fake
+    def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
+        row = query.new_empty(query.shape[:3], dtype=torch.float32)
+        return query.new_empty(query.shape), row, torch.empty_like(row)
+
+    @backward.register_fake
+    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, key, value, mask, ctx.causal = inputs
+        ctx.save_for_backward(query, key, value, mask, *output)
+        ctx.mark_non_differentiable(output[2])
+
+    def differentiate(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, *results = ctx.saved_tensors
+        incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
+        return (*backward(query, key, value, mask, ctx.causal, *results, *incoming), None, None)
+
+    forward.register_autograd(differentiate, setup_context=save)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, mask, ctx.causal = inputs
-    ctx.save_for_backward(query, key, value, mask, *output)
-    ctx.mark_non_differentiable(output[2])
-
-
-def _backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, mask, output, entropy, log_normaliser = ctx.saved_tensors
-    grads = attention_backward(
-        query,
-        key,
-        value,
-        mask,
-        ctx.causal,
-        output,
-        entropy,
-        log_normaliser,
-        grad_output.to(query.dtype),
-        grad_entropy.float().contiguous(),
-    )
-    return (*grads, None, None)
-
-
-attention.register_autograd(_backward, setup_context=_save)
+make_differentiable(attention, attention_backward)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from entropi.entropy.native import contiguous_rows, make_differentiable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MASKED = tl.constexpr(-1.0e30)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -224,16 +226,12 @@ def _constants(query: Tensor, causal: bool, mask_kind: int) -> dict[str, Any]:
     }
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 @torch.library.custom_op("entropi::attention_triton", mutates_args=())
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `(B, H, T, D)`, entropy and log-normaliser `(B, H, T)` of scaled queries."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     batch, heads, length, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     entropy = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -245,12 +243,6 @@ def attention(
         *strides, *mask_strides, heads, length, key.shape[2], **_constants(query, causal, mask_kind),
     )  # fmt: skip
     return output, entropy, log_normaliser
-
-
-@attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    row = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return query.new_empty(query.shape), row, torch.empty_like(row)
 
 
 @torch.library.custom_op("entropi::attention_triton_backward", mutates_args=())
@@ -267,9 +259,13 @@ def attention_backward(
     grad_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    query, key, value, grad_output = _rows(query), _rows(key), _rows(value), _rows(grad_output)
+    query, key, value, grad_output = (
+        contiguous_rows(query),
+        contiguous_rows(key),
+        contiguous_rows(value),
+        contiguous_rows(grad_output),
+    )
     batch, heads, length, _ = query.shape
-    grad_entropy = grad_entropy.contiguous()
     row_sum = (grad_output.float() * output.float()).sum(-1) + grad_entropy * entropy
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     mask_data, mask_strides, mask_kind = _mask_arguments(mask, query, key)
@@ -287,23 +283,4 @@ def attention_backward(
     return grads[0], grads[1], grads[2]
 
 
-@attention_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, mask, ctx.causal = inputs
-    ctx.save_for_backward(query, key, value, mask, *output)
-    ctx.mark_non_differentiable(output[2])
-
-
-def _backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, mask, output, entropy, log_normaliser = ctx.saved_tensors
-    grads = attention_backward(
-        query, key, value, mask, ctx.causal, output, entropy, log_normaliser, grad_output.to(query.dtype), grad_entropy
-    )
-    return (*grads, None, None)
-
-
-attention.register_autograd(_backward, setup_context=_save)
+make_differentiable(attention, attention_backward)
