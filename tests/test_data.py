@@ -443,7 +443,7 @@ def test_too_little_text_is_refused(small: Corpus, small_tokenizer: Tokenizer, t
     held = [Document("h", "x" * 36)]
     short = Corpus("little", small.train, held, "short-heldout")
     count = len(encode(held, small_tokenizer))
-    with _refused("held-out", "little", f"{count} tokens", "128", "smaller block_length"):
+    with _refused("held-out", "little", f"{count} tokens", "128", "smaller context length"):
         load_or_pack(short, small_tokenizer, 128, tmp_path)
     with _refused("train", "little", f"{count} tokens", "128"):
         load_or_pack(Corpus("little", held, small.heldout, "short-train"), small_tokenizer, 128, tmp_path)

@@ -158,7 +158,7 @@ def load_or_pack(
             raise UserError(
                 f"the {name} part of {corpus.name} holds {len(stream):,} tokens"
                 f"{', none of its documents a whole block' if per_document else ''}, "
-                f"one block needs {block_length}: give more text or a smaller block_length"
+                f"one block needs {block_length}: give more text or a smaller context length"
             )
         return blocks, len(stream)
 
