@@ -33,7 +33,7 @@ from entropi.data.packing import prepare
 from entropi.errors import UserError
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training import callbacks, run
-from entropi.training.callbacks import NonFiniteGuard, NonFiniteUpdate, RunRecorder
+from entropi.training.callbacks import InterruptBetweenSteps, NonFiniteGuard, NonFiniteUpdate, RunRecorder
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import Recipe, differences, load_recipe, save_recipe
 from entropi.training.run import open_model, train
@@ -1194,3 +1194,22 @@ def test_every_setting_is_explained():
     explained = {p.arg_name: p.description for p in parse(Recipe.__doc__ or "").params}
     assert list(explained) == [f.name for f in dataclasses.fields(Recipe)]
     assert all(explained.values())
+
+
+@pytest.mark.parametrize("when", ["between steps", "after the last step", "twice within a step"])
+def test_an_interrupt_waits_for_the_end_of_a_step(when: str):
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        pytest.skip("another handler has Ctrl-C")
+    interrupt, reached = InterruptBetweenSteps(), []
+    with pytest.raises(KeyboardInterrupt), interrupt.listening():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        reached.append("within the step")
+        if when == "twice within a step":
+            signal.raise_signal(signal.SIGINT)
+            reached.append("too far")
+        if when == "between steps":
+            interrupt.on_step_end(None, None, None)  # type: ignore[arg-type]
+            reached.append("too far")
+    assert reached == ["within the step"]
+    assert signal.getsignal(signal.SIGINT) is before

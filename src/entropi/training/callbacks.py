@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +161,41 @@ class RunRecorder(TrainerCallback):
 def _mean(values: list[Tensor | float]) -> float:
     """NaN where there are none: every update since the last record was refused."""
     return sum(map(float, values)) / len(values) if values else math.nan
+
+
+class InterruptBetweenSteps(TrainerCallback):
+    """Lets Ctrl-C end a run between two steps; a second one ends it at once.
+
+    Raised wherever the interpreter happens to be, a KeyboardInterrupt can land in a finalizer, which swallows it: the
+    run would go on as if nobody had asked.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over Ctrl-C from Python's own handler; any other handler, and other threads, are left alone."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._asked:  # after the last step
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -33,7 +33,7 @@ from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.model.configuration import EntropiConfig, split_training_name
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.training.callbacks import CheckpointSeal, NonFiniteGuard, RunRecorder
+from entropi.training.callbacks import CheckpointSeal, InterruptBetweenSteps, NonFiniteGuard, RunRecorder
 from entropi.training.checkpoints import Checkpoint, newest_whole
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
@@ -108,6 +108,7 @@ def _optimize(
     )
     if checkpoint:
         recorder.restore(checkpoint.pending)
+    interrupt = InterruptBetweenSteps()
     trainer = EntropiTrainer(
         model=model,
         args=_training_arguments(recipe, folder),
@@ -116,12 +117,13 @@ def _optimize(
             recorder,
             NonFiniteGuard(recipe.nonfinite, recorder),
             CheckpointSeal(recorder, recipe.keep_checkpoints),
+            interrupt,
         ],
         eval_dataset=BlockDataset(prepared.packed.heldout[: recipe.evaluation_blocks]),
         recorder=recorder,
     )
     trainer.remove_callback(PrinterCallback)
-    with progress:
+    with progress, interrupt.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
 
 
