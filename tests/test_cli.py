@@ -639,7 +639,13 @@ def test_a_prompt_is_text_whatever_it_looks_like(
 def test_control_c_ends_a_training_that_can_be_continued(tmp_path: Path, corpus: Path):
     folder = tmp_path / "run"
     words = ["train", folder, "--corpus", corpus, *TINY, "--steps", "400", "--save-every", "5"]
-    process = subprocess.Popen([sys.executable, "-m", "entropi", *map(str, words)], stderr=subprocess.PIPE, text=True)
+    # Started in the background of a script, this test would hand on a Ctrl-C that is ignored.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "entropi", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/*/seal.json")):
         assert process.poll() is None

@@ -47,6 +47,7 @@ HANDSHAKE_SECONDS = 10
 HEARTBEAT_SECONDS = 20.0
 BUSY_SECONDS = 3.0  # a session that is just ending gives its slot to the next one
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
+REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
 MAX_CONNECTIONS = 32  # open control channels; only those that ask for a session take one of its slots
 log = logging.getLogger("entropi.server")
 request_log = logging.getLogger("entropi.server.requests")  # aiohttp's, for what is not even HTTP
@@ -257,6 +258,8 @@ async def _compute(socket: web.WebSocketResponse, name: str, host: Host, start: 
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if work.done() and work.exception() is None:  # the client may still be reading its last share
             await asyncio.wait([listen], timeout=LEAVE_SECONDS)
+        elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
+            await asyncio.wait([work], timeout=REPORT_SECONDS)
         for task in tasks:
             if task.done():
                 task.result()
