@@ -288,11 +288,9 @@ def ask(
 
 def summary_of_private_run(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line."""
-    total = sum(s.bytes for s in run.stages) + run.setup_bytes + run.reveal_bytes
-    messages = sum(s.messages for s in run.stages)
     return (
-        f"{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {total / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {messages:,} messages"
+        f"{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages"
     )
 
 

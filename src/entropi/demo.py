@@ -133,12 +133,11 @@ def _print_summary(
             f"  {name:22} perplexity {last(run, records.Evaluation).perplexity:6.1f}   "
             f"heads overloaded {shares[3]:4.0%}, collapsed {shares[0]:4.0%}"
         )
-    moved = sum(s.bytes for s in answer.stages) + answer.setup_bytes + answer.reveal_bytes
     agree = sum(comparison.same_top1)
     print(f"  asked in private       {answer.prompt!r}")
     print(f"  answered               {answer.new_text!r}")
     print(
-        f"  traffic                {moved / 1e6:.0f} MB both directions, {sum(s.messages for s in answer.stages):,} "
+        f"  traffic                {answer.bytes / 1e6:.0f} MB both directions, {answer.messages:,} "
         f"messages, {answer.seconds:.0f} s for {len(answer.new_tokens)} tokens"
     )
     print(

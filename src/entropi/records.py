@@ -168,6 +168,16 @@ class PrivateRun(Base, tag="private"):
     fraction_bits: int
     exp_iterations: int
 
+    @property
+    def bytes(self) -> int:
+        """Everything the engines exchanged, both directions: stages, set-up and the revealed shares."""
+        return sum(stage.bytes for stage in self.stages) + self.setup_bytes + self.reveal_bytes
+
+    @property
+    def messages(self) -> int:
+        """Of all stages, both directions; asynchronous messages, not rounds."""
+        return sum(stage.messages for stage in self.stages)
+
 
 class PlaintextComparison(Base, tag="comparison"):
     """Private logits against the plaintext model's on the same tokens."""

@@ -95,9 +95,7 @@ class Run:
     @property
     def private_bytes(self) -> int:
         """All bytes of the private run: its stages, the set-up and the revealed shares."""
-        if self.private is None:
-            return 0
-        return self.staged.bytes + self.private.setup_bytes + self.private.reveal_bytes
+        return self.private.bytes if self.private is not None else 0
 
     @property
     def largest_logit_error(self) -> float | None:
