@@ -11,7 +11,8 @@ import pytest
 
 from entropi.costs.operations import attention_flops, count, ffn_flops, nonlinear_operations, parameters
 from entropi.errors import UserError
-from entropi.model.configuration import ARCHITECTURES, EntropiConfig
+from entropi.model.architectures import ARCHITECTURES
+from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from entropi.errors import UserError
-from entropi.model.configuration import ARCHITECTURES, EntropiConfig, split_training_name
+from entropi.model.architectures import ARCHITECTURES, split_training_name
+from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 
 SMALL = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=40)
@@ -132,7 +133,7 @@ def test_regularizer_reaches_thresholds_and_temperatures_and_is_silent_in_evalua
     torch.testing.assert_close(out.loss, out.cross_entropy + out.entropy_penalty)
     gradients = torch.autograd.grad(
         out.entropy_penalty,
-        [model.entropy_regularizer.threshold, *(b.attention.temperature for b in model.model.blocks)],
+        [model.entropy_regularizer.threshold, *(b.attention.temperature.parameter for b in model.model.blocks)],
     )
     assert (gradients[0] != 0).all()
     for gradient in gradients[1:]:

@@ -960,7 +960,7 @@ def test_recorded_entropies_are_those_of_the_batch(tmp_path: Path, corpus: str, 
                 projection(hidden).view(4, 16, 2, 8).transpose(1, 2).double()
                 for projection in (block.attention.query, block.attention.key)
             )
-            logits = query @ key.transpose(-1, -2) / math.sqrt(8) / block.attention.temperature.double()[:, :, None]
+            logits = query @ key.transpose(-1, -2) / math.sqrt(8) / block.attention.temperature.values().double()[:, :, None]
             logits = logits.masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
             p = logits.softmax(-1)
             by_hand = -(p * p.clamp(min=1e-300).log()).sum(-1).mean(dim=(0, 2))

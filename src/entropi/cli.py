@@ -134,7 +134,8 @@ def cost_of(
         json: print one JSON object
     """
     from entropi.costs.operations import count
-    from entropi.model.configuration import EntropiConfig, split_training_name
+    from entropi.model.architectures import split_training_name
+    from entropi.model.configuration import EntropiConfig
 
     config = EntropiConfig(
         architecture=split_training_name(architecture)[0],

@@ -31,7 +31,8 @@ from entropi.costs.operations import count
 from entropi.data.packing import Prepared, prepare
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
-from entropi.model.configuration import EntropiConfig, split_training_name
+from entropi.model.architectures import split_training_name
+from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training.callbacks import CheckpointSeal, InterruptBetweenSteps, NonFiniteGuard, RunRecorder
 from entropi.training.checkpoints import Checkpoint, newest_whole
