@@ -197,7 +197,7 @@ def test_no_command():
         (["cost", "--seq-len", "-5"], ["seq_len is -5"]),
         (["cost", "--layers", "0"], ["num_hidden_layers must be at least 1, got 0"]),
         (["cost", "--heads", "5"], ["hidden_size 768 is not a multiple of num_attention_heads 5"]),
-        (["cost", "--architecture", "LSTM"], ["unknown architecture 'LSTM'; legal are SM+LN+G, "]),
+        (["cost", "--architecture", "LSTM"], ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM or SM(t); "]),
     ],
     ids=" ".join,
 )
@@ -250,7 +250,7 @@ def garbage(path: Path) -> None:
         ("config.json", garbage, "is damaged: config.json cannot be read"),
         ("config.json", lambda path: path.write_text("[]"), "is damaged: config.json cannot be read"),
         ("config.json", edited(model_type="gpt2"), "is of type 'gpt2'; only entropi models"),
-        ("config.json", edited(architecture="SM+X"), "unknown architecture 'SM+X'; legal are SM+LN+G, "),
+        ("config.json", edited(architecture="SM+X"), "unknown architecture 'SM+X': 'X' is unknown; legal are SM or "),
         ("config.json", edited(num_hidden_layers=3), "does not fit its config.json"),
         ("config.json", edited(num_hidden_layers=1), "does not fit its config.json"),
         ("config.json", edited(hidden_size=32), "does not fit its config.json"),

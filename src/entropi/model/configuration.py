@@ -146,6 +146,10 @@ class EntropiConfig(PreTrainedConfig):
                 )
         return problems
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy the package's source beside every saved model that was loaded so."""
+
     @property
     def parts(self) -> Parts:
         """The parsed architecture."""

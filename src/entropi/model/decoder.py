@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from entropi.entropy.regularizer import EntropyRegularizer
-from entropi.model import takeover
+from entropi.model import card, takeover
 from entropi.model.attention import EntropiAttention, Temperature, rotation_of
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
@@ -278,6 +280,17 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             for name, p in self.named_parameters()
             if not name.startswith("entropy_regularizer.") and not name.endswith("parametrizations.weight.original0")
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and a model card, and what lets other programs load the model."""
+        self.config.auto_map = dict(card.AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            card.write_card(Path(save_directory), card.model_card(self.config, self.inference_parameters()))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would copy the package's source beside every saved model that was loaded so."""
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> EntropiForCausalLM:

@@ -103,7 +103,7 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         raise UserError(f"the model's weights are not finite, first in {broken[0]}")
     width, layers, parts = config.hidden_size, config.num_hidden_layers, config.parts
-    eye = np.eye(width)
+    eye: Array = np.eye(width)
     centring = eye - 1.0 / width
     # Only the final norm makes the mean of the stream superfluous; the head would read it.
     centred = parts.norm == "layernorm" and config.final_norm
@@ -131,18 +131,18 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
         bias = heads.pop("output_bias") @ written
         weights |= {f"{index}.{name}": value for name, value in heads.items()}
 
-        offset = network.offset @ after @ write
+        offset: Array = network.offset @ after @ write
         if network.branch:
             weights[f"{index}.up"] = inverses[index] @ network.branch["up"]
             weights[f"{index}.up_bias"] = network.branch["up_bias"]
             weights[f"{index}.down"] = network.branch["down"] @ after @ write
-            weights[f"{index}.down_bias"], offset = offset, np.zeros(width)
+            weights[f"{index}.down_bias"] = offset
         if index in explicit:
             assert network.matrix is not None
             weights[f"{index}.ffn"] = inverses[index] @ network.matrix @ after @ write
-            weights[f"{index}.ffn_bias"], offset = offset, np.zeros(width)
-        # What is left is an offset of a network that vanished: both biases are added to the same state.
-        weights[f"{index}.output_bias"] = bias + offset
+            weights[f"{index}.ffn_bias"] = np.zeros(width) if network.branch else offset
+        vanished = not network.branch and index not in explicit  # then only the offset is left of the network
+        weights[f"{index}.output_bias"] = bias + offset if vanished else bias
 
     table = _array(model.lm_head.weight).T
     gain, shift = _gain(model.model.final_norm, width)
@@ -221,18 +221,18 @@ def _feed_forward(layer: Any, common_slope: float | None) -> _FeedForward:
         matrix, bias = _linear(layer.fused)
         return _FeedForward(beta * np.eye(len(matrix)) + matrix / alpha, bias / alpha)
     (up, up_bias), (down, down_bias) = _linear(layer.up, layer.norm), _linear(layer.down)
-    eye = np.eye(len(up)) if isinstance(layer.norm, nn.Identity) else np.zeros((len(up), len(up)))
+    normed = not isinstance(layer.norm, nn.Identity)
+    around = np.zeros((len(up), len(up))) if normed else np.eye(len(up))  # the residual connection
     match layer.activation:
         case "identity":
-            return _FeedForward(beta * eye + up @ down / alpha, (up_bias @ down + down_bias) / alpha)
+            return _FeedForward(beta * around + up @ down / alpha, (up_bias @ down + down_bias) / alpha)
         case "leaky_relu":
             slope = common_slope if layer.leaky_slope is None else float(layer.leaky_slope)
             assert slope is not None
             branch = {"up": up, "up_bias": up_bias, "down": (1 - slope) * down}
-            return _FeedForward(eye + slope * up @ down, slope * up_bias @ down + down_bias, branch)
+            return _FeedForward(around + slope * up @ down, slope * up_bias @ down + down_bias, branch)
         case _:
-            matrix = eye if isinstance(layer.norm, nn.Identity) else None
-            return _FeedForward(matrix, down_bias, {"up": up, "up_bias": up_bias, "down": down})
+            return _FeedForward(None if normed else around, down_bias, {"up": up, "up_bias": up_bias, "down": down})
 
 
 def _bases(

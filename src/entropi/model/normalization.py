@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -45,7 +47,7 @@ def make_linear(config: EntropiConfig, kind: str, inputs: int, outputs: int, bia
     return linear
 
 
-def set_weight(layer: nn.Module, weight: Tensor) -> None:
+def set_weight(layer: Any, weight: Tensor) -> None:
     """Give a Linear or Embedding this weight, through whatever normalisation it has."""
     if parametrize.is_parametrized(layer, "weight"):
         layer.weight = weight.to(layer.weight)
@@ -71,7 +73,7 @@ def iterate_spectral_norms(model: nn.Module, times: int = 1) -> None:
 
 def spectral_norms(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
     """Every spectral normalisation within `model`, and the weight it divides."""
-    found = []
+    found: list[tuple[nn.Module, Tensor]] = []
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList) and hasattr(module[0], "_u"):
             found.append((module[0], module.original))
