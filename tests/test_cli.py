@@ -197,7 +197,10 @@ def test_no_command():
         (["cost", "--seq-len", "-5"], ["seq_len is -5"]),
         (["cost", "--layers", "0"], ["num_hidden_layers must be at least 1, got 0"]),
         (["cost", "--heads", "5"], ["hidden_size 768 is not a multiple of num_attention_heads 5"]),
-        (["cost", "--architecture", "LSTM"], ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM or SM(t); "]),
+        (
+            ["cost", "--architecture", "LSTM"],
+            ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM or SM(t); "],
+        ),
     ],
     ids=" ".join,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.folding import fold
 
+ROOT = Path(__file__).parents[1]
 PAPER = (
     "SM+LN+G",
     "SM+LN+R",
@@ -192,3 +194,12 @@ def test_parameters_equal_those_of_the_real_model(architecture: str) -> None:
                     parameter.add_(torch.rand_like(parameter))
         folded = fold(model, worst_condition=1e9)
         assert folded_parameters(config) == sum(weight.size for weight in folded.weights.values()), options
+
+
+def test_the_table_in_the_documentation_is_what_is_counted() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from architectures import table
+    finally:
+        sys.path.pop(0)
+    assert table() in (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -155,6 +155,9 @@ def cost_of(
         rows, columns = operation.shape
         print(f"  {operation.operation:10} {operation.count:4} x R^({rows} x {columns})")
     print(f"  FLOPs      FFN {found.ffn_flops / 1e9:.1f} G, attention {found.attention_flops / 1e9:.1f} G")
+    print(
+        f"  folded     FFN {count(config, seq_len, folded=True).ffn_flops / 1e9:.1f} G, what private inference computes"
+    )
 
 
 def fold_model(model: Path, output: Path) -> None:
