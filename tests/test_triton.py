@@ -24,21 +24,31 @@ def test_awkward_shapes(length, width, is_causal):
     assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("iterations", [1, 5, 8])
+@pytest.mark.parametrize(("length", "width"), [(1, 32), (63, 48), (65, 100)])
+def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
+    assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal, exp_iterations=iterations)
+
+
+@pytest.mark.parametrize("iterations", [None, 3])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 90), (5, 70), (7, 4), (40, 33)])
-def test_queries_and_keys_of_different_length(queries, keys):
-    assert_as_exact("triton", *on_device(queries, keys, 32))
+def test_queries_and_keys_of_different_length(queries, keys, iterations):
+    assert_as_exact("triton", *on_device(queries, keys, 32), exp_iterations=iterations)
 
 
+@pytest.mark.parametrize("iterations", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_no_worse_than_plain(dtype):
+def test_half_precision_is_no_worse_than_plain(dtype, iterations):
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices as if their bits were integers")
-    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype)
+    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype, exp_iterations=iterations)
 
 
+@pytest.mark.parametrize("iterations", [None, 1])
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 50, 70), (1, 1, 1, 70), (50, 70)])
-def test_masks_broadcast_and_rows_may_see_nothing(shape, additive):
+def test_masks_broadcast_and_rows_may_see_nothing(shape, additive, iterations):
     generator = torch.Generator().manual_seed(3)
     visible = torch.rand(shape, generator=generator) > 0.4
     if shape[-2] > 1:
@@ -47,12 +57,15 @@ def test_masks_broadcast_and_rows_may_see_nothing(shape, additive):
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
     for is_causal in (True, False):
-        assert_as_exact("triton", *on_device(50, 70, 32), attn_mask=mask.to(DEVICE), is_causal=is_causal)
+        options = dict(attn_mask=mask.to(DEVICE), is_causal=is_causal, exp_iterations=iterations)
+        assert_as_exact("triton", *on_device(50, 70, 32), **options)
 
 
-def test_large_logits_keep_the_entropy():
+@pytest.mark.parametrize("iterations", [None, 4, 12])
+def test_large_logits_keep_the_entropy(iterations):
     (query, key, value), *rest = on_device(70, 70, 32)
-    assert_as_exact("triton", [query * 30, key + 5, value], *rest, slack=1e-5)
+    tensors = [query * 30, key + 5, value]
+    assert_as_exact("triton", tensors, *rest, slack=1e-5, exp_iterations=iterations)
 
 
 def test_strided_inputs():
@@ -64,10 +77,11 @@ def test_strided_inputs():
         torch.testing.assert_close(a, b)
 
 
-def test_not_a_number_is_not_hidden():
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_not_a_number_is_not_hidden(iterations):
     (query, key, value), *_ = on_device(40, 40, 32)
     query[0, 0, 20, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="triton")
+    output, entropy = entropy_attention(query, key, value, implementation="triton", exp_iterations=iterations)
     assert output[0, 0, 20].isnan().all()
     assert entropy[0, 0, 20].isnan()
     assert torch.isfinite(output[0, 1]).all()
