@@ -242,6 +242,16 @@ def test_a_kernel_of_many_iterations_is_the_exact_softmax():
     assert error < 1e-2 * coarse  # it falls as 2^-t
 
 
+def test_the_kernel_can_be_changed_after_training():
+    model, other = make_model("SM(t)+ScFuFFN"), make_model("SM(t)+ScFuFFN", exp_iterations=3)
+    model.set_exp_iterations(3)
+    torch.testing.assert_close(model(tokens()).logits, other(tokens()).logits)
+    assert model.config.exp_iterations == 3
+    with pytest.raises(UserError, match="exp_iterations must be 1 to 16"):
+        model.set_exp_iterations(0)
+    assert model.config.exp_iterations == 3
+
+
 @pytest.mark.parametrize(("slope", "same_as"), [(0.0, "SM+R"), (1.0, "SM")])
 def test_leaky_slopes_from_relu_to_the_identity(slope, same_as):
     leaky = make_model("SM+LeakyR", leaky_slope=slope)

@@ -50,16 +50,24 @@ def train(run: Path, recipe: Recipe) -> None:
     print(f"model in {folder}")
 
 
-def evaluate(model: Path, corpus: str = "stdlib", batch_size: int = 32, json: bool = False) -> None:
+def evaluate(
+    model: Path,
+    corpus: str = "stdlib",
+    batch_size: int = 32,
+    exp_iterations: int | None = None,
+    json: bool = False,
+) -> None:
     """Held-out perplexity of a trained model.
 
     Args:
         model: run folder or saved model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
+        exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
+            softmax; by default what the model was trained with
         json: print one JSON object
     """
-    result, _ = _evaluate(model, corpus, batch_size)
+    result, _ = _evaluate(model, corpus, batch_size, exp_iterations)
     if json:
         _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
     else:
@@ -73,6 +81,7 @@ def diagnose_heads(
     model: Path,
     corpus: str = "stdlib",
     batch_size: int = 32,
+    exp_iterations: int | None = None,
     heatmap: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -82,6 +91,7 @@ def diagnose_heads(
         model: run folder or saved model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
+        exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
         heatmap: PNG to write; by default entropy.png in the folder of the model
         json: print one JSON object
     """
@@ -92,7 +102,7 @@ def diagnose_heads(
     picture = heatmap or model / "entropy.png"
     if heatmap is not None:
         _check_parent(heatmap)
-    result, context_length = _evaluate(model, corpus, batch_size)
+    result, context_length = _evaluate(model, corpus, batch_size, exp_iterations)
     found = diagnose_heldout(result, context_length)
     figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name), picture)
     if json:
@@ -492,7 +502,7 @@ def _check_parent(path: Path) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
 
-def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
+def _evaluate(model: Path, corpus: str, batch_size: int, exp_iterations: int | None) -> tuple[Any, int]:
     """The `HeldOut` of a model on a corpus, with its own tokenizer; and its context length."""
     import torch
 
@@ -504,6 +514,8 @@ def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
     loaded, tokenizer, _ = open_model(model)
+    if exp_iterations is not None:
+        loaded.set_exp_iterations(exp_iterations or None)
     context_length = loaded.config.max_position_embeddings
     blocks = pack(load_corpus(corpus).heldout, tokenizer, context_length)
     if not len(blocks):

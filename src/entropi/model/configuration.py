@@ -95,13 +95,13 @@ class EntropiConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if problems := self._problems():
+        if problems := self.problems():
             raise UserError("; ".join(problems))
         if self.initializer_range is None:
             self.initializer_range = 0.02 * (768 / self.hidden_size) ** 0.5
         super().__post_init__(**kwargs)
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Everything that is wrong with the values."""
         problems = []
         try:

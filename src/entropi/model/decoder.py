@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from entropi.entropy.regularizer import EntropyRegularizer
+from entropi.errors import UserError
 from entropi.model import card, takeover
 from entropi.model.attention import EntropiAttention, Temperature, rotation_of
 from entropi.model.configuration import EntropiConfig
@@ -280,6 +281,20 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             for name, p in self.named_parameters()
             if not name.startswith("entropy_regularizer.") and not name.endswith("parametrizations.weight.original0")
         )
+
+    def set_exp_iterations(self, exp_iterations: int | None) -> None:
+        """Evaluate the softmax with this kernel from now on, whatever the model was trained with.
+
+        Raises:
+            UserError: an impossible number of iterations.
+        """
+        before, self.config.exp_iterations = self.config.exp_iterations, exp_iterations
+        if problems := self.config.problems():
+            self.config.exp_iterations = before
+            raise UserError("; ".join(problems))
+        for module in self.modules():
+            if isinstance(module, EntropiAttention):
+                module.exp_iterations = exp_iterations
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, and a model card, and what lets other programs load the model."""
