@@ -42,7 +42,7 @@ def run_demo(folder: Path, steps: int) -> None:
         console.print(f"\n[bold]{number}/4  Train {name}[/bold]")
         train(Recipe(architecture=name, steps=steps), run)
         found = last(run, records.DiagnosisRecord)
-        figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
+        figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
         console.print(
             f"{name}: perplexity {last(run, records.Evaluation).perplexity:.1f}. {found.verdict}", markup=False
         )

@@ -22,7 +22,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_model
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 from entropi import records
@@ -37,7 +45,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training.callbacks import CheckpointSeal, InterruptBetweenSteps, NonFiniteGuard, RunRecorder
 from entropi.training.checkpoints import Checkpoint, newest_whole
-from entropi.training.evaluation import HeldOut, evaluate_blocks
+from entropi.training.evaluation import PATTERN_SEQUENCES, HeldOut, evaluate_blocks, observe_patterns
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
 from entropi.training.trainer import BlockDataset, EntropiTrainer
 
@@ -83,7 +91,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
         heldout = prepared.packed.heldout
         with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
             result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
-        _record_result(folder, recipe, model, result)
+        _record_result(folder, recipe, model, result, heldout)
         _save_model(model, prepared.tokenizer, recipe, result, model_folder)
     return model_folder
 
@@ -131,8 +139,8 @@ def _optimize(
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
 
 
-def diagnose_heldout(result: HeldOut, context_length: int) -> records.DiagnosisRecord:
-    """The diagnosis of an evaluation.
+def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> records.DiagnosisRecord:
+    """The diagnosis of an evaluation on the text that `source` describes.
 
     Raises:
         UserError: entropies that are not finite: the model has diverged.
@@ -150,6 +158,7 @@ def diagnose_heldout(result: HeldOut, context_length: int) -> records.DiagnosisR
         overloaded=found.overloaded,
         collapsed=found.collapsed,
         verdict=found.verdict,
+        source=source,
     )
 
 
@@ -200,6 +209,48 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
             f"the model {model.config.vocab_size}"
         )
     return model.eval(), tokenizer, folder
+
+
+def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
+    """Any causal LM that transformers saved in a folder, without running code of the folder's.
+
+    Returns:
+        The model in float32, its tokenizer, the id that ends a text, and whether that id also begins every sequence.
+
+    Raises:
+        UserError: what cannot be opened, in one line.
+    """
+    try:
+        with _quiet_transformers():
+            settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **settings
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+    except Exception as error:  # whatever its parsers raise; the user needs the folder and the first reason
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the model in {path} cannot be opened: {reason}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"the model in {path} is damaged: {missing[0]} is missing")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer in {path} cannot be used: tokenizer.json is missing")
+    begins = bool(ids := tokenizer("a").input_ids) and ids[0] == tokenizer.bos_token_id
+    end = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
+    if end is None:
+        raise UserError(f"the tokenizer in {path} cannot be used: it has no token that ends a text")
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > entries:
+        raise UserError(f"the model in {path} is damaged: its tokenizer has {len(tokenizer)} entries, it has {entries}")
+    return model.eval(), tokenizer.backend_tokenizer, int(end), begins
+
+
+def model_type(path: Path) -> str | None:
+    """What kind of model a run folder or a saved model holds, as far as its config.json says."""
+    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    try:
+        return str(json.loads((folder / "config.json").read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
@@ -414,7 +465,9 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     )
 
 
-def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut) -> None:
+def _record_result(
+    folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut, heldout: np.ndarray
+) -> None:
     path = folder / records.RECORDS_FILE
     records.append(
         path,
@@ -427,8 +480,11 @@ def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, resu
         ),
     )
     if bool(torch.isfinite(result.entropy).all()):  # a model that diverged in its last step has no diagnosis
-        records.append(path, diagnose_heldout(result, recipe.context_length))
-    records.append(path, count(model.config, recipe.context_length))
+        source = f"held-out text of {Path(recipe.corpus).name}, {len(heldout):,} sequences"
+        records.append(path, diagnose_heldout(result, recipe.context_length, source))
+        records.append(path, observe_patterns(model, heldout[:PATTERN_SEQUENCES]))
+    for folded in (False, True):
+        records.append(path, count(model.config, recipe.context_length, folded=folded))
 
 
 def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, result: HeldOut, folder: Path) -> None:
