@@ -36,17 +36,30 @@ FOREIGN_CONTEXT = 1024
 MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 
-def train(run: Path, recipe: Recipe) -> None:
+def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none") -> None:
     """Train a model into the run folder RUN; run it again to continue after an interruption.
 
     Args:
         run: folder of the run: configuration, records, checkpoints, the trained model
         recipe: every other option
+        report_to: tracker to show the training in while it runs; TensorBoard's files go to the run folder, Trackio's
+            stay on this machine
     """
     from entropi.training.run import train as train_run
 
+    live = None
+    if report_to != "none":
+        with _extra("report"):
+            from entropi.report import figures
+        from entropi.training.callbacks import Live
+
+        def draw(entropy: records.Matrix) -> Any:
+            ceiling = figures.causal_maximum(recipe.context_length)
+            return figures.to_pixels(figures.entropy_heatmap(entropy, ceiling, recipe.architecture))
+
+        live = Live(report_to, draw)
     try:
-        folder = train_run(recipe, run)
+        folder = train_run(recipe, run, live)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
@@ -442,8 +455,8 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
     """Parsed values as the arguments of a command."""
     values = {k: v for k, v in given.as_dict().items() if k != "config"}
     if function is train:
-        run = values.pop("run")
-        return {"run": run, "recipe": Recipe(**values)}
+        own = {name: values.pop(name) for name in ("run", "report_to")}
+        return {**own, "recipe": Recipe(**values)}
     return values
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,14 @@ from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.training.callbacks import CheckpointSeal, InterruptBetweenSteps, NonFiniteGuard, RunRecorder
+from entropi.training.callbacks import (
+    CheckpointSeal,
+    InterruptBetweenSteps,
+    Live,
+    LiveView,
+    NonFiniteGuard,
+    RunRecorder,
+)
 from entropi.training.checkpoints import Checkpoint, newest_whole
 from entropi.training.evaluation import PATTERN_SEQUENCES, HeldOut, evaluate_blocks, observe_patterns
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
@@ -59,8 +66,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 ENVIRONMENT_FILE = "environment.json"
 
 
-def train(recipe: Recipe, folder: Path) -> Path:
+def train(recipe: Recipe, folder: Path, live: Live | None = None) -> Path:
     """Train as `recipe` says into the run folder `folder`; continue there if it holds an unfinished run of it.
+
+    The records are written in any case; `live` shows them in a tracker as well.
 
     Returns:
         The folder of the trained model, ready for `from_pretrained`.
@@ -86,7 +95,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
         model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, entries))
         checkpoint = _resume_point(recipe, folder, prepared, console)
         _record_start(recipe, folder, model, prepared, architecture, checkpoint)
-        _optimize(recipe, folder, model, prepared, checkpoint, console)
+        _optimize(recipe, folder, model, prepared, checkpoint, console, live)
 
         heldout = prepared.packed.heldout
         with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
@@ -103,6 +112,7 @@ def _optimize(
     prepared: Prepared,
     checkpoint: Checkpoint | None,
     console: Console,
+    live: Live | None,
 ) -> None:
     """Bring `model` from `checkpoint`, or from the start, to the last step."""
     done = checkpoint.step if checkpoint else 0
@@ -123,7 +133,7 @@ def _optimize(
     interrupt = InterruptBetweenSteps()
     trainer = EntropiTrainer(
         model=model,
-        args=_training_arguments(recipe, folder),
+        args=_training_arguments(recipe, folder, live),
         train_dataset=BlockDataset(prepared.packed.train),
         callbacks=[
             recorder,
@@ -135,6 +145,8 @@ def _optimize(
         recorder=recorder,
     )
     trainer.remove_callback(PrinterCallback)
+    if live is not None:
+        recorder.watchers.append(LiveView(live, trainer, folder))
     with progress, interrupt.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
 
@@ -220,16 +232,20 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     Raises:
         UserError: what cannot be opened, in one line.
     """
-    try:
-        with _quiet_transformers():
-            settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **settings
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path, **settings)
-    except Exception as error:  # whatever its parsers raise; the user needs the folder and the first reason
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the model in {path} cannot be opened: {reason}") from None
+    settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+    opened = []
+    for part in ("model", "tokenizer"):
+        try:
+            with _quiet_transformers():
+                if part == "model":
+                    weights = dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+                    opened += AutoModelForCausalLM.from_pretrained(path, **weights, **settings)
+                else:
+                    opened.append(AutoTokenizer.from_pretrained(path, **settings))
+        except Exception as error:  # whatever its parsers raise; the user needs the folder and the reason
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"the {part} in {path} cannot be opened: {reason}") from None
+    model, loading, tokenizer = opened
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"the model in {path} is damaged: {missing[0]} is missing")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -432,7 +448,10 @@ def _tokens_per_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
 
 
-def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def _training_arguments(recipe: Recipe, folder: Path, live: Live | None) -> TrainingArguments:
+    # A tracker's own names, as far as this version of transformers knows them; nothing is ever put on a public page.
+    tracking = {"project": "entropi", "trackio_space_id": None, "trackio_static_space_id": False}
+    known = {field.name for field in fields(TrainingArguments)}
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS_FOLDER),
         max_steps=recipe.steps,
@@ -460,7 +479,9 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        report_to="none",
+        report_to=[live.tracker] if live is not None else "none",
+        run_name=folder.resolve().name,
+        **{name: value for name, value in tracking.items() if name in known},
         disable_tqdm=True,
     )
 
