@@ -107,7 +107,8 @@ class Tab:
     async def hover(self, selector: str) -> None:
         """Move the mouse over the middle of an element, scrolling there first."""
         box = await self.evaluate(
-            f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            f"(async () => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            " for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);"  # until the page knows it scrolled
             " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])

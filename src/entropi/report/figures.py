@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from PIL import Image
 
 from entropi.errors import UserError
@@ -346,6 +346,8 @@ def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
         )
     if max(x for x, _ in usable.values()) > 4 * min(x for x, _ in usable.values()):
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
     axes.margins(x=0.12, y=0.16)
     return figure
 

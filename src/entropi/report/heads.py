@@ -18,7 +18,7 @@ def _rounded_matrix(matrix: records.Matrix | None) -> list[list[float | None]] |
     """For the page's script: as many digits as it shows, and null for what is not finite."""
     if matrix is None:
         return None
-    return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in matrix]
+    return [[round(value, 5) if math.isfinite(value) else None for value in row] for row in matrix]
 
 
 def explorer(runs: Sequence[Run], moments: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def explorer(runs: Sequence[Run], moments: int) -> dict[str, Any]:
                 if pattern is None
                 else {name: _rounded_matrix(getattr(pattern, name)) for name in LOOKS}
                 | {
-                    "even_distance": even_distance(pattern.context_length),
+                    "even_distance": f"{even_distance(pattern.context_length):.1f}",  # as the summary spells it
                     "even_share": even_share(pattern.context_length),
                 },
             }

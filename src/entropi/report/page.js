@@ -118,7 +118,7 @@
     if (frame.temperature) line("temperature " + spelt(frame.temperature[layer][head], nats));
     if (run.pattern) {
       const at = (name) => run.pattern[name][layer][head];
-      line("looks " + spelt(at("distance"), { digits: 1 }) + " tokens back on average (even attention: " + run.pattern.even_distance.toFixed(1) + ")");
+      line("looks " + spelt(at("distance"), { digits: 1 }) + " tokens back on average (even attention: " + run.pattern.even_distance + ")");
       line("first token " + spelt(at("on_first"), share) + ", previous " + spelt(at("on_previous"), share) + ", itself " + spelt(at("on_itself"), share) + " of the weight (even: " + spelt(run.pattern.even_share, share) + " each)");
     } else {
       line("where it looks is not recorded");
