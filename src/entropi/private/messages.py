@@ -30,8 +30,14 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     protocol: Literal["cheetah"] = "cheetah"
     ring_bits: Literal[64] = 64
     fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
-    # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 107 bytes a score and halves the kernel's error.
-    exp_iterations: Annotated[int, msgspec.Meta(ge=4, le=8)] = 8
+    # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 110 bytes a score and halves the kernel's error. A model
+    # that was trained with the kernel brings its own t.
+    exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
+    # Whose the token table is: the server's, read by a one-hot product, or everybody's, read by the client alone.
+    embedding: Literal["private", "public"] = "private"
+    # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
+    output: Literal["logits", "top_k", "argmax"] = "logits"
+    choices: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8
 
 
 TRUST = {
@@ -39,6 +45,17 @@ TRUST = {
     "else of prompt and answer; the client learns the logits, the architecture and the tokenizer, and nothing else "
     "of the weights"
 }
+
+
+def trust(settings: Settings) -> str:
+    """`TRUST` in the case of these settings: what each side learns."""
+    learned = {
+        "logits": "the logits",
+        "top_k": f"the {settings.choices} likeliest tokens and their logits",
+        "argmax": "the likeliest token",
+    }[settings.output]
+    text = TRUST[settings.protocol].replace("the logits", learned)
+    return text + (", whose token embeddings are public" if settings.embedding == "public" else "")
 
 
 # Control channel, client to server.
@@ -111,6 +128,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     prompt_length: TokenCount
     prompt: list[TokenId] | None = None  # the client's
     weights: str | None = None  # the server's: path of the safetensors file
+    table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
 
 
 class Proceed(msgspec.Struct, forbid_unknown_fields=True):
@@ -133,7 +151,8 @@ class Revealed(msgspec.Struct, tag=True):
     """The client's party holds the logits of the next token; the server's has sent its shares of them."""
 
     bytes: int
-    logits: list[float] | None = None
+    logits: list[float] | None = None  # of the whole vocabulary, or of `tokens`
+    tokens: list[int] | None = None  # the likeliest, where that is all the client learns; logits None for arg-max
 
 
 class Failed(msgspec.Struct, tag=True):
