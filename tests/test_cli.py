@@ -314,7 +314,7 @@ def test_corpora_that_cannot_be_used(entropi: Callable[..., Done], trained: Path
 
 def test_batch_size_zero(entropi: Callable[..., Done], trained: Path):
     assert_refused(entropi("evaluate", trained, "--batch-size", "0"), "batch_size is 0, at least 1 is needed")
-    assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 16")
+    assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 8")
 
 
 def test_places_that_cannot_be_written(entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path):
