@@ -171,7 +171,7 @@ def cost_of(
 
 
 def fold_model(model: Path, output: Path) -> None:
-    """Fold a softmax-only model: everything linear disappears into neighbouring matrices.
+    """Fold a model: everything linear disappears into neighbouring matrices.
 
     Args:
         model: run folder or saved model
@@ -185,7 +185,12 @@ def fold_model(model: Path, output: Path) -> None:
     folded.save(output)
     shutil.copy(folder / "tokenizer.json", output)
     explicit = folded.description["explicit_ffn"]
-    kept = f"feed-forward networks kept in layers {explicit}" if explicit else "every feed-forward network folded away"
+    if not loaded.config.parts.softmax_only:
+        kept = "gains, biases and scalings folded away; norms and activations remain"
+    elif explicit:
+        kept = f"linear feed-forward networks kept in layers {', '.join(map(str, explicit))}, folded away in the others"
+    else:
+        kept = "every feed-forward network folded away"
     print(f"{kept}; condition numbers up to {max(folded.conditions):.1f}; written to {output}")
 
 
