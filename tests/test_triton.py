@@ -100,6 +100,39 @@ def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
         entropy_attention(query, query, query, implementation="triton")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize(
+    ("dtype", "length", "width", "is_causal"),
+    [
+        (torch.bfloat16, 300, 64, True),
+        (torch.bfloat16, 300, 64, False),
+        (torch.bfloat16, 300, 128, True),
+        (torch.bfloat16, 2048, 64, True),
+        (torch.bfloat16, 65, 100, True),
+        (torch.float16, 300, 64, True),
+        (torch.float32, 300, 64, True),
+    ],
+)
+def test_tuned_kernels_on_a_gpu(dtype, length, width, is_causal, iterations):
+    options = dict(dtype=dtype, is_causal=is_causal, exp_iterations=iterations)
+    assert_as_exact("triton", *on_device(length, length, width, dtype=dtype), **options)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry():
+    """What waits for a GPU must not turn out to be broken when there is one."""
+    script = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
+    done = subprocess.run([sys.executable, script, "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout.splitlines()[-1])
+    assert "collected" in parts["tests"]["outcome"]
+    row = parts["attention T=32 D=16"]
+    assert all(row[kind]["milliseconds"] > 0 for kind in ("sdpa", "exact", "secure t=5"))
+    assert all(parts["training step"][kind]["milliseconds"] > 0 for kind in ("gpt2", "entropi"))
+
+
 # Compiled for GPUs that need not be there, in another process: Triton decides at import that it interprets.
 
 
