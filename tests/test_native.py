@@ -22,8 +22,8 @@ def test_awkward_shapes(length, width, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 6, 8, 16])
-@pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 64), (300, 256)])
+@pytest.mark.parametrize("iterations", [1, 5, 6, 16])
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 256), (300, 64)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
     assert_as_exact("native", *make(length, length, width), is_causal=is_causal, exp_iterations=iterations)
 

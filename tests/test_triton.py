@@ -61,7 +61,7 @@ def test_masks_broadcast_and_rows_may_see_nothing(shape, additive, iterations):
     mask = visible
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
-    for is_causal in (True, False):
+    for is_causal in (True, False) if iterations is None else (True,):
         options = dict(attn_mask=mask.to(DEVICE), is_causal=is_causal, exp_iterations=iterations)
         assert_as_exact("triton", *on_device(50, 70, 32), **options)
 
