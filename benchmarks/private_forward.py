@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ ROWS: dict[str, tuple[str, int, int, float, float]] = {
     "SM(t)+ScFuFFN T=256": ("SM(t)+ScFuFFN", 256, 12, 20.72, 4.5),
     "SM(t)+ScFuFFN T=512": ("SM(t)+ScFuFFN", 512, 2, 69.68, 15.0),
 }
+GENERATING = "SM+ScFuFFN T=128"  # this row also runs one token more
 
 
 def description(architecture: str, layers: int) -> Description:
@@ -104,7 +106,7 @@ def random_weight(name: str, shape: tuple[int, ...], model: Description, random:
     return weight
 
 
-# --- Programs: stages of a pass, the private one and the straightforward one ---------------------------------------------
+# --- Programs: stages of a pass, the private one and the straightforward one ------------------------------------------
 
 
 def straightforward(model: Description, tokens: int) -> Iterator[Stage]:
@@ -161,13 +163,13 @@ def plain_settings(config: Any) -> None:
     config.experimental_disable_mmul_split = False
 
 
-# --- Two processes -------------------------------------------------------------------------------------------------------
+# --- Two processes ----------------------------------------------------------------------------------------------------
 
 
 class Task(msgspec.Struct, frozen=True):
     """What both parties run: a row's program over `tokens` tokens, then `further` single ones."""
 
-    kind: str  # "forward", "embedding" or "straightforward"
+    kind: str  # "forward", "layer" (the first of it), "straightforward" (the same layer) or "embedding"
     architecture: str
     tokens: int
     layers: int
@@ -194,10 +196,12 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
         width = model.hidden_size
         shapes |= {"0.ffn": (width, width), "0.ffn_bias": (width,)}
     for name, shape in shapes.items():
-        wanted = {"embedding": ["embedding"], "forward": [n for n in shapes if n != "embedding"]}.get(task.kind)
-        if wanted is None or name in wanted:
-            if not plain or name.startswith("0."):
-                hold(name, shape, SERVER, partial(random_weight, name, shape, model, random))
+        if task.kind == "embedding":
+            wanted = name == "embedding"
+        else:
+            wanted = name.startswith("0.") if plain else name != "embedding"
+        if wanted:
+            hold(name, shape, SERVER, partial(random_weight, name, shape, model, random))
 
     def run(stages: Iterator[Stage], token: int, counted: bool) -> None:
         for stage in stages:
@@ -215,8 +219,11 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
         lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
         state = "state" if plain else "embedded"
         for number, (new, past) in enumerate([(WARM_UP, 0), *lengths]):
-            hold(state, (new, model.hidden_size), CLIENT, lambda: inputs.normal(size=(new, model.hidden_size)))
+            shape = (new, model.hidden_size)
+            hold(state, shape, CLIENT, partial(inputs.normal, size=shape))
             stages = straightforward(model, new) if plain else forward(model, new, past, 8, embedding="public")
+            if task.kind == "layer":
+                stages = takewhile(lambda stage: stage.layer <= 0, stages)
             run(stages, number - 1, number > 0)
     engine.close()
     channel.put(None)
@@ -277,7 +284,7 @@ def simulate(protocol: str, task: Task) -> list[StageTraffic]:
     return found
 
 
-# --- Results -------------------------------------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------------------------------
 
 
 class Result(msgspec.Struct):
@@ -333,7 +340,7 @@ def print_operations(label: str, result: Result) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    extra = ["embedding", "straightforward", "generation", "protocols"]
+    extra = ["embedding", "straightforward", "protocols"]
     parser.add_argument("--out", type=Path, required=True, help="folder of results; what is there is not run again")
     parser.add_argument("--rows", nargs="*", default=[*ROWS, *extra], choices=[*ROWS, *extra], metavar="ROW")
     parser.add_argument("--layers", type=int, help="execute only so many layers of every row")
@@ -355,8 +362,13 @@ def main() -> None:
     for row in [name for name in ROWS if name in options.rows]:
         architecture, tokens, layers, paper, goal = ROWS[row]
         layers = min(layers, options.layers or layers)
-        task = Task("forward", architecture, tokens, layers, options.seed, iterations=options.iterations)
+        further = int(row == GENERATING and layers == 12)
+        task = Task("forward", architecture, tokens, layers, options.seed, further, options.iterations)
         result = measured(options.out, row, task)
+        if further:
+            prompt, token = (sum(s.bytes for s in result.stages if s.token == n) / 1e6 for n in (0, 1))
+            summary["generation"] = {"prompt_MB": prompt, "token_MB": token, "ratio": prompt / token}
+            print(f"\ngeneration: prompt of {tokens} tokens {prompt:.1f} MB, one more {token:.1f} MB")
         print_operations(row, result)
         gigabytes, messages, seconds = whole(result.stages, layers)
         table = embeddings.get(tokens, float("nan"))
@@ -380,9 +392,9 @@ def main() -> None:
     if "straightforward" in options.rows:
         for architecture in ("SM+ScFuFFN", "SM+LN+G"):
             compared = {}
-            for kind in ("straightforward", "forward"):
+            for kind in ("straightforward", "layer"):
                 task = Task(kind, architecture, 128, 2, options.seed, iterations=options.iterations)
-                result = measured(options.out, f"layer {kind} {architecture}", task)
+                result = measured(options.out, f"{kind} {architecture}", task)
                 layer = [stage for stage in result.stages if stage.layer == 0]
                 compared[kind] = {
                     "MB": sum(stage.bytes for stage in layer) / 1e6,
@@ -393,17 +405,6 @@ def main() -> None:
             for kind, figures in compared.items():
                 print(f"  {kind:16s}", *(f"{value:10.1f} {name}" for name, value in figures.items()))
             summary[f"layer {architecture}"] = compared
-
-    if "generation" in options.rows:
-        task = Task("forward", "SM+ScFuFFN", 128, 12, options.seed, further=1, iterations=options.iterations)
-        result = measured(options.out, "generation", task)
-        prompt, token = (
-            sum(stage.bytes for stage in result.stages if stage.token == number) / 1e6 for number in (0, 1)
-        )
-        print(
-            f"\ngeneration: prompt of 128 tokens {prompt:.1f} MB, one more {token:.1f} MB, {prompt / token:.1f} times less"
-        )
-        summary["generation"] = {"prompt_MB": prompt, "token_MB": token}
 
     if "protocols" in options.rows:
         for protocol in ("semi2k", "aby3"):
