@@ -122,3 +122,17 @@ def test_an_empty_recording_says_so():
         pass
     with pytest.raises(RuntimeError, match="inside the `with` block"):
         recorded.mean()
+
+
+def test_a_compiled_model_is_recorded_too():
+    config = entropi.EntropiConfig(
+        architecture="SM+ScFuFFN", vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = entropi.EntropiForCausalLM(config).eval()
+    ids = torch.arange(20)[None]
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids, use_cache=False)
+    with entropi.record_entropy(model) as recorder:
+        out = compiled(ids, use_cache=False)
+    expected = torch.stack([e.mean(dim=(0, 2)) for e in out.entropies])
+    torch.testing.assert_close(recorder.mean(), expected)

@@ -50,16 +50,24 @@ def train(run: Path, recipe: Recipe) -> None:
     print(f"model in {folder}")
 
 
-def evaluate(model: Path, corpus: str = "stdlib", batch_size: int = 32, json: bool = False) -> None:
+def evaluate(
+    model: Path,
+    corpus: str = "stdlib",
+    batch_size: int = 32,
+    exp_iterations: int | None = None,
+    json: bool = False,
+) -> None:
     """Held-out perplexity of a trained model.
 
     Args:
         model: run folder or saved model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
+        exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
+            softmax; by default what the model was trained with
         json: print one JSON object
     """
-    result, _ = _evaluate(model, corpus, batch_size)
+    result, _ = _evaluate(model, corpus, batch_size, exp_iterations)
     if json:
         _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
     else:
@@ -73,6 +81,7 @@ def diagnose_heads(
     model: Path,
     corpus: str = "stdlib",
     batch_size: int = 32,
+    exp_iterations: int | None = None,
     heatmap: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -82,6 +91,7 @@ def diagnose_heads(
         model: run folder or saved model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
+        exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
         heatmap: PNG to write; by default entropy.png in the folder of the model
         json: print one JSON object
     """
@@ -92,7 +102,7 @@ def diagnose_heads(
     picture = heatmap or model / "entropy.png"
     if heatmap is not None:
         _check_parent(heatmap)
-    result, context_length = _evaluate(model, corpus, batch_size)
+    result, context_length = _evaluate(model, corpus, batch_size, exp_iterations)
     found = diagnose_heldout(result, context_length)
     figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name), picture)
     if json:
@@ -134,7 +144,8 @@ def cost_of(
         json: print one JSON object
     """
     from entropi.costs.operations import count
-    from entropi.model.configuration import EntropiConfig, split_training_name
+    from entropi.model.architectures import split_training_name
+    from entropi.model.configuration import EntropiConfig
 
     config = EntropiConfig(
         architecture=split_training_name(architecture)[0],
@@ -154,10 +165,13 @@ def cost_of(
         rows, columns = operation.shape
         print(f"  {operation.operation:10} {operation.count:4} x R^({rows} x {columns})")
     print(f"  FLOPs      FFN {found.ffn_flops / 1e9:.1f} G, attention {found.attention_flops / 1e9:.1f} G")
+    print(
+        f"  folded     FFN {count(config, seq_len, folded=True).ffn_flops / 1e9:.1f} G, what private inference computes"
+    )
 
 
 def fold_model(model: Path, output: Path) -> None:
-    """Fold a softmax-only model: everything linear disappears into neighbouring matrices.
+    """Fold a model: everything linear disappears into neighbouring matrices.
 
     Args:
         model: run folder or saved model
@@ -171,7 +185,12 @@ def fold_model(model: Path, output: Path) -> None:
     folded.save(output)
     shutil.copy(folder / "tokenizer.json", output)
     explicit = folded.description["explicit_ffn"]
-    kept = f"feed-forward networks kept in layers {explicit}" if explicit else "every feed-forward network folded away"
+    if not loaded.config.parts.softmax_only:
+        kept = "gains, biases and scalings folded away; norms and activations remain"
+    elif explicit:
+        kept = f"linear feed-forward networks kept in layers {', '.join(map(str, explicit))}, folded away in the others"
+    else:
+        kept = "every feed-forward network folded away"
     print(f"{kept}; condition numbers up to {max(folded.conditions):.1f}; written to {output}")
 
 
@@ -488,7 +507,7 @@ def _check_parent(path: Path) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
 
-def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
+def _evaluate(model: Path, corpus: str, batch_size: int, exp_iterations: int | None) -> tuple[Any, int]:
     """The `HeldOut` of a model on a corpus, with its own tokenizer; and its context length."""
     import torch
 
@@ -500,6 +519,8 @@ def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
     loaded, tokenizer, _ = open_model(model)
+    if exp_iterations is not None:
+        loaded.set_exp_iterations(exp_iterations or None)
     context_length = loaded.config.max_position_embeddings
     blocks = pack(load_corpus(corpus).heldout, tokenizer, context_length)
     if not len(blocks):

@@ -110,13 +110,13 @@ class DiagnosisRecord(Base, tag="diagnosis"):
 class OperationCount(msgspec.Struct, kw_only=True):
     """`count` evaluations of a nonlinear operation on tensors of shape `shape`."""
 
-    operation: str  # "softmax", "layernorm", "gelu", "relu"
+    operation: str  # "softmax", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear"
     count: int
     shape: tuple[int, int]
 
 
 class CostRecord(Base, tag="cost"):
-    """Exact counts for one forward pass of `seq_len` tokens, before folding."""
+    """Exact counts for one forward pass of `seq_len` tokens."""
 
     architecture: str
     seq_len: int
@@ -124,6 +124,7 @@ class CostRecord(Base, tag="cost"):
     nonlinear: list[OperationCount]
     ffn_flops: int
     attention_flops: int
+    folded: bool = False  # counted on the folded form
 
 
 class StageTraffic(msgspec.Struct, kw_only=True):

@@ -71,7 +71,8 @@ def record_entropy(
 
     Args:
         model: any transformers model that takes attention implementations (GPT-2, GPT-NeoX, Llama, Qwen3, Gemma 3,
-            ...), or an `EntropiForCausalLM`. Its implementation is switched for the duration of the block.
+            ...), or an `EntropiForCausalLM`. Its implementation is switched for the duration of the block, in
+            which what was compiled runs uncompiled.
         layers: only these; all by default.
         keep_rows: keep every row's entropy as well; grows with what the model is run on.
         gradients: let gradients flow through what is recorded.
@@ -90,7 +91,8 @@ def record_entropy(
             raise ValueError(f"{type(model).__name__} does not let its attention implementation be chosen")
     token = _active.set(recorder)
     try:
-        yield recorder
+        with torch.compiler.set_stance("force_eager"):
+            yield recorder
     finally:
         _active.reset(token)
         if not native:
@@ -99,6 +101,8 @@ def record_entropy(
 
 def observe(module: nn.Module, entropy: Tensor, valid: Tensor | None = None) -> None:
     """Show the entropies of a layer to the active recorder, if there is one."""
+    if torch.compiler.is_compiling():
+        return  # `record_entropy` runs compiled models uncompiled
     recorder = _active.get()
     if recorder is not None:
         recorder.take(module, entropy, valid)

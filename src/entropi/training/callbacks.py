@@ -114,7 +114,7 @@ class RunRecorder(TrainerCallback):
                 threshold=None if threshold is None else threshold.detach().tolist(),
                 temperature=None
                 if temperatures[0] is None
-                else [t.detach().mean(dim=1).tolist() for t in temperatures],
+                else [t.values().detach().mean(dim=1).tolist() for t in temperatures],
             ),
         )
         if bool(torch.isfinite(entropy).all()):

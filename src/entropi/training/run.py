@@ -31,7 +31,9 @@ from entropi.costs.operations import count
 from entropi.data.packing import Prepared, prepare
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
-from entropi.model.configuration import EntropiConfig, split_training_name
+from entropi.model.architectures import split_training_name
+from entropi.model.card import model_card, write_card
+from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training.callbacks import CheckpointSeal, InterruptBetweenSteps, NonFiniteGuard, RunRecorder
 from entropi.training.checkpoints import Checkpoint, newest_whole
@@ -66,12 +68,14 @@ def train(recipe: Recipe, folder: Path) -> Path:
         console.print(f"{folder} holds the finished run of this recipe; nothing to do.", markup=False)
         return model_folder
     _check_precision(recipe)
+    _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     prepared = prepare(recipe.corpus, recipe.vocab_size, recipe.context_length, console=console)
     _check_corpus(recipe, prepared)
     with _alone_in(folder), _quiet_transformers():
         recipe = _begin_folder(recipe, folder)
         set_seed(recipe.seed)
-        model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, prepared.tokenizer))
+        entries = prepared.tokenizer.get_vocab_size()
+        model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, entries))
         checkpoint = _resume_point(recipe, folder, prepared, console)
         _record_start(recipe, folder, model, prepared, architecture, checkpoint)
         _optimize(recipe, folder, model, prepared, checkpoint, console)
@@ -80,7 +84,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
         with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
             result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
         _record_result(folder, recipe, model, result)
-        _save_model(model, prepared.tokenizer, recipe, model_folder)
+        _save_model(model, prepared.tokenizer, recipe, result, model_folder)
     return model_folder
 
 
@@ -295,7 +299,7 @@ def _begin_folder(recipe: Recipe, folder: Path) -> Recipe:
     return recipe
 
 
-def _model_config(recipe: Recipe, architecture: str, regularised: bool, tokenizer: Tokenizer) -> EntropiConfig:
+def _model_config(recipe: Recipe, architecture: str, regularised: bool, vocab_size: int) -> EntropiConfig:
     regularizer = {
         "weight": recipe.entropy_weight,
         "margin": recipe.entropy_margin,
@@ -306,13 +310,21 @@ def _model_config(recipe: Recipe, architecture: str, regularised: bool, tokenize
     }
     return EntropiConfig(
         architecture=architecture,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads or None,
         max_position_embeddings=recipe.context_length,
+        position_embedding=recipe.position_embedding,
+        final_norm=recipe.final_norm,
+        exp_iterations=recipe.exp_iterations or None,
+        leaky_slope=recipe.leaky_slope,
+        leaky_slope_learned=recipe.leaky_slope_learned,
         bias=recipe.bias,
         temperature_init=recipe.temperature_init,
+        temperature_granularity=recipe.temperature_granularity,
+        temperature_parametrization=recipe.temperature_parametrization,
         entropy_regularizer=regularizer if regularised else None,
     )
 
@@ -419,11 +431,18 @@ def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, resu
     records.append(path, count(model.config, recipe.context_length))
 
 
-def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> None:
+def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, result: HeldOut, folder: Path) -> None:
     """Save under another name and rename: a model folder that exists is a complete one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.float().save_pretrained(partial)
+    tokens = recipe.steps * _tokens_per_step(recipe)
+    facts = {
+        "trained as": f"`{recipe.architecture}`, {recipe.steps:,} updates, {tokens:,} tokens",
+        "corpus": Path(recipe.corpus).name,
+        "perplexity on held-out text": f"{result.perplexity:.2f} ({result.tokens:,} tokens)",
+    }
+    write_card(partial, model_card(model.config, model.inference_parameters(), facts))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",
