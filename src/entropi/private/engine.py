@@ -51,14 +51,24 @@ class Engine:
         rank: `SERVER` or `CLIENT`.
         session: name of this computation, the same on both sides; messages of another one are not taken for its own.
         links: "host:port" of both engines, by rank.
+        configure: changes SPU's configuration, the same on both sides; for measurements of other ways to run it.
 
     Raises:
         EngineError: no link within `LINK_TIMEOUT_S` seconds.
     """
 
-    def __init__(self, rank: int, session: str, links: tuple[str, str], settings: Settings) -> None:
+    def __init__(
+        self,
+        rank: int,
+        session: str,
+        links: tuple[str, str],
+        settings: Settings,
+        configure: Callable[[Any], None] | None = None,
+    ) -> None:
         self.rank, self._log = rank, _start_log()
         config = _runtime_config(settings)
+        if configure is not None:
+            configure(config)
         desc = libspu.link.Desc()
         desc.id = session
         for name, address in zip(("server", "client"), links):

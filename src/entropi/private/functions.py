@@ -20,8 +20,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 CIPHERTEXT = 8192  # numbers in one ciphertext
-_RESPONSE_BYTES, _SENT_BYTES = 262_000, 175_000  # of a ciphertext of matrix products, measured
+_SENT_BYTES, _ANSWER_BYTES = 175_000, 262_000  # of a matrix product's ciphertexts, measured
 _PRODUCT_BYTES = 165  # of one number times another, without the truncation
+_FEW = 3700  # numbers whose products, made of prepared ones, cost less than a ciphertext of squares
+
+
+def product_bytes(rows: int, inner: int, columns: int) -> int:
+    """Estimated bytes of a product of two secret matrices, `(rows, inner)` times `(inner, columns)`.
+
+    Either party encrypts its share of the smaller operand and gets the results back, in full ciphertexts.
+    """
+    sent = min(-(-rows * inner // CIPHERTEXT), -(-inner * columns // CIPHERTEXT))
+    return 2 * (sent * _SENT_BYTES + -(-rows * columns // CIPHERTEXT) * _ANSWER_BYTES)
 
 
 # SPU's exponential with one squaring is (1 + x / 2)^2, and the only way to its multiplication of a number with itself,
@@ -37,11 +47,11 @@ mlir.register_lowering(
 
 
 def square(x: Array) -> Array:
-    """x^2 for |x| < 2^12, error 2^-16 (1 + |x|); 110 bytes where x * x costs 168.
+    """x^2 for |x| < 2^12, error 2^-16 (1 + |x|); 110 bytes where x * x costs 168. Few numbers: x * x, 240 bytes.
 
     The engine has to be configured for one squaring an exponential (`fxp_exp_iters` = 1).
     """
-    result: Array = _square.bind(x)
+    result: Array = x * x if x.size < _FEW else _square.bind(x)
     return result
 
 
@@ -107,12 +117,27 @@ def exp_of_nonpositive(x: Array, iterations: int) -> Array:
     return in_full_ciphertexts(kernel, jnp.maximum(1.0 + x * 2.0**-iterations, 0.1))
 
 
-def reciprocal(x: Array) -> Array:
-    """1 / x for x in [2^-10, 2^16], error 3e-5 and 1e-4 of the result; 2,240 bytes, for 1,536 elements 3,400.
+def reciprocal(x: Array, spread: np.ndarray) -> Array:
+    """1 / x for x in [spread^-1/2, spread^1/2], relative error 2^-16 (1 + sqrt(spread)); 1,350 bytes.
 
-    Written so that the engine does not broadcast a denominator.
+    `spread` is public, at least 1 and broadcasts against x. Three comparisons find the quarter of the range, in
+    logarithms; there the best line a - b x starts Newton's iteration. The engine's own, which knows no range, costs
+    twice that and ten times the messages.
     """
-    return jax.lax.reciprocal(x)
+    edges = np.maximum(spread, 1.5) ** np.linspace(-0.5, 0.5, 5).reshape(5, *[1] * x.ndim)
+    low, high = edges[:-1], edges[1:]
+    # 1 - x (a - b x) is the Chebyshev polynomial of degree 2 on [low, high], scaled to be 1 at 0.
+    error = 1 / (2 * ((low + high) / (high - low)) ** 2 - 1)
+    slope = 8 * error / (high - low) ** 2
+    offset = slope * (low + high)
+    edges, offset, slope = (part.astype(x.dtype) for part in (edges, offset, slope))
+    better = (offset[1:] - offset[:-1]) - (slope[1:] - slope[:-1]) * x[None]
+    guess = offset[0] - slope[0] * x + jnp.where(x[None] > edges[1:-1], better, 0.0).sum(axis=0)
+    remaining = float(error.max())
+    while remaining > 2.0**-16:
+        guess = guess * (2.0 - x * guess)
+        remaining *= remaining
+    return guess
 
 
 def inverse_root(x: Array) -> Array:
@@ -151,19 +176,17 @@ def scale_rows(x: Array, factor: Array) -> Array:
     """Row i of `x` `(..., n, d)` times `factor` `(..., n)`; as a product with a diagonal matrix where that is cheaper.
 
     168 bytes an element as products of numbers. A matrix product sends a ciphertext for 8,192 entries of the smaller
-    operand and one back for 8,192 results: 73 bytes an element for 128 rows of 768, 110 for rows of 64.
+    operand and one back for 8,192 results: 73 bytes an element for 128 rows of 768, 110 for rows of 64, and half of
+    it where one party knows the factors.
     """
     rows, width = x.shape[-2:]
     block = min(rows, 128)
-    sent = -(-block * min(block, width) // CIPHERTEXT)
-    answered = -(-block * width // CIPHERTEXT)
-    if rows % block or 2 * (sent * _SENT_BYTES + answered * _RESPONSE_BYTES) >= block * width * _PRODUCT_BYTES:
+    if rows % block or product_bytes(block, block, width) >= block * width * _PRODUCT_BYTES:
         return x * factor[..., None]
     blocks = x.reshape(-1, block, width)
     factors = factor.reshape(-1, block)
-    # A diagonal matrix is its diagonal with `block` zeros after every entry, written row by row.
-    spaced = jnp.pad(factors[..., None], ((0, 0), (0, 0), (0, block))).reshape(len(blocks), -1)
-    diagonal = spaced[:, : block * block].reshape(-1, block, block)
+    # Chosen by a public mask, the server's factors stay the server's, and its product with them costs half.
+    diagonal = jnp.where(np.eye(block, dtype=bool), factors[..., None], 0.0)
     return (diagonal @ blocks).reshape(x.shape)
 
 
@@ -174,8 +197,7 @@ def sums_of_squares(x: Array) -> Array:
     """
     rows, width = x.shape
     block = min(rows, 128)
-    sent, answered = -(-block * width // CIPHERTEXT), -(-block * block // CIPHERTEXT)
-    if rows % block or 2 * (sent * _SENT_BYTES + answered * _RESPONSE_BYTES) >= block * width * 0.65 * _PRODUCT_BYTES:
+    if rows % block or product_bytes(block, width, block) >= block * width * 0.65 * _PRODUCT_BYTES:
         return square(x).sum(axis=-1)
     blocks = x.reshape(-1, block, width)
     products = (blocks @ blocks.transpose(0, 2, 1)).reshape(len(blocks), -1)

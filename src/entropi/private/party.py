@@ -127,7 +127,7 @@ def _warm_up(engine: Engine, events: BinaryIO) -> None:
         product = x @ y  # private times private, then shared times shared, then shared times private
         product = product @ product @ x[:, :4]
         larger = jnp.maximum(product[:, :2], product[:, 2:])
-        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 2.0)
+        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
 
     engine.hold("x", (4, 8), np.zeros((4, 8)) if engine.rank == SERVER else None)
     engine.hold("y", (8, 4), np.zeros((8, 4)) if engine.rank == CLIENT else None)

@@ -27,6 +27,7 @@ from entropi.private.functions import (
     gelu,
     gelu_tanh,
     inverse_root,
+    product_bytes,
     reciprocal,
     relu,
     scale_rows,
@@ -203,7 +204,8 @@ def forward(
             exact=jnp.exp if model.exp_iterations is None else None,
         )
         yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
-        yield Stage("normalise", layer, partial(normalise, keys=keys), ("heads", "totals"), ("heads",))
+        division = partial(normalise, keys=keys)
+        yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
         merge = partial(merge_heads, rows=rows)
         yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
         if not model.parallel_residual:
@@ -320,20 +322,33 @@ def scores(query: Array, key: Array) -> Array:
     """`(H, n)` logits of the visible pairs.
 
     In blocks of queries against the keys that the block's last one sees: blocks of 128 rows of 64 fill a ciphertext
-    and save the products beyond; smaller ones would send more than they save. Queries that share their keys are rows
-    of one product.
+    and save the products beyond; smaller ones would send more than they save. Few rows do not fill one, and are one
+    product of all heads, every row holding zeros in the columns of the others.
     """
     heads, rows, width = query.shape
     groups, keys, _ = key.shape
+    shared = heads // groups  # queries that share their keys are rows of one product
     parts = []
     for start in range(0, rows, _BLOCK_ROWS):
         block = query[:, start : start + _BLOCK_ROWS]
         size = block.shape[1]
         seen = keys - rows + start + size
-        joint = block.reshape(groups, heads // groups * size, width) @ key[:, :seen].transpose(0, 2, 1)
+        grouped, seen_keys = block.reshape(groups, shared * size, width), key[:, :seen]
+        apart = groups * product_bytes(shared * size, width, seen)
+        if product_bytes(heads * size, groups * width, seen) < apart:
+            joint = block_rows(grouped) @ seen_keys.transpose(0, 2, 1).reshape(groups * width, seen)
+        else:
+            joint = grouped @ seen_keys.transpose(0, 2, 1)
         row, column = visible(size, seen)
         parts.append(joint.reshape(heads, size * seen)[:, row * seen + column])
     return jnp.concatenate(parts, axis=1)
+
+
+def block_rows(blocks: Array) -> Array:
+    """Blocks `(G, a, b)` on the diagonal of `(G a, G b)`, zeros elsewhere; public, so that nothing is sent."""
+    groups, high, wide = blocks.shape
+    where = np.eye(groups, dtype=bool)[:, None, :, None]
+    return jnp.where(where, blocks[:, :, None, :], 0.0).reshape(groups * high, groups * wide)
 
 
 def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
@@ -349,8 +364,14 @@ def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, 
     where = np.full((rows, keys), len(row))  # one entry past the end holds the zero of the future
     where[row, column] = np.arange(len(row))
     padded = jnp.concatenate([weights, jnp.zeros((heads, 1), weights.dtype)], axis=1)
-    square_ = padded[:, where.reshape(-1)].reshape(groups, heads // groups * rows, keys)
-    return (square_ @ value).reshape(heads, rows, width), square_.sum(axis=-1).reshape(heads, rows)
+    shared = heads // groups * rows
+    matrix = padded[:, where.reshape(-1)].reshape(groups, shared, keys)
+    totals = matrix.sum(axis=-1).reshape(heads, rows)
+    if product_bytes(shared, groups * keys, groups * width) < groups * product_bytes(shared, keys, width):
+        # All heads side by side in one product, as in `scores`: their values on the diagonal.
+        joint = matrix.transpose(1, 0, 2).reshape(shared, groups * keys) @ block_rows(value)
+        return joint.reshape(shared, groups, width).transpose(1, 0, 2).reshape(heads, rows, width), totals
+    return (matrix @ value).reshape(heads, rows, width), totals
 
 
 def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
@@ -360,8 +381,14 @@ def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
     of digits to stand on.
     """
     rows = heads.shape[1]
-    root = np.sqrt(np.arange(keys - rows + 1, keys + 1)).astype(heads.dtype)
-    return scale_rows(heads, reciprocal(totals * (1 / root))) * (1 / root)[:, None]
+    seen = np.arange(keys - rows + 1, keys + 1)
+    root = (seen**-0.5).astype(heads.dtype)
+    return scale_rows(heads, reciprocal(totals * root, seen)) * root[:, None]
+
+
+def divide(heads: Array, totals: Array) -> Array:
+    """What `normalise` approximates."""
+    return heads / totals[..., None]
 
 
 def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
