@@ -56,7 +56,7 @@ from entropi.records import PrivateRun, StageTraffic
 CONNECT_SECONDS = 10
 HANDSHAKE_SECONDS = 15
 LINK_SECONDS = 60
-HEARTBEAT_SECONDS = 20.0
+HEARTBEAT_SECONDS = 10.0  # a server that says nothing for one and a half of these is gone
 LAST_WORDS_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for a party to say why its link broke
 RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one

@@ -56,7 +56,7 @@ from entropi.private.versions import engine_version
 
 HANDSHAKE_SECONDS = 10
 LINK_SECONDS = 60.0  # for both engines to start and find each other
-HEARTBEAT_SECONDS = 20.0
+HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 GRACE_SECONDS = 3.0  # for a party to end after its link
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
@@ -506,6 +506,13 @@ async def _compute(socket: web.WebSocketResponse, name: str, session_log: Sessio
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await party.stop()
+            session_log.info(
+                "the link carried %d bytes to the client, %d from it, in %d turns",
+                tunnel.sent,
+                tunnel.received,
+                tunnel.turns,
+                fields={"link_sent": tunnel.sent, "link_received": tunnel.received, "turns": tunnel.turns},
+            )
 
 
 @dataclass
