@@ -292,21 +292,15 @@ async def _serve(
     host: Host, address: tuple[str, int], watched: tuple[str, int], context: ssl.SSLContext | None
 ) -> None:
     async def handler(request: web.Request) -> web.WebSocketResponse:
-        host.busy.add(request.transport)
-        try:
+        with _answered(request, host):
             return await _session(request, host)
-        finally:
-            host.busy.discard(request.transport)
 
     async def table(request: web.Request) -> web.FileResponse:
         assert host.table is not None
-        host.busy.add(request.transport)
-        try:
+        with _answered(request, host):
             response = web.FileResponse(host.table)
             await response.prepare(request)  # which sends it
             return response
-        finally:
-            host.busy.discard(request.transport)
 
     async def end_sessions(_: web.Application) -> None:
         await asyncio.gather(*(_dismiss(socket, "the server is stopping") for socket in host.sockets))
@@ -351,17 +345,10 @@ async def _listen(
     loop, answering = asyncio.get_running_loop(), runner.server
     assert answering is not None
 
-    def drop_if_silent(protocol: web.RequestHandler) -> None:
-        transport = protocol.transport
-        if isinstance(transport, asyncio.Transport) and transport not in host.busy:
-            transport.abort()
-
     def accept() -> asyncio.BaseProtocol:
         if len(answering.connections) >= host.limits.max_connections + SPARE_CONNECTIONS:
             return _Closed()
-        protocol = answering()
-        loop.call_later(HANDSHAKE_SECONDS, drop_if_silent, protocol)
-        return protocol
+        return answering()
 
     patience = HANDSHAKE_SECONDS if context else None
     try:
@@ -370,7 +357,31 @@ async def _listen(
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
         raise UserError(f"cannot listen on {_spell(*address)}: {reason}") from None
     closing.callback(listening.close)
+    closing.callback(loop.create_task(_drop_silent(answering, host)).cancel)
     return int(listening.sockets[0].getsockname()[1])
+
+
+@contextlib.contextmanager
+def _answered(request: web.Request, host: Host) -> Iterator[None]:
+    """Keep the request's connection among those that are not silent."""
+    transport = request.transport  # which the request forgets when the connection ends
+    host.busy.add(transport)
+    try:
+        yield
+    finally:
+        host.busy.discard(transport)
+
+
+async def _drop_silent(answering: web.Server, host: Host) -> None:
+    """End connections that are older than a handshake may take and have not asked for anything."""
+    before: set[web.RequestHandler] = set()
+    while True:
+        await asyncio.sleep(HANDSHAKE_SECONDS)
+        silent = {protocol for protocol in answering.connections if protocol.transport not in host.busy}
+        for protocol in silent & before:
+            if isinstance(protocol.transport, asyncio.Transport):
+                protocol.transport.abort()
+        before = silent - before
 
 
 class _Closed(asyncio.Protocol):
