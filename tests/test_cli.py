@@ -314,7 +314,7 @@ def test_corpora_that_cannot_be_used(entropi: Callable[..., Done], trained: Path
 
 def test_batch_size_zero(entropi: Callable[..., Done], trained: Path):
     assert_refused(entropi("evaluate", trained, "--batch-size", "0"), "batch_size is 0, at least 1 is needed")
-    assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 16")
+    assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 8")
 
 
 def test_places_that_cannot_be_written(entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path):
@@ -397,11 +397,12 @@ def test_fold_writes_what_the_server_reads(entropi: Callable[..., Done], trained
     assert (description["architecture"], description["layers"]) == ("SM(t)+ScFuFFN", 2)
 
 
-def test_fold_refuses_what_cannot_be_folded(entropi: Callable[..., Done], corpus: Path, tmp_path: Path):
+def test_fold_says_what_remains(entropi: Callable[..., Done], corpus: Path, tmp_path: Path):
     words = ["--corpus", corpus, *TINY, "--steps", "1", "--architecture", "SM+LN+G"]
     assert entropi("train", tmp_path / "run", *words).status == 0
-    assert_refused(entropi("fold", tmp_path / "run", tmp_path / "out"), "SM+LN+G cannot be folded")
-    assert not (tmp_path / "out").exists()
+    done = entropi("fold", tmp_path / "run", tmp_path / "out")
+    assert done.status == 0
+    assert "gains, biases and scalings folded away; norms and activations remain" in done.out
 
 
 # Tables 2, 3 and 5 of the paper: nonlinear operations as (count, rows, columns), FLOPs in units of 1e8.
@@ -535,7 +536,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from entropi.private import client
 
     def put(pieces: list[str], new_text: str) -> None:
-        def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any) -> Any:
+        def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any, **options: Any) -> Any:
             watcher.begin(len(pieces))
             stages = []
             for index, piece in enumerate(pieces):
@@ -774,7 +775,7 @@ def test_training_loads_no_jax():
 
 # --- Rooms ------------------------------------------------------------------------------------------------------------
 
-COMMON = {"errors", "console", "records"}
+COMMON = {"cache", "errors", "console", "records"}
 ROOMS: dict[str, set[str]] = {
     "entropy": set(),
     "model": {"entropy"},
@@ -790,6 +791,7 @@ FOREIGN: dict[str, set[str]] = {  # packages that only these may import
     "jax": {"private"},
     "spu": {"private"},
     "aiohttp": {"private"},
+    "cryptography": {"private"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "jsonargparse": {"cli"},

@@ -236,10 +236,10 @@ def test_rotary_positions_are_relative():
 
 
 def test_a_kernel_of_many_iterations_is_the_exact_softmax():
-    exact, close, far = (make_model("SM(t)+ScFuFFN", exp_iterations=t) for t in (None, 16, 2))
+    exact, close, far = (make_model("SM(t)+ScFuFFN", exp_iterations=t) for t in (None, 8, 2))
     expected = exact(tokens()).logits
     error, coarse = ((model(tokens()).logits - expected).abs().max() for model in (close, far))
-    assert error < 1e-2 * coarse  # it falls as 2^-t
+    assert error < 0.03 * coarse  # it falls as 2^-t
 
 
 def test_the_kernel_can_be_changed_after_training():
@@ -247,7 +247,7 @@ def test_the_kernel_can_be_changed_after_training():
     model.set_exp_iterations(3)
     torch.testing.assert_close(model(tokens()).logits, other(tokens()).logits)
     assert model.config.exp_iterations == 3
-    with pytest.raises(UserError, match="exp_iterations must be 1 to 16"):
+    with pytest.raises(UserError, match="exp_iterations must be 1 to 8"):
         model.set_exp_iterations(0)
     assert model.config.exp_iterations == 3
 
@@ -376,7 +376,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         "hidden_size 10 is not a multiple of num_attention_heads 3",
         "num_attention_heads 3 is not a multiple of num_key_value_heads 2",
         "bias must be 'qk', 'all' or 'none', got 'some'",
-        "exp_iterations must be 1 to 16",
+        "exp_iterations must be 1 to 8",
         "leaky_slope must be between 0",
         "rotary_fraction 0.4 of 3 columns a head is 1.2",
         "temperature_init must be positive",

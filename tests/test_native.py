@@ -22,8 +22,8 @@ def test_awkward_shapes(length, width, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 6, 8, 16])
-@pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 64), (300, 256)])
+@pytest.mark.parametrize("iterations", [1, 5, 6, 16])
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 256), (300, 64)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
     assert_as_exact("native", *make(length, length, width), is_causal=is_causal, exp_iterations=iterations)
 
@@ -122,6 +122,21 @@ def test_results_do_not_depend_on_the_number_of_threads(iterations):
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [None, 1, 5])
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (65, 700), (400, 257)])
+def test_more_threads_than_heads_share_the_backward_pass(queries, keys, iterations):
+    """As exact as one thread, with key blocks that no piece or an odd number of pieces has."""
+    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(3)) > 0.3
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for options in ({}, {"attn_mask": mask, "is_causal": False}):
+            arguments = make(queries, keys, 40, batch=1, heads=1)
+            assert_as_exact("native", *arguments, exp_iterations=iterations, **options)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("iterations", [None, 5, 8])

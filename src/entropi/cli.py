@@ -214,7 +214,7 @@ def cost_of(
 
 
 def fold_model(model: Path, output: Path) -> None:
-    """Fold a softmax-only model: everything linear disappears into neighbouring matrices.
+    """Fold a model: everything linear disappears into neighbouring matrices.
 
     Args:
         model: run folder or saved model
@@ -228,16 +228,35 @@ def fold_model(model: Path, output: Path) -> None:
     folded.save(output)
     shutil.copy(folder / "tokenizer.json", output)
     explicit = folded.description["explicit_ffn"]
-    kept = f"feed-forward networks kept in layers {explicit}" if explicit else "every feed-forward network folded away"
+    if not loaded.config.parts.softmax_only:
+        kept = "gains, biases and scalings folded away; norms and activations remain"
+    elif explicit:
+        kept = f"linear feed-forward networks kept in layers {', '.join(map(str, explicit))}, folded away in the others"
+    else:
+        kept = "every feed-forward network folded away"
     print(f"{kept}; condition numbers up to {max(folded.conditions):.1f}; written to {output}")
 
 
 def serve(
     model: Path,
     listen: str = "127.0.0.1:9000",
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    clients_ca: Path | None = None,
+    metrics: str = "127.0.0.1:0",
+    log: Literal["text", "json"] = "text",
     max_sessions: int = 1,
+    max_queue: int = 8,
+    queue_seconds: float = 600.0,
     max_new_tokens: int = 64,
     session_seconds: float = 3600.0,
+    stall_seconds: float = 600.0,
+    memory_gb: float | None = None,
+    client_sessions: int | None = None,
+    client_tokens: int | None = None,
+    output: Literal["logits", "top_k", "argmax"] = "logits",
+    choices: int = 8,
+    embedding: Literal["private", "public"] = "private",
     exp_iterations: int = 8,
     fraction_bits: int = 18,
 ) -> None:
@@ -245,23 +264,60 @@ def serve(
 
     Args:
         model: run folder, saved model, or the output of `entropi fold`; softmax-only
-        listen: HOST:PORT, loopback only in this version; port 0 takes a free one
+        listen: HOST:PORT; anything but a loopback address needs the three TLS files; port 0 takes a free one
+        tls_cert: certificate of this server, PEM (see `entropi certificates`)
+        tls_key: its private key
+        clients_ca: certificate of the authority whose clients are answered
+        metrics: HOST:PORT for /health and /metrics, loopback only; port 0 takes a free one, which the log names
+        log: lines for people, or JSON objects for programs
         max_sessions: sessions at a time
+        max_queue: clients that may wait for one
+        queue_seconds: how long they may wait
         max_new_tokens: most tokens a session may ask for
         session_seconds: time limit of a session
-        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), 4 to 8: more bytes, less error
+        stall_seconds: time limit of a session in which nothing happens
+        memory_gb: most memory of a session's process, in GB; no limit by default
+        client_sessions: sessions at a time of one client certificate; no limit by default
+        client_tokens: tokens within 24 hours of one client certificate; no limit by default
+        output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
+        choices: how many tokens top_k reveals, 1 to 16
+        embedding: public gives the token embeddings to every client and saves their part of the computation
+        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; the range is checked at the start
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with _extra("private"):
+        from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
+        from entropi.private.monitoring import JsonLines
         from entropi.private.server import Limits
         from entropi.private.server import serve as serve_folder
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if log == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+    chosen = {
+        "exp_iterations": exp_iterations,
+        "fraction_bits": fraction_bits,
+        "embedding": embedding,
+        "output": output,
+        "choices": choices,
+    }
     try:
-        settings = msgspec.convert({"exp_iterations": exp_iterations, "fraction_bits": fraction_bits}, Settings)
+        settings = msgspec.convert(chosen, Settings)
     except msgspec.ValidationError as error:
         raise UserError(f"these settings are not possible: {error}") from None
-    limits = Limits(max_sessions, max_new_tokens, session_seconds)
+    limits = Limits(
+        max_sessions,
+        max_queue,
+        queue_seconds,
+        max_new_tokens,
+        session_seconds,
+        stall_seconds,
+        memory_gb,
+        client_sessions,
+        client_tokens,
+    )
+    tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
     with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():
@@ -271,13 +327,20 @@ def serve(
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
-        serve_folder(folder, tokenizer, listen, settings, limits)
+        serve_folder(folder, tokenizer, listen, settings, limits, tls, metrics)
 
 
 def ask(
     prompt: str,
     server: str = "127.0.0.1:9000",
     max_new_tokens: int = 8,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    server_ca: Path | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    retries: int = 0,
     json: bool = False,
     record: Path | None = None,
     logits: Path | None = None,
@@ -289,16 +352,26 @@ def ask(
             of this machine); it does not leave this machine in readable form
         server: HOST:PORT of an `entropi serve`
         max_new_tokens: tokens to generate
+        tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
+        tls_key: its private key
+        server_ca: certificate of the authority that the server's certificate is from
+        temperature: of sampling, which happens here; 0 takes the likeliest token
+        top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
+        seed: of sampling
+        retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
     """
     with _extra("private"):
-        from entropi.private.client import Watcher
+        from entropi.private.certificates import tls_files
+        from entropi.private.client import Sampling, Watcher
         from entropi.private.client import ask as ask_server
         from entropi.private.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
+    sampling = Sampling(temperature, top_k, seed)
+    tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     if prompt == "-":
         try:
             prompt = sys.stdin.read()
@@ -308,11 +381,16 @@ def ask(
         _check_parent(logits)
     if record is not None and not record.is_dir():
         raise UserError(f"there is no run folder {record} to add the record to")
+    console = make_console()
     line: list[ProgressLine] = []
-    moved, printed = [0], [0]
+    moved = [0]
+    received, printed = [""], [0]
 
     def begin(total: int) -> None:
-        line.append(ProgressLine("private inference", total).__enter__())
+        if line:
+            line[0].expect(total)
+        else:
+            line.append(ProgressLine("private inference", total, console=console).__enter__())
 
     def stage(done: int, traffic: records.StageTraffic) -> None:
         moved[0] += traffic.bytes
@@ -320,18 +398,33 @@ def ask(
         line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
-        if not json and not sys.stdout.isatty():  # on a terminal it would run into the progress bar
+        received[0] += piece
+        if json:
+            return
+        if sys.stdout.isatty():  # there it would run into the progress bar
+            line[0].show(received[0])
+        else:
             print(piece, end="", flush=True)
             printed[0] += len(piece)
 
+    def status(happening: str) -> None:
+        console.print(happening, markup=False)
+
+    finished = False
     try:
-        answer = ask_server(server, prompt, max_new_tokens, Watcher(begin, stage, text))
+        watcher = Watcher(begin, stage, text, status)
+        answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
+        received[0], finished = answer.record.new_text, True
     finally:
         for shown in line:
             shown.__exit__(None, None, None)
+        if not json and (finished or received[0]):  # after a failure, what had been received
+            print(received[0][printed[0] :], flush=True)
     if logits is not None:
         import numpy as np
 
+        if not answer.logits:
+            raise UserError(f"{server} reveals no logits")
         with open(logits, "wb") as file:
             np.save(file, np.stack(answer.logits))
     if record is not None:
@@ -339,8 +432,23 @@ def ask(
     if json:
         _print_json(answer.record)
         return
-    print(answer.record.new_text[printed[0] :])
-    make_console().print(summary_of_private_run(answer.record), markup=False)
+    console.print(summary_of_private_run(answer.record), markup=False)
+
+
+def certificates(folder: Path, server: list[str], client: list[str], days: int = 365) -> None:
+    """Make an authority in FOLDER, or use the one there, and let it certify servers and clients for TLS.
+
+    Args:
+        folder: of the authority; ca-key.pem in it can certify anybody, so it belongs on neither machine
+        server: host names and addresses under which clients reach one server
+        client: names of clients, one certificate each
+        days: for which the certificates are valid
+    """
+    with _extra("private"):
+        from entropi.private.certificates import issue
+
+    for path in issue(folder, server, client, days):
+        print(path)
 
 
 def summary_of_private_run(run: records.PrivateRun) -> str:
@@ -392,6 +500,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fold": fold_model,
     "serve": serve,
     "ask": ask,
+    "certificates": certificates,
     "report": report,
 }
 
@@ -439,6 +548,10 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         if function is report:
             skipped.add("runs")
             command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
+        if function is certificates:
+            for option in ("server", "client"):
+                skipped.add(option)
+                command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
         if function is train:
             skipped.add("recipe")
             command.add_argument("--config", type=str, help="YAML file of a recipe; options override it")

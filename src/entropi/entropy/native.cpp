@@ -1,7 +1,8 @@
 // Fused attention with row entropy for CPUs: forward and backward, float32 arithmetic, memory linear in length.
 //
 // Threads take tasks (a batch entry and head each, in the forward pass a chunk of its query rows) from a shared counter
-// until none is left. They are those of torch's own OpenMP runtime where it has one: a second set of threads would
+// until none is left; in the backward pass, where heads are fewer than threads, a share of a head's key blocks, whose
+// shares of dQ are added afterwards. They are those of torch's own OpenMP runtime where it has one: a second set of threads would
 // compete with the first, which spins between its parallel regions.
 //
 // Notation per row: s logits, p = exp(s - L), L log-normaliser, H entropy. Online over blocks of keys, with m the
@@ -389,15 +390,28 @@ static float power_slopes(const Problem &p, float *sr, float *dr, long columns, 
   return sum(total);
 }
 
-static void backward_head(const Problem &p, long b, long h) {
+// What the blocks of keys of a head add to. Pieces of a head share dk, in which each has its own rows.
+struct Sums {
+  float *dq, *dk, *correction;
+};
+static Sums sums_of(const Problem &p, bool with_dk) {
+  const long padded = round_up(p.width, LANES);
+  return {scratch(p.queries * padded), with_dk ? scratch(round_up(p.keys, KEYS) * padded) : nullptr, scratch(p.queries)};
+}
+static void release(const Sums &sums) {
+  for (float *x : {sums.dq, sums.dk, sums.correction}) std::free(x);
+}
+
+// The gradients of one head from every `pieces`-th block of keys, beginning with number `piece`: dV is written, the rest
+// left in `dq`, `dk` and `correction` for `backward_finish`.
+static void backward_blocks(const Problem &p, long b, long h, long piece, long pieces, float *dq, float *dk, float *correction) {
   const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
   const long padded_keys = round_up(p.keys, KEYS);
   float *q = scratch(p.queries * padded), *g = scratch(p.queries * padded);
   float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
   float *keys_t = scratch(padded_keys * p.width), *values_t = scratch(padded_keys * p.width);
-  float *dq = scratch(p.queries * padded), *dk = scratch(padded_keys * padded), *dv = scratch(KEYS * padded);
+  float *dv = scratch(KEYS * padded);
   float *s = scratch(ROWS * KEYS), *dp = scratch(ROWS * KEYS), *row_sum = scratch(p.queries);
-  float *correction = scratch(p.iterations ? p.queries : 0);
   take_rows(p, p.query, b, h, 0, p.queries, p.queries, padded, q);
   take_rows(p, p.grad_output, b, h, 0, p.queries, p.queries, padded, g);
   take_rows(p, p.key, b, h, 0, p.keys, padded_keys, padded, keys);
@@ -408,16 +422,15 @@ static void backward_head(const Problem &p, long b, long h) {
   const long base = (b * p.heads + h) * p.queries;
   const float *log_n = p.log_normaliser + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
   const float *largest = p.largest + base;
-  const int32_t *first = p.first + base;
   for (long t = 0; t < p.queries; t++) {  // rowsum(g_O * O) + g_H H, what every dP of the row is reduced by
     const void *row = at(p.output, b, h, t, p.kind);
     float total = 0;
     for (long d = 0; d < p.width; d++) total += g[t * padded + d] * read(row, d, p.kind);
     row_sum[t] = total + grad_h[t] * entropy[t];
-    if (p.iterations) correction[t] = 0;
+    correction[t] = 0;
   }
-  std::memset(dk, 0, size_t(padded_keys * padded) * 4);
-  for (long block = 0; block < p.keys; block += KEYS) {
+  for (long block = piece * KEYS; block < p.keys; block += pieces * KEYS) {
+    std::memset(dk + block * padded, 0, size_t(KEYS * padded) * 4);
     std::memset(dv, 0, size_t(KEYS * padded) * 4);
     long begin = p.causal ? block - offset : 0;  // the first row that sees this block
     begin = begin < 0 ? 0 : begin;
@@ -457,25 +470,33 @@ static void backward_head(const Problem &p, long b, long h) {
       for (long d = 0; d < p.width; d++) write(to, d, p.kind, dv[j * padded + d]);
     }
   }
-  for (long t = 0; p.iterations && t < p.queries; t++) {  // through the row's maximum
-    if (log_n[t] <= MASKED / 2) continue;
-    const float c = correction[t];
-    const float *k = keys + first[t] * padded;
-    float *to = dk + first[t] * padded;
-    for (long d = 0; d < padded; d++) {
-      dq[t * padded + d] -= c * k[d];
-      to[d] -= c * q[t * padded + d];
+  for (float *x : {q, g, keys, values, keys_t, values_t, dv, s, dp, row_sum}) std::free(x);
+}
+
+// Adds the pieces of a head up, lets the gradient through the rows' maxima, and writes dQ and dK.
+static void backward_finish(const Problem &p, long b, long h, const Sums *sums, long pieces) {
+  const long padded = round_up(p.width, LANES), base = (b * p.heads + h) * p.queries;
+  float *dq = sums->dq, *dk = sums->dk, *correction = sums->correction;
+  for (long piece = 1; piece < pieces; piece++) {
+    for (long i = 0; i < p.queries * padded; i += LANES) store(dq + i, load(dq + i) + load(sums[piece].dq + i));
+    for (long t = 0; t < p.queries; t++) correction[t] += sums[piece].correction[t];
+  }
+  for (long t = 0; t < p.queries; t++) {
+    if (p.iterations && p.log_normaliser[base + t] > MASKED / 2) {
+      const long j = p.first[base + t];
+      const void *q = at(p.query, b, h, t, p.kind), *k = at(p.key, b, h, j, p.kind);
+      for (long d = 0; d < p.width; d++) {
+        dq[t * padded + d] -= correction[t] * read(k, d, p.kind);
+        dk[j * padded + d] -= correction[t] * read(q, d, p.kind);
+      }
     }
+    void *to = const_cast<void *>(at(p.grad_query, b, h, t, p.kind));
+    for (long d = 0; d < p.width; d++) write(to, d, p.kind, dq[t * padded + d]);
   }
   for (long j = 0; j < p.keys; j++) {
     void *to = const_cast<void *>(at(p.grad_key, b, h, j, p.kind));
     for (long d = 0; d < p.width; d++) write(to, d, p.kind, dk[j * padded + d]);
   }
-  for (long t = 0; t < p.queries; t++) {
-    void *to = const_cast<void *>(at(p.grad_query, b, h, t, p.kind));
-    for (long d = 0; d < p.width; d++) write(to, d, p.kind, dq[t * padded + d]);
-  }
-  for (float *x : {q, g, keys, values, keys_t, values_t, dq, dk, dv, s, dp, row_sum, correction}) std::free(x);
 }
 
 // OpenMP's entry point `GOMP_parallel`: run a function on so many threads, the caller among them.
@@ -483,27 +504,38 @@ typedef void (*Parallel)(void (*work)(void *), void *data, unsigned threads, uns
 
 struct Call {
   const Problem *problem;
-  long chunks;  // 0 for the backward pass
+  long chunks;  // of query rows in the forward pass, of key blocks in the backward pass
+  enum { FORWARD, BACKWARD, PIECES, FINISH } pass;
+  Sums *sums;  // of all heads' pieces, where heads have several
   std::atomic<long> next;
 };
 
 static void work(void *data) {
   Call &call = *static_cast<Call *>(data);
   const Problem &p = *call.problem;
-  const long chunks = call.chunks ? call.chunks : 1, rows = (p.queries + chunks - 1) / chunks;
+  const long chunks = call.pass == Call::FORWARD || call.pass == Call::PIECES ? call.chunks : 1;
+  const long rows = (p.queries + chunks - 1) / chunks;
   for (long task; (task = call.next.fetch_add(1)) < p.batches * p.heads * chunks;) {
-    const long head = task / chunks, chunk = chunks - 1 - task % chunks;  // the longest chunk of a causal head first
-    const long first = chunk * rows, last = first + rows < p.queries ? first + rows : p.queries;
-    if (!call.chunks) {
-      backward_head(p, head / p.heads, head % p.heads);
-    } else if (first < last) {
-      forward_chunk(p, head / p.heads, head % p.heads, first, last);
+    const long head = task / chunks, b = head / p.heads, h = head % p.heads;
+    if (call.pass == Call::FORWARD) {
+      const long chunk = chunks - 1 - task % chunks;  // the longest chunk of a causal head first
+      const long first = chunk * rows, last = first + rows < p.queries ? first + rows : p.queries;
+      if (first < last) forward_chunk(p, b, h, first, last);
+    } else if (call.pass == Call::BACKWARD) {
+      const Sums sums = sums_of(p, true);
+      backward_blocks(p, b, h, 0, 1, sums.dq, sums.dk, sums.correction);
+      backward_finish(p, b, h, &sums, 1);
+      release(sums);
+    } else if (call.pass == Call::PIECES) {
+      const Sums &own = call.sums[task];
+      backward_blocks(p, b, h, task % chunks, chunks, own.dq, call.sums[head * chunks].dk, own.correction);
+    } else {
+      backward_finish(p, b, h, call.sums + head * call.chunks, call.chunks);
     }
   }
 }
 
-static void run(const Problem *problem, long chunks, unsigned threads, Parallel parallel) {
-  Call call{problem, chunks, {0}};
+static void run(Call &call, unsigned threads, Parallel parallel) {
   if (parallel && threads > 1) {
     parallel(work, &call, threads, 0);
     return;
@@ -515,8 +547,18 @@ static void run(const Problem *problem, long chunks, unsigned threads, Parallel 
 }
 
 extern "C" void entropi_forward(const Problem *problem, long chunks, unsigned threads, Parallel parallel) {
-  run(problem, chunks, threads, parallel);
+  Call call{problem, chunks, Call::FORWARD, nullptr, {0}};
+  run(call, threads, parallel);
 }
-extern "C" void entropi_backward(const Problem *problem, unsigned threads, Parallel parallel) {
-  run(problem, 0, threads, parallel);
+extern "C" void entropi_backward(const Problem *problem, long pieces, unsigned threads, Parallel parallel) {
+  if (pieces == 1) {
+    Call call{problem, 1, Call::BACKWARD, nullptr, {0}};
+    return run(call, threads, parallel);
+  }
+  std::vector<Sums> sums;
+  for (long i = 0; i < problem->batches * problem->heads * pieces; i++) sums.push_back(sums_of(*problem, i % pieces == 0));
+  Call first{problem, pieces, Call::PIECES, sums.data(), {0}}, second{problem, pieces, Call::FINISH, sums.data(), {0}};
+  run(first, threads, parallel);
+  run(second, threads, parallel);
+  for (const Sums &each : sums) release(each);
 }

@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropi.cache import default_cache_dir
 from entropi.entropy.secure_softmax import lowest
+from entropi.errors import UserError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+KEY_BLOCK = 128  # KEYS of native.cpp
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -98,13 +101,10 @@ def _compile(compiler: str, library: Path) -> None:
 
 def _cache_folder() -> Path:
     """Where compiled code is kept; readable and writable by this user alone."""
-    root = os.environ.get("ENTROPI_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "entropi"
-    )
-    folder = Path(os.path.expanduser(root)) / "native"
     try:
+        folder = default_cache_dir() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):
         return Path(tempfile.mkdtemp(prefix="entropi-native-"))
     return folder
 
@@ -260,7 +260,11 @@ def attention_backward(
         first=first,
         grad_entropy=grad_entropy,
     )
-    library.entropi_backward(ctypes.byref(problem), ctypes.c_uint(torch.get_num_threads()), _parallel())
+    # Fewer heads than threads: share out a head's key blocks, at the price of a dQ and a packing a piece.
+    heads, threads = query.shape[0] * query.shape[1], torch.get_num_threads()
+    pieces = 1 if heads >= threads else -(-2 * threads // max(1, heads))
+    pieces = max(1, min(pieces, key.shape[2] // KEY_BLOCK))
+    library.entropi_backward(ctypes.byref(problem), ctypes.c_long(pieces), ctypes.c_uint(threads), _parallel())
     return grads[0], grads[1], grads[2]
 
 

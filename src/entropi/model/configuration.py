@@ -17,7 +17,7 @@ _CHOICES = {
     "temperature_parametrization": ("literal", "exp"),
     "leaky_slope_learned": ("fixed", "layer", "global"),
 }
-_MAX_EXP_ITERATIONS = 16
+_MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
 
 @strict
