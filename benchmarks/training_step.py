@@ -25,20 +25,24 @@ from entropi.model.decoder import EntropiForCausalLM
 from entropy_attention import peak_memory, processor
 
 
-def make_step(name: str, batch: int, length: int) -> Callable[[], None]:
+def make_step(
+    name: str, batch: int, length: int, device: str = "cpu", sizes: dict[str, int] | None = None
+) -> Callable[[], None]:
+    """One optimizer step of "gpt2" or "entropi"; `sizes` other than GPT-2 small's are GPT2Config's arguments."""
     torch.manual_seed(0)
-    config = GPT2Config(n_positions=length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_positions=length, use_cache=False, **no_dropout, **(sizes or {}))
     model: torch.nn.Module = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
     if name == "entropi":
         ours = EntropiForCausalLM.from_gpt2(model)
-        ours.entropy_regularizer, ours.entropy_weight = EntropyRegularizer(12, 12), 1e-5
+        ours.entropy_regularizer, ours.entropy_weight = EntropyRegularizer(config.n_layer, config.n_head), 1e-5
         model = ours
-    model.train()
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, 50257, (batch, length))
+    ids = torch.randint(0, config.vocab_size, (batch, length), device=device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()

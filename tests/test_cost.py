@@ -5,35 +5,38 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from entropi.costs.operations import attention_flops, count, ffn_flops, nonlinear_operations, parameters
+from entropi.costs.operations import (
+    attention_flops,
+    count,
+    ffn_flops,
+    folded_parameters,
+    nonlinear_operations,
+    parameters,
+)
 from entropi.errors import UserError
-from entropi.model.configuration import ARCHITECTURES, EntropiConfig
+from entropi.model.architectures import ARCHITECTURES, parse_architecture
+from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.model.folding import fold
 
-
-@dataclass(frozen=True)
-class FakeParts:
-    temperature: bool
-    norm: Literal["layernorm", "none"]
-    activation: Literal["gelu", "relu", "identity"]
-    ffn: Literal["plain", "scaled", "fused"]
-
-
-PARTS = {
-    "SM+LN+G": FakeParts(False, "layernorm", "gelu", "plain"),
-    "SM+LN+R": FakeParts(False, "layernorm", "relu", "plain"),
-    "SM+LN": FakeParts(False, "layernorm", "identity", "plain"),
-    "SM+G": FakeParts(False, "none", "gelu", "plain"),
-    "SM+R": FakeParts(False, "none", "relu", "plain"),
-    "SM": FakeParts(False, "none", "identity", "plain"),
-    "SM+ScFFN": FakeParts(False, "none", "identity", "scaled"),
-    "SM+ScFuFFN": FakeParts(False, "none", "identity", "fused"),
-    "SM(t)+ScFuFFN": FakeParts(True, "none", "identity", "fused"),
-}
+ROOT = Path(__file__).parents[1]
+PAPER = (
+    "SM+LN+G",
+    "SM+LN+R",
+    "SM+LN",
+    "SM+G",
+    "SM+R",
+    "SM",
+    "SM+ScFFN",
+    "SM+ScFuFFN",
+    "SM(t)+ScFuFFN",
+)
 
 
 @dataclass
@@ -48,10 +51,14 @@ class FakeConfig:
     bias: str = "all"
     final_norm: bool = True
     tie_word_embeddings: bool = True
+    num_key_value_heads: int | None = None
+    position_embedding: str = "learned"
+    temperature_granularity: str = "position"
+    leaky_slope_learned: str = "fixed"
     parts: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parts = PARTS[self.architecture]
+        self.parts = parse_architecture(self.architecture)
 
 
 def counted(config: FakeConfig, seq_len: int) -> dict[str, tuple[int, tuple[int, int]]]:
@@ -77,14 +84,14 @@ TABLES = [
 def test_flops_are_those_printed_in_the_paper(
     layers: int, seq_len: int, full: float, fused: float, attention: float
 ) -> None:
-    for architecture in PARTS:
+    for architecture in PAPER:
         config = FakeConfig(architecture, num_hidden_layers=layers)
         assert billions(ffn_flops(config, seq_len)) == (fused if architecture in FUSED else full)
         assert billions(attention_flops(config, seq_len)) == attention
 
 
 @pytest.mark.parametrize(("layers", "seq_len"), [row[:2] for row in TABLES])
-@pytest.mark.parametrize("architecture", PARTS)
+@pytest.mark.parametrize("architecture", PAPER)
 def test_nonlinear_operations_are_those_printed_in_the_paper(layers: int, seq_len: int, architecture: str) -> None:
     softmaxes, norms = {12: (144, 24), 18: (216, 36)}[layers]
     expected = {"softmax": (softmaxes, (seq_len, seq_len))}
@@ -142,24 +149,57 @@ def test_counting_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.parametrize("architecture", PAPER)
+def test_folding_leaves_no_linear_network(architecture: str) -> None:
+    """GPT-2 small, T=128: the feed-forward FLOPs of SM+ScFuFFN go from 1.8 G to 0."""
+    before, after = (count(FakeConfig(architecture), 128, folded=folded) for folded in (False, True))
+    assert after.attention_flops == before.attention_flops
+    if architecture == "SM+LN":
+        assert billions(after.ffn_flops) == 1.8
+    else:
+        linear = FakeConfig(architecture).parts.activation == "identity"
+        assert after.ffn_flops == (0 if linear else before.ffn_flops)
+    names = {c.operation for c in after.nonlinear}
+    assert names == {c.operation.replace("layernorm", "rmsnorm") for c in before.nonlinear}
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"bias": "all"},
+    {"bias": "qk", "intermediate_size": 40},
+    {"bias": "none", "final_norm": False, "tie_word_embeddings": False},
+    {"entropy_regularizer": {"weight": 1e-5}},
+    {"num_key_value_heads": 2, "position_embedding": "rotary", "bias": "all"},
+    {"leaky_slope_learned": "global", "temperature_granularity": "head"},
+    {"leaky_slope_learned": "layer", "parallel_residual": True, "bias": "qk", "num_key_value_heads": 1},
+]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"bias": "all"},
-        {"bias": "qk", "intermediate_size": 40},
-        {"bias": "none", "final_norm": False, "tie_word_embeddings": False},
-        {"entropy_regularizer": {"weight": 1e-5}},
-    ],
-)
-def test_parameters_equal_those_of_the_real_model(architecture: str, options: dict[str, Any]) -> None:
-    config = EntropiConfig(
-        architecture=architecture,
-        vocab_size=31,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=12,
-        **options,
-    )
-    assert parameters(config) == EntropiForCausalLM(config).inference_parameters()
+def test_parameters_equal_those_of_the_real_model(architecture: str) -> None:
+    for options in OPTIONS:
+        config = EntropiConfig(
+            architecture=architecture,
+            vocab_size=31,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=12,
+            **options,
+        )
+        model = EntropiForCausalLM(config)
+        assert parameters(config) == model.inference_parameters(), options
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("temperature.parameter"):
+                    parameter.add_(torch.rand_like(parameter))
+        folded = fold(model, worst_condition=1e9)
+        assert folded_parameters(config) == sum(weight.size for weight in folded.weights.values()), options
+
+
+def test_the_table_in_the_documentation_is_what_is_counted() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from architectures import table
+    finally:
+        sys.path.pop(0)
+    assert table() in (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from entropi.entropy import secure_softmax
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
@@ -17,7 +19,7 @@ def make_qkv(batch=2, heads=3, queries=17, keys=None, width=8, dtype=torch.float
     return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def definition(query, key, value, visible, temperature=None):
+def definition(query, key, value, visible, temperature=None, iterations=None):
     """Loops over rows: no shared code with the package, and -inf nowhere."""
     batch, heads, queries, width = query.shape
     output = torch.zeros_like(query)
@@ -31,6 +33,10 @@ def definition(query, key, value, visible, temperature=None):
                 t = 1.0 if temperature is None else temperature[h, i]
                 logits = (key[b, h, seen] @ query[b, h, i]) / (t * math.sqrt(width))
                 p = torch.softmax(logits, dim=0)
+                if iterations is not None:
+                    n = 2**iterations
+                    weights = (1 + (logits - logits.max()).clamp(min=-0.9 * n) / n) ** n
+                    p = weights / weights.sum()
                 output[b, h, i] = p @ value[b, h, seen]
                 entropy[b, h, i] = -(p * p.log()).sum()
     return output, entropy
@@ -50,44 +56,137 @@ def test_output_and_entropy_are_the_definition(implementation, queries, keys):
     torch.testing.assert_close(entropy, expected[1])
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 65, 111, 300])
-def test_blockwise_gradients_equal_the_reference(length):
-    """T above and below the block size; the loss uses output and entropy, so both paths of dS are exercised."""
-    temperature = (torch.rand(3, length, dtype=torch.float64) + 0.5).requires_grad_()
+def assert_same_values_and_gradients(function, other, tensors):
+    """Values and gradients of two functions; the loss uses output and entropy, so both paths of dS are exercised."""
     results = []
-    for implementation in ("reference", "blockwise"):
-        tensors = [*make_qkv(queries=length, width=5), temperature]
-        query, key, value = tensors[:3]
-        output, entropy = entropy_attention(query, key, value, temperature=temperature, implementation=implementation)
-        loss = (output.sin() * 1.3).sum() + (entropy.square() * torch.arange(1, length + 1)).sum()
+    for f in (function, other):
+        output, entropy = f(*tensors)
+        weights = torch.arange(1, entropy.shape[-1] + 1, device=entropy.device)
+        loss = (output.sin() * 1.3).sum() + (entropy.square() * weights).sum()
         results.append([output, entropy, *torch.autograd.grad(loss, tensors)])
-    for expected, got in zip(*results):
+    for got, expected in zip(*results):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (5, 12), (7, 4)])
+def test_secure_softmax_and_its_gradients_are_the_definition(implementation, iterations, queries, keys):
+    """Logits spread far enough for clipped ones at t = 1 and 2, as the next test makes sure."""
+    tensors = make_qkv(queries=queries, keys=keys, batch=1, heads=2)
+    temperature = torch.linspace(0.15, 0.45, 2 * queries, dtype=torch.float64).reshape(2, -1).requires_grad_()
+    options = dict(implementation=implementation, exp_iterations=iterations)
+    assert_same_values_and_gradients(
+        lambda q, k, v, t: entropy_attention(q, k, v, temperature=t, **options),
+        lambda q, k, v, t: definition(q, k, v, causal(queries, keys), t, iterations),
+        [*tensors, temperature],
+    )
+
+
+def test_some_weights_of_the_test_above_are_clipped_and_some_not():
+    """Else it would not show that clipped logits have no gradient but weigh 0.1^(2^t)."""
+    query, key, _ = make_qkv(batch=1, heads=2)
+    x = query @ key.transpose(-1, -2) / math.sqrt(8) / 0.45  # the largest temperature above
+    x = (x - x.amax(-1, keepdim=True))[:, :, -1]
+    for iterations in (1, 2):
+        assert 0 < (x < -0.9 * 2**iterations).double().mean() < 1
+    assert secure_softmax.log_weights(x, 1).exp().min().item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_of_equal_largest_logits_the_first_has_the_gradient_through_the_maximum(implementation):
+    query = torch.tensor([[[[2.0]]]], dtype=torch.float64, requires_grad=True)
+    key = torch.tensor([[[[0.5], [1.0], [1.0]]]], dtype=torch.float64, requires_grad=True)
+    value = torch.tensor([[[[1.0], [5.0], [5.0]]]], dtype=torch.float64)
+    output, _ = entropy_attention(
+        query, key, value, is_causal=False, scale=1.0, exp_iterations=3, implementation=implementation
+    )
+    (got,) = torch.autograd.grad(output.sum(), key)
+    x, n = -1.0, 8.0  # below the maximum; k'(x) = k(x) / (1 + x / n)
+    k = (1 + x / n) ** n
+    total = k + 2
+    mean = (k + 10) / total
+    slope = 2.0 * torch.tensor([k * (1 - mean) / (1 + x / n), 5 - mean, 5 - mean], dtype=torch.float64) / total
+    slope[1] -= slope.sum()
+    torch.testing.assert_close(got.flatten(), slope)
+
+
+@pytest.mark.parametrize("iterations", [8, 10, 12, 14, 16])
+def test_secure_softmax_approaches_the_exact_one(iterations):
+    """exp(x) / k(x) = exp(x^2 / 2^(t+1) + O(x^3 / 4^t)): the weights' errors are of that size, the entropies' too."""
+    query, key, value = (x.detach() for x in make_qkv(queries=64, width=16))
+    logits = query @ key.transpose(-1, -2) / 4
+    x = (logits - logits.amax(-1, keepdim=True)).flatten()
+    ratio = 1 - secure_softmax.log_weights(torch.stack([torch.zeros_like(x), x], -1), iterations)[:, 1].sub(x).exp()
+    first_order = x.square() / 2 ** (iterations + 1)
+    torch.testing.assert_close(ratio, first_order, rtol=0.1, atol=1e-12)
+    exact = entropy_attention(query, key, value, is_causal=False)
+    close = entropy_attention(query, key, value, is_causal=False, exp_iterations=iterations)
+    bound = float(first_order.max())
+    assert 1e-3 * bound < (close[1] - exact[1]).abs().max() < 8 * bound  # dH = sum_j p_j x_j^2 (log p_j + H) / 2^(t+1)
+    assert (close[0] - exact[0]).abs().max() < 2 * bound * value.abs().max()
+
+
+@pytest.mark.parametrize("iterations", [1, 4, 5, 8, 16])
+def test_secure_softmax_is_what_the_secure_engine_computes(iterations):
+    """The two rooms may not import each other: here they meet, and must agree on the formula and the clip."""
+    functions = pytest.importorskip("entropi.private.functions")
+    x = np.concatenate([np.linspace(-12, 0, 100), -(2.0**iterations) * np.array([0.89, 0.91, 1.5])]).astype(np.float32)
+    expected = np.asarray(functions.exp_kernel(x, iterations), dtype=np.float64)
+    row = torch.from_numpy(np.sort(x)).double()  # the largest is 0
+    got = secure_softmax.log_weights(row, iterations).exp().numpy()
+    # Its arithmetic is float32: a base of at least 0.1 is rounded by 6e-7 of itself, which 2^t multiplies.
+    np.testing.assert_allclose(got, np.sort(expected), rtol=2.0**iterations * 6e-7 + 3e-7, atol=1e-37)
+
+
+@pytest.mark.parametrize("wrong", [0, 17, -1, 2.0, True, "5"])
+def test_iterations_out_of_range_are_refused(wrong):
+    query, key, value = make_qkv()
+    with pytest.raises(ValueError, match=r"exp_iterations must be None .* 1 to 16, got"):
+        entropy_attention(query, key, value, exp_iterations=wrong)
+
+
+@pytest.mark.parametrize("iterations", [None, 2, 7])
+@pytest.mark.parametrize("length", [1, 2, 63, 65, 111, 300])
+def test_blockwise_gradients_equal_the_reference(length, iterations):
+    """T above and below the block size."""
+    temperature = (torch.rand(3, length, dtype=torch.float64) + 0.5).requires_grad_()
+
+    def run(implementation):
+        options = dict(implementation=implementation, exp_iterations=iterations)
+        return lambda q, k, v, t: entropy_attention(q, k, v, temperature=t, **options)
+
+    assert_same_values_and_gradients(
+        run("blockwise"), run("reference"), [*make_qkv(queries=length, width=5), temperature]
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("iterations", [None, 1, 4])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_double_precision_gradcheck(is_causal):
+def test_double_precision_gradcheck(is_causal, iterations, implementation):
     query, key, value = make_qkv(batch=1, heads=2, queries=5, keys=6, width=3)
     temperature = torch.tensor([[0.7], [1.9]], dtype=torch.float64, requires_grad=True)
 
     def both(q, k, v, t):
-        return entropy_attention(q, k, v, temperature=t, is_causal=is_causal, implementation="blockwise")
+        options = dict(is_causal=is_causal, exp_iterations=iterations, implementation=implementation)
+        return entropy_attention(q, k, v, temperature=t, **options)
 
     assert torch.autograd.gradcheck(both, (query, key, value, temperature))
 
 
+@pytest.mark.parametrize("iterations", [None, 1, 8])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("additive", [False, True])
-def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation, additive):
+def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation, additive, iterations):
     query, key, value = make_qkv(queries=6)
     visible = causal(6, 6)
     visible[2] = False
     visible[4, 1:] = False
     mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf) if additive else visible
-    output, entropy = entropy_attention(
-        query, key, value, attn_mask=mask, is_causal=False, implementation=implementation
-    )
-    expected = definition(query, key, value, visible)
+    options = dict(implementation=implementation, exp_iterations=iterations)
+    output, entropy = entropy_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
+    expected = definition(query, key, value, visible, iterations=iterations)
     torch.testing.assert_close(output, expected[0])
     torch.testing.assert_close(entropy, expected[1])
     assert output[:, :, 2].abs().max() == 0
@@ -96,23 +195,27 @@ def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation
     assert all(torch.isfinite(x.grad).all() for x in (query, key, value))
 
 
-def test_grouped_queries_share_keys():
+@pytest.mark.parametrize("iterations", [None, 4])
+def test_grouped_queries_share_keys(iterations):
     query, key, value = make_qkv(heads=4)
     shared = key[:, ::2], value[:, ::2]
     repeated = [x.repeat_interleave(2, dim=1) for x in shared]
-    for got, expected in zip(entropy_attention(query, *shared, enable_gqa=True), entropy_attention(query, *repeated)):
+    got_both = entropy_attention(query, *shared, enable_gqa=True, exp_iterations=iterations)
+    for got, expected in zip(got_both, entropy_attention(query, *repeated, exp_iterations=iterations)):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("iterations", [None, 1, 8, 16])
 @pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])
-def test_float32_entropy_survives_large_logits(sharpness):
+def test_float32_entropy_survives_large_logits(sharpness, iterations):
     """The entropy of shifted logits: no cancellation against logits of any size (error bounded by float32 logits)."""
     query, key, value = make_qkv(queries=64, width=16, dtype=torch.float32)
     offset = torch.ones_like(key)  # a common shift of all logits leaves the entropy unchanged
     args = [query.detach() * sharpness, key.detach() + offset, value.detach()]
-    exact = entropy_attention(*[x.double() for x in args], implementation="reference")[1]
-    plain = entropy_attention(*args, implementation="reference")[1]
-    fast = entropy_attention(*args, implementation="blockwise")[1]
+    options = dict(exp_iterations=iterations)
+    exact = entropy_attention(*[x.double() for x in args], implementation="reference", **options)[1]
+    plain = entropy_attention(*args, implementation="reference", **options)[1]
+    fast = entropy_attention(*args, implementation="blockwise", **options)[1]
     assert fast.min() >= 0
     assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
 

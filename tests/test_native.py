@@ -21,19 +21,29 @@ def test_awkward_shapes(length, width, is_causal):
     assert_as_exact("native", *make(length, length, width), is_causal=is_causal)
 
 
-def test_a_thousand_rows():
-    assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2))
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("iterations", [1, 5, 6, 16])
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 256), (300, 64)])
+def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
+    assert_as_exact("native", *make(length, length, width), is_causal=is_causal, exp_iterations=iterations)
 
 
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_a_thousand_rows(iterations):
+    assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), exp_iterations=iterations)
+
+
+@pytest.mark.parametrize("iterations", [None, 3])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 200), (5, 130), (7, 4), (200, 129), (49, 400)])
-def test_queries_and_keys_of_different_length(queries, keys):
-    assert_as_exact("native", *make(queries, keys, 32))
+def test_queries_and_keys_of_different_length(queries, keys, iterations):
+    assert_as_exact("native", *make(queries, keys, 32), exp_iterations=iterations)
 
 
+@pytest.mark.parametrize("iterations", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [65, 300])
-def test_half_precision_is_no_worse_than_plain(dtype, length):
-    assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype)
+def test_half_precision_is_no_worse_than_plain(dtype, length, iterations):
+    assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype, exp_iterations=iterations)
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -45,24 +55,30 @@ def test_masks_broadcast(shape, additive, is_causal):
     mask = visible
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
-    assert_as_exact("native", *make(150, 170, 24), attn_mask=mask, is_causal=is_causal)
+    for iterations in (None, 2):
+        options = dict(attn_mask=mask, is_causal=is_causal, exp_iterations=iterations)
+        assert_as_exact("native", *make(150, 170, 24), **options)
 
 
+@pytest.mark.parametrize("iterations", [None, 1, 8])
 @pytest.mark.parametrize("additive", [False, True])
-def test_rows_that_see_nothing(additive):
+def test_rows_that_see_nothing(additive, iterations):
     visible = torch.ones(140, 140, dtype=torch.bool)
     visible[[0, 3, 77]] = False
     mask = torch.zeros(140, 140).masked_fill(~visible, -math.inf) if additive else visible
     tensors, grad_output, grad_entropy = make(140, 140, 16)
-    assert_as_exact("native", tensors, grad_output, grad_entropy, attn_mask=mask, is_causal=False)
-    output, entropy = entropy_attention(*tensors, attn_mask=mask, is_causal=False, implementation="native")
+    options = dict(attn_mask=mask, is_causal=False, exp_iterations=iterations)
+    assert_as_exact("native", tensors, grad_output, grad_entropy, **options)
+    output, entropy = entropy_attention(*tensors, **options, implementation="native")
     assert output[:, :, [0, 3, 77]].abs().max() == 0
     assert entropy[:, :, [0, 3, 77]].abs().max() == 0
 
 
-def test_large_logits_keep_the_entropy():
+@pytest.mark.parametrize("iterations", [None, 4, 8, 12])
+def test_large_logits_keep_the_entropy(iterations):
     (query, key, value), *rest = make(200, 200, 32)
-    assert_as_exact("native", [query * 30, key + 5, value], *rest, slack=1e-5)
+    tensors = [query * 30, key + 5, value]
+    assert_as_exact("native", tensors, *rest, slack=1e-5, exp_iterations=iterations)
 
 
 def test_grouped_queries_and_strided_inputs():
@@ -80,24 +96,27 @@ def test_grouped_queries_and_strided_inputs():
     assert torch.equal(shared[0], entropy_attention(query, *repeated, implementation="native")[0])
 
 
-def test_temperature_has_gradients():
+@pytest.mark.parametrize("iterations", [None, 4])
+def test_temperature_has_gradients(iterations):
     (query, key, value), grad_output, grad_entropy = make(40, 40, 16)
     results = []
     for implementation in ("reference", "native"):
         temperature = (torch.arange(120.0).reshape(3, 40) / 120 + 0.5).requires_grad_()
-        output, entropy = entropy_attention(query, key, value, temperature=temperature, implementation=implementation)
+        options = dict(temperature=temperature, implementation=implementation, exp_iterations=iterations)
+        output, entropy = entropy_attention(query, key, value, **options)
         results.append(torch.autograd.grad([output, entropy], temperature, [grad_output, grad_entropy])[0])
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_results_do_not_depend_on_the_number_of_threads(iterations):
     arguments = make(600, 600, 32, batch=1, heads=2)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(everything("native", *arguments, torch.float32))
+            results.append(everything("native", *arguments, torch.float32, exp_iterations=iterations))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -105,20 +124,37 @@ def test_results_do_not_depend_on_the_number_of_threads():
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-def test_not_a_number_is_not_hidden():
+@pytest.mark.parametrize("iterations", [None, 1, 5])
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (65, 700), (400, 257)])
+def test_more_threads_than_heads_share_the_backward_pass(queries, keys, iterations):
+    """As exact as one thread, with key blocks that no piece or an odd number of pieces has."""
+    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(3)) > 0.3
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for options in ({}, {"attn_mask": mask, "is_causal": False}):
+            arguments = make(queries, keys, 40, batch=1, heads=1)
+            assert_as_exact("native", *arguments, exp_iterations=iterations, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("iterations", [None, 5, 8])
+def test_not_a_number_is_not_hidden(iterations):
     (query, key, value), *_ = make(150, 150, 16)
     query[0, 0, 70, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="native")
+    output, entropy = entropy_attention(query, key, value, implementation="native", exp_iterations=iterations)
     assert output[0, 0, 70].isnan().all()
     assert entropy[0, 0, 70].isnan()
     assert torch.isfinite(output[0, 1]).all()
 
 
-def test_compiled_without_graph_breaks():
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_compiled_without_graph_breaks(iterations):
     (query, key, value), grad_output, grad_entropy = make(70, 70, 16)
 
     def loss(q, k, v):
-        output, entropy = entropy_attention(q, k, v)
+        output, entropy = entropy_attention(q, k, v, exp_iterations=iterations)
         return (output * grad_output).sum() + (entropy * grad_entropy).sum()
 
     results = []
@@ -132,24 +168,27 @@ def test_compiled_without_graph_breaks():
 def test_the_operator_is_registered_correctly():
     (query, key, value), *_ = make(20, 20, 8)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(native.attention, (*inputs, None, True))
+    torch.library.opcheck(native.attention, (*inputs, None, True, None))
+    torch.library.opcheck(native.attention, (*inputs, None, True, 5))
 
 
-def test_memory_is_linear_in_length():
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_memory_is_linear_in_length(iterations):
     """At 16,384 rows the T x T matrix of one head alone would be a gigabyte."""
     program = """
 import torch
 from entropi.entropy.attention import entropy_attention
 q = torch.randn(1, 1, 16384, 32, requires_grad=True)
-entropy_attention(q[:, :, :64], q[:, :, :64], q[:, :, :64], implementation="native")
+options = dict(implementation="native", exp_iterations=%s)
+entropy_attention(q[:, :, :64], q[:, :, :64], q[:, :, :64], **options)
 def peak():  # not getrusage's figure: a child inherits that from its parent
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) // 1024
 before = peak()
-output, entropy = entropy_attention(q, q, q, implementation="native")
+output, entropy = entropy_attention(q, q, q, **options)
 (output.sum() + entropy.sum()).backward()
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program % iterations], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 200
 
 

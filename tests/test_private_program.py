@@ -1,194 +1,271 @@
-"""The private program in plaintext: folding is exact, stages compute the model, secure functions hold their claims."""
+"""The private program: its stages compute the layer equations in plaintext, and under every protocol in fixed point."""
 
 import json
 
 import numpy as np
 import pytest
-import torch
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import msgspec  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
 from entropi.errors import UserError  # noqa: E402
-from entropi.model.configuration import ARCHITECTURES, EntropiConfig  # noqa: E402
-from entropi.model.decoder import EntropiForCausalLM  # noqa: E402
-from entropi.model.folding import fold  # noqa: E402
-from entropi.private.functions import exp_kernel, segment_max  # noqa: E402
-from entropi.private.messages import Settings  # noqa: E402
-from entropi.private.program import Description, run_plain  # noqa: E402
-from entropi.private.ranges import check_ranges, largest_values  # noqa: E402
+from entropi.private import program  # noqa: E402
+from entropi.private.messages import Settings, trust  # noqa: E402
+from entropi.private.program import Description, forward, one_hot, run_plain  # noqa: E402
+from entropi.private.ranges import check_ranges, fitting_fraction_bits, measure_ranges, problems  # noqa: E402
+from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
-SIZES = dict(vocab_size=53, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=24)
-SOFTMAX_ONLY = [name for name, parts in ARCHITECTURES.items() if parts.softmax_only]
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _double_precision():
     with jax.experimental.enable_x64():
         yield
 
 
-def trained_like(architecture, bias="qk", final_norm=True, seed=0):
-    """Random weights everywhere, biases, scales and temperatures included, in double precision."""
-    torch.manual_seed(seed)
-    config = EntropiConfig(architecture=architecture, bias=bias, final_norm=final_norm, **SIZES)
-    model = EntropiForCausalLM(config).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-            if name.endswith(("alpha", "beta", "temperature")):
-                parameter.add_(0.5 * torch.rand_like(parameter))
-    return model
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stages_compute_the_layer_equations(variant):
+    """Prompt and two cached passes; the reference knows neither caching nor folding the last layer's rows away."""
+    model = describe(**VARIANTS[variant])
+    weights = random_weights(model, dtype=np.float64)
+    generated, logits = run_plain(model, weights, PROMPT, 3, 5, exact=True)
+    for step, got in enumerate(logits):
+        expected = reference_logits(model, weights, PROMPT + generated[:step])
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
 
 
-def describe(folded):
-    return msgspec.convert(folded.description, Description)
-
-
-@pytest.mark.parametrize("architecture", SOFTMAX_ONLY)
-@pytest.mark.parametrize(("bias", "final_norm"), [("qk", True), ("all", True), ("none", False)])
-def test_folded_logits_are_the_models(architecture, bias, final_norm):
-    model = trained_like(architecture, bias, final_norm)
-    folded = fold(model, worst_condition=1e9)
-    assert folded.description["explicit_ffn"] == []
-    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    generated, logits = run_plain(describe(folded), folded.weights, prompt, 4, 0, exact_exp=True)
-    with torch.no_grad():
+@pytest.mark.usefixtures("_double_precision")
+def test_long_prompts_are_scored_in_blocks(monkeypatch):
+    model = describe(layers=2, key_value_heads=2)
+    weights = random_weights(model, dtype=np.float64)
+    prompt = np.random.default_rng(0).integers(0, 53, 21).tolist()
+    for rows in (4, 7, 20):
+        monkeypatch.setattr(program, "_BLOCK_ROWS", rows)
+        generated, logits = run_plain(model, weights, prompt, 2, 5, exact=True)
         for step, got in enumerate(logits):
-            expected = model(torch.tensor([prompt + generated[:step]])).logits[0, -1].numpy()
-            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+            expected = reference_logits(model, weights, prompt + generated[:step])
+            np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_ill_conditioned_feed_forwards_stay_explicit_and_the_logits_stay_exact():
-    model = trained_like("SM+ScFuFFN")
-    with torch.no_grad():
-        fused = model.model.blocks[1].feed_forward
-        fused.fused.weight.copy_(torch.diag(torch.logspace(0, 4, 24)))
-    folded = fold(model)
-    assert folded.description["explicit_ffn"] == [1]
-    assert max(folded.conditions) <= 100
-    _, logits = run_plain(describe(folded), folded.weights, [1, 2, 3], 1, 0, exact_exp=True)
-    with torch.no_grad():
-        expected = model(torch.tensor([[1, 2, 3]])).logits[0, -1].numpy()
-    np.testing.assert_allclose(logits[0], expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+@pytest.mark.usefixtures("_double_precision")
+def test_large_tables_are_read_in_pieces(monkeypatch):
+    monkeypatch.setattr(program, "_TABLE_ROWS", 10)
+    table = np.random.default_rng(0).normal(size=(53, 24))
+    np.testing.assert_allclose(program.embed(jnp.asarray(one_hot(PROMPT, 53)), jnp.asarray(table)), table[PROMPT])
 
 
-def test_constant_temperatures_fold_away():
-    model = trained_like("SM(t)+ScFuFFN")
-    with torch.no_grad():
-        for block in model.model.blocks:
-            block.attention.temperature.copy_(torch.tensor([0.5, 1.0, 2.0, 3.0])[:, None].expand(4, 24))
-    folded = fold(model)
-    assert not folded.description["temperature"]
-    _, logits = run_plain(describe(folded), folded.weights, [5, 6, 7], 1, 0, exact_exp=True)
-    with torch.no_grad():
-        expected = model(torch.tensor([[5, 6, 7]])).logits[0, -1].numpy()
-    np.testing.assert_allclose(logits[0], expected, rtol=1e-9, atol=1e-12)
+@pytest.mark.usefixtures("_double_precision")
+def test_models_trained_with_a_kernel_keep_it():
+    """Neither the settings' t nor the exact exponential takes the place of the model's own softmax."""
+    model = describe(**VARIANTS["kernel"])
+    weights = random_weights(model, dtype=np.float64)
+    (own,), (other,), (exact,) = (
+        run_plain(model, weights, PROMPT, 1, t, exact=e)[1] for t, e in [(3, False), (7, False), (7, True)]
+    )
+    np.testing.assert_array_equal(own, other)
+    np.testing.assert_allclose(own, exact, atol=1e-4)  # exact in its division only
 
 
-def test_saved_form_needs_no_torch_and_has_the_described_shapes(tmp_path):
-    folded = fold(trained_like("SM(t)+ScFuFFN"))
-    folded.save(tmp_path)
-    description = msgspec.json.decode((tmp_path / "folded.json").read_bytes(), type=Description)
-    arrays = load_file(tmp_path / "folded.safetensors")
-    assert {name: w.shape for name, w in arrays.items()} == description.weight_shapes()
+SIMULATED = {
+    "softmax only": dict(exp_iterations=5),
+    "temperature": dict(exp_iterations=3),
+    "layer norm": {},
+    "rms norm, linear map and branch": {},
+    "square": {},
+    "llama": {},
+    "gpt-neox": {},
+    "parallel, no norm": {},
+}
 
 
-@pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+R"])
-def test_models_with_other_nonlinearities_are_refused(architecture):
-    with pytest.raises(UserError, match="softmax-only"):
-        fold(EntropiForCausalLM(EntropiConfig(architecture=architecture, **SIZES)))
+def simulate(protocol, model, weights, passes, **options):
+    """Values after a pass over each list of tokens, and the stages' traffic."""
+    pytest.importorskip("spu")
+    from entropi.private.engine import Simulation
+
+    engine = Simulation(protocol, Settings())
+    for name, weight in weights.items():
+        engine.hold(name, weight, 0)
+    past, found, traffic = 0, [], []
+    for tokens in passes:
+        if options.get("embedding") == "public":
+            engine.hold("embedded", weights["embedding"][tokens], 1)
+        else:
+            engine.hold("tokens", one_hot(tokens, model.vocab_size), 1)
+        for stage in forward(model, len(tokens), past, 6, **options):
+            traffic.append(engine.run(stage))
+        past += len(tokens)
+        found.append({name: engine.reveal(name) for name in ("logits", *stage.outputs)})
+    return found, traffic
 
 
-def test_weights_that_are_not_finite_are_refused():
-    model = trained_like("SM+ScFuFFN")
-    with torch.no_grad():
-        model.model.blocks[2].attention.key.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"blocks\.2\.attention\.key"):
-        fold(model)
+@pytest.mark.parametrize("protocol", ["ref2k", "semi2k", "aby3"])
+@pytest.mark.parametrize("variant", SIMULATED)
+def test_simulated_logits_are_the_plain_ones(variant, protocol):
+    model = describe(**{**VARIANTS[variant], **SIMULATED[variant]})
+    weights = random_weights(model)
+    generated, expected = run_plain(model, weights, PROMPT, 2, 6)
+    found, _ = simulate(protocol, model, weights, [PROMPT, generated[:1]])
+    for got, plain in zip(found, expected):
+        np.testing.assert_allclose(got["logits"][0], plain, atol=0.004)
+
+
+@pytest.mark.two_party
+def test_logits_under_cheetah_are_the_plain_ones():
+    """Every kind of operation at once, in threads; real processes are tests/test_two_party.py's."""
+    changes = dict(parallel_residual=False, temperature=True, activation="gelu", intermediate_size=40, exp_iterations=3)
+    model = describe(**{**VARIANTS["llama"], **changes})
+    weights = random_weights(model)
+    generated, expected = run_plain(model, weights, PROMPT, 2, 6)
+    found, traffic = simulate("cheetah", model, weights, [PROMPT, generated[:1]], output="top_k", choices=3)
+    for got, plain in zip(found, expected):
+        np.testing.assert_allclose(got["logits"][0], plain, atol=0.004)
+        np.testing.assert_array_equal(np.rint(got["tokens_out"]), np.argsort(-plain)[:3])
+    names = {stage.name for stage in traffic}
+    assert names == {
+        "embedding", "norm", "qkv", "temperature", "scores", "max", "exp", "values", "normalise", "output", "ffn",
+        "activation", "head", "choose",
+    }  # fmt: skip
+    assert all(stage.bytes > 0 for stage in traffic)
+
+
+@pytest.mark.parametrize("embedding", ["private", "public"])
+@pytest.mark.parametrize("output", ["logits", "top_k", "argmax"])
+def test_options_of_embedding_and_output(embedding, output):
+    model = describe(layers=1)
+    weights = random_weights(model)
+    _, (plain,) = run_plain(model, weights, PROMPT, 1, 6)
+    (found,), _ = simulate("ref2k", model, weights, [PROMPT], embedding=embedding, output=output, choices=4)
+    order = np.argsort(-plain)
+    if output == "argmax":
+        assert found.keys() == {"logits", "tokens_out"}
+        assert np.rint(found["tokens_out"]).tolist() == [order[0]]
+    elif output == "top_k":
+        np.testing.assert_array_equal(np.rint(found["tokens_out"]), order[:4])
+        np.testing.assert_allclose(found["logits_out"], plain[order[:4]], atol=0.002)
+    else:
+        np.testing.assert_allclose(found["logits"][0], plain, atol=0.002)
+
+
+def test_trust_says_what_is_learnt():
+    assert "the client learns the logits," in trust(Settings())
+    assert "the client learns the likeliest token," in trust(Settings(output="argmax"))
+    assert "learns the 3 likeliest tokens and their logits," in trust(Settings(output="top_k", choices=3))
+    assert "embeddings are public" in trust(Settings(embedding="public"))
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"heads": 5}, {"hidden_size": 0}, {"layers": 10**6}, {"vocab_size": 2**30}, {"explicit_ffn": [7]},
-        {"norm_epsilon": 0.0}, {"format": 2}, {"extra": 1}, {"layers": "3"}, {"architecture": "x" * 1000},
+        {"norm_epsilon": 0.0}, {"format": 1}, {"extra": 1}, {"layers": "3"}, {"architecture": "x" * 1000},
+        {"key_value_heads": 3}, {"activation": "gelu"}, {"intermediate_size": 8}, {"norm": "batch"},
+        {"exp_iterations": 0}, {"exp_iterations": 9}, {"rotary_dimensions": 2},
+        {"position_embedding": "rotary"}, {"position_embedding": "rotary", "rotary_dimensions": 3},
+        {"position_embedding": "rotary", "rotary_dimensions": 8},
     ],
 )  # fmt: skip
 def test_descriptions_are_validated(change):
-    good = fold(trained_like("SM+ScFuFFN")).description
-    assert msgspec.json.decode(json.dumps(good), type=Description).layers == 3
+    assert msgspec.json.decode(json.dumps(FIELDS), type=Description).layers == 3
     with pytest.raises(msgspec.ValidationError):
-        msgspec.json.decode(json.dumps({**good, **change}), type=Description)
+        msgspec.json.decode(json.dumps({**FIELDS, **change}), type=Description)
 
 
-@pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 4, 5], [7, 1, 16, 3], list(range(1, 34)), [5, 5, 5]])
-def test_segment_max(lengths):
-    values = np.random.default_rng(0).normal(size=(3, sum(lengths)))
-    ends = np.cumsum(lengths)
-    expected = np.stack([values[:, e - n : e].max(axis=1) for e, n in zip(ends, lengths)], axis=1)
-    np.testing.assert_array_equal(segment_max(jnp.asarray(values), np.array(lengths)), expected)
+def test_all_problems_of_a_description_are_named():
+    with pytest.raises(msgspec.ValidationError, match=r"5 heads; .*key_value_heads; .*layers outside"):
+        msgspec.json.decode(json.dumps({**FIELDS, "heads": 5, "explicit_ffn": [7]}), type=Description)
 
 
-@pytest.mark.parametrize("iterations", [4, 5, 8])
-def test_exp_kernel_error_is_the_documented_one(iterations):
-    x = np.linspace(-0.2 * 2**iterations, 0, 500)
-    relative = np.abs(np.asarray(exp_kernel(jnp.asarray(x), iterations)) / np.exp(x) - 1)
-    assert (relative <= 1.2 * x**2 / 2 ** (iterations + 1) + 1e-9).all()  # 1.2: higher terms, at most x = -2^t / 5
-    far = exp_kernel(jnp.asarray([-1e3, -1e6]), iterations)
-    assert (np.asarray(far) < 0.11 ** (2**iterations) + 1e-300).all()
-
-
-def folded_with(**factors):
-    """Description and float32 weights of a random model, some of them multiplied."""
-    folded = fold(trained_like("SM(t)+ScFuFFN"))
-    weights = {name: w.astype(np.float32) for name, w in folded.weights.items()}
-    for name, factor in factors.items():
-        weights[name.replace("_", ".")] *= factor
-    return describe(folded), weights
+# --- Ranges -----------------------------------------------------------------------------------------------------------
 
 
 def test_check_ranges_names_the_largest_value_and_it_is_the_programs():
-    description, weights = folded_with()
+    model = describe(temperature=True)
+    weights = random_weights(model)
     tokens = [[1, 2, 3, 4], [50, 49]]
-    largest = largest_values(description, weights, tokens, 8)
-    expected = max(np.abs(run_plain(description, weights, t, 1, 8)[1][0]).max() for t in tokens)
+    largest = measure_ranges(model, weights, tokens, 8).largest
+    expected = max(np.abs(run_plain(model, weights, t, 1, 8)[1][0]).max() for t in tokens)
     assert largest["head"] == pytest.approx(expected, rel=1e-6)
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
-    name, value = check_ranges(description, weights, Settings(), tokens)
+    name, value = check_ranges(model, weights, Settings(), tokens)
     assert largest[name] == value == max(largest.values())
 
 
 @pytest.mark.parametrize(("fraction_bits", "limit"), [(18, 2.0**26), (22, 2.0**18), (12, 2.0**38)])
 def test_check_ranges_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit):
     settings = Settings(fraction_bits=fraction_bits)
-    description, weights = folded_with()
-    size = largest_values(description, weights, [[1, 2, 3]], 8)["head"]
+    model = describe()
+    weights = random_weights(model)
+    size = measure_ranges(model, weights, [[1, 2, 3]], 8).largest["head"]
     for factor in (0.5, 2.0):
-        weights["head"], weights["head_bias"] = (
-            w * np.float32(factor * limit / size) for w in (folded_with()[1][n] for n in ("head", "head_bias"))
-        )
+        changed = dict(weights)
+        for name in ("head", "head_bias"):
+            changed[name] = weights[name] * np.float32(factor * limit / size)
         if factor < 1:
-            assert check_ranges(description, weights, settings, [[1, 2, 3]])[0] == "head"
+            assert check_ranges(model, changed, settings, [[1, 2, 3]])[0] == "head"
         else:
             match = rf"head reaches {2 * limit:.3g}, .*ring of 64 bits with {fraction_bits} .* below {limit:.3g}"
             with pytest.raises(UserError, match=match.replace("+", r"\+")):
-                check_ranges(description, weights, settings, [[1, 2, 3]])
+                check_ranges(model, changed, settings, [[1, 2, 3]])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("factor", [1e30, np.inf])
 def test_check_ranges_refuses_values_that_are_not_finite(factor):
+    model = describe()
+    weights = random_weights(model)
+    weights["0.qkv"] *= np.float32(factor)
     with pytest.raises(UserError, match="overflow"):
-        check_ranges(*folded_with(**{"0_qkv": factor}), Settings())
+        check_ranges(model, weights, Settings())
 
 
 def test_check_ranges_looks_at_rare_tokens_with_large_embeddings():
-    description, weights = folded_with()
-    sampled = np.random.default_rng(0).integers(0, description.vocab_size, description.positions)
-    rare = next(token for token in range(description.vocab_size) if token not in sampled)
+    model = describe()
+    weights = random_weights(model)
+    sampled = np.random.default_rng(0).integers(0, model.vocab_size, model.positions)
+    rare = next(token for token in range(model.vocab_size) if token not in sampled)
     weights["embedding"][rare] *= 1e7
     with pytest.raises(UserError, match="overflow"):
-        check_ranges(description, weights, Settings())
+        check_ranges(model, weights, Settings())
+
+
+def test_norms_of_small_rows_are_refused_with_the_numbers():
+    """The mean square of a row in the state's units, far below the last digit's."""
+    model = describe(norm="rms", activation="relu", intermediate_size=40, norm_epsilon=1e-8)
+    weights = random_weights(model)
+    assert problems(measure_ranges(model, weights, [PROMPT], 8), Settings()) == []
+    for name in ("embedding", "positions"):
+        weights[name] *= np.float32(0.01)
+    ranges = measure_ranges(model, weights, [PROMPT], 8)
+    state = weights["embedding"][PROMPT] + weights["positions"][: len(PROMPT)]
+    smallest = (state**2).mean(axis=1).min() + 1e-8
+    assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
+    match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 0\.000977"
+    with pytest.raises(UserError, match=match):
+        check_ranges(model, weights, Settings(), [PROMPT])
+
+
+def test_values_below_the_resolution_are_refused():
+    model = describe()
+    weights = random_weights(model)
+    weights["1.qkv"][:, -24:] *= np.float32(1e-5)  # the columns of v
+    weights["1.qkv_bias"][-24:] = 0
+    with pytest.raises(UserError, match=r"typical value in layer 1 (values|normalise) is .*at least 0\.000122"):
+        check_ranges(model, weights, Settings(), [PROMPT])
+
+
+def test_fraction_bits_that_fit_are_found_and_named():
+    model = describe()
+    weights = random_weights(model)
+    ranges = measure_ranges(model, weights, [PROMPT], 8)
+    assert fitting_fraction_bits(ranges, Settings()) == 20
+    ranges.largest["head"] = 2.0**29
+    assert fitting_fraction_bits(ranges, Settings()) == 16
+    ranges.largest["head"] = 2.0**39
+    assert fitting_fraction_bits(ranges, Settings()) is None
+    weights["head"] *= np.float32(2.0**27)
+    with pytest.raises(UserError, match=r"overflow: head reaches .*; 1[567] fraction bits would fit"):
+        check_ranges(model, weights, Settings(), [PROMPT])

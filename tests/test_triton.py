@@ -1,6 +1,11 @@
 """The Triton kernel against the definition: on a GPU where there is one, else on the CPU through the interpreter."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,21 +29,31 @@ def test_awkward_shapes(length, width, is_causal):
     assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("iterations", [1, 5, 8])
+@pytest.mark.parametrize(("length", "width"), [(1, 32), (63, 48), (65, 100)])
+def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
+    assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal, exp_iterations=iterations)
+
+
+@pytest.mark.parametrize("iterations", [None, 3])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 90), (5, 70), (7, 4), (40, 33)])
-def test_queries_and_keys_of_different_length(queries, keys):
-    assert_as_exact("triton", *on_device(queries, keys, 32))
+def test_queries_and_keys_of_different_length(queries, keys, iterations):
+    assert_as_exact("triton", *on_device(queries, keys, 32), exp_iterations=iterations)
 
 
+@pytest.mark.parametrize("iterations", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_no_worse_than_plain(dtype):
+def test_half_precision_is_no_worse_than_plain(dtype, iterations):
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices as if their bits were integers")
-    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype)
+    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype, exp_iterations=iterations)
 
 
+@pytest.mark.parametrize("iterations", [None, 1])
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 50, 70), (1, 1, 1, 70), (50, 70)])
-def test_masks_broadcast_and_rows_may_see_nothing(shape, additive):
+def test_masks_broadcast_and_rows_may_see_nothing(shape, additive, iterations):
     generator = torch.Generator().manual_seed(3)
     visible = torch.rand(shape, generator=generator) > 0.4
     if shape[-2] > 1:
@@ -46,13 +61,16 @@ def test_masks_broadcast_and_rows_may_see_nothing(shape, additive):
     mask = visible
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
-    for is_causal in (True, False):
-        assert_as_exact("triton", *on_device(50, 70, 32), attn_mask=mask.to(DEVICE), is_causal=is_causal)
+    for is_causal in (True, False) if iterations is None else (True,):
+        options = dict(attn_mask=mask.to(DEVICE), is_causal=is_causal, exp_iterations=iterations)
+        assert_as_exact("triton", *on_device(50, 70, 32), **options)
 
 
-def test_large_logits_keep_the_entropy():
+@pytest.mark.parametrize("iterations", [None, 4, 12])
+def test_large_logits_keep_the_entropy(iterations):
     (query, key, value), *rest = on_device(70, 70, 32)
-    assert_as_exact("triton", [query * 30, key + 5, value], *rest, slack=1e-5)
+    tensors = [query * 30, key + 5, value]
+    assert_as_exact("triton", tensors, *rest, slack=1e-5, exp_iterations=iterations)
 
 
 def test_strided_inputs():
@@ -64,10 +82,11 @@ def test_strided_inputs():
         torch.testing.assert_close(a, b)
 
 
-def test_not_a_number_is_not_hidden():
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_not_a_number_is_not_hidden(iterations):
     (query, key, value), *_ = on_device(40, 40, 32)
     query[0, 0, 20, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="triton")
+    output, entropy = entropy_attention(query, key, value, implementation="triton", exp_iterations=iterations)
     assert output[0, 0, 20].isnan().all()
     assert entropy[0, 0, 20].isnan()
     assert torch.isfinite(output[0, 1]).all()
@@ -79,3 +98,78 @@ def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
     assert "CUDA" in available_implementations(query)["triton"]
     with pytest.raises(ValueError, match="'triton' cannot run here: it is for CUDA"):
         entropy_attention(query, query, query, implementation="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize(
+    ("dtype", "length", "width", "is_causal"),
+    [
+        (torch.bfloat16, 300, 64, True),
+        (torch.bfloat16, 300, 64, False),
+        (torch.bfloat16, 300, 128, True),
+        (torch.bfloat16, 2048, 64, True),
+        (torch.bfloat16, 65, 100, True),
+        (torch.float16, 300, 64, True),
+        (torch.float32, 300, 64, True),
+    ],
+)
+def test_tuned_kernels_on_a_gpu(dtype, length, width, is_causal, iterations):
+    options = dict(dtype=dtype, is_causal=is_causal, exp_iterations=iterations)
+    assert_as_exact("triton", *on_device(length, length, width, dtype=dtype), **options)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry():
+    """What waits for a GPU must not turn out to be broken when there is one."""
+    script = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
+    done = subprocess.run([sys.executable, script, "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout.splitlines()[-1])
+    assert "collected" in parts["tests"]["outcome"]
+    row = parts["attention T=32 D=16"]
+    assert all(row[kind]["milliseconds"] > 0 for kind in ("sdpa", "exact", "secure t=5"))
+    assert all(parts["training step"][kind]["milliseconds"] > 0 for kind in ("gpt2", "entropi"))
+
+
+# Compiled for GPUs that need not be there, in another process: Triton decides at import that it interprets.
+
+
+def compiled(tmp_path, **options):
+    arguments = [text for name, values in options.items() for text in (f"--{name}", *map(str, values))]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).parents[1] / "benchmarks" / "compiled_kernels.py"
+    done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_fit_for(rows):
+    for row in rows:
+        assert row["fits"], row
+        assert row["products"] == ("none" if row["dtype"] == "fp32" else {90: "wgmma", 80: "mma"}[row["arch"]]), row
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    rows = compiled(tmp_path, arch=[90], dtype=["bf16"], width=[64], iterations=[0], first=[1])
+    assert [row["kernel"] for row in rows] == ["forward", "backward query", "backward key"]
+    assert_fit_for(rows)
+    assert all(row["spilled_bytes"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_no_tuning_choice_of_usual_heads_spills_registers(tmp_path):
+    rows = compiled(tmp_path, arch=[90, 80], dtype=["bf16"], width=[64, 128], iterations=[0])
+    assert {(row["arch"], row["width"]) for row in rows} == {(90, 64), (90, 128), (80, 64), (80, 128)}
+    assert_fit_for(rows)
+    assert [row for row in rows if row["spilled_bytes"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "iterations"), [("bf16", 5), ("fp16", 0), ("fp32", 0)])
+def test_every_precision_and_an_odd_width_compile(tmp_path, dtype, iterations):
+    rows = compiled(tmp_path, dtype=[dtype], width=[64, 128, 100], iterations=[iterations], first=[1])
+    assert len(rows) == 18  # three kernels, three widths, two architectures
+    assert_fit_for(rows)

@@ -30,18 +30,36 @@ from entropi.console import ProgressLine, make_console
 from entropi.errors import UserError
 from entropi.training.recipe import Recipe, load_recipe
 
+# Of models that are not ours, which may be large: what is looked at unless more is asked for.
+FOREIGN_SEQUENCES = 32
+FOREIGN_CONTEXT = 1024
+MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
-def train(run: Path, recipe: Recipe) -> None:
+
+def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none") -> None:
     """Train a model into the run folder RUN; run it again to continue after an interruption.
 
     Args:
         run: folder of the run: configuration, records, checkpoints, the trained model
         recipe: every other option
+        report_to: tracker to show the training in while it runs; TensorBoard's files go to the run folder, Trackio's
+            stay on this machine
     """
     from entropi.training.run import train as train_run
 
+    live = None
+    if report_to != "none":
+        with _extra("report"):
+            from entropi.report import figures
+        from entropi.training.callbacks import Live
+
+        def draw(entropy: records.Matrix) -> Any:
+            ceiling = figures.causal_maximum(recipe.context_length)
+            return figures.to_pixels(figures.entropy_heatmap(entropy, ceiling, recipe.architecture))
+
+        live = Live(report_to, draw)
     try:
-        folder = train_run(recipe, run)
+        folder = train_run(recipe, run, live)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
@@ -50,16 +68,24 @@ def train(run: Path, recipe: Recipe) -> None:
     print(f"model in {folder}")
 
 
-def evaluate(model: Path, corpus: str = "stdlib", batch_size: int = 32, json: bool = False) -> None:
+def evaluate(
+    model: Path,
+    corpus: str = "stdlib",
+    batch_size: int = 32,
+    exp_iterations: int | None = None,
+    json: bool = False,
+) -> None:
     """Held-out perplexity of a trained model.
 
     Args:
         model: run folder or saved model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
+        exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
+            softmax; by default what the model was trained with
         json: print one JSON object
     """
-    result, _ = _evaluate(model, corpus, batch_size)
+    result = _evaluate(*_heldout(model, corpus, exp_iterations), batch_size)
     if json:
         _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
     else:
@@ -73,28 +99,54 @@ def diagnose_heads(
     model: Path,
     corpus: str = "stdlib",
     batch_size: int = 32,
+    exp_iterations: int | None = None,
+    sequences: int | None = None,
+    context_length: int | None = None,
     heatmap: Path | None = None,
+    html: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Where the attention heads of a model stand between collapse and overload.
+    """Where the attention heads of a model stand between collapse and overload, and where they look.
 
     Args:
-        model: run folder or saved model
+        model: run folder, saved model, or the folder of any Hugging Face causal language model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
-        heatmap: PNG to write; by default entropy.png in the folder of the model
+        exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
+        sequences: held-out sequences to use; by default all, and 32 for models that are not entropi's
+        context_length: tokens a sequence; by default what the model takes, and at most 1024
+        heatmap: PNG or SVG to write; by default entropy.png in the folder of the model
+        html: page to write, with everything that entropi report shows of a run
         json: print one JSON object
     """
     with _extra("report"):
         from entropi.report import figures
+        from entropi.report.page import pattern_in_words, write_diagnosis
+    from entropi.training.evaluation import PATTERN_SEQUENCES, observe_patterns
     from entropi.training.run import diagnose_heldout
 
+    for path in (heatmap, html):
+        if path is not None:
+            _check_parent(path)
     picture = heatmap or model / "entropy.png"
-    if heatmap is not None:
-        _check_parent(heatmap)
-    result, context_length = _evaluate(model, corpus, batch_size)
-    found = diagnose_heldout(result, context_length)
-    figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name), picture)
+    loaded, blocks = _heldout(model, corpus, exp_iterations, sequences, context_length)
+    result = _evaluate(loaded, blocks, batch_size)
+    source = f"held-out text of {Path(corpus).name}, {len(blocks):,} sequences"
+    found = diagnose_heldout(result, blocks.shape[1], source)
+    found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
+    figure = figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name)
+    figures.write_figure(figure, picture)
+    with ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line:
+        pattern = observe_patterns(loaded, blocks[:PATTERN_SEQUENCES], line.update)
+    if html is not None:
+        evaluation = records.Evaluation(
+            step=0,
+            cross_entropy=result.cross_entropy,
+            perplexity=result.perplexity,
+            tokens=result.tokens,
+            entropy=found.entropy,
+        )
+        write_diagnosis(model, [evaluation, found, pattern], html)
     if json:
         _print_json(found)
         return
@@ -108,7 +160,8 @@ def diagnose_heads(
     shares = " / ".join(f"{share:.0%}" for share in found.quartile_shares)
     print(f"quartile shares of the largest entropy {found.max_observed:.3f} nats: {shares}")
     print(found.verdict)
-    print(f"heatmap in {picture}")
+    print(pattern_in_words(pattern))
+    print(f"heatmap in {picture}" + (f", page in {html}" if html is not None else ""))
 
 
 def cost_of(
@@ -134,7 +187,8 @@ def cost_of(
         json: print one JSON object
     """
     from entropi.costs.operations import count
-    from entropi.model.configuration import EntropiConfig, split_training_name
+    from entropi.model.architectures import split_training_name
+    from entropi.model.configuration import EntropiConfig
 
     config = EntropiConfig(
         architecture=split_training_name(architecture)[0],
@@ -154,10 +208,13 @@ def cost_of(
         rows, columns = operation.shape
         print(f"  {operation.operation:10} {operation.count:4} x R^({rows} x {columns})")
     print(f"  FLOPs      FFN {found.ffn_flops / 1e9:.1f} G, attention {found.attention_flops / 1e9:.1f} G")
+    print(
+        f"  folded     FFN {count(config, seq_len, folded=True).ffn_flops / 1e9:.1f} G, what private inference computes"
+    )
 
 
 def fold_model(model: Path, output: Path) -> None:
-    """Fold a softmax-only model: everything linear disappears into neighbouring matrices.
+    """Fold a model: everything linear disappears into neighbouring matrices.
 
     Args:
         model: run folder or saved model
@@ -171,7 +228,12 @@ def fold_model(model: Path, output: Path) -> None:
     folded.save(output)
     shutil.copy(folder / "tokenizer.json", output)
     explicit = folded.description["explicit_ffn"]
-    kept = f"feed-forward networks kept in layers {explicit}" if explicit else "every feed-forward network folded away"
+    if not loaded.config.parts.softmax_only:
+        kept = "gains, biases and scalings folded away; norms and activations remain"
+    elif explicit:
+        kept = f"linear feed-forward networks kept in layers {', '.join(map(str, explicit))}, folded away in the others"
+    else:
+        kept = "every feed-forward network folded away"
     print(f"{kept}; condition numbers up to {max(folded.conditions):.1f}; written to {output}")
 
 
@@ -507,8 +569,8 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
     """Parsed values as the arguments of a command."""
     values = {k: v for k, v in given.as_dict().items() if k != "config"}
     if function is train:
-        run = values.pop("run")
-        return {"run": run, "recipe": Recipe(**values)}
+        own = {name: values.pop(name) for name in ("run", "report_to")}
+        return {**own, "recipe": Recipe(**values)}
     return values
 
 
@@ -597,25 +659,66 @@ def _check_parent(path: Path) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
 
-def _evaluate(model: Path, corpus: str, batch_size: int) -> tuple[Any, int]:
-    """The `HeldOut` of a model on a corpus, with its own tokenizer; and its context length."""
-    import torch
+def _heldout(
+    model: Path,
+    corpus: str,
+    exp_iterations: int | None,
+    sequences: int | None = None,
+    context_length: int | None = None,
+) -> tuple[Any, Any]:
+    """A model and blocks `(N, T)` of the held-out part of a corpus, made with its own tokenizer."""
+    import numpy as np
 
     from entropi.data.corpus import load_corpus
     from entropi.data.packing import pack
+    from entropi.data.tokenizer import END_OF_TEXT_ID
+    from entropi.training.run import model_type, open_causal_lm, open_model
+
+    for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, at least {least} is needed")
+    if model_type(model) in (None, "entropi"):
+        loaded, tokenizer, _ = open_model(model)
+        end, begins = END_OF_TEXT_ID, False
+        longest = usual = loaded.config.max_position_embeddings
+        if exp_iterations is not None:
+            loaded.set_exp_iterations(exp_iterations or None)
+    else:
+        if exp_iterations is not None:
+            raise UserError("exp_iterations is for models of entropi: others have the exact softmax")
+        loaded, tokenizer, end, begins = open_causal_lm(model)
+        sequences = sequences or FOREIGN_SEQUENCES
+        longest = getattr(loaded.config, "max_position_embeddings", None) or FOREIGN_CONTEXT
+        usual = min(longest, FOREIGN_CONTEXT)
+    length = context_length or usual
+    if length > longest:
+        raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
+    if begins:  # such models expect it, and many heads rest on it
+        blocks = np.insert(pack(load_corpus(corpus).heldout, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
+    else:
+        blocks = pack(load_corpus(corpus).heldout, tokenizer, length, end)[:sequences]
+    if not len(blocks):
+        raise UserError(f"the held-out part of {corpus} is shorter than one block of {length} tokens")
+    return loaded, blocks
+
+
+def _evaluate(model: Any, blocks: Any, batch_size: int) -> Any:
+    """The `HeldOut` of a model on `blocks` `(N, T)`."""
+    import torch
+
     from entropi.training.evaluation import evaluate_blocks
-    from entropi.training.run import open_model
 
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
-    loaded, tokenizer, _ = open_model(model)
-    context_length = loaded.config.max_position_embeddings
-    blocks = pack(load_corpus(corpus).heldout, tokenizer, context_length)
-    if not len(blocks):
-        raise UserError(f"the held-out part of {corpus} is shorter than one block of {context_length} tokens")
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = max(1, min(batch_size, MAX_LOGITS // (blocks.shape[1] * model.config.vocab_size)))
     with ProgressLine("evaluating on held-out text", len(blocks)) as line:
-        return evaluate_blocks(loaded, blocks, batch_size, line.update), context_length
+        try:
+            return evaluate_blocks(model, blocks, batch_size, line.update)
+        except ValueError as error:
+            if model.config.model_type == "entropi":
+                raise
+            raise UserError(str(error)) from None  # attention that `record_entropy` cannot stand in for
 
 
 def _print_json(value: Any) -> None:

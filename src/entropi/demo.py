@@ -28,6 +28,7 @@ from entropi.training.run import open_model, train
 
 BASELINE = "SM+LN+G"
 SOFTMAX_ONLY = "EReg(SM(t)+ScFuFFN)"
+EXP_ITERATIONS = 4  # of the softmax kernel it is trained with, which is then exact in private and cheap
 PROMPT = "    def __init__(self, name, value):\n        self.name ="
 NEW_TOKENS = 6
 SERVER_START_SECONDS = 120
@@ -40,9 +41,10 @@ def run_demo(folder: Path, steps: int) -> None:
     runs = {BASELINE: folder / "baseline", SOFTMAX_ONLY: folder / "softmax-only"}
     for number, (name, run) in enumerate(runs.items(), start=1):
         console.print(f"\n[bold]{number}/4  Train {name}[/bold]")
-        train(Recipe(architecture=name, steps=steps), run)
+        kernel = EXP_ITERATIONS if name == SOFTMAX_ONLY else 0
+        train(Recipe(architecture=name, steps=steps, exp_iterations=kernel), run)
         found = last(run, records.DiagnosisRecord)
-        figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
+        figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
         console.print(
             f"{name}: perplexity {last(run, records.Evaluation).perplexity:.1f}. {found.verdict}", markup=False
         )
@@ -107,7 +109,7 @@ def running_server(model: Path, log: Path) -> Iterator[str]:
 def compare_with_plaintext(
     model_path: Path, answer: records.PrivateRun, logits: np.ndarray
 ) -> records.PlaintextComparison:
-    """Private `logits` (tokens, V) against the trained model's, exact softmax and all, on the same tokens."""
+    """Private `logits` (tokens, V) against those of the trained model in the open, on the same tokens."""
     model, _, _ = open_model(model_path)
     errors, same, plain_tokens = [], [], []
     for index, row in enumerate(logits):

@@ -6,7 +6,7 @@ d hidden size, m FFN width, T sequence length, P positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from entropi.errors import UserError
 from entropi.records import CostRecord, OperationCount
@@ -18,11 +18,11 @@ class Parts(Protocol):
     @property
     def temperature(self) -> bool: ...
     @property
-    def norm(self) -> Literal["layernorm", "none"]: ...
+    def norm(self) -> str: ...  # "layernorm", "rmsnorm" or "none"
     @property
-    def activation(self) -> Literal["gelu", "relu", "identity"]: ...
+    def activation(self) -> str: ...  # "gelu", "relu", "leaky_relu", "square", "bilinear" or "identity"
     @property
-    def ffn(self) -> Literal["plain", "scaled", "fused"]: ...
+    def ffn(self) -> str: ...  # "plain", "scaled" or "fused"
 
 
 class Configuration(Protocol):
@@ -43,7 +43,15 @@ class Configuration(Protocol):
     @property
     def num_attention_heads(self) -> int: ...
     @property
+    def num_key_value_heads(self) -> int | None: ...  # None stands for num_attention_heads
+    @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def position_embedding(self) -> str: ...  # "learned" or "rotary"
+    @property
+    def temperature_granularity(self) -> str: ...  # "position" or "head"
+    @property
+    def leaky_slope_learned(self) -> str: ...  # "fixed", "layer" or "global"
     @property
     def bias(self) -> str: ...  # "all", "qk" or "none"
     @property
@@ -64,82 +72,138 @@ def _ffn_width(config: Configuration) -> int:
     return 4 * config.hidden_size if config.intermediate_size is None else config.intermediate_size
 
 
-def nonlinear_operations(config: Configuration, seq_len: int) -> list[OperationCount]:
+def _key_value_width(config: Configuration) -> int:
+    """Columns of all keys, or values, of one token; less than d with grouped queries."""
+    heads = config.num_key_value_heads or config.num_attention_heads
+    return config.hidden_size // config.num_attention_heads * heads
+
+
+def _has_linear_map(config: Configuration) -> bool:
+    """Whether folding leaves a d x d matrix of each feed-forward network: the linear part of one behind a norm."""
+    return config.parts.norm != "none" and config.parts.activation in ("identity", "leaky_relu")
+
+
+def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = False) -> list[OperationCount]:
     """Nonlinear operations of one forward pass over `seq_len` tokens (2501.03489, Tables 2, 3, 5 and 6).
 
-    Softmax L*H times on `(T, T)`; LayerNorm 2L times on `(T, d)`; GELU or ReLU L times on `(T, m)`, m = 4d in
-    the paper. Like the paper, this leaves out the one LayerNorm before the language-model head. Raises
-    `UserError` for a `seq_len` that the model has no positions for.
+    Softmax L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`; the activation L times on `(T, m)`,
+    m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of two secrets.
+    Folding turns LayerNorm into RMSNorm without parameters and leaky ReLU into ReLU. Like the paper, this leaves out
+    the one norm before the language-model head. Raises `UserError` for a `seq_len` that the model has no positions for.
     """
     _check_length(config, seq_len)
     layers, parts = config.num_hidden_layers, config.parts
     counts = [OperationCount(operation="softmax", count=layers * config.num_attention_heads, shape=(seq_len, seq_len))]
-    if parts.norm == "layernorm":
-        counts.append(OperationCount(operation="layernorm", count=2 * layers, shape=(seq_len, config.hidden_size)))
+    if parts.norm != "none":
+        norm = "rmsnorm" if folded else parts.norm
+        counts.append(OperationCount(operation=norm, count=2 * layers, shape=(seq_len, config.hidden_size)))
     if parts.activation != "identity":
-        shape = (seq_len, _ffn_width(config))
-        counts.append(OperationCount(operation=parts.activation, count=layers, shape=shape))
+        activation = "relu" if folded and parts.activation == "leaky_relu" else parts.activation
+        counts.append(OperationCount(operation=activation, count=layers, shape=(seq_len, _ffn_width(config))))
     return counts
 
 
-def ffn_flops(config: Configuration, seq_len: int) -> int:
+def ffn_flops(config: Configuration, seq_len: int, *, folded: bool = False) -> int:
     """FLOPs of all feed-forward blocks for `seq_len` tokens; a multiplication and an addition count as two.
 
     4 d m T L with two matrices, which is 16 d^2 T L at m = 4d, or 2 d^2 T L with the fused one; these give
-    the FFN figures of Tables 2, 3, 5 and 6. Raises `UserError` as `nonlinear_operations`.
+    the FFN figures of Tables 2, 3, 5 and 6. A bilinear network has three matrices. Folding leaves nothing of a linear
+    network, or one d x d matrix where a norm stands before it. Raises `UserError` as `nonlinear_operations`.
     """
     _check_length(config, seq_len)
-    width = config.hidden_size
-    per_token = 2 * width * width if config.parts.ffn == "fused" else 4 * width * _ffn_width(config)
+    width, parts = config.hidden_size, config.parts
+    matrices = 3 if parts.activation == "bilinear" else 2
+    per_token = 2 * width * width if parts.ffn == "fused" else 2 * matrices * width * _ffn_width(config)
+    if folded:
+        if parts.activation == "identity":
+            per_token = 0
+        if _has_linear_map(config):
+            per_token += 2 * width * width
     return per_token * seq_len * config.num_hidden_layers
 
 
 def attention_flops(config: Configuration, seq_len: int) -> int:
     """FLOPs of all attention blocks for `seq_len` tokens: 8 d^2 T L + 3 T^2 d L.
 
-    This is the formula behind the attention figures of Tables 2, 3, 5 and 6: the four projections in full,
-    and 3 T^2 d a layer for scores and weighted values. Raises `UserError` as `nonlinear_operations`.
+    This is the formula behind the attention figures of Tables 2, 3, 5 and 6: the four projections in full (less
+    with grouped queries), and 3 T^2 d a layer for scores and weighted values. Folding changes nothing here. Raises
+    `UserError` as `nonlinear_operations`.
     """
     _check_length(config, seq_len)
     width = config.hidden_size
-    return (8 * width * width * seq_len + 3 * seq_len * seq_len * width) * config.num_hidden_layers
+    projections = 4 * width * (width + _key_value_width(config))
+    return (projections * seq_len + 3 * seq_len * seq_len * width) * config.num_hidden_layers
 
 
 def parameters(config: Configuration) -> int:
     """Number of parameters inference needs, exactly as the model has them; a head tied to the embedding is free.
 
-    V d + P d for the embeddings and 2d for the final LayerNorm; in each layer 4 d^2 for attention, 2 d m
-    (fused: d^2) for the FFN, 4d for two LayerNorms, 2 for alpha and beta of Eq. 8, H P for the temperature,
-    and the biases that `config.bias` keeps. The regulariser's thresholds take no part in inference and are left out.
+    V d + P d for the embeddings (V d with rotary positions) and 2d for the final LayerNorm; in each layer 2 d^2 +
+    2 d G k for attention with G heads of keys and values, 2 d m (bilinear: 3 d m, fused: d^2) for the FFN, 4d for two
+    LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, 1 for a leaky ReLU's
+    learned slope, and the biases that `config.bias` keeps. A normalised weight counts as the matrix it is; the
+    regulariser's thresholds take no part in inference and are left out.
     """
     parts = config.parts
-    width, inner = config.hidden_size, _ffn_width(config)
+    width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
     fused = parts.ffn == "fused"
-    layer = 4 * width * width + (width * width if fused else 2 * width * inner)
+    up = 2 * inner if parts.activation == "bilinear" else inner
+    layer = 2 * width * (width + shared) + (width * width if fused else width * (up + inner))
     if config.bias == "all":
-        layer += 4 * width + (width if fused else inner + width)
+        layer += 2 * width + 2 * shared + (width if fused else up + width)
     elif config.bias == "qk":
-        layer += 2 * width
-    if parts.norm == "layernorm":
-        layer += 4 * width
+        layer += width + shared
+    gains = {"layernorm": 2, "rmsnorm": 1, "none": 0}
+    layer += 2 * gains[parts.norm] * width
     if parts.ffn != "plain":
         layer += 2
     if parts.temperature:
+        positions = config.max_position_embeddings if config.temperature_granularity == "position" else 1
+        layer += config.num_attention_heads * positions
+    slopes = {"layer": config.num_hidden_layers, "global": 1, "fixed": 0}[config.leaky_slope_learned]
+    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    if config.position_embedding == "learned":
+        rows += config.max_position_embeddings
+    final = (gains["rmsnorm"] if parts.norm == "rmsnorm" else gains["layernorm"]) * width if config.final_norm else 0
+    leaky = slopes if parts.activation == "leaky_relu" else 0
+    return rows * width + config.num_hidden_layers * layer + final + leaky
+
+
+def folded_parameters(config: Configuration) -> int:
+    """Numbers that the folded form holds, all temperatures by position taken to differ and every layer to fold.
+
+    Embedding and head are two matrices there, every matrix has a bias, and a model without norms has one d x d
+    matrix before its final norm.
+    """
+    parts = config.parts
+    width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
+    layer = (width + 1) * (width + 2 * shared) + (width + 1) * width
+    if parts.temperature and config.temperature_granularity == "position":
         layer += config.num_attention_heads * config.max_position_embeddings
-    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2) + config.max_position_embeddings
-    return rows * width + config.num_hidden_layers * layer + (2 * width if config.final_norm else 0)
+    if parts.activation != "identity":
+        up = 2 * inner if parts.activation == "bilinear" else inner
+        layer += (width + 1) * up + (inner + 1) * width
+    if _has_linear_map(config):
+        layer += (width + 1) * width
+    ends = config.vocab_size * width + (width + 1) * config.vocab_size
+    if config.position_embedding == "learned":
+        ends += config.max_position_embeddings * width
+    if config.final_norm and parts.norm == "none":
+        ends += width * width
+    return ends + config.num_hidden_layers * layer
 
 
-def count(config: Configuration, seq_len: int) -> CostRecord:
-    """All counts for one forward pass over `seq_len` tokens, before folding.
+def count(config: Configuration, seq_len: int, *, folded: bool = False) -> CostRecord:
+    """All counts for one forward pass over `seq_len` tokens, before folding or after.
 
     Raises `UserError` for a `seq_len` that the model has no positions for.
     """
     return CostRecord(
         architecture=config.architecture,
         seq_len=seq_len,
-        parameters=parameters(config),
-        nonlinear=nonlinear_operations(config, seq_len),
-        ffn_flops=ffn_flops(config, seq_len),
+        parameters=folded_parameters(config) if folded else parameters(config),
+        nonlinear=nonlinear_operations(config, seq_len, folded=folded),
+        ffn_flops=ffn_flops(config, seq_len, folded=folded),
         attention_flops=attention_flops(config, seq_len),
+        folded=folded,
     )

@@ -2,7 +2,8 @@
 
 Notation, per row: s = scaled, masked logits (temperature included); p = softmax(s); L = logsumexp(s);
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
-E^(l,h) the mean of our H over rows). All entropies are in nats.
+E^(l,h) the mean of our H over rows). All entropies are in nats. With `exp_iterations` the log-weights l of
+`secure_softmax` take the place of s.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from entropi.entropy import native
+from entropi.entropy.secure_softmax import HIDDEN, check_iterations, log_weights, log_weights_backward
 
 Implementation = Literal["auto", "reference", "blockwise", "native", "triton"]
 
@@ -33,6 +35,7 @@ def entropy_attention(
     temperature: Tensor | None = None,
     attn_mask: Tensor | None = None,
     enable_gqa: bool = False,
+    exp_iterations: int | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention output and the entropy of every attention row.
@@ -44,7 +47,11 @@ def entropy_attention(
         scale: factor on the logits, 1/sqrt(D) by default.
         temperature: divides the logits of a row (Eq. 9); broadcasts against `(H, T)` or `(B, H, T)`.
             Receives gradients.
-        attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or additive. No gradients.
+        attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or additive. No gradients. What is
+            added hides a key from -5e29 downwards; anything above counts as a logit.
+        exp_iterations: None is the exact softmax. A whole number t from 1 to 16 replaces its exponential by the one
+            that private inference evaluates, (1 + x/2^t)^(2^t) with x the distance to the row's largest visible
+            logit, clipped at -0.9 2^t; entropy is that of the weights so found. See `secure_softmax`.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`.
@@ -54,9 +61,11 @@ def entropy_attention(
         input). A row that sees nothing has output 0 and entropy 0.
 
     Raises:
-        ValueError: shapes that do not fit, naming them; an implementation that cannot run, saying why.
+        ValueError: shapes that do not fit, naming them; `exp_iterations` out of range; an implementation that cannot
+            run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
+    check_iterations(exp_iterations)
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -74,16 +83,16 @@ def entropy_attention(
     if (reason := able[implementation]) is not None:
         raise ValueError(f"implementation {implementation!r} cannot run here: {reason}")
     if implementation == "reference":
-        return _reference(query, key, value, attn_mask, is_causal)
+        return _reference(query, key, value, attn_mask, is_causal, exp_iterations)
     if implementation == "native":
-        output, entropy, _ = native.attention(query, key, value, attn_mask, is_causal)
+        output, entropy, *_ = native.attention(query, key, value, attn_mask, is_causal, exp_iterations)
         return output, entropy
     if implementation == "triton":
         from entropi.entropy import triton_kernel
 
-        output, entropy, _ = triton_kernel.attention(query, key, value, attn_mask, is_causal)
+        output, entropy, *_ = triton_kernel.attention(query, key, value, attn_mask, is_causal, exp_iterations)
         return output, entropy
-    return _Blockwise.apply(query, key, value, attn_mask, is_causal)
+    return _Blockwise.apply(query, key, value, attn_mask, is_causal, exp_iterations)
 
 
 def available_implementations(query: Tensor) -> dict[str, str | None]:
@@ -134,11 +143,13 @@ def _logits(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, fi
 
 
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, exp_iterations: int | None
 ) -> tuple[Tensor, Tensor]:
     """The definition, materialised; autograd differentiates it."""
     logits = _logits(query, key, mask, is_causal, key.shape[2] - query.shape[2])
-    visible = logits > MASKED / 2
+    if exp_iterations is not None:
+        logits = log_weights(logits, exp_iterations)
+    visible = logits > HIDDEN
     probabilities = torch.softmax(logits, dim=-1) * visible
     log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
     entropy = -(probabilities * log_probabilities).sum(dim=-1)
@@ -154,7 +165,13 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        exp_iterations: int | None,
     ) -> tuple[Tensor, Tensor]:
         output = torch.zeros_like(query)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -164,11 +181,13 @@ class _Blockwise(torch.autograd.Function):
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], is_causal):
                 part = _mask_block(mask, rows, keys)
                 logits = _logits(query[:, :, rows], key[:, :, keys], part, is_causal, first_row)
+                if exp_iterations is not None:
+                    logits = log_weights(logits, exp_iterations)
                 largest = logits.amax(dim=-1, keepdim=True)
                 # softmax() passes quickly over masked entries, where exp() crawls through underflow.
                 p = logits.softmax(dim=-1)
                 log_total = -p.amax(dim=-1, keepdim=True).log()  # p is exp(s - largest) / total, 1 / total at most
-                sees = largest > MASKED / 2
+                sees = largest > HIDDEN
                 if part is not None:
                     p *= sees
                 output[:, :, rows] = p.to(value.dtype) @ value[:, :, keys]
@@ -177,7 +196,7 @@ class _Blockwise(torch.autograd.Function):
                 entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
                 log_normaliser[:, :, rows] = (log_total + largest).squeeze(-1)
         ctx.save_for_backward(query, key, value, mask, output, entropy, log_normaliser)
-        ctx.is_causal = is_causal
+        ctx.is_causal, ctx.exp_iterations = is_causal, exp_iterations
         return output, entropy
 
     @staticmethod
@@ -188,20 +207,25 @@ class _Blockwise(torch.autograd.Function):
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], ctx.is_causal):
                 part = _mask_block(mask, rows, keys)
                 q, k, v, g = query[:, :, rows], key[:, :, keys], value[:, :, keys], grad_output[:, :, rows]
-                logits = _logits(q, k, part, ctx.is_causal, first_row)
+                logits = raw = _logits(q, k, part, ctx.is_causal, first_row)
+                if ctx.exp_iterations is not None:
+                    logits = log_weights(raw, ctx.exp_iterations)
                 p = logits.softmax(dim=-1)
                 log_p = logits.sub_(log_normaliser[:, :, rows, None])
                 if part is not None:
-                    p *= log_normaliser[:, :, rows, None] > MASKED / 2
+                    p *= log_normaliser[:, :, rows, None] > HIDDEN
                 grad_value[:, :, keys] += p.to(v.dtype).transpose(-1, -2) @ g
                 row_sum = (g.to(p.dtype) * output[:, :, rows].to(p.dtype)).sum(dim=-1, keepdim=True)
                 grad_h = grad_entropy[:, :, rows, None]
                 inner = (g @ v.transpose(-1, -2)).to(p.dtype)
                 inner -= row_sum + grad_h * entropy[:, :, rows, None]
-                grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p).to(q.dtype)
+                grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p)
+                if ctx.exp_iterations is not None:
+                    grad_s = log_weights_backward(grad_s, raw, ctx.exp_iterations)
+                grad_s = grad_s.to(q.dtype)
                 grad_query[:, :, rows] = grad_s @ k
                 grad_key[:, :, keys] += grad_s.transpose(-1, -2) @ q
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 def _blocks(queries: int, keys: int, is_causal: bool) -> list[tuple[slice, slice, int]]:

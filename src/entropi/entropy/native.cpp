@@ -1,12 +1,17 @@
 // Fused attention with row entropy for CPUs: forward and backward, float32 arithmetic, memory linear in length.
 //
 // Threads take tasks (a batch entry and head each, in the forward pass a chunk of its query rows) from a shared counter
-// until none is left. They are those of torch's own OpenMP runtime where it has one: a second set of threads would
+// until none is left; in the backward pass, where heads are fewer than threads, a share of a head's key blocks, whose
+// shares of dQ are added afterwards. They are those of torch's own OpenMP runtime where it has one: a second set of threads would
 // compete with the first, which spins between its parallel regions.
 //
 // Notation per row: s logits, p = exp(s - L), L log-normaliser, H entropy. Online over blocks of keys, with m the
 // largest logit so far: l = sum exp(s - m), w = sum exp(s - m) (s - m); a new maximum m' = m - delta rescales
 // l by e^-delta and turns w into e^-delta (w - delta l). In the end L = m + log l and H = log l - w / l.
+//
+// With `iterations` = t > 0 the exponential is k(x) = (1 + x / 2^t)^(2^t) of x = s - m (see secure_softmax.py). It has no
+// such rule for a new maximum, so the logits of a block of rows are all kept until m is known. Then l = sum k(x),
+// w = sum k(x) log k(x), L = log l.
 
 #include <atomic>
 #include <cmath>
@@ -63,6 +68,48 @@ static inline vec exp_nonpositive(vec x) {
   vec power;
   std::memcpy(&power, &exponent, sizeof power);
   return x < -87.0f ? splat(0.0f) : y * power;
+}
+
+// log(1 + y) for y in [-1, 0], below -69 at -1: 1 + y = 2^n (1 + f) with 1 + f within [sqrt 1/2, sqrt 2], then a polynomial
+// in f, which is y itself where n = 0 and loses nothing there. Relative error below 2e-7.
+static inline vec log_of_1_plus(vec y) {
+  const int32_t root = 0x3f3504f3;  // the bits of sqrt 1/2
+  vec u = larger(y + 1.0f, splat(1e-30f));
+  ivec bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  ivec exponent = (bits - root) >> 23;
+  bits -= exponent << 23;
+  vec f, n = __builtin_convertvector(exponent, vec);
+  std::memcpy(&f, &bits, sizeof f);
+  f = n == 0.0f ? y : f - 1.0f;
+  vec z = f * f, p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return (p * f * z - n * 2.12194440e-4f - z * 0.5f) + f + n * 0.693359375f;
+}
+
+// k(x) = (1 + x / 2^t)^(2^t) of x <= 0 and its logarithm. The last five squarings are of the base u itself; those before
+// are of y = u - 1, because u would round away what 2^t multiplies: (1 + y)^2 = 1 + y (2 + y).
+constexpr int PLAIN_SQUARINGS = 5;
+static inline void power_kernel(vec x, int iterations, float lowest, vec &weight, vec &log_weight) {
+  const int plain = iterations < PLAIN_SQUARINGS ? iterations : PLAIN_SQUARINGS;
+  vec y = larger(x, splat(lowest)) * (1.0f / float(1 << iterations));
+  for (int i = plain; i < iterations; i++) y = y * (y + 2.0f);
+  log_weight = log_of_1_plus(y) * float(1 << plain);
+  vec u = y + 1.0f;
+  u = u < 0.0655f ? splat(0.0f) : u;  // its 32nd power would be denormal, which is slow; clipped bases are at least 0.1
+  for (int i = 0; i < plain; i++) u = u * u;
+  weight = u;
+}
+// Its slope relative to itself: d log k / dx.
+static inline vec power_kernel_rate(vec x, int iterations, float lowest) {
+  return x < lowest ? splat(0.0f) : 1.0f / (x * (1.0f / float(1 << iterations)) + 1.0f);
 }
 
 // C (M x N) = or += sum over k of A(i, k) B[k], A with strides (row, col), N a multiple of LANES.
@@ -139,6 +186,10 @@ struct Problem {
   int mask_kind;  // 0 none, 1 bytes (0 hides), 2 floats that are added
   float *entropy, *log_normaliser;  // (B, H, T) contiguous
   const float *grad_entropy;
+  int iterations;  // t of the power kernel, 0 for the exponential
+  float lowest;    // where it clips x
+  float *largest;  // (B, H, T): what the backward pass needs of it, m and the first key that has it
+  int32_t *first;
 };
 
 static float *scratch(long floats) {
@@ -191,6 +242,69 @@ static inline long columns_of(long block, long reach) {
   return columns < KEYS ? columns : KEYS;
 }
 
+// The results of rows whose sums are complete.
+static void store_rows(const Problem &p, long b, long h, long start, long rows, long padded, const float *out, const float *m, const float *l, const float *w) {
+  for (long r = 0; r < rows; r++) {
+    const long index = (b * p.heads + h) * p.queries + start + r;
+    const bool sees = l[r] != 0;  // true of what is not a number, which must not be hidden
+    const float log_l = sees ? std::log(l[r]) : 0.0f, entropy = sees ? log_l - w[r] / l[r] : 0.0f;
+    p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
+    p.log_normaliser[index] = sees ? (p.iterations ? log_l : m[r] + log_l) : MASKED;
+    void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
+    const float scale = sees ? 1.0f / l[r] : 0.0f;
+    for (long d = 0; d < p.width; d++) write(to, d, p.kind, out[r * padded + d] * scale);
+  }
+}
+
+// Sums m, l, w and the unnormalised output of a block of rows under the power kernel; `s` holds all their logits.
+static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const float *q, const float *keys_t, const float *values, long padded, float *s, float *out, float *m, float *l, float *w) {
+  const long offset = p.keys - p.queries;
+  int32_t *first = p.first + (b * p.heads + h) * p.queries + start;
+  for (long r = 0; r < rows; r++) first[r] = 0;
+  for (long block = 0; block < reach; block += KEYS) {
+    const long columns = columns_of(block, reach);
+    float *logits = s + block * ROWS;
+    matmul(rows, columns, p.width, q, padded, 1, keys_t + block * p.width, KEYS, logits, KEYS, false);
+    for (long r = 0; r < rows; r++) {
+      float *row = logits + r * KEYS;
+      const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
+      hide(p, b, h, start + r, block, columns, limit, row);
+      vec top = load(row);
+      for (long j = LANES; j < columns; j += LANES) top = larger(load(row + j), top);
+      float largest = m[r];
+      for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+      if (largest > m[r]) {
+        long j = 0;
+        while (j < columns - 1 && row[j] != largest) j++;
+        m[r] = largest;
+        first[r] = int32_t(block + j);
+      }
+    }
+  }
+  for (long r = 0; r < rows; r++) p.largest[(b * p.heads + h) * p.queries + start + r] = m[r];
+  for (long block = 0; block < reach; block += KEYS) {
+    const long columns = columns_of(block, reach);
+    float *logits = s + block * ROWS;
+    for (long r = 0; r < rows; r++) {
+      float *row = logits + r * KEYS;
+      const bool sees = m[r] > MASKED / 2;
+      vec sum_l{}, sum_w{};
+      for (long j = 0; j < columns; j += LANES) {
+        vec given = load(row + j), weight, log_weight;
+        power_kernel(given - m[r], p.iterations, p.lowest, weight, log_weight);
+        // Clipped keys weigh something for small t, hidden ones never; what is not a number stays.
+        weight = given <= MASKED / 2 ? splat(0.0f) : (sees ? weight : given);
+        sum_l += weight;
+        sum_w += weight * log_weight;
+        store(row + j, weight);
+      }
+      l[r] += sum(sum_l);
+      w[r] += sum(sum_w);
+    }
+    matmul(rows, padded, columns, logits, KEYS, 1, values + block * padded, padded, out, padded, true);
+  }
+}
+
 static void forward_chunk(const Problem &p, long b, long h, long first, long last) {
   const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
   long seen = p.causal ? last + offset : p.keys;
@@ -198,7 +312,7 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
   const long padded_keys = round_up(seen, KEYS);
   float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
   float *keys_t = scratch(padded_keys * p.width), *q = scratch(ROWS * padded), *out = scratch(ROWS * padded);
-  float *s = scratch(ROWS * KEYS);
+  float *s = scratch(ROWS * (p.iterations ? padded_keys : KEYS));
   take_rows(p, p.key, b, h, 0, seen, padded_keys, padded, keys);
   take_rows(p, p.value, b, h, 0, seen, padded_keys, padded, values);
   transpose_blocks(keys, padded_keys, padded, p.width, keys_t);
@@ -209,6 +323,11 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
     float m[ROWS], l[ROWS], w[ROWS];
     for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
     const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
+    if (p.iterations) {
+      power_rows(p, b, h, start, rows, reach, seen, q, keys_t, values, padded, s, out, m, l, w);
+      store_rows(p, b, h, start, rows, padded, out, m, l, w);
+      continue;
+    }
     for (long block = 0; block < reach; block += KEYS) {
       const long columns = columns_of(block, reach);
       matmul(rows, columns, p.width, q, padded, 1, keys_t + block * p.width, KEYS, s, KEYS, false);
@@ -247,27 +366,51 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
       }
       matmul(rows, padded, columns, s, KEYS, 1, values + block * padded, padded, out, padded, true);
     }
-    for (long r = 0; r < rows; r++) {
-      const long index = (b * p.heads + h) * p.queries + start + r;
-      const bool sees = l[r] != 0;  // true of what is not a number, which must not be hidden
-      const float log_l = sees ? std::log(l[r]) : 0.0f, entropy = sees ? log_l - w[r] / l[r] : 0.0f;
-      p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
-      p.log_normaliser[index] = sees ? m[r] + log_l : MASKED;
-      void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
-      const float scale = sees ? 1.0f / l[r] : 0.0f;
-      for (long d = 0; d < p.width; d++) write(to, d, p.kind, out[r * padded + d] * scale);
-    }
+    store_rows(p, b, h, start, rows, padded, out, m, l, w);
   }
   for (float *x : {keys, values, keys_t, q, out, s}) std::free(x);
 }
 
-static void backward_head(const Problem &p, long b, long h) {
+// Turns logits and dP of a row of a block into p and dS as far as that does not pass through the row's maximum; returns
+// the row's share of what does.
+static float power_slopes(const Problem &p, float *sr, float *dr, long columns, float largest, float log_n, float row_sum, float grad_h) {
+  const float scale = std::exp(-log_n);
+  vec total{};
+  for (long j = 0; j < columns; j += LANES) {
+    vec given = load(sr + j), x = given - largest, weight, log_weight;
+    x = x > 0.0f ? splat(0.0f) : x;
+    power_kernel(x, p.iterations, p.lowest, weight, log_weight);
+    vec prob = given <= MASKED / 2 ? splat(0.0f) : weight * scale;
+    vec slope = load(dr + j) - row_sum - grad_h * (log_weight - log_n);
+    vec ds = prob * slope * power_kernel_rate(x, p.iterations, p.lowest);
+    total += ds;
+    store(sr + j, prob);
+    store(dr + j, ds);
+  }
+  return sum(total);
+}
+
+// What the blocks of keys of a head add to. Pieces of a head share dk, in which each has its own rows.
+struct Sums {
+  float *dq, *dk, *correction;
+};
+static Sums sums_of(const Problem &p, bool with_dk) {
+  const long padded = round_up(p.width, LANES);
+  return {scratch(p.queries * padded), with_dk ? scratch(round_up(p.keys, KEYS) * padded) : nullptr, scratch(p.queries)};
+}
+static void release(const Sums &sums) {
+  for (float *x : {sums.dq, sums.dk, sums.correction}) std::free(x);
+}
+
+// The gradients of one head from every `pieces`-th block of keys, beginning with number `piece`: dV is written, the rest
+// left in `dq`, `dk` and `correction` for `backward_finish`.
+static void backward_blocks(const Problem &p, long b, long h, long piece, long pieces, float *dq, float *dk, float *correction) {
   const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
   const long padded_keys = round_up(p.keys, KEYS);
   float *q = scratch(p.queries * padded), *g = scratch(p.queries * padded);
   float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
   float *keys_t = scratch(padded_keys * p.width), *values_t = scratch(padded_keys * p.width);
-  float *dq = scratch(p.queries * padded), *dk = scratch(KEYS * padded), *dv = scratch(KEYS * padded);
+  float *dv = scratch(KEYS * padded);
   float *s = scratch(ROWS * KEYS), *dp = scratch(ROWS * KEYS), *row_sum = scratch(p.queries);
   take_rows(p, p.query, b, h, 0, p.queries, p.queries, padded, q);
   take_rows(p, p.grad_output, b, h, 0, p.queries, p.queries, padded, g);
@@ -278,14 +421,16 @@ static void backward_head(const Problem &p, long b, long h) {
   std::memset(dq, 0, size_t(p.queries * padded) * 4);
   const long base = (b * p.heads + h) * p.queries;
   const float *log_n = p.log_normaliser + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
+  const float *largest = p.largest + base;
   for (long t = 0; t < p.queries; t++) {  // rowsum(g_O * O) + g_H H, what every dP of the row is reduced by
     const void *row = at(p.output, b, h, t, p.kind);
     float total = 0;
     for (long d = 0; d < p.width; d++) total += g[t * padded + d] * read(row, d, p.kind);
     row_sum[t] = total + grad_h[t] * entropy[t];
+    correction[t] = 0;
   }
-  for (long block = 0; block < p.keys; block += KEYS) {
-    std::memset(dk, 0, size_t(KEYS * padded) * 4);
+  for (long block = piece * KEYS; block < p.keys; block += pieces * KEYS) {
+    std::memset(dk + block * padded, 0, size_t(KEYS * padded) * 4);
     std::memset(dv, 0, size_t(KEYS * padded) * 4);
     long begin = p.causal ? block - offset : 0;  // the first row that sees this block
     begin = begin < 0 ? 0 : begin;
@@ -304,6 +449,10 @@ static void backward_head(const Problem &p, long b, long h) {
           std::memset(dr, 0, KEYS * 4);
           continue;
         }
+        if (p.iterations) {
+          correction[t] += power_slopes(p, sr, dr, columns, largest[t], log_n[t], row_sum[t], grad_h[t]);
+          continue;
+        }
         for (long j = 0; j < columns; j += LANES) {
           vec x = load(sr + j) - log_n[t];
           vec prob = exp_nonpositive(x > 0.0f ? splat(0.0f) : x);  // rounding may leave x a little above 0
@@ -313,23 +462,41 @@ static void backward_head(const Problem &p, long b, long h) {
         }
       }
       matmul(columns, padded, rows, s, 1, KEYS, g + start * padded, padded, dv, padded, true);
-      matmul(columns, padded, rows, dp, 1, KEYS, q + start * padded, padded, dk, padded, true);
+      matmul(columns, padded, rows, dp, 1, KEYS, q + start * padded, padded, dk + block * padded, padded, true);
       matmul(rows, padded, columns, dp, KEYS, 1, keys + block * padded, padded, dq + start * padded, padded, true);
     }
     for (long j = 0; j < KEYS && block + j < p.keys; j++) {
-      void *to_k = const_cast<void *>(at(p.grad_key, b, h, block + j, p.kind));
-      void *to_v = const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind));
-      for (long d = 0; d < p.width; d++) {
-        write(to_k, d, p.kind, dk[j * padded + d]);
-        write(to_v, d, p.kind, dv[j * padded + d]);
-      }
+      void *to = const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind));
+      for (long d = 0; d < p.width; d++) write(to, d, p.kind, dv[j * padded + d]);
     }
   }
+  for (float *x : {q, g, keys, values, keys_t, values_t, dv, s, dp, row_sum}) std::free(x);
+}
+
+// Adds the pieces of a head up, lets the gradient through the rows' maxima, and writes dQ and dK.
+static void backward_finish(const Problem &p, long b, long h, const Sums *sums, long pieces) {
+  const long padded = round_up(p.width, LANES), base = (b * p.heads + h) * p.queries;
+  float *dq = sums->dq, *dk = sums->dk, *correction = sums->correction;
+  for (long piece = 1; piece < pieces; piece++) {
+    for (long i = 0; i < p.queries * padded; i += LANES) store(dq + i, load(dq + i) + load(sums[piece].dq + i));
+    for (long t = 0; t < p.queries; t++) correction[t] += sums[piece].correction[t];
+  }
   for (long t = 0; t < p.queries; t++) {
+    if (p.iterations && p.log_normaliser[base + t] > MASKED / 2) {
+      const long j = p.first[base + t];
+      const void *q = at(p.query, b, h, t, p.kind), *k = at(p.key, b, h, j, p.kind);
+      for (long d = 0; d < p.width; d++) {
+        dq[t * padded + d] -= correction[t] * read(k, d, p.kind);
+        dk[j * padded + d] -= correction[t] * read(q, d, p.kind);
+      }
+    }
     void *to = const_cast<void *>(at(p.grad_query, b, h, t, p.kind));
     for (long d = 0; d < p.width; d++) write(to, d, p.kind, dq[t * padded + d]);
   }
-  for (float *x : {q, g, keys, values, keys_t, values_t, dq, dk, dv, s, dp, row_sum}) std::free(x);
+  for (long j = 0; j < p.keys; j++) {
+    void *to = const_cast<void *>(at(p.grad_key, b, h, j, p.kind));
+    for (long d = 0; d < p.width; d++) write(to, d, p.kind, dk[j * padded + d]);
+  }
 }
 
 // OpenMP's entry point `GOMP_parallel`: run a function on so many threads, the caller among them.
@@ -337,27 +504,38 @@ typedef void (*Parallel)(void (*work)(void *), void *data, unsigned threads, uns
 
 struct Call {
   const Problem *problem;
-  long chunks;  // 0 for the backward pass
+  long chunks;  // of query rows in the forward pass, of key blocks in the backward pass
+  enum { FORWARD, BACKWARD, PIECES, FINISH } pass;
+  Sums *sums;  // of all heads' pieces, where heads have several
   std::atomic<long> next;
 };
 
 static void work(void *data) {
   Call &call = *static_cast<Call *>(data);
   const Problem &p = *call.problem;
-  const long chunks = call.chunks ? call.chunks : 1, rows = (p.queries + chunks - 1) / chunks;
+  const long chunks = call.pass == Call::FORWARD || call.pass == Call::PIECES ? call.chunks : 1;
+  const long rows = (p.queries + chunks - 1) / chunks;
   for (long task; (task = call.next.fetch_add(1)) < p.batches * p.heads * chunks;) {
-    const long head = task / chunks, chunk = chunks - 1 - task % chunks;  // the longest chunk of a causal head first
-    const long first = chunk * rows, last = first + rows < p.queries ? first + rows : p.queries;
-    if (!call.chunks) {
-      backward_head(p, head / p.heads, head % p.heads);
-    } else if (first < last) {
-      forward_chunk(p, head / p.heads, head % p.heads, first, last);
+    const long head = task / chunks, b = head / p.heads, h = head % p.heads;
+    if (call.pass == Call::FORWARD) {
+      const long chunk = chunks - 1 - task % chunks;  // the longest chunk of a causal head first
+      const long first = chunk * rows, last = first + rows < p.queries ? first + rows : p.queries;
+      if (first < last) forward_chunk(p, b, h, first, last);
+    } else if (call.pass == Call::BACKWARD) {
+      const Sums sums = sums_of(p, true);
+      backward_blocks(p, b, h, 0, 1, sums.dq, sums.dk, sums.correction);
+      backward_finish(p, b, h, &sums, 1);
+      release(sums);
+    } else if (call.pass == Call::PIECES) {
+      const Sums &own = call.sums[task];
+      backward_blocks(p, b, h, task % chunks, chunks, own.dq, call.sums[head * chunks].dk, own.correction);
+    } else {
+      backward_finish(p, b, h, call.sums + head * call.chunks, call.chunks);
     }
   }
 }
 
-static void run(const Problem *problem, long chunks, unsigned threads, Parallel parallel) {
-  Call call{problem, chunks, {0}};
+static void run(Call &call, unsigned threads, Parallel parallel) {
   if (parallel && threads > 1) {
     parallel(work, &call, threads, 0);
     return;
@@ -369,8 +547,18 @@ static void run(const Problem *problem, long chunks, unsigned threads, Parallel 
 }
 
 extern "C" void entropi_forward(const Problem *problem, long chunks, unsigned threads, Parallel parallel) {
-  run(problem, chunks, threads, parallel);
+  Call call{problem, chunks, Call::FORWARD, nullptr, {0}};
+  run(call, threads, parallel);
 }
-extern "C" void entropi_backward(const Problem *problem, unsigned threads, Parallel parallel) {
-  run(problem, 0, threads, parallel);
+extern "C" void entropi_backward(const Problem *problem, long pieces, unsigned threads, Parallel parallel) {
+  if (pieces == 1) {
+    Call call{problem, 1, Call::BACKWARD, nullptr, {0}};
+    return run(call, threads, parallel);
+  }
+  std::vector<Sums> sums;
+  for (long i = 0; i < problem->batches * problem->heads * pieces; i++) sums.push_back(sums_of(*problem, i % pieces == 0));
+  Call first{problem, pieces, Call::PIECES, sums.data(), {0}}, second{problem, pieces, Call::FINISH, sums.data(), {0}};
+  run(first, threads, parallel);
+  run(second, threads, parallel);
+  for (const Sums &each : sums) release(each);
 }

@@ -20,8 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropi.cache import default_cache_dir
+from entropi.entropy.secure_softmax import lowest
+from entropi.errors import UserError
+
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+KEY_BLOCK = 128  # KEYS of native.cpp
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -48,6 +53,9 @@ class _Problem(ctypes.Structure):
         ("mask_column", ctypes.c_long),
         ("mask_kind", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("entropy", "log_normaliser", "grad_entropy")),
+        ("iterations", ctypes.c_int),
+        ("lowest", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("largest", "first")),
     )
 
 
@@ -93,13 +101,10 @@ def _compile(compiler: str, library: Path) -> None:
 
 def _cache_folder() -> Path:
     """Where compiled code is kept; readable and writable by this user alone."""
-    root = os.environ.get("ENTROPI_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "entropi"
-    )
-    folder = Path(os.path.expanduser(root)) / "native"
     try:
+        folder = default_cache_dir() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):
         return Path(tempfile.mkdtemp(prefix="entropi-native-"))
     return folder
 
@@ -125,7 +130,12 @@ def _parallel() -> Any:
     return None
 
 
-def _problem(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, **tensors: Tensor) -> _Problem:
+ROW_RESULTS = ("entropy", "log_normaliser", "largest", "first")
+
+
+def _problem(
+    query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, exp_iterations: int | None, **tensors: Tensor
+) -> _Problem:
     problem = _Problem(
         batches=query.shape[0],
         heads=query.shape[1],
@@ -136,9 +146,11 @@ def _problem(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, **te
         causal=int(causal),
         query=_view(query),
         key=_view(key),
+        iterations=exp_iterations or 0,
+        lowest=0.0 if exp_iterations is None else lowest(exp_iterations),
     )
     for name, tensor in tensors.items():
-        value: Any = tensor.data_ptr() if name in ("entropy", "log_normaliser", "grad_entropy") else _view(tensor)
+        value: Any = tensor.data_ptr() if name in (*ROW_RESULTS, "grad_entropy") else _view(tensor)
         setattr(problem, name, value)
     if mask is not None:
         problem.mask, problem.mask_column = _view(mask), mask.stride(3)
@@ -155,6 +167,18 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def row_results(query: Tensor, exp_iterations: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels return of every row beside the output, uninitialised.
+
+    `(B, H, T)` each: entropy, log-normaliser and, where the exponential is the power of `exp_iterations`, the largest
+    logit and the first key that has it (empty otherwise).
+    """
+    rows = query.shape[:3]
+    extra = (0,) if exp_iterations is None else rows
+    floats = (query.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, extra))
+    return *floats, query.new_empty(extra, dtype=torch.int32)  # type: ignore[return-value]
+
+
 def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """The mask as the kernel reads it: bool or float32, broadcast by strides of 0."""
     if mask is None:
@@ -165,23 +189,23 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 @torch.library.custom_op("entropi::attention", mutates_args=(), device_types="cpu")
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `(B, H, T, D)`, entropy and log-normaliser `(B, H, T)` of scaled queries."""
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, exp_iterations: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output `(B, H, T, D)`, entropy and log-normaliser `(B, H, T)` of scaled queries; see `row_results`."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     output = torch.empty(query.shape, dtype=query.dtype)
-    entropy, log_normaliser = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+    rows = row_results(query, exp_iterations)
     problem = _problem(
         query,
         key,
         causal,
         _mask(mask, query, key),
+        exp_iterations,
         value=value,
         output=output,
-        entropy=entropy,
-        log_normaliser=log_normaliser,
+        **dict(zip(ROW_RESULTS, rows)),
     )
     # Few heads over many threads: cut the query rows, at the price of packing keys once a piece.
     pieces = -(-4 * torch.get_num_threads() // max(1, query.shape[0] * query.shape[1]))
@@ -189,7 +213,7 @@ def attention(
     library.entropi_forward(
         ctypes.byref(problem), ctypes.c_long(chunks), ctypes.c_uint(torch.get_num_threads()), _parallel()
     )
-    return output, entropy, log_normaliser
+    return output, *rows
 
 
 @torch.library.custom_op("entropi::attention_backward", mutates_args=(), device_types="cpu")
@@ -199,9 +223,12 @@ def attention_backward(
     value: Tensor,
     mask: Tensor | None,
     causal: bool,
+    exp_iterations: int | None,
     output: Tensor,
     entropy: Tensor,
     log_normaliser: Tensor,
+    largest: Tensor,
+    first: Tensor,
     grad_output: Tensor,
     grad_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +247,7 @@ def attention_backward(
         key,
         causal,
         _mask(mask, query, key),
+        exp_iterations,
         value=value,
         output=output,
         grad_output=grad_output,
@@ -228,37 +256,45 @@ def attention_backward(
         grad_value=grads[2],
         entropy=entropy,
         log_normaliser=log_normaliser,
+        largest=largest,
+        first=first,
         grad_entropy=grad_entropy,
     )
-    library.entropi_backward(ctypes.byref(problem), ctypes.c_uint(torch.get_num_threads()), _parallel())
+    # Fewer heads than threads: share out a head's key blocks, at the price of a dQ and a packing a piece.
+    heads, threads = query.shape[0] * query.shape[1], torch.get_num_threads()
+    pieces = 1 if heads >= threads else -(-2 * threads // max(1, heads))
+    pieces = max(1, min(pieces, key.shape[2] // KEY_BLOCK))
+    library.entropi_backward(ctypes.byref(problem), ctypes.c_long(pieces), ctypes.c_uint(threads), _parallel())
     return grads[0], grads[1], grads[2]
 
 
 def make_differentiable(forward: Any, backward: Any) -> None:
     """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
 
-    Both kernels have these two operators: forward(query, key, value, mask, causal) -> output, entropy,
-    log-normaliser; backward(those five, those three, gradients of output and entropy) -> gradients of q, k, v.
+    Both kernels have these two operators: forward(query, key, value, mask, causal, exp_iterations) -> output and
+    `row_results`; backward(those six, those five, gradients of output and entropy) -> gradients of q, k, v.
     """
 
     @forward.register_fake
-    def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
-        row = query.new_empty(query.shape[:3], dtype=torch.float32)
-        return query.new_empty(query.shape), row, torch.empty_like(row)
+    def _(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, exp_iterations: int | None
+    ) -> tuple[Tensor, ...]:
+        return query.new_empty(query.shape), *row_results(query, exp_iterations)
 
     @backward.register_fake
     def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, mask, ctx.causal = inputs
+        query, key, value, mask, ctx.causal, ctx.exp_iterations = inputs
         ctx.save_for_backward(query, key, value, mask, *output)
-        ctx.mark_non_differentiable(output[2])
+        ctx.mark_non_differentiable(*output[2:])
 
-    def differentiate(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, *results = ctx.saved_tensors
         incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
-        return (*backward(query, key, value, mask, ctx.causal, *results, *incoming), None, None)
+        grads = backward(query, key, value, mask, ctx.causal, ctx.exp_iterations, *results, *incoming)
+        return (*grads, None, None, None)
 
     forward.register_autograd(differentiate, setup_context=save)
 

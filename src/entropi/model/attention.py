@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from entropi.entropy.attention import entropy_attention
+from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.recording import observe
 from entropi.model.configuration import EntropiConfig
+from entropi.model.normalization import make_linear
+
+
+class Temperature(nn.Module):
+    """Learnable softmax temperature t of SM(t) (Eq. 9): per head and query position, or per head."""
+
+    def __init__(self, config: EntropiConfig) -> None:
+        super().__init__()
+        positions = config.max_position_embeddings if config.temperature_granularity == "position" else 1
+        self.exponential = config.temperature_parametrization == "exp"
+        self.init = config.temperature_init
+        self.parameter = nn.Parameter(torch.empty(config.num_attention_heads, positions))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set every temperature to its initial value."""
+        self.parameter.fill_(self.init)
+        if self.exponential:
+            self.parameter.log_()
+
+    def values(self) -> Tensor:
+        """t, `(H, positions)` or `(H, 1)`."""
+        return self.parameter.exp() if self.exponential else self.parameter
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """t of the rows at `position_ids` `(B or 1, T)`, `(B or 1, H, T)`."""
+        values = self.values()
+        if values.shape[1] == 1:
+            return values[None]
+        return values[:, position_ids].transpose(0, 1)
 
 
 class EntropiAttention(nn.Module):
@@ -16,33 +50,64 @@ class EntropiAttention(nn.Module):
 
     def __init__(self, config: EntropiConfig, layer_idx: int) -> None:
         super().__init__()
-        width = config.hidden_size
+        assert config.num_key_value_heads is not None
+        width, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.layer_idx = layer_idx  # the name transformers uses
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.query = nn.Linear(width, width, bias=config.bias != "none")
-        self.key = nn.Linear(width, width, bias=config.bias != "none")
-        self.value = nn.Linear(width, width, bias=config.bias == "all")
-        self.output = nn.Linear(width, width, bias=config.bias == "all")
-        self.temperature: nn.Parameter | None = None  # t of Eq. 9, (H, positions)
-        if config.parts.temperature:
-            self.temperature = nn.Parameter(
-                torch.full((self.heads, config.max_position_embeddings), config.temperature_init)
-            )
+        self.head_dim, self.exp_iterations = config.head_dim, config.exp_iterations
+        self.query = make_linear(config, "query", width, width, bias=config.bias != "none")
+        self.key = make_linear(config, "key", width, shared, bias=config.bias != "none")
+        self.value = make_linear(config, "value", width, shared, bias=config.bias == "all")
+        self.output = make_linear(config, "output", width, width, bias=config.bias == "all")
+        self.temperature = Temperature(config) if config.parts.temperature else None
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor, attn_mask: Tensor | None, cache: Cache | None
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attn_mask: Tensor | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        """`(B, T, d)` -> output `(B, T, d)`, row entropies `(B, H, T)` in nats."""
+        """`(B, T, d)` -> output `(B, T, d)`, row entropies `(B, H, T)` in nats.
+
+        `rotation` holds cosines and sines `(B or 1, 1, T, r)` of rotary positions.
+        """
         batch, length, _ = hidden.shape
         query, key, value = (
-            projection(hidden).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+            projection(hidden).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        temperature = None
-        if self.temperature is not None:
-            temperature = self.temperature[:, position_ids].transpose(0, 1)  # (B or 1, H, T)
-        heads, entropy = entropy_attention(query, key, value, temperature=temperature, attn_mask=attn_mask)
-        observe(self, entropy, None if attn_mask is None else attn_mask[:, 0, :, -length:])
+        settings: dict[str, Any] = dict(
+            temperature=None if self.temperature is None else self.temperature(position_ids),
+            attn_mask=attn_mask,
+            enable_gqa=key.shape[1] != query.shape[1],
+            exp_iterations=self.exp_iterations,
+        )
+        heads, entropy = entropy_attention(query, key, value, **settings)
+        valid = None if attn_mask is None else attn_mask[:, 0, :, -length:]
+        observe(self, entropy, valid, lambda: attention_pattern(query, key, **settings))
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
+
+
+def rotation_of(position_ids: Tensor, dimensions: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(B or 1, 1, T, dimensions)` of `position_ids` `(B or 1, T)`, computed in float32 or wider.
+
+    Pair j of columns (j, j + dimensions / 2) turns by position * base^(-2 j / dimensions), as in GPT-NeoX and Llama.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, dimensions, 2, device=position_ids.device, dtype=wide) / dimensions
+    angles = position_ids[:, None, :, None].to(wide) * base**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the first columns of `(B, H, T, k)`, as many as `cosine` has."""
+    turning, rest = heads[..., : cosine.shape[-1]], heads[..., cosine.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.cat([turned, rest], dim=-1)

@@ -1,68 +1,23 @@
-"""What an entropi model is made of: the paper's architecture names, parsed once, and the sizes."""
+"""What an entropi model is made of: an architecture name and the sizes."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from entropi.errors import UserError
+from entropi.model.architectures import Parts, parse_architecture
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The choices an architecture name stands for (Table 1 and section 4 of the paper)."""
-
-    temperature: bool  # learnable softmax temperature per head and query position, "SM(t)"
-    norm: Literal["layernorm", "none"]
-    activation: Literal["gelu", "relu", "identity"]
-    ffn: Literal["plain", "scaled", "fused"]  # "ScFFN" and "ScFuFFN" are scaled as in Eq. 8
-
-    @property
-    def softmax_only(self) -> bool:
-        """Softmax is the only nonlinear operation in the layers."""
-        return self.norm == "none" and self.activation == "identity"
-
-
-_BODIES = {
-    "+LN+G": Parts(False, "layernorm", "gelu", "plain"),
-    "+LN+R": Parts(False, "layernorm", "relu", "plain"),
-    "+LN": Parts(False, "layernorm", "identity", "plain"),
-    "+G": Parts(False, "none", "gelu", "plain"),
-    "+R": Parts(False, "none", "relu", "plain"),
-    "": Parts(False, "none", "identity", "plain"),
-    "+ScFFN": Parts(False, "none", "identity", "scaled"),
-    "+ScFuFFN": Parts(False, "none", "identity", "fused"),
+_CHOICES = {
+    "bias": ("qk", "all", "none"),
+    "position_embedding": ("learned", "rotary"),
+    "temperature_granularity": ("position", "head"),
+    "temperature_parametrization": ("literal", "exp"),
+    "leaky_slope_learned": ("fixed", "layer", "global"),
 }
-ARCHITECTURES: dict[str, Parts] = {
-    f"{softmax}{body}": Parts(softmax == "SM(t)", parts.norm, parts.activation, parts.ffn)
-    for softmax in ("SM", "SM(t)")
-    for body, parts in _BODIES.items()
-}
-
-
-def parse_architecture(name: str) -> Parts:
-    """The parts of an architecture name.
-
-    Raises:
-        UserError: unknown name; lists the legal ones.
-    """
-    try:
-        return ARCHITECTURES[name.replace(" ", "")]
-    except KeyError:
-        raise UserError(f"unknown architecture {name!r}; legal are {', '.join(ARCHITECTURES)}") from None
-
-
-def split_training_name(name: str) -> tuple[str, bool]:
-    """("SM(t)+ScFuFFN", True) from "EReg(SM(t)+ScFuFFN)": the architecture, and whether entropy is regularised."""
-    bare = name.replace(" ", "")
-    match = re.fullmatch(r"EReg\((.*)\)", bare)
-    architecture = match.group(1) if match else bare
-    parse_architecture(architecture)
-    return architecture, match is not None
+_MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
 
 @strict
@@ -70,19 +25,35 @@ class EntropiConfig(PreTrainedConfig):
     """Configuration of an `EntropiForCausalLM`; the defaults are GPT-2 small's sizes.
 
     Args:
-        architecture: one of `ARCHITECTURES`, in the paper's notation.
+        architecture: what is kept and what is added, in the paper's notation; see `entropi.model.architectures`.
+        num_key_value_heads: grouped queries, fewer heads for keys and values; num_attention_heads by default.
         intermediate_size: width between the two FFN matrices, 4 * hidden_size by default; unused when fused.
+        position_embedding: "learned" (GPT-2), or "rotary": the first `rotary_fraction` of every head's width turns
+            with the position at frequencies `rotary_base` ** (-2 j / width) (GPT-NeoX, Llama).
+        parallel_residual: attention and FFN read the same state and both are added to it (GPT-NeoX).
         bias: which linear layers have one: "qk" (query and key, as in the authors' training code), "all" (GPT-2)
             or "none".
-        final_norm: LayerNorm before the LM head; the authors keep it in their LayerNorm-free models too, and
-            do not count it.
+        final_norm: the norm before the LM head, LayerNorm in models without a norm; the authors keep it in their
+            LayerNorm-free models too, and do not count it.
+        activation_function: which GELU stands for "G": "gelu_new" (GPT-2's tanh form) or "gelu".
+        leaky_slope: negative slope of "LeakyR", where it starts if it is learned.
+        leaky_slope_learned: "fixed", or learned one a "layer" or one for all layers ("global").
         initializer_range: standard deviation of initial weights; by default 0.02 * sqrt(768 / hidden_size), the
             usual 0.02 at GPT-2's width: without LayerNorm a fixed 0.02 starves narrow models.
+        exp_iterations: t of the softmax kernel (1 + x / 2^t)^(2^t) that private inference evaluates; None is the
+            exact softmax. A model trained with it answers in private exactly as in the open, and a small t is cheap.
         temperature_init: initial t of SM(t). The paper's 1e-2 (1e-1 on Languini), read literally with 1/t,
             multiplies the logits by 100 (10); 1 starts at the plain softmax.
+        temperature_granularity: a temperature per head and query "position" (the paper), or one per "head", which
+            folds into the query matrix and costs nothing in private.
+        temperature_parametrization: the parameter is t itself ("literal", the paper), or log t ("exp"), which can
+            neither reach 0 nor change sign.
         entropy_regularizer: options of `entropi.EntropyRegularizer` plus `weight` (lambda), or None. The
             thresholds are parameters of the model, so that they are trained, sharded and saved with it; they do
             not take part in inference.
+
+    Raises:
+        UserError: impossible values; names all of them and what would be legal.
     """
 
     model_type = "entropi"
@@ -93,14 +64,24 @@ class EntropiConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
     intermediate_size: int | None = None
     max_position_embeddings: int = 1024
+    position_embedding: str = "learned"
+    rotary_fraction: float = 1.0
+    rotary_base: float = 10000.0
+    parallel_residual: bool = False
     bias: str = "qk"
     final_norm: bool = True
     activation_function: str = "gelu_new"
+    leaky_slope: float = 0.01
+    leaky_slope_learned: str = "fixed"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float | None = None
+    exp_iterations: int | None = None
     temperature_init: float = 1.0
+    temperature_granularity: str = "position"
+    temperature_parametrization: str = "literal"
     entropy_regularizer: dict[str, Any] | None = None
     use_cache: bool = True
     bos_token_id: int | None = 0
@@ -109,37 +90,83 @@ class EntropiConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        problems = []
         self.architecture = self.architecture.replace(" ", "")
-        if self.architecture not in ARCHITECTURES:
-            problems.append(f"unknown architecture {self.architecture!r}; legal are {', '.join(ARCHITECTURES)}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_position_embeddings < 2:
-            problems.append(f"max_position_embeddings must be at least 2, got {self.max_position_embeddings}")
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.bias not in ("all", "qk", "none"):
-            problems.append(f"bias must be 'all', 'qk' or 'none', got {self.bias!r}")
-        if self.temperature_init <= 0:
-            problems.append(f"temperature_init must be positive, got {self.temperature_init}")
-        if problems:
-            raise UserError("; ".join(problems))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if problems := self.problems():
+            raise UserError("; ".join(problems))
         if self.initializer_range is None:
             self.initializer_range = 0.02 * (768 / self.hidden_size) ** 0.5
         super().__post_init__(**kwargs)
 
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values."""
+        problems = []
+        try:
+            parse_architecture(self.architecture)
+        except UserError as error:
+            problems.append(str(error))
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in (*sizes, "intermediate_size"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_position_embeddings < 2:
+            problems.append(f"max_position_embeddings must be at least 2, got {self.max_position_embeddings}")
+        for name, multiple in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, multiple) > 0 and getattr(self, name) % getattr(self, multiple):
+                problems.append(
+                    f"{name} {getattr(self, name)} is not a multiple of {multiple} {getattr(self, multiple)}"
+                )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                problems.append(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")
+        for name in ("temperature_init", "layer_norm_epsilon", "rotary_base"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.leaky_slope <= 1:
+            problems.append(f"leaky_slope must be between 0 (ReLU) and 1 (the identity), got {self.leaky_slope}")
+        if self.exp_iterations is not None and not 1 <= self.exp_iterations <= _MAX_EXP_ITERATIONS:
+            problems.append(
+                f"exp_iterations must be 1 to {_MAX_EXP_ITERATIONS}, or None for the exact softmax, "
+                f"got {self.exp_iterations}"
+            )
+        if not 0 < self.rotary_fraction <= 1:
+            problems.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
+        elif self.position_embedding == "rotary" and self.num_attention_heads > 0:
+            turning = self.head_dim * self.rotary_fraction
+            if round(turning) % 2 or abs(turning - round(turning)) > 1e-6 or round(turning) < 2:
+                problems.append(
+                    f"rotary_fraction {self.rotary_fraction} of {self.head_dim} columns a head is {turning:g}, "
+                    "an even number is needed"
+                )
+        return problems
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy the package's source beside every saved model that was loaded so."""
+
     @property
     def parts(self) -> Parts:
         """The parsed architecture."""
-        return ARCHITECTURES[self.architecture]
+        return parse_architecture(self.architecture)
 
     @property
     def head_dim(self) -> int:
         """d_k, the width of one head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dimensions(self) -> int:
+        """Columns of every head that turn with the position; 0 with learned positions."""
+        return round(self.head_dim * self.rotary_fraction) if self.position_embedding == "rotary" else 0
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    """'a', 'b' or 'c'."""
+    *first, last = (repr(choice) for choice in choices)
+    return f"{', '.join(first)} or {last}"

@@ -1,23 +1,34 @@
-"""The decoder-only model family as a transformers model, and its takeover of GPT-2 weights."""
+"""The decoder-only model family as a transformers model."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from entropi.entropy.regularizer import EntropyRegularizer
-from entropi.model.attention import EntropiAttention
+from entropi.errors import UserError
+from entropi.model import card, takeover
+from entropi.model.attention import EntropiAttention, Temperature, rotation_of
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
-from entropi.model.normalization import make_norm
+from entropi.model.normalization import iterate_spectral_norms, make_final_norm, make_norm, set_weight
 
 
 @dataclass
@@ -42,12 +53,21 @@ class EntropiBlock(GradientCheckpointingLayer):
         self.attention_norm = make_norm(config)
         self.attention = EntropiAttention(config, layer_index)
         self.feed_forward = make_feed_forward(config, make_norm(config))
+        self.parallel = config.parallel_residual
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor, attn_mask: Tensor | None, cache: Cache | None
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attn_mask: Tensor | None,
+        cache: Cache | None,
+        common_slope: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        attended, entropy = self.attention(self.attention_norm(hidden), position_ids, attn_mask, cache)
-        return self.feed_forward(hidden + attended), entropy
+        attended, entropy = self.attention(self.attention_norm(hidden), position_ids, rotation, attn_mask, cache)
+        if self.parallel:
+            return attended + self.feed_forward(hidden, common_slope), entropy
+        return self.feed_forward(hidden + attended, common_slope), entropy
 
 
 class EntropiPreTrainedModel(PreTrainedModel):
@@ -64,25 +84,28 @@ class EntropiPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: Any) -> None:
         std: Any = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(0.0, std)
+            set_weight(module, torch.empty_like(module.weight).normal_(0.0, std))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.weight.fill_(1.0)
-            module.bias.zero_()
+            if isinstance(module, nn.LayerNorm):
+                module.bias.zero_()
         elif isinstance(module, EntropyRegularizer):
             module.threshold.fill_(module.threshold_init)
-        if isinstance(module, EntropiAttention) and module.temperature is not None:
-            module.temperature.fill_(self.config.temperature_init)
+        elif isinstance(module, Temperature):
+            module.reset()
         if isinstance(module, FusedFeedForward | ScaledFeedForward):
             module.alpha.fill_(1.0)
             module.beta.fill_(1.0)
+        if isinstance(slope := getattr(module, "leaky_slope", None), nn.Parameter):
+            slope.fill_(self.config.leaky_slope)
         if isinstance(module, EntropiBlock):
             # GPT-2: what enters the residual stream is scaled down with depth.
             residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
             ffn: Any = module.feed_forward
-            module.attention.output.weight.normal_(0.0, residual_std)
-            (ffn.fused if isinstance(ffn, FusedFeedForward) else ffn.down).weight.normal_(0.0, residual_std)
+            for layer in (module.attention.output, ffn.fused if isinstance(ffn, FusedFeedForward) else ffn.down):
+                set_weight(layer, torch.empty_like(layer.weight).normal_(0.0, residual_std))
 
 
 class EntropiModel(EntropiPreTrainedModel):
@@ -91,13 +114,21 @@ class EntropiModel(EntropiPreTrainedModel):
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embedding: nn.Embedding | None = None  # rotary positions have none
+        if config.position_embedding == "learned":
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(EntropiBlock(config, i) for i in range(config.num_hidden_layers))
-        self.final_norm: nn.Module = nn.Identity()
-        if config.final_norm:
-            self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.final_norm = make_final_norm(config)
+        self.leaky_slope: nn.Parameter | None = None  # common to all layers, where the configuration says so
+        if config.parts.activation == "leaky_relu" and config.leaky_slope_learned == "global":
+            self.leaky_slope = nn.Parameter(torch.tensor(config.leaky_slope))
         self.gradient_checkpointing = False
         self.post_init()
+
+    def train(self, mode: bool = True) -> EntropiModel:
+        super().train(mode)
+        iterate_spectral_norms(self, 0)  # keep torch's own iterations off
+        return self
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embedding
@@ -139,11 +170,18 @@ class EntropiModel(EntropiPreTrainedModel):
         if attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all())):
             attn_mask = attention_mask.bool()[:, None, None, :]
 
-        hidden = inputs_embeds + self.position_embedding(position_ids)
+        hidden, rotation = inputs_embeds, None
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(position_ids)
+        else:
+            dimensions, base = self.config.rotary_dimensions, self.config.rotary_base
+            rotation = rotation_of(position_ids, dimensions, base, hidden.dtype)
+        if self.training:
+            iterate_spectral_norms(self)
         entropies, hidden_states = [], []
         for block in self.blocks:
             hidden_states.append(hidden)
-            hidden, entropy = block(hidden, position_ids, attn_mask, past_key_values)
+            hidden, entropy = block(hidden, position_ids, rotation, attn_mask, past_key_values, self.leaky_slope)
             entropies.append(entropy)
         hidden = self.final_norm(hidden)
         return EntropiOutput(
@@ -234,72 +272,67 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         )
 
     def inference_parameters(self) -> int:
-        """Number of parameters, without the regulariser's thresholds, which take no part in inference."""
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith("entropy_regularizer."))
+        """Number of parameters that inference needs.
+
+        That is without the regulariser's thresholds, and with a normalised weight counted once, as the matrix it is.
+        """
+        return sum(
+            p.numel()
+            for name, p in self.named_parameters()
+            if not name.startswith("entropy_regularizer.") and not name.endswith("parametrizations.weight.original0")
+        )
+
+    def set_exp_iterations(self, exp_iterations: int | None) -> None:
+        """Evaluate the softmax with this kernel from now on, whatever the model was trained with.
+
+        Raises:
+            UserError: an impossible number of iterations.
+        """
+        before, self.config.exp_iterations = self.config.exp_iterations, exp_iterations
+        if problems := self.config.problems():
+            self.config.exp_iterations = before
+            raise UserError("; ".join(problems))
+        for module in self.modules():
+            if isinstance(module, EntropiAttention):
+                module.exp_iterations = exp_iterations
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and a model card, and what lets other programs load the model."""
+        self.config.auto_map = dict(card.AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            card.write_card(Path(save_directory), card.model_card(self.config, self.inference_parameters()))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would copy the package's source beside every saved model that was loaded so."""
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> EntropiForCausalLM:
         """An `SM+LN+G` model with copies of a GPT-2's weights: the same logits, plus row entropies.
 
         Raises:
-            ValueError: options of `GPT2Config` that this family does not have.
+            UserError: options of `GPT2Config` that this family does not have.
         """
-        theirs = gpt2.config
-        problems = []
-        if theirs.scale_attn_by_inverse_layer_idx or not theirs.scale_attn_weights:
-            problems.append("attention scales other than 1/sqrt(d_k)")
-        if theirs.add_cross_attention:
-            problems.append("cross-attention")
-        if problems:
-            raise ValueError(f"this GPT-2 uses {' and '.join(problems)}, which entropi models do not have")
-        config = EntropiConfig(
-            architecture="SM+LN+G",
-            vocab_size=theirs.vocab_size,
-            hidden_size=theirs.n_embd,
-            num_hidden_layers=theirs.n_layer,
-            num_attention_heads=theirs.n_head,
-            intermediate_size=theirs.n_inner,
-            max_position_embeddings=theirs.n_positions,
-            bias="all",
-            activation_function=theirs.activation_function,
-            layer_norm_epsilon=theirs.layer_norm_epsilon,
-            initializer_range=theirs.initializer_range,
-            bos_token_id=theirs.bos_token_id,
-            eos_token_id=theirs.eos_token_id,
-            tie_word_embeddings=theirs.tie_word_embeddings,
-        )
+        return cls._with_weights(gpt2, *takeover.from_gpt2(gpt2.config, gpt2.state_dict()))
+
+    @classmethod
+    def from_gpt_neox(cls, neox: GPTNeoXForCausalLM) -> EntropiForCausalLM:
+        """An `SM+LN+G` model with copies of a GPT-NeoX's (Pythia's) weights: rotary positions, parallel residual.
+
+        Raises:
+            UserError: options of `GPTNeoXConfig` that this family does not have.
+        """
+        return cls._with_weights(neox, *takeover.from_gpt_neox(neox.config, neox.state_dict()))
+
+    @classmethod
+    def _with_weights(
+        cls, source: PreTrainedModel, config: EntropiConfig, weights: dict[str, Tensor]
+    ) -> EntropiForCausalLM:
+        """A model with these weights, in the precision and mode of `source`."""
         model = cls(config)
-        model.load_state_dict(_from_gpt2_weights(gpt2.state_dict(), config), strict=True)
-        return model.to(gpt2.dtype).train(gpt2.training)
-
-
-def _from_gpt2_weights(theirs: dict[str, Tensor], config: EntropiConfig) -> dict[str, Tensor]:
-    """GPT-2's names and layouts to ours; its `Conv1D` holds the transpose of a Linear's weight."""
-    ours = {
-        "model.token_embedding.weight": theirs["transformer.wte.weight"],
-        "model.position_embedding.weight": theirs["transformer.wpe.weight"],
-        "model.final_norm.weight": theirs["transformer.ln_f.weight"],
-        "model.final_norm.bias": theirs["transformer.ln_f.bias"],
-        "lm_head.weight": theirs["lm_head.weight"],
-    }
-    for i in range(config.num_hidden_layers):
-        source, target = f"transformer.h.{i}.", f"model.blocks.{i}."
-        joint = theirs[source + "attn.c_attn.weight"].T.chunk(3), theirs[source + "attn.c_attn.bias"].chunk(3)
-        for name, weight, bias in zip(("query", "key", "value"), *joint):
-            ours[f"{target}attention.{name}.weight"] = weight
-            ours[f"{target}attention.{name}.bias"] = bias
-        linears = {
-            "attn.c_proj": "attention.output",
-            "mlp.c_fc": "feed_forward.up",
-            "mlp.c_proj": "feed_forward.down",
-        }
-        for theirs_name, ours_name in linears.items():
-            ours[f"{target}{ours_name}.weight"] = theirs[f"{source}{theirs_name}.weight"].T
-            ours[f"{target}{ours_name}.bias"] = theirs[f"{source}{theirs_name}.bias"]
-        for theirs_name, ours_name in {"ln_1": "attention_norm", "ln_2": "feed_forward.norm"}.items():
-            for part in ("weight", "bias"):
-                ours[f"{target}{ours_name}.{part}"] = theirs[f"{source}{theirs_name}.{part}"]
-    return ours
+        model.load_state_dict(weights, strict=True)
+        return model.to(source.dtype).train(source.training)
 
 
 # transformers finds the family by these; registering is the one thing this package does when it is imported.

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from entropi.model.configuration import EntropiConfig
-
-
-def make_activation(config: EntropiConfig) -> nn.Module:
-    """The module between the two FFN matrices."""
-    name = {"gelu": config.activation_function, "relu": "relu", "identity": "linear"}[config.parts.activation]
-    return ACT2FN[name]
+from entropi.model.normalization import make_linear
 
 
 class PlainFeedForward(nn.Module):
@@ -25,18 +21,46 @@ class PlainFeedForward(nn.Module):
     def __init__(self, config: EntropiConfig, norm: nn.Module) -> None:
         super().__init__()
         bias = config.bias == "all"
-        assert config.intermediate_size is not None
+        inner = config.intermediate_size
+        assert inner is not None
         self.norm = norm
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.activation = make_activation(config)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.activation, self.gelu = config.parts.activation, ACT2FN[config.activation_function]
+        self.up = make_linear(config, "ffn", config.hidden_size, self.branches * inner, bias)
+        self.down = make_linear(config, "ffn", inner, config.hidden_size, bias)
+        self.leaky_slope: nn.Parameter | float | None = None  # None: the model's, common to all layers
+        if config.leaky_slope_learned == "fixed":
+            self.leaky_slope = config.leaky_slope
+        elif config.leaky_slope_learned == "layer" and self.activation == "leaky_relu":
+            self.leaky_slope = nn.Parameter(torch.tensor(config.leaky_slope))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.branch(self.norm(hidden))
+    @property
+    def branches(self) -> int:
+        """How many times the inner width `up` computes: a bilinear network multiplies two halves."""
+        return 2 if self.activation == "bilinear" else 1
 
-    def branch(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, common_slope: Tensor | None = None) -> Tensor:
+        return hidden + self.branch(self.norm(hidden), common_slope)
+
+    def branch(self, hidden: Tensor, common_slope: Tensor | None) -> Tensor:
         """The network without its residual connection."""
-        return self.down(self.activation(self.up(hidden)))
+        inner = self.up(hidden)
+        match self.activation:
+            case "gelu":
+                inner = self.gelu(inner)
+            case "relu":
+                inner = functional.relu(inner)
+            case "leaky_relu":
+                slope = common_slope if self.leaky_slope is None else self.leaky_slope
+                assert slope is not None
+                inner = functional.relu(inner) * (1 - slope) + inner * slope
+            case "square":
+                inner = inner * inner
+            case "bilinear":
+                left, right = inner.chunk(2, dim=-1)
+                inner = left * right
+            case "identity":
+                pass
+        return self.down(inner)
 
 
 class ScaledFeedForward(PlainFeedForward):
@@ -47,8 +71,8 @@ class ScaledFeedForward(PlainFeedForward):
         self.alpha = nn.Parameter(torch.ones(()))
         self.beta = nn.Parameter(torch.ones(()))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.beta * hidden + self.branch(self.norm(hidden)) / self.alpha
+    def forward(self, hidden: Tensor, common_slope: Tensor | None = None) -> Tensor:
+        return self.beta * hidden + self.branch(self.norm(hidden), common_slope) / self.alpha
 
 
 class FusedFeedForward(nn.Module):
@@ -56,11 +80,11 @@ class FusedFeedForward(nn.Module):
 
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__()
-        self.fused = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias == "all")
+        self.fused = make_linear(config, "ffn", config.hidden_size, config.hidden_size, config.bias == "all")
         self.alpha = nn.Parameter(torch.ones(()))
         self.beta = nn.Parameter(torch.ones(()))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, common_slope: Tensor | None = None) -> Tensor:
         return self.beta * hidden + self.fused(hidden) / self.alpha
 
 

@@ -1,22 +1,35 @@
-"""Folding: everything linear between two softmaxes disappears into the neighbouring matrices, exactly.
+"""Folding: everything linear between two nonlinear operations disappears into the neighbouring matrices, exactly.
 
-Row vectors: a token's residual state is a row x of width d, a Linear's matrix is `weight.T`. In a softmax-only
-model a block is  x^ = x + heads W_O + b_O,  x' = x^ M + c  with M = beta I + W / alpha (Eq. 8; alpha = beta = 1
-and W = W_in W_out where the FFN is plain). Keep the state in another basis, z_l = x_l P_l with P_0 = I and
-P_{l+1} = M_l^-1 P_l. Then
+Row vectors: a token's residual state is a row x of width d, a Linear's matrix is `weight.T`.
 
-    z_{l+1} = z_l + heads (W_O P_l) + b_O P_l + c P_{l+1},
+**Without a norm of the residual stream** a block is  x^ = x + heads W_O + b_O,  x' = x^ M + c + f(x^ U) D,  where M is
+the linear part of the feed-forward network with its residual connection: beta I + W / alpha for a linear network
+(Eq. 8; alpha = beta = 1 and W = W_in W_out where it is plain), I + s U D for leaky ReLU of slope s, which is
+(1 - s) relu + s, and I otherwise. Keep the state in another basis, z_l = x_l B_l with B_{l+1} = M_l^-1 B_l. Then
 
-so the feed-forward network costs nothing; queries, keys and values of layer l read z_l through P_l^-1 = M_0 ...
-M_{l-1}, and the final norm or the head through P_L^-1. 1/sqrt(d_k) goes into W_Q; the value bias, because
-attention rows sum to 1, into the output bias; the final norm's centring into P_L^-1, its gain and bias into the
+    z_{l+1} = z_l + heads (W_O B_l) + b_O B_l + c B_{l+1} + f(z^ B_l^-1 U) (D B_{l+1}),
+
+so the linear part costs nothing; queries, keys and values read z_l through B_l^-1, and the final norm or the head
+through B_L^-1. Products of many M are badly conditioned, so the basis that a group of layers starts from is free to
+balance it: with M_a ... M_{b-1} = U S V^T the start U S^1/2 ends in V S^-1/2, both with the root of the product's
+condition number. Where a group would still pass the limit, one layer keeps an explicit matrix, which also takes
+the state from one group's basis to the next one's.
+
+**With a norm** the basis stays, gain and bias of the norm go into the matrix that reads it, and LayerNorm's
+centring into every matrix that writes to the stream (its mean is then always 0), which leaves root-mean-square
+normalisation without parameters.
+
+Everywhere: 1/sqrt(d_k) and temperatures per head go into W_Q; the value bias, because attention rows sum to 1, into
+the output bias; norms on weights into the weights; the final norm's centring into B_L^-1, its gain and bias into the
 head. Temperatures that differ between positions remain, as a factor on the rows of q.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +41,12 @@ from torch import nn
 
 from entropi.errors import UserError
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.model.feedforward import FusedFeedForward, PlainFeedForward, ScaledFeedForward
+from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
-# Condition number of P_l beyond which the fixed-point arithmetic of private inference would lose accuracy: its 18
+# Condition number of a basis beyond which the fixed-point arithmetic of private inference would lose accuracy: its 18
 # fraction bits leave about five decimal digits, of which the basis may cost two.
 WORST_CONDITION = 100.0
 
@@ -44,15 +57,18 @@ Array = NDArray[np.float64]
 class Folded:
     """A folded model: `description` is public and plain JSON, `weights` are the owner's, float64.
 
-    Shapes: `embedding (V, d)`, `positions (P, d)`; for each layer l `l.qkv (d, 3d)`, `l.qkv_bias (3d,)`,
-    `l.output (d, d)`, `l.output_bias (d,)`, `l.inverse_temperature (H, P)` where temperatures depend on the
-    position, `l.ffn (d, d)` and `l.ffn_bias (d,)` where the feed-forward network was not folded away;
-    `centre (d, d)` before the final norm, if there is one; `head (d, V)`, `head_bias (V,)`.
+    Shapes, with H heads and G heads of keys and values of width k, m the FFN's inner width, P positions: `embedding
+    (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, d + 2 G k)`, `l.qkv_bias`,
+    `l.output (d, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position;
+    `l.up (d, m)`, `l.up_bias`, `l.down (m, d)`, `l.down_bias` around an activation (bilinear: `l.up (d, 2 m)`, whose
+    halves are multiplied); `l.ffn (d, d)` and `l.ffn_bias` in the layers of `explicit_ffn`, which multiply the
+    residual stream itself in models without a norm, and are added to it after a norm; `centre (d, d)` before
+    the final norm, if the description says so; `head (d, V)`, `head_bias`.
     """
 
     description: dict[str, Any]
     weights: dict[str, Array]
-    conditions: list[float]  # condition number of P_l, l = 0 .. L
+    conditions: list[float]  # condition number of B_l, l = 0 .. L
 
     def save(self, folder: Path) -> None:
         """Write safetensors (float32) and the description; readable without torch."""
@@ -61,110 +77,228 @@ class Folded:
         (folder / DESCRIPTION_FILE).write_text(json.dumps(self.description, indent=2) + "\n", encoding="utf-8")
 
 
+@dataclass
+class _FeedForward:
+    """x -> x matrix + offset + activation(x up + up_bias) down; the last term only where there is an activation.
+
+    Without a norm of the stream `matrix` holds the residual connection; after a norm it does not, and None is 0.
+    """
+
+    matrix: Array | None
+    offset: Array
+    branch: dict[str, Array] = field(default_factory=dict)
+
+
 @torch.no_grad()
 def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) -> Folded:
-    """Fold a softmax-only model, in float64.
+    """Fold a model, in float64.
 
-    A feed-forward network that would bring the condition number of the basis above `worst_condition` is kept as
-    one explicit d x d matrix, and the basis stays as it is.
+    In a model without norms, feed-forward networks that would bring the condition number of the basis above
+    `worst_condition` are kept as one explicit d x d matrix each.
 
     Raises:
-        UserError: an architecture with LayerNorm or an activation in its layers, or weights that are not finite.
+        UserError: weights that are not finite.
     """
     config = model.config
-    if not config.parts.softmax_only:
-        raise UserError(
-            f"{config.architecture} cannot be folded: private inference runs softmax-only models, "
-            "such as SM+ScFuFFN and SM(t)+ScFuFFN"
-        )
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         raise UserError(f"the model's weights are not finite, first in {broken[0]}")
-    width, heads = config.hidden_size, config.num_attention_heads
-    weights: dict[str, Array] = {
-        "embedding": _array(model.model.token_embedding.weight),
-        "positions": _array(model.model.position_embedding.weight),
-    }
-    basis, inverse = np.eye(width), np.eye(width)  # P_l and P_l^-1
-    conditions, explicit, tempered = [1.0], [], False
-    for index, block in enumerate(model.model.blocks):
-        attention: Any = block.attention
-        query, query_bias = _linear(attention.query)
-        scale = config.head_dim**-0.5
-        if attention.temperature is not None:
-            inverse_temperature = 1.0 / _array(attention.temperature)
-            if np.ptp(inverse_temperature, axis=1).max() == 0:
-                per_column = np.repeat(inverse_temperature[:, 0], width // heads)
-                query, query_bias = query * per_column, query_bias * per_column
-            else:
-                weights[f"{index}.inverse_temperature"] = inverse_temperature
-                tempered = True
-        key, key_bias = _linear(attention.key)
-        value, value_bias = _linear(attention.value)
-        output, output_bias = _linear(attention.output)
-        weights[f"{index}.qkv"] = inverse @ np.concatenate([query * scale, key, value], axis=1)
-        weights[f"{index}.qkv_bias"] = np.concatenate([query_bias * scale, key_bias, np.zeros(width)])
-        weights[f"{index}.output"] = output @ basis
-        bias = (value_bias @ output + output_bias) @ basis
+    width, layers, parts = config.hidden_size, config.num_hidden_layers, config.parts
+    eye: Array = np.eye(width)
+    centring = eye - 1.0 / width
+    # Only the final norm makes the mean of the stream superfluous; the head would read it.
+    centred = parts.norm == "layernorm" and config.final_norm
+    write = centring if centred else eye
+    blocks: list[Any] = list(model.model.blocks)
+    common_slope = None if model.model.leaky_slope is None else float(model.model.leaky_slope)
+    networks = [_feed_forward(copy.deepcopy(block.feed_forward).double(), common_slope) for block in blocks]
+    if parts.norm == "none":
+        bases, inverses, explicit = _bases([f.matrix for f in networks], eye, worst_condition)
+    else:
+        bases = inverses = [eye] * (layers + 1)
+        explicit = [index for index, f in enumerate(networks) if f.matrix is not None]
 
-        matrix, offset = _feed_forward_map(block.feed_forward)
-        new_inverse = inverse @ matrix
-        condition = float(np.linalg.cond(new_inverse))
-        if condition <= worst_condition:
-            basis, inverse = np.linalg.solve(matrix, basis), new_inverse
-            bias = bias + offset @ basis
-        else:
-            weights[f"{index}.ffn"] = inverse @ matrix @ basis
-            weights[f"{index}.ffn_bias"] = offset @ basis
-            explicit.append(index)
-        weights[f"{index}.output_bias"] = bias
-        conditions.append(float(np.linalg.cond(inverse)))
+    weights: dict[str, Array] = {"embedding": _array(model.model.token_embedding.weight) @ bases[0] @ write}
+    if model.model.position_embedding is not None:
+        weights["positions"] = _array(model.model.position_embedding.weight) @ bases[0] @ write
+    tempered = config.parts.temperature and any(_by_position(block.attention.temperature) for block in blocks)
+    for index, (block, network) in enumerate(zip(blocks, networks)):
+        before, after = bases[index], bases[index + 1]
+        attention = copy.deepcopy(block.attention).double()
+        heads = _fold_attention(attention, block.attention_norm, tempered)
+        written = (after if config.parallel_residual else before) @ write
+        weights[f"{index}.qkv"], weights[f"{index}.qkv_bias"] = inverses[index] @ heads.pop("qkv"), heads.pop("bias")
+        weights |= {f"{index}.output": heads.pop("output") @ written}
+        bias = heads.pop("output_bias") @ written
+        weights |= {f"{index}.{name}": value for name, value in heads.items()}
+
+        offset: Array = network.offset @ after @ write
+        if network.branch:
+            weights[f"{index}.up"] = inverses[index] @ network.branch["up"]
+            weights[f"{index}.up_bias"] = network.branch["up_bias"]
+            weights[f"{index}.down"] = network.branch["down"] @ after @ write
+            weights[f"{index}.down_bias"] = offset
+        if index in explicit:
+            assert network.matrix is not None
+            weights[f"{index}.ffn"] = inverses[index] @ network.matrix @ after @ write
+            weights[f"{index}.ffn_bias"] = np.zeros(width) if network.branch else offset
+        vanished = not network.branch and index not in explicit  # then only the offset is left of the network
+        weights[f"{index}.output_bias"] = bias + offset if vanished else bias
 
     table = _array(model.lm_head.weight).T
-    norm = model.model.final_norm
-    if isinstance(norm, nn.LayerNorm):
-        centring = np.eye(width) - 1.0 / width
-        weights["centre"] = inverse @ centring
-        weights["head"] = _array(norm.weight)[:, None] * table
-        weights["head_bias"] = _array(norm.bias) @ table
+    gain, shift = _gain(model.model.final_norm, width)
+    if config.final_norm:
+        weights["head"], weights["head_bias"] = gain[:, None] * table, shift @ table
+        if parts.norm == "none":
+            weights["centre"] = inverses[layers] @ centring
     else:
-        weights["head"] = inverse @ table
-        weights["head_bias"] = np.zeros(config.vocab_size)
+        weights["head"], weights["head_bias"] = inverses[layers] @ table, np.zeros(config.vocab_size)
+    norm = {"none": "none", "rmsnorm": "rms", "layernorm": "rms" if centred else "layer"}[parts.norm]
+    activations = {index for index, f in enumerate(networks) if f.branch}
+    assert activations in (set(), set(range(layers)))
     description = {
         "format": FORMAT_VERSION,
         "architecture": config.architecture,
-        "layers": config.num_hidden_layers,
-        "heads": heads,
+        "layers": layers,
+        "heads": config.num_attention_heads,
+        "key_value_heads": config.num_key_value_heads,
         "hidden_size": width,
+        "intermediate_size": config.intermediate_size if activations else 0,
         "vocab_size": config.vocab_size,
         "positions": config.max_position_embeddings,
+        "position_embedding": config.position_embedding,
+        "rotary_dimensions": config.rotary_dimensions,
+        "rotary_base": config.rotary_base,
         "temperature": tempered,
-        "final_norm": isinstance(norm, nn.LayerNorm),
+        "exp_iterations": config.exp_iterations,
+        "norm": norm,
         "norm_epsilon": config.layer_norm_epsilon,
+        "parallel_residual": config.parallel_residual,
+        "activation": "relu" if parts.activation == "leaky_relu" else parts.activation,
         "explicit_ffn": explicit,
+        "final_norm": "rms" if config.final_norm else "none",
+        "centre": "centre" in weights,
         "end_of_text": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
     }
-    return Folded(description, weights, conditions)
+    return Folded(description, weights, [float(np.linalg.cond(basis)) for basis in bases])
+
+
+def _fold_attention(attention: Any, norm: nn.Module, tempered: bool) -> dict[str, Array]:
+    """Joint matrix and bias of q, k and v, output matrix and bias, temperatures that depend on the position."""
+    folded: dict[str, Array] = {}
+    query, query_bias = _linear(attention.query, norm)
+    key, key_bias = _linear(attention.key, norm)
+    value, value_bias = _linear(attention.value, norm)
+    output, output_bias = _linear(attention.output)
+    head_dim = attention.head_dim
+    scale = np.full(query.shape[1], head_dim**-0.5)
+    if attention.temperature is not None:
+        inverse_temperature = 1.0 / _array(attention.temperature.values())
+        if tempered:
+            folded["inverse_temperature"] = np.broadcast_to(
+                inverse_temperature, (len(inverse_temperature), attention.temperature.parameter.shape[1])
+            )
+        else:
+            scale = scale * np.repeat(inverse_temperature[:, 0], head_dim)
+    groups = query.shape[1] // key.shape[1]  # query heads that share one head of keys and values
+    per_head = np.repeat(value_bias.reshape(-1, head_dim), groups, axis=0).reshape(-1)
+    folded["qkv"] = np.concatenate([query * scale, key, value], axis=1)
+    folded["bias"] = np.concatenate([query_bias * scale, key_bias, np.zeros_like(value_bias)])
+    folded["output"], folded["output_bias"] = output, per_head @ output + output_bias
+    return folded
+
+
+def _by_position(temperature: Any) -> bool:
+    """Whether a layer's temperatures differ between positions."""
+    return bool(np.ptp(_array(temperature.values()), axis=1).max() > 0)
+
+
+def _feed_forward(layer: Any, common_slope: float | None) -> _FeedForward:
+    """The parts of a feed-forward network (Eq. 8 for the scaled ones), its residual connection in `matrix`."""
+    alpha = beta = 1.0
+    if isinstance(layer, FusedFeedForward | ScaledFeedForward):
+        alpha, beta = float(layer.alpha), float(layer.beta)
+    if isinstance(layer, FusedFeedForward):
+        matrix, bias = _linear(layer.fused)
+        return _FeedForward(beta * np.eye(len(matrix)) + matrix / alpha, bias / alpha)
+    (up, up_bias), (down, down_bias) = _linear(layer.up, layer.norm), _linear(layer.down)
+    normed = not isinstance(layer.norm, nn.Identity)
+    around = np.zeros((len(up), len(up))) if normed else np.eye(len(up))  # the residual connection
+    match layer.activation:
+        case "identity":
+            return _FeedForward(beta * around + up @ down / alpha, (up_bias @ down + down_bias) / alpha)
+        case "leaky_relu":
+            slope = common_slope if layer.leaky_slope is None else float(layer.leaky_slope)
+            assert slope is not None
+            branch = {"up": up, "up_bias": up_bias, "down": (1 - slope) * down}
+            return _FeedForward(around + slope * up @ down, slope * up_bias @ down + down_bias, branch)
+        case _:
+            return _FeedForward(None if normed else around, down_bias, {"up": up, "up_bias": up_bias, "down": down})
+
+
+def _bases(
+    matrices: Sequence[Array | None], eye: Array, worst_condition: float
+) -> tuple[list[Array], list[Array], list[int]]:
+    """Bases B_0 .. B_L, their inverses, and the layers whose matrix M stays explicit.
+
+    Layers are taken into a group for as long as every basis in it is well enough conditioned.
+    """
+    bases: list[Array] = []
+    inverses: list[Array] = []
+    explicit: list[int] = []
+    first, layers = 0, len(matrices)
+    while True:
+        products, group = [eye], ([eye], [eye])  # M_first ... M_{k-1} for k = first, first + 1, ...
+        while first + len(products) - 1 < layers:
+            matrix = matrices[first + len(products) - 1]
+            assert matrix is not None
+            longer = [*products, products[-1] if np.array_equal(matrix, eye) else products[-1] @ matrix]
+            if (balanced := _balance(longer, worst_condition)) is None:
+                break
+            products, group = longer, balanced
+        bases += group[0]
+        inverses += group[1]
+        if len(bases) == layers + 1:
+            return bases, inverses, explicit
+        first = len(bases)
+        explicit.append(first - 1)
+
+
+def _balance(products: list[Array], worst_condition: float) -> tuple[list[Array], list[Array]] | None:
+    """Bases A_k^-1 R and inverses R^-1 A_k for products A_0 = I .. A_n, or None where one is conditioned too badly.
+
+    R = U S^1/2 of A_n = U S V^T. The first and last basis then share the condition number cond(A_n)^1/2.
+    """
+    if all(product is products[0] for product in products):
+        return products, products
+    left, scales, right = np.linalg.svd(products[-1])
+    if not scales[-1] > 0 or (scales[0] / scales[-1]) ** 0.5 > worst_condition:
+        return None
+    root = scales**0.5
+    inverses = [(left / root).T @ product for product in products]
+    conditions = [(scales[0] / scales[-1]) ** 0.5, *(float(np.linalg.cond(inverse)) for inverse in inverses[1:-1])]
+    if max(conditions) > worst_condition:
+        return None
+    # The ends are known without solving: R itself, and A_n^-1 R = V S^-1/2.
+    bases = [left * root, *(np.linalg.inv(inverse) for inverse in inverses[1:-1]), right.T / root]
+    return bases, inverses
 
 
 def _array(tensor: torch.Tensor) -> Array:
     return tensor.detach().double().cpu().numpy()
 
 
-def _linear(layer: nn.Linear) -> tuple[Array, Array]:
-    """Matrix (in, out) and bias (out,) of a Linear."""
+def _gain(norm: nn.Module, width: int) -> tuple[Array, Array]:
+    """Gain and bias (d,) of a norm; 1 and 0 where it has none."""
+    gain, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return (
+        np.ones(width) if gain is None else _array(gain),
+        np.zeros(width) if bias is None else _array(bias),
+    )
+
+
+def _linear(layer: nn.Linear, norm: nn.Module | None = None) -> tuple[Array, Array]:
+    """Matrix (in, out) and bias (out,) of a Linear, with gain and bias of the norm it reads."""
     matrix = _array(layer.weight).T
-    return matrix, _array(layer.bias) if layer.bias is not None else np.zeros(matrix.shape[1])
-
-
-def _feed_forward_map(layer: Any) -> tuple[Array, Array]:
-    """M and c of x' = x M + c for a linear feed-forward network with its residual connection (Eq. 8)."""
-    if isinstance(layer, FusedFeedForward):
-        matrix, bias = _linear(layer.fused)
-    else:
-        assert isinstance(layer, PlainFeedForward)
-        (up, up_bias), (down, down_bias) = _linear(layer.up), _linear(layer.down)
-        matrix, bias = up @ down, up_bias @ down + down_bias
-    alpha = beta = 1.0
-    if isinstance(layer, FusedFeedForward | ScaledFeedForward):
-        alpha, beta = float(layer.alpha), float(layer.beta)
-    return beta * np.eye(len(matrix)) + matrix / alpha, bias / alpha
+    bias = _array(layer.bias) if layer.bias is not None else np.zeros(matrix.shape[1])
+    gain, shift = _gain(norm or nn.Identity(), len(matrix))
+    return gain[:, None] * matrix, shift @ matrix + bias

@@ -1,14 +1,77 @@
 """Nonlinear functions as the secure engine evaluates them cheaply: pure JAX, public shapes and indices.
 
-Prices are bytes per element under CHEETAH, both directions, ring of 64 bits. Gathers by public index are free.
+Every function states the range it holds on, its error and its price: bytes per element under CHEETAH, both directions,
+ring of 64 bits, 18 fraction bits, operands of many thousand elements. Gathers by public index, additions and products
+with public whole numbers are free; a product with another public number costs 3 (its truncation), two secret numbers
+168. Homomorphic products travel in ciphertexts of 8,192 numbers, which is the floor of anything smaller.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+CIPHERTEXT = 8192  # numbers in one ciphertext
+_SENT_BYTES, _ANSWER_BYTES = 175_000, 262_000  # of a matrix product's ciphertexts, measured
+_PRODUCT_BYTES = 165  # of one number times another, without the truncation
+_FEW = 3700  # numbers whose products, made of prepared ones, cost less than a ciphertext of squares
+
+
+def product_bytes(rows: int, inner: int, columns: int) -> int:
+    """Estimated bytes of a product of two secret matrices, `(rows, inner)` times `(inner, columns)`.
+
+    Either party encrypts its share of the smaller operand and gets the results back, in full ciphertexts.
+    """
+    sent = min(-(-rows * inner // CIPHERTEXT), -(-inner * columns // CIPHERTEXT))
+    return 2 * (sent * _SENT_BYTES + -(-rows * columns // CIPHERTEXT) * _ANSWER_BYTES)
+
+
+# SPU's exponential with one squaring is (1 + x / 2)^2, and the only way to its multiplication of a number with itself,
+# whose ciphertexts cross once instead of twice. `square` is a primitive so that one program means x * x everywhere and
+# lowers to that exponential for SPU, whose platform calls itself "interpreter".
+_square = Primitive("square")
+_square.def_impl(lambda x: x * x)
+_square.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_square, mlir.lower_fun(lambda x: x * x, multiple_results=False))
+mlir.register_lowering(
+    _square, mlir.lower_fun(lambda x: jnp.exp((x + x) - 2.0), multiple_results=False), platform="interpreter"
+)
+
+
+def square(x: Array) -> Array:
+    """x^2 for |x| < 2^12, error 2^-16 (1 + |x|); 110 bytes where x * x costs 168. Few numbers: x * x, 240 bytes.
+
+    The engine has to be configured for one squaring an exponential (`fxp_exp_iters` = 1).
+    """
+    result: Array = x * x if x.size < _FEW else _square.bind(x)
+    return result
+
+
+def in_full_ciphertexts(function: Callable[[Array], Array], x: Array) -> Array:
+    """`function` elementwise, in two parts where that saves a ciphertext.
+
+    The engine halves what it squares, and either half fills whole ciphertexts; up to one ciphertext beyond an even
+    number of them is cheaper by itself.
+    """
+    flat = x.reshape(-1)
+    rest = flat.size % (2 * CIPHERTEXT)
+    if not 0 < rest <= CIPHERTEXT or rest == flat.size:
+        return function(x)
+    parts = [function(flat[:-rest]), function(flat[-rest:])]
+    return jnp.concatenate(parts).reshape(x.shape)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0), exact; 98 bytes."""
+    return jnp.maximum(x, 0.0)
 
 
 def segment_max(packed: Array, lengths: np.ndarray) -> Array:
@@ -40,25 +103,164 @@ def segment_max(packed: Array, lengths: np.ndarray) -> Array:
 
 
 def exp_of_nonpositive(x: Array, iterations: int) -> Array:
-    """exp(x) for x <= 0 as the engine's (1 + x / 2^t)^(2^t), t = `iterations`; relative error about x^2 / 2^(t+1).
+    """The softmax kernel (1 + max(x, -0.9 2^t) / 2^t)^(2^t) for x <= 0, t = `iterations`; 98 + 110 t bytes.
 
-    The clip (98 bytes) keeps 1 + x / 2^t positive: the engine's squarings (107 bytes each, t of them) rely on
-    the sign being known, and below -2^t they would return garbage of size 1e9 silently. What is clipped comes
-    out as 0.1^(2^t), nothing at any precision used here.
+    As an approximation of exp(x) its relative error is about x^2 / 2^(t+1). The clip bounds what is squared: below
+    -2^(t+1) the powers would explode. What is clipped comes out as 0.1^(2^t).
     """
-    return jnp.exp(jnp.maximum(x, -0.9 * 2.0**iterations))
+
+    def kernel(base: Array) -> Array:
+        for _ in range(iterations):
+            base = square(base)
+        return base
+
+    return in_full_ciphertexts(kernel, jnp.maximum(1.0 + x * 2.0**-iterations, 0.1))
 
 
-def exp_kernel(x: Array, iterations: int) -> Array:
-    """What the engine computes for `exp_of_nonpositive`, in plain arithmetic."""
-    return (1.0 + jnp.maximum(x, -0.9 * 2.0**iterations) / 2.0**iterations) ** (2**iterations)
+def reciprocal(x: Array, spread: np.ndarray) -> Array:
+    """1 / x for x in [spread^-1/2, spread^1/2], relative error 2^-16 (1 + sqrt(spread)); 1,350 bytes.
 
-
-def reciprocal(x: Array) -> Array:
-    """1 / x for x in [1, 2^16], about 2,400 bytes; written so that the engine does not broadcast a denominator."""
-    return jax.lax.reciprocal(x)
+    `spread` is public, at least 1 and broadcasts against x. Three comparisons find the quarter of the range, in
+    logarithms; there the best line a - b x starts Newton's iteration. The engine's own, which knows no range, costs
+    twice that and ten times the messages.
+    """
+    edges = np.maximum(spread, 1.5) ** np.linspace(-0.5, 0.5, 5).reshape(5, *[1] * x.ndim)
+    low, high = edges[:-1], edges[1:]
+    # 1 - x (a - b x) is the Chebyshev polynomial of degree 2 on [low, high], scaled to be 1 at 0.
+    error = 1 / (2 * ((low + high) / (high - low)) ** 2 - 1)
+    slope = 8 * error / (high - low) ** 2
+    offset = slope * (low + high)
+    edges, offset, slope = (part.astype(x.dtype) for part in (edges, offset, slope))
+    better = (offset[1:] - offset[:-1]) - (slope[1:] - slope[:-1]) * x[None]
+    guess = offset[0] - slope[0] * x + jnp.where(x[None] > edges[1:-1], better, 0.0).sum(axis=0)
+    remaining = float(error.max())
+    while remaining > 2.0**-16:
+        guess = guess * (2.0 - x * guess)
+        remaining *= remaining
+    return guess
 
 
 def inverse_root(x: Array) -> Array:
-    """1 / sqrt(x) for positive x, about 2,900 bytes."""
-    return jax.lax.rsqrt(x)
+    """1 / sqrt(x) for x in [2^-10, 2^12], error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 3,600 bytes.
+
+    The engine's is right to three digits; a Newton step doubles them.
+    """
+    guess = jax.lax.rsqrt(x)
+    return guess * (1.5 - (x * guess) * (0.5 * guess))
+
+
+# GELU(x) = relu(x) - g(|x|), g(a) = a P(N > a) falls to nothing beyond _GELU_END. With u = max(_GELU_END - a, 0) the
+# quartic A (u^2 + alpha u + beta)^2 + gamma u + delta is the minimax fit of g, to the exact and the tanh form at once.
+_GELU_END = 3.18
+_GELU_ALPHA, _GELU_BETA = -2.0078923, -0.4444392
+_GELU_A, _GELU_GAMMA, _GELU_DELTA = -0.02132011, 0.07003382, 0.00536868
+
+
+def gelu(x: Array) -> Array:
+    """GELU, absolute error below 0.0018 everywhere, of the tanh form as of the exact one; 430 bytes.
+
+    Two comparisons (relu, from which |x| follows, and the end of the fit) and two squarings.
+    """
+    positive = relu(x)
+    inside = relu(_GELU_END + x - (positive + positive))
+    quartic = square(square(inside) + _GELU_ALPHA * inside + _GELU_BETA)
+    return positive - (_GELU_A * quartic + _GELU_GAMMA * inside + _GELU_DELTA)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GPT-2's GELU ("gelu_new"), which `gelu` stands for; not for the secure engine."""
+    return 0.5 * x * (1.0 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def scale_rows(x: Array, factor: Array) -> Array:
+    """Row i of `x` `(..., n, d)` times `factor` `(..., n)`; as a product with a diagonal matrix where that is cheaper.
+
+    168 bytes an element as products of numbers. A matrix product sends a ciphertext for 8,192 entries of the smaller
+    operand and one back for 8,192 results: 73 bytes an element for 128 rows of 768, 110 for rows of 64, and half of
+    it where one party knows the factors.
+    """
+    rows, width = x.shape[-2:]
+    block = min(rows, 128)
+    if rows % block or product_bytes(block, block, width) >= block * width * _PRODUCT_BYTES:
+        return x * factor[..., None]
+    blocks = x.reshape(-1, block, width)
+    factors = factor.reshape(-1, block)
+    # Chosen by a public mask, the server's factors stay the server's, and its product with them costs half.
+    diagonal = jnp.where(np.eye(block, dtype=bool), factors[..., None], 0.0)
+    return (diagonal @ blocks).reshape(x.shape)
+
+
+def sums_of_squares(x: Array) -> Array:
+    """Sum of squares of every row, `(n, d)` -> `(n,)`, error 2^-18 whatever d.
+
+    For many rows the diagonal of x x^T: 56 bytes an element at 128 x 768; otherwise 110.
+    """
+    rows, width = x.shape
+    block = min(rows, 128)
+    if rows % block or product_bytes(block, width, block) >= block * width * 0.65 * _PRODUCT_BYTES:
+        return square(x).sum(axis=-1)
+    blocks = x.reshape(-1, block, width)
+    products = (blocks @ blocks.transpose(0, 2, 1)).reshape(len(blocks), -1)
+    return products[:, :: block + 1].reshape(rows)
+
+
+def _keep_larger(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """(value, index) pairs elementwise: the larger values with their indices, and the smaller ones; left wins ties."""
+    keep = left[0] >= right[0]
+    value, index = jnp.where(keep, left[0], right[0]), jnp.where(keep, left[1], right[1])
+    return (value, index), (left[0] + right[0] - value, left[1] + right[1] - index)
+
+
+def argmax(x: Array) -> Array:
+    """Index of the largest of `(n,)`, as a float `()`; the first of equals. A tournament: about 115 bytes."""
+    value, index = x, jnp.arange(x.size, dtype=x.dtype)
+    while value.size > 1:
+        half = value.size // 2
+        odd = value[2 * half :], index[2 * half :]
+        winners, _ = _keep_larger((value[: 2 * half : 2], index[: 2 * half : 2]), (value[1::2], index[1::2]))
+        value, index = (jnp.concatenate(pair) for pair in zip(winners, odd))
+    return index[0]
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The `k` largest of `(n,)`, k <= n, descending, and their indices as floats; 115 bytes a comparison.
+
+    Runs of w = k rounded up to a power of two are sorted, then merged in pairs of which the larger half is kept:
+    about n (log2(w) (log2(w) + 1) / 4 + 1 + log2(w) / 2) comparisons.
+    """
+    width = 1 << max(k - 1, 0).bit_length()
+    missing = -x.size % width
+    value = jnp.concatenate([x, jnp.full(missing, -(2.0**20), x.dtype)]).reshape(-1, width)
+    index = jnp.arange(value.size, dtype=x.dtype).reshape(value.shape)
+    length = 2
+    while length <= width:
+        value, index = _merge_step(value, index, length, mirror=True)
+        for shorter in _halvings(length // 2):
+            value, index = _merge_step(value, index, shorter, mirror=False)
+        length *= 2
+    while len(value) > 1:
+        half = len(value) // 2
+        odd = value[2 * half :], index[2 * half :]
+        # Against the mirrored neighbour, the larger of each pair are the largest w of both runs.
+        other = value[1::2, ::-1], index[1::2, ::-1]
+        (value, index), _ = _keep_larger((value[: 2 * half : 2], index[: 2 * half : 2]), other)
+        for shorter in _halvings(width):
+            value, index = _merge_step(value, index, shorter, mirror=False)
+        value, index = (jnp.concatenate(pair) for pair in zip((value, index), odd))
+    return value[0, :k], index[0, :k]
+
+
+def _halvings(length: int) -> list[int]:
+    """length, length / 2, ... down to 2."""
+    return [length >> step for step in range(length.bit_length() - 1)]
+
+
+def _merge_step(value: Array, index: Array, length: int, mirror: bool) -> tuple[Array, Array]:
+    """Compare and exchange within groups of `length` columns: i with i + length / 2, or with its mirror image."""
+    columns = np.arange(value.shape[1]).reshape(-1, length)
+    left = columns[:, : length // 2].reshape(-1)
+    right = (columns[:, : length // 2 - 1 : -1] if mirror else columns[:, length // 2 :]).reshape(-1)
+    high, low = _keep_larger((value[:, left], index[:, left]), (value[:, right], index[:, right]))
+    back = np.argsort(np.concatenate([left, right]))
+    value, index = (jnp.concatenate([h, w], axis=1)[:, back] for h, w in zip(high, low))
+    return value, index

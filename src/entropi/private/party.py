@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from entropi.private.engine import Engine, EngineError
-from entropi.private.functions import exp_of_nonpositive
+from entropi.private.functions import exp_of_nonpositive, reciprocal
 from entropi.private.messages import (
     CLIENT,
     SERVER,
@@ -30,6 +30,7 @@ from entropi.private.messages import (
     Linked,
     Proceed,
     Revealed,
+    Settings,
     StageDone,
     decode,
     encode,
@@ -72,21 +73,51 @@ def _read_lines(lines: queue.SimpleQueue[bytes]) -> None:
 
 def _serve_session(engine: Engine, job: Job, lines: queue.SimpleQueue[bytes], events: BinaryIO) -> None:
     _warm_up(engine, events)
+    model, settings = job.description, job.settings
+    public = settings.embedding == "public"
     weights = load_file(job.weights) if job.weights else None
-    for name, shape in job.description.weight_shapes().items():
-        engine.hold(name, shape, weights[name] if weights is not None else None)
+    table = load_file(job.table)["embedding"] if job.table and public else None
+    if public and job.rank == CLIENT and table is None:
+        raise EngineError("the embedding is public, but the client has no copy of it")
+    for name, shape in model.weight_shapes().items():
+        if name != "embedding" or not public:
+            engine.hold(name, shape, weights[name] if weights is not None else None)
     fresh, count, past = job.prompt, job.prompt_length, 0
     for token in range(job.max_new_tokens):
-        tokens = one_hot(fresh, job.description.vocab_size) if fresh is not None else None
-        engine.hold("tokens", (count, job.description.vocab_size), tokens)
-        for stage in forward(job.description, count, past, job.settings.exp_iterations):
+        if public:
+            engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
+        else:
+            tokens = one_hot(fresh, model.vocab_size) if fresh is not None else None
+            engine.hold("tokens", (count, model.vocab_size), tokens)
+        for stage in forward(
+            model,
+            count,
+            past,
+            settings.exp_iterations,
+            embedding=settings.embedding,
+            output=settings.output,
+            choices=settings.choices,
+        ):
             _emit(events, StageDone(engine.run(stage, token)))
-        logits, size = engine.reveal_to_client("logits")
-        _emit(events, Revealed(bytes=size, logits=None if logits is None else logits[0].tolist()))
+        _emit(events, _reveal(engine, settings))
         past += count
         if token + 1 < job.max_new_tokens:
             proceed = decode(lines.get(), Proceed)
             fresh, count = ([proceed.token] if proceed.token is not None else None), 1
+
+
+def _reveal(engine: Engine, settings: Settings) -> Revealed:
+    """Send the client its result, and nothing else of the logits."""
+    tokens = logits = None
+    size = 0
+    if settings.output != "logits":
+        indices, size = engine.reveal_to_client("tokens_out")
+        tokens = None if indices is None else np.rint(indices).astype(int).tolist()
+    if settings.output != "argmax":
+        values, more = engine.reveal_to_client("logits" if settings.output == "logits" else "logits_out")
+        size += more
+        logits = None if values is None else values.reshape(-1).tolist()
+    return Revealed(bytes=size, logits=logits, tokens=tokens)
 
 
 def _warm_up(engine: Engine, events: BinaryIO) -> None:
@@ -96,7 +127,7 @@ def _warm_up(engine: Engine, events: BinaryIO) -> None:
         product = x @ y  # private times private, then shared times shared, then shared times private
         product = product @ product @ x[:, :4]
         larger = jnp.maximum(product[:, :2], product[:, 2:])
-        return exp_of_nonpositive(larger - 1.0, 1) * jax.lax.reciprocal(larger + 2.0)
+        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
 
     engine.hold("x", (4, 8), np.zeros((4, 8)) if engine.rank == SERVER else None)
     engine.hold("y", (8, 4), np.zeros((8, 4)) if engine.rank == CLIENT else None)

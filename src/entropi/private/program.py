@@ -1,11 +1,12 @@
-"""The private program: a folded softmax-only model as a list of pure JAX stages over named values.
+"""The private program: a folded model as a list of pure JAX stages over named values.
 
 A stage is a function of arrays with public shapes. The same list runs in plaintext (`run_plain`), and under
-secure computation, where every named value stays secret-shared between the stages and only the logits are
+secure computation, where every named value stays secret-shared between the stages and only the result is
 revealed. Stages are what bytes and seconds are attributed to.
 
 Notation: m new tokens after p cached ones, s = p + m; r rows of queries, m in all layers but the last, where
-only the last token's row is needed; H heads of width k; d = H k; V the vocabulary.
+only the last token's row is needed; H heads of width k, G of them with keys and values of their own; d = H k;
+n pairs of a query and a key it sees; V the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,52 +14,109 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 from jax import Array
 
-from entropi.private.functions import exp_kernel, exp_of_nonpositive, inverse_root, reciprocal, segment_max
+from entropi.private.functions import (
+    argmax,
+    exp_of_nonpositive,
+    gelu,
+    gelu_tanh,
+    inverse_root,
+    product_bytes,
+    reciprocal,
+    relu,
+    scale_rows,
+    segment_max,
+    square,
+    sums_of_squares,
+    top_k,
+)
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Norm: TypeAlias = Literal["none", "rms", "layer"]
+Embedding: TypeAlias = Literal["private", "public"]
+Output: TypeAlias = Literal["logits", "top_k", "argmax"]
+
+_TABLE_ROWS = 2048  # of the embedding in one product
+_BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
 class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What both parties know of a model: its architecture and sizes, no weight. Read from `folded.json`."""
+    """What both parties know of a model: its architecture and sizes, no weight. Read from `folded.json`.
 
-    format: Annotated[int, msgspec.Meta(ge=1, le=1)]
+    What the fields mean for the computation is `forward`'s docstring.
+    """
+
+    format: Annotated[int, msgspec.Meta(ge=2, le=2)]
     architecture: Annotated[str, msgspec.Meta(max_length=64)]
     layers: Annotated[int, msgspec.Meta(ge=1, le=256)]
     heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    key_value_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # fewer than heads: groups of queries share theirs
     hidden_size: Size
     vocab_size: Size
     positions: Size
+    intermediate_size: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]  # between up and down; 0 without an activation
+    position_embedding: Literal["learned", "rotary"]
+    rotary_dimensions: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]  # first columns of a head that rotate; even
+    rotary_base: Annotated[float, msgspec.Meta(ge=1, le=1e9)]
     temperature: bool  # q is scaled by a private factor per head and position
-    final_norm: bool
+    exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] | None  # of the kernel it was trained with; None: exp
+    norm: Norm  # before attention and before the FFN; gains and biases are folded away
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
-    explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers whose FFN was not folded away
+    parallel_residual: bool  # the FFN reads what attention reads
+    activation: Literal["identity", "relu", "gelu", "square", "bilinear"]
+    explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers with a linear map in the FFN's place
+    final_norm: Norm
+    centre: bool  # a matrix multiplies the state before the final norm or the head
     end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
 
     def __post_init__(self) -> None:
+        problems = []
         if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.heads} heads")
+            problems.append(f"hidden_size {self.hidden_size} is not a multiple of {self.heads} heads")
+        if self.heads % self.key_value_heads:
+            problems.append(f"{self.heads} heads are not a multiple of {self.key_value_heads} key_value_heads")
         if any(not 0 <= layer < self.layers for layer in self.explicit_ffn):
-            raise ValueError(f"explicit_ffn names layers outside 0..{self.layers - 1}")
+            problems.append(f"explicit_ffn names layers outside 0..{self.layers - 1}")
+        if (self.activation == "identity") != (self.intermediate_size == 0):
+            problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
+        rotary = self.position_embedding == "rotary"
+        if self.rotary_dimensions % 2 or self.rotary_dimensions > self.hidden_size // self.heads:
+            problems.append(f"rotary_dimensions {self.rotary_dimensions} are odd or more than a head has")
+        if rotary != (self.rotary_dimensions > 0):
+            problems.append(f"rotary_dimensions are {self.rotary_dimensions} with {self.position_embedding} positions")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def head_size(self) -> int:
+        """k, the width of a head."""
+        return self.hidden_size // self.heads
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the server's weights; the client needs them to hold its empty shares."""
-        d, v = self.hidden_size, self.vocab_size
-        shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d), "positions": (self.positions, d)}
+        d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
+        joint = d + 2 * self.key_value_heads * self.head_size
+        up = 2 * m if self.activation == "bilinear" else m
+        shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
+        if self.position_embedding == "learned":
+            shapes["positions"] = (self.positions, d)
         for layer in range(self.layers):
-            shapes[f"{layer}.qkv"], shapes[f"{layer}.qkv_bias"] = (d, 3 * d), (3 * d,)
+            shapes[f"{layer}.qkv"], shapes[f"{layer}.qkv_bias"] = (d, joint), (joint,)
             shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (d, d), (d,)
             if self.temperature:
                 shapes[f"{layer}.inverse_temperature"] = (self.heads, self.positions)
+            if self.activation != "identity":
+                shapes[f"{layer}.up"], shapes[f"{layer}.up_bias"] = (d, up), (up,)
+                shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, d), (d,)
             if layer in self.explicit_ffn:
                 shapes[f"{layer}.ffn"], shapes[f"{layer}.ffn_bias"] = (d, d), (d,)
-        if self.final_norm:
+        if self.centre:
             shapes["centre"] = (d, d)
         shapes["head"], shapes["head_bias"] = (d, v), (v,)
         return shapes
@@ -66,13 +124,17 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 @dataclass(frozen=True)
 class Stage:
-    """One operation: reads values `inputs`, writes values `outputs`; `layer` is -1 outside the layers."""
+    """One operation: reads values `inputs`, writes values `outputs`; `layer` is -1 outside the layers.
+
+    `exact` is the function that `function` approximates, None where it computes what it says.
+    """
 
     name: str
     layer: int
     function: Callable[..., Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    exact: Callable[..., Any] | None = None
 
 
 def one_hot(token_ids: list[int], vocab_size: int) -> np.ndarray:
@@ -80,77 +142,174 @@ def one_hot(token_ids: list[int], vocab_size: int) -> np.ndarray:
     return np.eye(vocab_size, dtype=np.float32)[np.asarray(token_ids)]
 
 
-def forward(model: Description, new: int, past: int, exp_iterations: int) -> Iterator[Stage]:
-    """Stages of one pass over `new` tokens after `past` cached ones: value "tokens" `(m, V)` to "logits" `(1, V)`.
+def forward(
+    model: Description,
+    new: int,
+    past: int,
+    exp_iterations: int,
+    *,
+    embedding: Embedding = "private",
+    output: Output = "logits",
+    choices: int = 1,
+) -> Iterator[Stage]:
+    """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
-    Keys and values of all tokens seen stay behind as values "l.k" and "l.v" `(H, s, k)` for the next pass.
+    The input is "tokens" `(m, V)`, one-hot, for a private table; "embedded" `(m, d)`, rows of a public one, looked up
+    by the client. The result is "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the
+    likeliest tokens; or "tokens_out" `(1,)` alone. Keys and values of all tokens seen stay behind as values "l.k" and
+    "l.v" `(G, s, k)` for the next pass. The softmax kernel has the model's own t, or `exp_iterations` for a model
+    that was trained with the exact exponential.
+
+    One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
+
+        state' = state + softmax(q k^T) v output + output_bias,    q, k, v = n qkv + qkv_bias
+        state'' = state' + act(n' up + up_bias) down + down_bias + n' ffn + ffn_bias
+
+    with n' = norm(state'), or n where residuals are parallel; without norms, "ffn" replaces the residual state instead
+    of adding to it.
     """
-    heads, width = model.heads, model.hidden_size
-    yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", "positions"), ("state",))
+    read = "normed" if model.norm != "none" else "state"
+    normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
+    keys = past + new
+    iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
+    if embedding == "private":
+        yield Stage("embedding", -1, embed, ("tokens", "embedding"), ("state",))
+    position = ("positions",) if model.position_embedding == "learned" else ()
+    source = "state" if embedding == "private" else "embedded"
+    if position or embedding == "public":
+        yield Stage("embedding", -1, partial(add_positions, past=past), (source, *position), ("state",))
     for layer in range(model.layers):
         rows = 1 if layer == model.layers - 1 else new
         w = f"{layer}."
+        if model.norm != "none":
+            yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+        base = "state"
+        if model.parallel_residual:
+            yield from feed_forward(model, layer, rows, read, "base")
+            base = "base" if layer in model.explicit_ffn or model.activation != "identity" else "state"
         cached = (w + "k", w + "v") if past else ()
-        yield Stage(
-            "qkv",
-            layer,
-            partial(project, heads=heads, rows=rows),
-            ("state", w + "qkv", w + "qkv_bias", *cached),
-            ("q", w + "k", w + "v"),
-        )
+        projection = partial(project, model=model, rows=rows, past=past)
+        yield Stage("qkv", layer, projection, (read, w + "qkv", w + "qkv_bias", *cached), ("q", w + "k", w + "v"))
         if model.temperature:
-            scale = partial(temper, rows=slice(past + new - rows, past + new))
-            yield Stage("temperature", layer, scale, ("q", w + "inverse_temperature"), ("q",))
+            temperature = partial(temper, rows=slice(keys - rows, keys))
+            yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
         yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
-        yield Stage("max", layer, shift_by_row_max, ("scores",), ("shifted",))
-        yield Stage("exp", layer, partial(exp_of_nonpositive, iterations=exp_iterations), ("shifted",), ("weights",))
-        values = partial(weighted_values, rows=rows)
-        yield Stage("values", layer, values, ("weights", w + "v"), ("heads", "totals"))
-        yield Stage("normalise", layer, normalise, ("heads", "totals"), ("heads",))
+        yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
+        yield Stage(
+            "exp",
+            layer,
+            partial(exp_of_nonpositive, iterations=iterations),
+            ("shifted",),
+            ("weights",),
+            exact=jnp.exp if model.exp_iterations is None else None,
+        )
+        yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
+        division = partial(normalise, keys=keys)
+        yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
         merge = partial(merge_heads, rows=rows)
-        yield Stage("output", layer, merge, ("state", "heads", w + "output", w + "output_bias"), ("state",))
-        if layer in model.explicit_ffn:
-            yield Stage("ffn", layer, affine, ("state", w + "ffn", w + "ffn_bias"), ("state",))
-    if model.final_norm:
+        yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
+        if not model.parallel_residual:
+            if model.norm != "none" and (layer in model.explicit_ffn or model.activation != "identity"):
+                yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+            yield from feed_forward(model, layer, rows, read, "state")
+    if model.centre:
         yield Stage("centre", -1, jnp.matmul, ("state", "centre"), ("state",))
-        norm = partial(normalise_state, epsilon=model.norm_epsilon, width=width)
+    if model.final_norm != "none":
+        norm = partial(normalise_state, kind=model.final_norm, epsilon=model.norm_epsilon)
         yield Stage("norm", -1, norm, ("state",), ("state",))
     yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
+    if output == "argmax":
+        yield Stage("choose", -1, likeliest, ("logits",), ("tokens_out",))
+    elif output == "top_k":
+        yield Stage("choose", -1, partial(likeliest_few, count=choices), ("logits",), ("logits_out", "tokens_out"))
 
 
-def embed(tokens: Array, table: Array, positions: Array, *, past: int) -> Array:
-    """`(m, V)` one-hot rows -> `(m, d)`."""
-    return tokens @ table + positions[past : past + tokens.shape[0]]
+def feed_forward(model: Description, layer: int, rows: int, read: str, result: str) -> Iterator[Stage]:
+    """Stages of a layer's FFN, the residual connection included, from `read` and "state" to the value `result`."""
+    w, base = f"{layer}.", "state"
+    if model.activation != "identity":
+        up = partial(affine, rows=rows)
+        yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
+        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear}
+        exact = gelu_tanh if model.activation == "gelu" else None
+        yield Stage("activation", layer, functions[model.activation], ("hidden",), ("hidden",), exact=exact)
+    if layer in model.explicit_ffn:
+        matrix = (w + "ffn", w + "ffn_bias")
+        if model.norm == "none":
+            yield Stage("ffn", layer, partial(affine, rows=rows), (base, *matrix), (result,))
+        else:
+            yield Stage("ffn", layer, partial(add_affine, rows=rows), (base, read, *matrix), (result,))
+        base = result
+    if model.activation != "identity":
+        down = partial(add_affine, rows=rows)
+        yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
 
 
-def project(state: Array, matrix: Array, bias: Array, *cached: Array, heads: int, rows: int) -> tuple[Array, ...]:
-    """`(m, d)` -> q `(H, r, k)`, k and v `(H, s, k)`; one wide product where every row's query is needed."""
-    width = state.shape[1]
+def embed(tokens: Array, table: Array) -> Array:
+    """`(m, V)` one-hot rows -> `(m, d)`.
+
+    In pieces of the vocabulary: the engine holds 3 KB a table entry in a product of 128 rows.
+    """
+    pieces = [slice(start, start + _TABLE_ROWS) for start in range(0, table.shape[0], _TABLE_ROWS)]
+    return sum(tokens[:, piece] @ table[piece] for piece in pieces)
+
+
+def add_positions(embedded: Array, positions: Array | None = None, *, past: int) -> Array:
+    """Rows of the embedding with those of their positions, if these are learned."""
+    return embedded if positions is None else embedded + positions[past : past + embedded.shape[0]]
+
+
+def normalise_state(state: Array, *, kind: Norm, epsilon: float) -> Array:
+    """Rows by their root mean square, centred before where `kind` is "layer"; gain and bias are in what follows."""
+    if kind == "layer":
+        state = state - state.sum(axis=-1, keepdims=True) * (1.0 / state.shape[1])
+    mean = sums_of_squares(state) * (1.0 / state.shape[1])
+    return scale_rows(state, inverse_root(mean + epsilon))
+
+
+def project(
+    state: Array, matrix: Array, bias: Array, *cached: Array, model: Description, rows: int, past: int
+) -> tuple[Array, ...]:
+    """`(m, d)` -> q `(H, r, k)`, k and v `(G, s, k)`; one wide product where every row's query is needed."""
+    width, shared = model.hidden_size, model.key_value_heads * model.head_size
 
     def split(x: Array) -> Array:
-        return x.reshape(x.shape[0], heads, -1).transpose(1, 0, 2)
+        return x.reshape(x.shape[0], -1, model.head_size).transpose(1, 0, 2)
 
-    if rows == state.shape[0]:
+    new = state.shape[0]
+    if rows == new:
         joint = state @ matrix + bias
-        query, key, value = joint[:, :width], joint[:, width : 2 * width], joint[:, 2 * width :]
+        query, key, value = joint[:, :width], joint[:, width : width + shared], joint[:, width + shared :]
     else:
         query = state[-rows:] @ matrix[:, :width] + bias[:width]
         joint = state @ matrix[:, width:] + bias[width:]
-        key, value = joint[:, :width], joint[:, width:]
-    keys, values = split(key), split(value)
+        key, value = joint[:, :shared], joint[:, shared:]
+    queries, keys, values = split(query), split(key), split(value)
+    if model.position_embedding == "rotary":
+        turn = partial(rotate, dimensions=model.rotary_dimensions, base=model.rotary_base)
+        queries, keys = turn(queries, first=past + new - rows), turn(keys, first=past)
     if cached:
         keys, values = jnp.concatenate([cached[0], keys], axis=1), jnp.concatenate([cached[1], values], axis=1)
-    return split(query), keys, values
+    return queries, keys, values
+
+
+def rotate(x: Array, *, first: int, dimensions: int, base: float) -> Array:
+    """Rotary position embedding of `(H, r, k)` at positions from `first` on: angles are public, so this is local.
+
+    The first `dimensions` columns rotate, column j with column j + dimensions / 2 (GPT-NeoX's and Llama's order).
+    """
+    frequencies = base ** (-np.arange(0, dimensions, 2) / dimensions)
+    angles = np.arange(first, first + x.shape[1])[:, None] * np.tile(frequencies, 2)
+    turned, kept = x[..., :dimensions], x[..., dimensions:]
+    half = dimensions // 2
+    other = jnp.concatenate([-turned[..., half:], turned[..., :half]], axis=-1)
+    cosine, sine = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
+    return jnp.concatenate([turned * cosine + other * sine, kept], axis=-1)
 
 
 def temper(query: Array, inverse_temperature: Array, *, rows: slice) -> Array:
     """Rows of q `(H, r, k)` divided by the temperature of their head and position (Eq. 9)."""
-    return query * inverse_temperature[:, rows, None]
-
-
-def scores(query: Array, key: Array) -> Array:
-    """`(H, r, s)` logits of all pairs: packing wants one large product, the future is dropped afterwards."""
-    return query @ key.transpose(0, 2, 1)
+    return scale_rows(query, inverse_temperature[:, rows])
 
 
 def visible(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,29 +318,77 @@ def visible(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-def shift_by_row_max(logits: Array) -> Array:
-    """`(H, r, s)` -> `(H, n)`: the n visible logits, each less its row's largest."""
-    _, rows, keys = logits.shape
-    row, column = visible(rows, keys)
-    packed = logits.reshape(logits.shape[0], -1)[:, row * keys + column]
-    largest = segment_max(packed, np.bincount(row))
-    return packed - largest[:, row]
+def scores(query: Array, key: Array) -> Array:
+    """`(H, n)` logits of the visible pairs.
+
+    In blocks of queries against the keys that the block's last one sees: blocks of 128 rows of 64 fill a ciphertext
+    and save the products beyond; smaller ones would send more than they save. Few rows do not fill one, and are one
+    product of all heads, every row holding zeros in the columns of the others.
+    """
+    heads, rows, width = query.shape
+    groups, keys, _ = key.shape
+    shared = heads // groups  # queries that share their keys are rows of one product
+    parts = []
+    for start in range(0, rows, _BLOCK_ROWS):
+        block = query[:, start : start + _BLOCK_ROWS]
+        size = block.shape[1]
+        seen = keys - rows + start + size
+        grouped, seen_keys = block.reshape(groups, shared * size, width), key[:, :seen]
+        apart = groups * product_bytes(shared * size, width, seen)
+        if product_bytes(heads * size, groups * width, seen) < apart:
+            joint = block_rows(grouped) @ seen_keys.transpose(0, 2, 1).reshape(groups * width, seen)
+        else:
+            joint = grouped @ seen_keys.transpose(0, 2, 1)
+        row, column = visible(size, seen)
+        parts.append(joint.reshape(heads, size * seen)[:, row * seen + column])
+    return jnp.concatenate(parts, axis=1)
+
+
+def block_rows(blocks: Array) -> Array:
+    """Blocks `(G, a, b)` on the diagonal of `(G a, G b)`, zeros elsewhere; public, so that nothing is sent."""
+    groups, high, wide = blocks.shape
+    where = np.eye(groups, dtype=bool)[:, None, :, None]
+    return jnp.where(where, blocks[:, :, None, :], 0.0).reshape(groups * high, groups * wide)
+
+
+def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
+    """`(H, n)`: visible logits, each less its row's largest."""
+    row, _ = visible(rows, keys)
+    return logits - segment_max(logits, np.bincount(row))[:, row]
 
 
 def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, Array]:
-    """Packed weights `(H, n)` and v `(H, s, k)` -> unnormalised heads `(H, r, k)` and row sums `(H, r)`."""
-    heads, keys, _ = value.shape
+    """Packed weights `(H, n)` and v `(G, s, k)` -> unnormalised heads `(H, r, k)` and row sums `(H, r)`."""
+    heads, (groups, keys, width) = weights.shape[0], value.shape
     row, column = visible(rows, keys)
     where = np.full((rows, keys), len(row))  # one entry past the end holds the zero of the future
     where[row, column] = np.arange(len(row))
     padded = jnp.concatenate([weights, jnp.zeros((heads, 1), weights.dtype)], axis=1)
-    square = padded[:, where.reshape(-1)].reshape(heads, rows, keys)
-    return square @ value, square.sum(axis=-1)
+    shared = heads // groups * rows
+    matrix = padded[:, where.reshape(-1)].reshape(groups, shared, keys)
+    totals = matrix.sum(axis=-1).reshape(heads, rows)
+    if product_bytes(shared, groups * keys, groups * width) < groups * product_bytes(shared, keys, width):
+        # All heads side by side in one product, as in `scores`: their values on the diagonal.
+        joint = matrix.transpose(1, 0, 2).reshape(shared, groups * keys) @ block_rows(value)
+        return joint.reshape(shared, groups, width).transpose(1, 0, 2).reshape(heads, rows, width), totals
+    return (matrix @ value).reshape(heads, rows, width), totals
 
 
-def normalise(heads: Array, totals: Array) -> Array:
-    """Divide after the value product: r d multiplications instead of H r s."""
-    return heads * reciprocal(totals)[:, :, None]
+def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
+    """Divide after the value product: r d multiplications instead of H r s.
+
+    A row of v weights sums to between 1 and v; divided by the root of v first, sum and reciprocal have the same number
+    of digits to stand on.
+    """
+    rows = heads.shape[1]
+    seen = np.arange(keys - rows + 1, keys + 1)
+    root = (seen**-0.5).astype(heads.dtype)
+    return scale_rows(heads, reciprocal(totals * root, seen)) * root[:, None]
+
+
+def divide(heads: Array, totals: Array) -> Array:
+    """What `normalise` approximates."""
+    return heads / totals[..., None]
 
 
 def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
@@ -189,15 +396,30 @@ def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows:
     return state[-rows:] + heads.transpose(1, 0, 2).reshape(rows, -1) @ matrix + bias
 
 
-def affine(state: Array, matrix: Array, bias: Array) -> Array:
-    """x W + b."""
-    return state @ matrix + bias
+def affine(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> Array:
+    """x W + b, for the last `rows` rows of x or all."""
+    return (state if rows is None else state[-rows:]) @ matrix + bias
 
 
-def normalise_state(centred: Array, *, epsilon: float, width: int) -> Array:
-    """LayerNorm of a row that is centred already; gain and bias live in the head."""
-    variance = (centred * centred).sum(axis=-1, keepdims=True) * (1.0 / width)
-    return centred * inverse_root(variance + epsilon)
+def add_affine(base: Array, state: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
+    """base + x W + b, for the last `rows` rows."""
+    return base[-rows:] + state[-rows:] @ matrix + bias
+
+
+def bilinear(hidden: Array) -> Array:
+    """Left half times right half, elementwise."""
+    width = hidden.shape[1] // 2
+    return hidden[:, :width] * hidden[:, width:]
+
+
+def likeliest(logits: Array) -> Array:
+    """Index of the largest of `(1, V)`, `(1,)`."""
+    return argmax(logits[0]).reshape(1)
+
+
+def likeliest_few(logits: Array, *, count: int) -> tuple[Array, Array]:
+    """The `count` largest of `(1, V)`, descending, and their indices."""
+    return top_k(logits[0], count)
 
 
 def run_plain(
@@ -207,29 +429,28 @@ def run_plain(
     new_tokens: int,
     exp_iterations: int,
     *,
-    exact_exp: bool = False,
-    watch: Callable[[Stage, Array], None] | None = None,
+    exact: bool = False,
+    watch: Callable[[Stage, tuple[Array, ...], Array], None] | None = None,
 ) -> tuple[list[int], list[np.ndarray]]:
     """Greedy generation in plaintext: tokens and the logits `(V,)` they were chosen from.
 
-    With `exact_exp` the softmax is the exact one, otherwise the engine's (1 + x/2^t)^(2^t). `watch` sees every
-    value a stage writes.
+    With `exact` the model's own functions are computed, the exact softmax (unless it was trained with the kernel) and
+    GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
     """
     values: dict[str, Any] = {name: jnp.asarray(w) for name, w in weights.items()}
     fresh, past = list(token_ids), 0
     generated: list[int] = []
     all_logits: list[np.ndarray] = []
     for _ in range(new_tokens):
-        values["tokens"] = jnp.asarray(one_hot(fresh, model.vocab_size), values["embedding"].dtype)
-        for stage in forward(model, len(fresh), past, exp_iterations):
-            function = stage.function
-            if stage.name == "exp":
-                function = jnp.exp if exact_exp else partial(exp_kernel, iterations=exp_iterations)
-            results = function(*(values[name] for name in stage.inputs))
+        values["embedded"] = values["embedding"][np.asarray(fresh)]
+        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public"):
+            function = stage.exact if exact and stage.exact is not None else stage.function
+            operands = tuple(values[name] for name in stage.inputs)
+            results = function(*operands)
             for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
                 values[name] = value
                 if watch is not None:
-                    watch(stage, value)
+                    watch(stage, operands, value)
         past += len(fresh)
         logits = np.asarray(values["logits"])[0]
         fresh = [int(logits.argmax())]

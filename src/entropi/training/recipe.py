@@ -22,14 +22,20 @@ class Recipe:
     """A training run. The defaults train a small softmax-only model on a laptop's CPU in a few minutes.
 
     Args:
-        architecture: one of the paper's names, such as SM+LN+G, SM+LN+R, SM+ScFuFFN, SM(t)+ScFuFFN; wrapped as
-            EReg(...) it is trained with the entropy regulariser
+        architecture: in the paper's notation, such as SM+LN+G, SM+SNorm(FFN), SM(t)+ScFuFFN; wrapped as EReg(...) it
+            is trained with the entropy regulariser
         corpus: "stdlib" (the source code of this Python's standard library) or a text file or folder
         vocab_size: entries of the byte-level BPE tokenizer trained on the corpus
         context_length: tokens a sequence, T
         layers: number of layers, L
         heads: attention heads a layer, H
         hidden_size: width of the model, d
+        key_value_heads: heads of keys and values, fewer than heads for grouped queries (0: as many as heads)
+        position_embedding: "learned" positions or "rotary" ones
+        final_norm: a norm before the language-model head; the paper keeps it in models that have no other
+        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t) of private inference, cheap at 3 to 5 (0: exact)
+        leaky_slope: negative slope of LeakyR
+        leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
         bias: linear layers with a bias: "qk" (the paper's code), "all" or "none"
         steps: optimizer updates
         batch_size: sequences a device and micro-batch
@@ -48,6 +54,8 @@ class Recipe:
         entropy_reduction: over rows: the listing's "sum", or "mean", which does not depend on the batch
         threshold_init: initial theta of every head
         temperature_init: initial softmax temperature t of SM(t)
+        temperature_granularity: one temperature per head and query "position" (the paper) or per "head"
+        temperature_parametrization: learn t itself ("literal", the paper) or log t ("exp"), which keeps t positive
         nonfinite: what a non-finite gradient does: "stop" the run, or "skip" the update (at most 10 in a row)
         log_every: steps between loss records
         entropy_every: steps between entropy records
@@ -64,6 +72,12 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     hidden_size: int = 128
+    key_value_heads: int = 0
+    position_embedding: Literal["learned", "rotary"] = "learned"
+    final_norm: bool = True
+    exp_iterations: int = 0
+    leaky_slope: float = 0.01
+    leaky_slope_learned: Literal["fixed", "layer", "global"] = "fixed"
     bias: Literal["qk", "all", "none"] = "qk"
     steps: int = 600
     batch_size: int = 32
@@ -82,6 +96,8 @@ class Recipe:
     entropy_reduction: Literal["sum", "mean"] = "sum"
     threshold_init: float = 0.5
     temperature_init: float = 1.0
+    temperature_granularity: Literal["position", "head"] = "position"
+    temperature_parametrization: Literal["literal", "exp"] = "literal"
     nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 10
     entropy_every: int = 20
@@ -97,7 +113,8 @@ class Recipe:
     def _range_problems(self) -> list[str]:
         """What is wrong with values that have the right types."""
         problems = []
-        least = {"context_length": 2, "vocab_size": MIN_VOCAB_SIZE, "evaluate_every": 0, "save_every": 0, "seed": 0}
+        least = {"context_length": 2, "vocab_size": MIN_VOCAB_SIZE}
+        least |= dict.fromkeys(("evaluate_every", "save_every", "seed", "key_value_heads", "exp_iterations"), 0)
         for name, wanted in get_type_hints(Recipe).items():
             value = getattr(self, name)
             if wanted is int and value < least.get(name, 1):
@@ -130,7 +147,9 @@ def _type_problems(settings: dict[str, Any]) -> list[str]:
         if choices := get_args(wanted):
             if value not in choices:
                 problems.append(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+        elif isinstance(value, bool) != (wanted is bool) or not isinstance(
+            value, (int, float) if wanted is float else wanted
+        ):
             problems.append(f"{name} is {value!r}, expected {wanted.__name__}")
     return problems
 

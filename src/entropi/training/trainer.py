@@ -49,11 +49,13 @@ class EntropiTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices only: no decay of biases, gains, alpha, beta, temperatures and thresholds."""
-        matrices = {
-            id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight.dim() == 2
-        }
-        return [name for name, parameter in model.named_parameters() if id(parameter) in matrices]
+        """Matrices only: no decay of biases, gains, slopes, alpha, beta, temperatures and thresholds."""
+        spared = {"temperature.parameter", "entropy_regularizer.threshold", "parametrizations.weight.original0"}
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 2 and not any(name.endswith(ending) for ending in spared)
+        ]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out cross-entropy in float32, recorded with the head entropies."""
@@ -62,15 +64,14 @@ class EntropiTrainer(Trainer):
         assert isinstance(self.eval_dataset, BlockDataset)
         result = evaluate_blocks(self.model, self.eval_dataset.blocks, self.args.per_device_eval_batch_size)
         if self.is_world_process_zero():
-            records.append(
-                self.recorder.path,
+            self.recorder.write(
                 records.Evaluation(
                     step=self.state.global_step,
                     cross_entropy=result.cross_entropy,
                     perplexity=result.perplexity,
                     tokens=result.tokens,
                     entropy=result.entropy.tolist(),
-                ),
+                )
             )
         self.recorder.resume_clock(paused_at)
         metrics = {"eval_loss": result.cross_entropy, "eval_perplexity": result.perplexity}

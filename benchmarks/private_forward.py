@@ -1,0 +1,421 @@
+"""Bytes, messages and seconds of one private forward pass of GPT-2 small, beside the paper's figures and our goals.
+
+    python benchmarks/private_forward.py --out results [--rows NAME ...] [--seed 0]
+
+Every row is a run of two processes under CHEETAH, bytes of both directions, after a first pass over a small model has
+exchanged keys. A row's layers are all executed, except where it says so; weights are random and of the size that
+training leaves. Rows already in the --out folder are not run again. The last line is JSON.
+
+The token table costs the same in every architecture and is measured by itself, as rows "embedding"; the table shows
+both sums. `straightforward` is one layer written without any of our ways to save: dense softmax with a division,
+tanh-GELU, LayerNorm by variance and division, weights in shares, SPU's own settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+
+from entropi.private.engine import PARTIES, Engine, Simulation
+from entropi.private.messages import CLIENT, SERVER, Settings
+from entropi.private.program import Description, Stage, embed, forward, one_hot
+from entropi.records import StageTraffic
+from entropi.report.traffic import by_operation
+
+GPT2 = dict(
+    format=2,
+    architecture="",
+    layers=12,
+    heads=12,
+    key_value_heads=12,
+    hidden_size=768,
+    vocab_size=50257,
+    positions=1024,
+    intermediate_size=0,
+    position_embedding="learned",
+    rotary_dimensions=0,
+    rotary_base=10000.0,
+    temperature=False,
+    exp_iterations=3,
+    norm="none",
+    norm_epsilon=1e-5,
+    parallel_residual=False,
+    activation="identity",
+    explicit_ffn=[],
+    final_norm="rms",  # the paper's models keep the LayerNorm before the head
+    centre=True,
+)
+LAYER_NORM = dict(norm="rms", intermediate_size=3072, centre=False)  # folding has centred the state
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "SM+ScFuFFN": {},
+    "SM(t)+ScFuFFN": dict(temperature=True),
+    "SM+LN+R": dict(LAYER_NORM, activation="relu"),
+    "SM+LN+G": dict(LAYER_NORM, activation="gelu"),
+}
+# row: architecture, tokens, layers that are executed, the paper's and our goal's GB for all twelve
+ROWS: dict[str, tuple[str, int, int, float, float]] = {
+    "SM+ScFuFFN T=128": ("SM+ScFuFFN", 128, 12, 6.43, 1.5),
+    "SM(t)+ScFuFFN T=128": ("SM(t)+ScFuFFN", 128, 12, 6.43, 1.5),
+    "SM+LN+R T=128": ("SM+LN+R", 128, 12, 9.44, 3.5),
+    "SM+LN+G T=128": ("SM+LN+G", 128, 12, 25.32, 5.5),
+    "SM(t)+ScFuFFN T=256": ("SM(t)+ScFuFFN", 256, 12, 20.72, 4.5),
+    "SM(t)+ScFuFFN T=512": ("SM(t)+ScFuFFN", 512, 2, 69.68, 15.0),
+}
+GENERATING = "SM+ScFuFFN T=128"  # this row also runs one token more
+
+
+def description(architecture: str, layers: int) -> Description:
+    return msgspec.convert(
+        {**GPT2, **ARCHITECTURES[architecture], "architecture": architecture, "layers": layers}, Description
+    )
+
+
+def random_weight(name: str, shape: tuple[int, ...], model: Description, random: np.random.Generator) -> np.ndarray:
+    """Of the size that training leaves: products keep a row's size, residual branches add a fraction to it."""
+    part = name.split(".")[-1]
+    size = shape[0] ** -0.5 if len(shape) == 2 else 0.05
+    if part == "inverse_temperature":
+        return random.uniform(0.5, 2.0, shape).astype(np.float32)
+    if part in ("embedding", "positions"):
+        size = 0.5
+    if part in ("output", "down"):
+        size *= 0.4
+    weight = size * random.standard_normal(shape, np.float32)
+    if part == "qkv":  # scores of a few units
+        weight[:, : model.hidden_size] *= 2 * model.head_size**-0.5
+    return weight
+
+
+# --- Programs: stages of a pass, the private one and the straightforward one ------------------------------------------
+
+
+def straightforward(model: Description, tokens: int) -> Iterator[Stage]:
+    """One layer as it is written for a GPU: what SPU would be given without thinking of it."""
+    heads, width = model.heads, model.head_size
+
+    def layer_norm(x: jax.Array) -> jax.Array:
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + model.norm_epsilon)
+
+    def project(x: jax.Array, matrix: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        joint = (x @ matrix + bias).reshape(tokens, 3, heads, width).transpose(1, 2, 0, 3)
+        return joint[0], joint[1], joint[2]
+
+    def softmax(logits: jax.Array) -> jax.Array:
+        shifted = jnp.maximum(logits - jnp.max(logits, axis=-1, keepdims=True), -100.0)  # SPU's exp needs a limit
+        weights = jnp.exp(shifted) * np.tril(np.ones((tokens, tokens), np.float32))
+        return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+    def merge(x: jax.Array, attended: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
+        return x + attended.transpose(1, 0, 2).reshape(tokens, -1) @ matrix + bias
+
+    def scaled(x: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
+        return 0.9 * x + (x @ matrix + bias) * 0.8
+
+    normed = model.norm != "none"
+    read = "normed" if normed else "state"
+    if normed:
+        yield Stage("norm", 0, layer_norm, ("state",), ("normed",))
+    yield Stage("qkv", 0, project, (read, "0.qkv", "0.qkv_bias"), ("q", "k", "v"))
+    if model.temperature:
+        yield Stage("temperature", 0, lambda q, t: q * t[:, :tokens, None], ("q", "0.inverse_temperature"), ("q",))
+    yield Stage("scores", 0, lambda q, k: q @ k.transpose(0, 2, 1), ("q", "k"), ("scores",))
+    yield Stage("softmax", 0, softmax, ("scores",), ("weights",))
+    yield Stage("values", 0, jnp.matmul, ("weights", "v"), ("heads",))
+    yield Stage("output", 0, merge, ("state", "heads", "0.output", "0.output_bias"), ("state",))
+    if not normed:
+        yield Stage("ffn", 0, scaled, ("state", "0.ffn", "0.ffn_bias"), ("state",))
+        return
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+    if model.activation == "gelu":
+        activation = partial(jax.nn.gelu, approximate=True)
+    yield Stage("norm", 0, layer_norm, ("state",), ("normed",))
+    yield Stage("ffn", 0, lambda x, w, b: x @ w + b, ("normed", "0.up", "0.up_bias"), ("hidden",))
+    yield Stage("activation", 0, activation, ("hidden",), ("hidden",))
+    yield Stage("ffn", 0, lambda s, x, w, b: s + x @ w + b, ("state", "hidden", "0.down", "0.down_bias"), ("state",))
+
+
+def plain_settings(config: Any) -> None:
+    """SPU as it comes, but for the meter."""
+    config.fxp_exp_iters = 8
+    config.experimental_enable_colocated_optimization = False
+    config.cheetah_2pc_config.enable_mul_lsb_error = False
+    config.experimental_disable_mmul_split = False
+
+
+# --- Two processes ----------------------------------------------------------------------------------------------------
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What both parties run: a row's program over `tokens` tokens, then `further` single ones."""
+
+    kind: str  # "forward", "layer" (the first of it), "straightforward" (the same layer) or "embedding"
+    architecture: str
+    tokens: int
+    layers: int
+    seed: int
+    further: int = 0
+    iterations: int = 3
+
+
+WARM_UP = 8  # tokens of the pass that exchanges keys
+
+
+def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: Any) -> None:
+    """One of the two processes; puts every stage's traffic into `channel`, then None."""
+    model = msgspec.structs.replace(description(task.architecture, task.layers), exp_iterations=task.iterations)
+    plain = task.kind == "straightforward"
+    engine = Engine(rank, session, links, Settings(), plain_settings if plain else None)
+    random = np.random.default_rng(task.seed)
+
+    def hold(name: str, shape: tuple[int, ...], owner: int, value: Callable[[], np.ndarray]) -> None:
+        engine.hold(name, shape, value() if rank == owner else None)
+
+    shapes = model.weight_shapes()
+    if plain:
+        width = model.hidden_size
+        shapes |= {"0.ffn": (width, width), "0.ffn_bias": (width,)}
+    for name, shape in shapes.items():
+        if task.kind == "embedding":
+            wanted = name == "embedding"
+        else:
+            wanted = name.startswith("0.") if plain else name != "embedding"
+        if wanted:
+            hold(name, shape, SERVER, partial(random_weight, name, shape, model, random))
+
+    def run(stages: Iterator[Stage], token: int, counted: bool) -> None:
+        for stage in stages:
+            traffic = engine.run(stage, token)
+            if counted:
+                channel.put(traffic)
+
+    inputs = np.random.default_rng(task.seed + 1)
+    if task.kind == "embedding":
+        for length in (1, task.tokens):
+            ids = inputs.integers(0, model.vocab_size, length).tolist()
+            hold("tokens", (length, model.vocab_size), CLIENT, partial(one_hot, ids, model.vocab_size))
+            run(iter([Stage("embedding", -1, embed, ("tokens", "embedding"), ("state",))]), 0, length == task.tokens)
+    else:
+        lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
+        state = "state" if plain else "embedded"
+        for number, (new, past) in enumerate([(WARM_UP, 0), *lengths]):
+            shape = (new, model.hidden_size)
+            hold(state, shape, CLIENT, partial(inputs.normal, size=shape))
+            stages = straightforward(model, new) if plain else forward(model, new, past, 8, embedding="public")
+            if task.kind == "layer":
+                stages = takewhile(lambda stage: stage.layer <= 0, stages)
+            run(stages, number - 1, number > 0)
+    engine.close()
+    channel.put(None)
+
+
+def free_links() -> tuple[str, str]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{one.getsockname()[1]}", f"127.0.0.1:{other.getsockname()[1]}"
+
+
+def run_two(task: Task, label: str) -> list[StageTraffic]:
+    """The client's view of a task's stages."""
+    context = multiprocessing.get_context("spawn")
+    links, session, channels = free_links(), secrets.token_hex(16), [context.Queue(), context.Queue()]
+    processes = [
+        context.Process(target=party, args=(rank, links, session, task, channels[rank]), daemon=True) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    found: list[StageTraffic] = []
+    while (traffic := take(channels[CLIENT], processes)) is not None:
+        found.append(traffic)
+        total = sum(stage.bytes for stage in found)
+        where = f"layer {traffic.layer} {traffic.name}" if traffic.layer >= 0 else traffic.name
+        print(f"\r{label}: {where:20s} {total / 1e6:9.1f} MB", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    for process in processes:
+        process.join()
+    return found
+
+
+def take(channel: Any, processes: list[Any]) -> StageTraffic | None:
+    """The next reading; fails when a party has died instead of waiting for it."""
+    while True:
+        try:
+            return channel.get(timeout=5)
+        except Exception:
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.kill()
+                raise SystemExit("a party ended early; its reason is above") from None
+
+
+def simulate(protocol: str, task: Task) -> list[StageTraffic]:
+    """One layer and the last one under another protocol, all parties in this process."""
+    model = msgspec.structs.replace(description(task.architecture, 2), exp_iterations=task.iterations, vocab_size=1000)
+    engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
+    random = np.random.default_rng(task.seed)
+    for name, shape in model.weight_shapes().items():
+        engine.hold(name, random_weight(name, shape, model, random), SERVER)
+    found = []
+    for counted, new in ((False, WARM_UP), (True, task.tokens)):
+        engine.hold("embedded", random.normal(size=(new, model.hidden_size)), CLIENT)
+        traffic = [engine.run(stage) for stage in forward(model, new, 0, 8, embedding="public")]
+        found = traffic if counted else []
+    return found
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+class Result(msgspec.Struct):
+    """A task's readings and where they were taken."""
+
+    task: Task
+    stages: list[StageTraffic]
+    seconds: float
+    machine: str
+    simulated: str | None = None  # the protocol, where the parties were threads of one process
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        name = next((line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line), name)
+    return f"{os.cpu_count()} x {name}"
+
+
+def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> Result:
+    """The result in the folder, if it is of this task; otherwise the task is run and its result left there."""
+    file = out / f"{label.replace(' ', '_').replace('=', '')}.json"
+    if file.exists():
+        result = msgspec.json.decode(file.read_bytes(), type=Result)
+        if result.task == task:
+            return result
+    started = time.perf_counter()
+    stages = run_two(task, label) if protocol is None else simulate(protocol, task)
+    result = Result(task, stages, time.perf_counter() - started, machine(), protocol)
+    file.write_bytes(msgspec.json.encode(result))
+    return result
+
+
+def whole(stages: list[StageTraffic], layers: int) -> tuple[float, float, float]:
+    """GB, messages and seconds of twelve layers: what ran, and the first layer again for every one that did not."""
+
+    def sums(chosen: list[StageTraffic]) -> np.ndarray:
+        return np.array([[s.bytes / 1e9, s.messages, s.seconds] for s in chosen if s.token == 0]).sum(axis=0)
+
+    total = sums(stages) + (12 - layers) * sums([stage for stage in stages if stage.layer == 0])
+    return tuple(total)
+
+
+def print_operations(label: str, result: Result) -> None:
+    """Where every byte of the prompt's pass went."""
+    stages = [stage for stage in result.stages if stage.token == 0]
+    print(f"\n{label}, {result.task.layers} layers executed, by operation:")
+    for operation in by_operation(stages):
+        sums = operation.prompt
+        print(f"  {operation.name:12s} {sums.bytes / 1e6:9.2f} MB {sums.messages:7d} messages {sums.seconds:8.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    extra = ["embedding", "straightforward", "protocols"]
+    parser.add_argument("--out", type=Path, required=True, help="folder of results; what is there is not run again")
+    parser.add_argument("--rows", nargs="*", default=[*ROWS, *extra], choices=[*ROWS, *extra], metavar="ROW")
+    parser.add_argument("--layers", type=int, help="execute only so many layers of every row")
+    parser.add_argument("--iterations", type=int, default=3, help="t of the softmax kernel")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {"machine": machine()}
+
+    embeddings = {}
+    if "embedding" in options.rows:
+        for tokens in sorted({ROWS[row][1] for row in options.rows if row in ROWS} or {128}):
+            task = Task("embedding", "SM+ScFuFFN", tokens, 2, options.seed)
+            result = measured(options.out, f"embedding T={tokens}", task)
+            embeddings[tokens] = sum(stage.bytes for stage in result.stages) / 1e9
+            summary[f"embedding T={tokens}"] = {"GB": embeddings[tokens], "seconds": result.stages[-1].seconds}
+
+    lines = []
+    for row in [name for name in ROWS if name in options.rows]:
+        architecture, tokens, layers, paper, goal = ROWS[row]
+        layers = min(layers, options.layers or layers)
+        further = int(row == GENERATING and layers == 12)
+        task = Task("forward", architecture, tokens, layers, options.seed, further, options.iterations)
+        result = measured(options.out, row, task)
+        if further:
+            prompt, token = (sum(s.bytes for s in result.stages if s.token == n) / 1e6 for n in (0, 1))
+            summary["generation"] = {"prompt_MB": prompt, "token_MB": token, "ratio": prompt / token}
+            print(f"\ngeneration: prompt of {tokens} tokens {prompt:.1f} MB, one more {token:.1f} MB")
+        print_operations(row, result)
+        gigabytes, messages, seconds = whole(result.stages, layers)
+        table = embeddings.get(tokens, float("nan"))
+        lines.append(
+            f"| {row} | {layers} | {paper} | {goal} | {gigabytes:.3f} | {gigabytes + table:.3f} | {messages:.0f} "
+            f"| {seconds:.0f} |"
+        )
+        summary[row] = {
+            "layers_executed": layers,
+            "paper_GB": paper,
+            "goal_GB": goal,
+            "GB": gigabytes,
+            "GB_with_private_embedding": gigabytes + table,
+            "messages": messages,
+            "seconds": seconds,
+        }
+    if lines:
+        print("\n| row | layers executed | paper GB | goal GB | GB | with private table | messages | seconds |")
+        print("|---|---|---|---|---|---|---|---|", *lines, sep="\n")
+
+    if "straightforward" in options.rows:
+        for architecture in ("SM+ScFuFFN", "SM+LN+G"):
+            compared = {}
+            for kind in ("straightforward", "layer"):
+                task = Task(kind, architecture, 128, 2, options.seed, iterations=options.iterations)
+                result = measured(options.out, f"{kind} {architecture}", task)
+                layer = [stage for stage in result.stages if stage.layer == 0]
+                compared[kind] = {
+                    "MB": sum(stage.bytes for stage in layer) / 1e6,
+                    "messages": sum(stage.messages for stage in layer),
+                    "seconds": sum(stage.seconds for stage in layer),
+                }
+            print(f"\none layer of {architecture}, T=128:")
+            for kind, figures in compared.items():
+                print(f"  {kind:16s}", *(f"{value:10.1f} {name}" for name, value in figures.items()))
+            summary[f"layer {architecture}"] = compared
+
+    if "protocols" in options.rows:
+        for protocol in ("semi2k", "aby3"):
+            task = Task("forward", "SM+ScFuFFN", 128, 2, options.seed, iterations=options.iterations)
+            result = measured(options.out, f"protocol {protocol}", task, protocol)
+            gigabytes, messages, seconds = whole(result.stages, 2)
+            trust = "trusted dealer, online phase" if protocol == "semi2k" else "three parties, honest majority"
+            print(f"\n{protocol} ({trust}): {gigabytes:.3f} GB over all {PARTIES[protocol]}, SM+ScFuFFN T=128")  # type: ignore[index]
+            summary[protocol] = {"GB": gigabytes, "messages": messages, "seconds": seconds}
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

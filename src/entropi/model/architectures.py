@@ -1,0 +1,154 @@
+"""Architecture names in the paper's notation, parsed into the choices they stand for. Imports nothing heavy.
+
+    SM | SM(t)   softmax, with learnable temperatures       + LN | RMS             norm before attention and FFN
+    + WNorm(..) | SNorm(..)   norm on weights, instead      + G | R | LeakyR | Square | Bilinear   FFN activation
+                                                            + ScFFN | ScFuFFN      scaled linear FFN (Eq. 8)
+
+Parts are in this order, all but the first optional. RMS, Square and Bilinear are not the paper's; LeakyR is that of
+the authors' "ReLU's Revival" (2410.09637).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from entropi.errors import UserError
+
+# What WNorm and SNorm may be applied to (Table 5 of the paper): linear layers by their names in the model.
+WEIGHT_NORM_TARGETS: dict[str, frozenset[str]] = {
+    "QK": frozenset({"query", "key"}),
+    "FFN": frozenset({"ffn"}),
+    "QK+FFN": frozenset({"query", "key", "ffn"}),
+    "QKV+FFN": frozenset({"query", "key", "value", "ffn"}),
+    "QKVO+FFN": frozenset({"query", "key", "value", "output", "ffn"}),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The choices an architecture name stands for (Table 1 and section 4 of the paper)."""
+
+    temperature: bool = False  # learnable softmax temperature, "SM(t)"
+    norm: Literal["layernorm", "rmsnorm", "none"] = "none"
+    weight_norm: Literal["weight", "spectral", "none"] = "none"
+    weight_norm_target: str = ""  # a key of WEIGHT_NORM_TARGETS, "" without weight norm
+    activation: Literal["gelu", "relu", "leaky_relu", "square", "bilinear", "identity"] = "identity"
+    ffn: Literal["plain", "scaled", "fused"] = "plain"  # "ScFFN" and "ScFuFFN" are scaled as in Eq. 8
+
+    @property
+    def softmax_only(self) -> bool:
+        """Softmax is the only nonlinear operation in the layers."""
+        return self.norm == "none" and self.activation == "identity"
+
+    def normalises(self, linear: str) -> bool:
+        """Whether the weight of "query", "key", "value", "output" or "ffn" is normalised."""
+        return linear in WEIGHT_NORM_TARGETS.get(self.weight_norm_target, frozenset())
+
+
+_NORMS = {"LN": Parts(norm="layernorm"), "RMS": Parts(norm="rmsnorm")}
+_FEED_FORWARDS = {
+    "G": Parts(activation="gelu"),
+    "R": Parts(activation="relu"),
+    "LeakyR": Parts(activation="leaky_relu"),
+    "Square": Parts(activation="square"),
+    "Bilinear": Parts(activation="bilinear"),
+    "ScFFN": Parts(ffn="scaled"),
+    "ScFuFFN": Parts(ffn="fused"),
+}
+LEGAL = (
+    "SM or SM(t); then at most one of +LN, +RMS, +WNorm(TARGET), +SNorm(TARGET), where TARGET is "
+    f"{', '.join(WEIGHT_NORM_TARGETS)}; then at most one of {', '.join('+' + name for name in _FEED_FORWARDS)} "
+    "(+ScFFN and +ScFuFFN without +LN or +RMS), for example SM+LN+G, SM+SNorm(QK+FFN), SM(t)+ScFuFFN"
+)
+
+
+def parse_architecture(name: str) -> Parts:
+    """The parts of an architecture name; spaces do not matter.
+
+    Raises:
+        UserError: not a legal name; says what is wrong with it and lists the legal ones.
+    """
+    bare = name.replace(" ", "")
+    head, *rest = re.split(r"\+(?![^()]*\))", bare)  # pluses within parentheses belong to a target
+    problems = []
+    if head not in ("SM", "SM(t)"):
+        problems.append(f"it begins with {head!r} instead of SM or SM(t)")
+    parts = Parts(temperature=head == "SM(t)")
+    seen: list[str] = []
+    for word in rest:
+        weight_norm = re.fullmatch(r"([WS])Norm\((.*)\)", word)
+        if word in _NORMS or weight_norm:
+            kind, chosen = "norm", parts.norm != "none" or parts.weight_norm != "none"
+        elif word in _FEED_FORWARDS:
+            kind, chosen = "feed-forward network", parts.activation != "identity" or parts.ffn != "plain"
+        else:
+            problems.append(f"{word!r} is unknown")
+            continue
+        if chosen:
+            problems.append(f"+{word} is a second {kind}")
+        elif kind == "norm" and "feed-forward network" in seen:
+            problems.append(f"+{word} comes after the feed-forward network")
+        elif weight_norm and weight_norm.group(2) not in WEIGHT_NORM_TARGETS:
+            problems.append(f"{weight_norm.group(2)!r} is no target of {weight_norm.group(1)}Norm")
+        elif weight_norm:
+            norm: Literal["weight", "spectral"] = "weight" if weight_norm.group(1) == "W" else "spectral"
+            parts = replace(parts, weight_norm=norm, weight_norm_target=weight_norm.group(2))
+        elif kind == "norm":
+            parts = replace(parts, norm=_NORMS[word].norm)
+        else:
+            if parts.norm != "none" and _FEED_FORWARDS[word].ffn != "plain":
+                problems.append(f"+{word} is for models without a norm of the residual stream")
+            parts = replace(parts, activation=_FEED_FORWARDS[word].activation, ffn=_FEED_FORWARDS[word].ffn)
+        seen.append(kind)
+    if problems:
+        raise UserError(f"unknown architecture {name!r}: {', '.join(problems)}; legal are {LEGAL}")
+    return parts
+
+
+PAPER_ARCHITECTURES = (
+    "SM+LN+G",
+    "SM+LN+R",
+    "SM+LN",
+    "SM+G",
+    "SM+R",
+    "SM",
+    *(f"SM+{norm}({target})" for norm in ("WNorm", "SNorm") for target in WEIGHT_NORM_TARGETS),
+    "SM+ScFFN",
+    "SM+ScFuFFN",
+    "SM(t)+ScFuFFN",
+)
+FURTHER_ARCHITECTURES = (
+    "SM+LeakyR",
+    "SM+RMS+G",
+    "SM+RMS+R",
+    "SM+RMS",
+    "SM+Square",
+    "SM+LN+Square",
+    "SM+RMS+Bilinear",
+    "SM+Bilinear",
+    "SM(t)+LN+G",
+    "SM(t)+RMS+LeakyR",
+    "SM(t)+ScFFN",
+    "SM(t)+SNorm(QKVO+FFN)+ScFuFFN",
+    "SM(t)+WNorm(QKV+FFN)+ScFFN",
+    "SM+SNorm(FFN)+R",
+)
+# The named ones and some combinations: what tests and tables go through. Every name that parses is legal.
+ARCHITECTURES: dict[str, Parts] = {
+    name: parse_architecture(name) for name in (*PAPER_ARCHITECTURES, *FURTHER_ARCHITECTURES)
+}
+
+
+def split_training_name(name: str) -> tuple[str, bool]:
+    """("SM(t)+ScFuFFN", True) from "EReg(SM(t)+ScFuFFN)": the architecture, and whether entropy is regularised.
+
+    Raises:
+        UserError: as `parse_architecture`.
+    """
+    bare = name.replace(" ", "")
+    match = re.fullmatch(r"EReg\((.*)\)", bare)
+    architecture = match.group(1) if match else bare
+    parse_architecture(architecture)
+    return architecture, match is not None

@@ -1,0 +1,240 @@
+"""Secure nonlinear functions: a table of operations x protocols, errors and prices as their docstrings claim."""
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("spu")
+import jax.numpy as jnp  # noqa: E402
+from jax.scipy.stats import norm  # noqa: E402
+
+from entropi.private import functions  # noqa: E402
+from entropi.private.engine import PARTIES, Simulation  # noqa: E402
+from entropi.private.messages import Settings  # noqa: E402
+from entropi.private.program import Stage  # noqa: E402
+
+random = np.random.default_rng(7)
+RESOLUTION = 2.0**-18
+
+
+def exact(values):
+    """Rounded to 14 binary places, so that either half of them is a fixed-point number: no error of the input's."""
+    return (np.round(values * 2.0**14) / 2.0**14).astype(np.float32)
+
+
+def uniform(low, high, *shape):
+    return exact(random.uniform(low, high, shape))
+
+
+def log_uniform(low, high, *shape):
+    return exact(np.exp2(random.uniform(low, high, shape)))
+
+
+def exact_gelu(x):
+    return x * norm.cdf(x)
+
+
+def kernel(iterations):
+    def reference(x):
+        return (1 + np.maximum(x, -0.9 * 2**iterations) / 2**iterations) ** (2**iterations)
+
+    return reference
+
+
+LENGTHS = np.array([1, 2, 7, 40, 150])
+
+# name: function, operand, definition in float64, absolute error, error relative to the true value.
+OPERATIONS = {
+    "square": (functions.square, uniform(-2, 2, 4000), np.square, 12 * RESOLUTION, 0),
+    "square of much": (functions.square, uniform(400, 500, 4000), np.square, 2004 * RESOLUTION, 1.2e-7),
+    "relu": (functions.relu, uniform(-1e5, 1e5, 200), lambda x: np.maximum(x, 0), 2 * RESOLUTION, 1e-7),
+    "segment_max": (
+        lambda x: functions.segment_max(x, LENGTHS),
+        uniform(-50, 50, 2, 200),
+        lambda x: np.stack([x[:, e - n : e].max(axis=1) for e, n in zip(np.cumsum(LENGTHS), LENGTHS)], axis=1),
+        2 * RESOLUTION,
+        0,
+    ),
+    # 2^-18 of the base and of every squaring, doubled by each that follows.
+    "exp 2": (lambda x: functions.exp_of_nonpositive(x, 2), uniform(-9, 0, 200), kernel(2), 16 * RESOLUTION, 0),
+    "exp 3": (lambda x: functions.exp_of_nonpositive(x, 3), uniform(-20, 0, 200), kernel(3), 32 * RESOLUTION, 0),
+    "exp 5": (lambda x: functions.exp_of_nonpositive(x, 5), uniform(-60, 0, 200), kernel(5), 128 * RESOLUTION, 0),
+    "exp 8": (lambda x: functions.exp_of_nonpositive(x, 8), uniform(-400, 0, 200), kernel(8), 1024 * RESOLUTION, 0),
+    "reciprocal": (
+        lambda x: functions.reciprocal(x, np.array(1024)),
+        log_uniform(-5, 5, 200),
+        lambda x: 1 / x,
+        0,
+        33 * 4 * RESOLUTION,
+    ),
+    "reciprocal of rows": (
+        lambda x: functions.reciprocal(x, np.array([[1], [2], [64], [256]])),
+        exact(np.exp2(random.uniform(-1, 1, (4, 50)) * np.array([[0], [0.5], [3], [4]]))),
+        lambda x: 1 / x,
+        0,
+        17 * 4 * RESOLUTION,
+    ),
+    "inverse_root": (
+        functions.inverse_root,
+        log_uniform(-6, 12, 200),
+        lambda x: x**-0.5,
+        4 * (1 + 64) * RESOLUTION,
+        0,
+    ),
+    "inverse_root of much": (functions.inverse_root, log_uniform(0, 12, 200), lambda x: x**-0.5, 8 * RESOLUTION, 0),
+    "gelu": (functions.gelu, uniform(-12, 12, 400), exact_gelu, 0.0018, 1e-5),
+    "scale_rows small": (
+        lambda x: functions.scale_rows(x, x[..., 0]),
+        uniform(-5, 5, 2, 3, 8),
+        lambda x: x * x[..., :1],
+        4 * RESOLUTION,
+        1e-6,
+    ),
+    "scale_rows large": (
+        lambda x: functions.scale_rows(x, x[..., 0]),
+        uniform(-5, 5, 2, 128, 64),
+        lambda x: x * x[..., :1],
+        4 * RESOLUTION,
+        1e-6,
+    ),
+    "sums_of_squares small": (
+        functions.sums_of_squares,
+        uniform(-5, 5, 3, 40),
+        lambda x: (x * x).sum(axis=-1),
+        160 * RESOLUTION,
+        1e-6,
+    ),
+    "sums_of_squares large": (
+        functions.sums_of_squares,
+        uniform(-5, 5, 128, 256),
+        lambda x: (x * x).sum(axis=-1),
+        160 * RESOLUTION,
+        1e-6,
+    ),
+    "argmax": (functions.argmax, uniform(-5, 5, 301), np.argmax, 0, 0),
+    "top_k": (
+        lambda x: jnp.stack(functions.top_k(x, 5)),
+        uniform(-5, 5, 301),
+        lambda x: np.stack([np.sort(x)[::-1][:5], np.argsort(-x)[:5]]),
+        2 * RESOLUTION,
+        0,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def simulations():
+    started = {}
+
+    def start(protocol):
+        if protocol not in started:
+            started[protocol] = Simulation(protocol, Settings())
+        return started[protocol]
+
+    return start
+
+
+def run(simulation, function, *operands):
+    """The result, and what its second run cost: the first pays for keys."""
+    names = tuple(f"x{number}" for number in range(len(operands)))
+    for number, operand in enumerate(operands):
+        # Half of it from either party: shared, as values within a program are.
+        simulation.hold("a", operand - operand / 2, 0)
+        simulation.hold("b", operand / 2, 1 % simulation.parties)
+        simulation.run(Stage("share", number, jnp.add, ("a", "b"), (names[number],)))
+    stage = Stage("operation", -1, function, names, ("result",))
+    simulation.run(stage)
+    cost = simulation.run(stage)
+    return simulation.reveal("result"), cost
+
+
+@pytest.mark.parametrize("protocol", PARTIES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_under_protocol(simulations, protocol, name):
+    function, operand, definition, absolute, relative = OPERATIONS[name]
+    result, cost = run(simulations(protocol), function, operand)
+    expected = definition(operand.astype(np.float64))
+    np.testing.assert_allclose(result, expected, atol=absolute, rtol=relative)
+    assert (cost.bytes > 0) == (PARTIES[protocol] > 1)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_in_plaintext(name):
+    function, operand, definition, absolute, relative = OPERATIONS[name]
+    with jax.experimental.enable_x64():
+        result = function(jnp.asarray(operand, jnp.float64))
+    np.testing.assert_allclose(result, definition(operand.astype(np.float64)), atol=max(absolute, 1e-9), rtol=relative)
+    if name != "gelu" and "reciprocal" not in name:
+        np.testing.assert_allclose(result, definition(operand.astype(np.float64)), rtol=1e-9, atol=1e-12)
+
+
+FULL = 2 * functions.CIPHERTEXT
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "claimed"),
+    [
+        (functions.square, (FULL,), 110),
+        (lambda x: x * x, (FULL,), 168),
+        (functions.relu, (FULL,), 98),
+        (lambda x: functions.exp_of_nonpositive(-x * x, 3), (FULL,), 168 + 98 + 3 + 330),
+        (functions.gelu, (FULL,), 430),
+        (lambda x: functions.scale_rows(x, x[..., 0]), (2, 128, 64), 110),
+        (lambda x: functions.scale_rows(x, x[..., 0]), (128, 256), 88),
+        (functions.sums_of_squares, (128, 768), 56),
+        (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1350),
+        (functions.inverse_root, (FULL,), 3600),
+        (functions.argmax, (8192,), 115),
+        (lambda x: functions.top_k(x, 8)[1], (8192,), 627),
+    ],
+)
+def test_prices_under_cheetah(simulations, function, shape, claimed):
+    _, cost = run(simulations("cheetah"), function, uniform(0.5, 2, *shape))
+    assert cost.bytes / np.prod(shape) == pytest.approx(claimed, rel=0.04)
+
+
+def test_parts_save_a_ciphertext(simulations):
+    odd = FULL + 200
+    _, whole = run(simulations("cheetah"), functions.square, uniform(-1, 1, odd))
+    parts = run(
+        simulations("cheetah"), lambda x: functions.in_full_ciphertexts(functions.square, x), uniform(-1, 1, odd)
+    )
+    assert parts[1].bytes < 0.8 * whole.bytes
+    for size in (5, functions.CIPHERTEXT, functions.CIPHERTEXT + 1, FULL, FULL + 1, 2 * FULL - 1):
+        x = uniform(-1, 1, size)
+        np.testing.assert_array_equal(functions.in_full_ciphertexts(jnp.negative, jnp.asarray(x)), -x)
+
+
+def test_gelu_stands_for_both_forms():
+    x = jnp.linspace(-20, 20, 40_001)
+    for form in (functions.gelu_tanh, exact_gelu):
+        assert np.abs(functions.gelu(x) - form(x)).max() < 0.0018
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 4, 5], [7, 1, 16, 3], list(range(1, 34)), [5, 5, 5]])
+def test_segment_max(lengths):
+    values = random.normal(size=(3, sum(lengths)))
+    ends = np.cumsum(lengths)
+    expected = np.stack([values[:, e - n : e].max(axis=1) for e, n in zip(ends, lengths)], axis=1)
+    np.testing.assert_array_equal(functions.segment_max(jnp.asarray(values), np.array(lengths)), expected.astype("f"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 64])
+def test_choosing_from_any_number_with_ties(size):
+    x = random.integers(0, 6, size).astype(np.float32)
+    assert functions.argmax(jnp.asarray(x)) == np.argmax(x)
+    for k in {1, 2, min(5, size), min(16, size)} - ({2} if size < 2 else set()):
+        values, indices = functions.top_k(jnp.asarray(x), k)
+        np.testing.assert_array_equal(values, np.sort(x)[::-1][:k])
+        np.testing.assert_array_equal(x[np.asarray(indices, int)], values)
+        assert len(set(np.asarray(indices, int))) == k
+
+
+@pytest.mark.parametrize("iterations", [1, 4, 5, 8])
+def test_kernel_error_against_exp_is_the_documented_one(iterations):
+    with jax.experimental.enable_x64():
+        x = jnp.linspace(-0.2 * 2**iterations, 0, 500)
+        relative = np.abs(functions.exp_of_nonpositive(x, iterations) / jnp.exp(x) - 1)
+        assert (relative <= 1.2 * x**2 / 2 ** (iterations + 1) + 1e-9).all()  # 1.2: higher terms, at most x = -2^t / 5
+        far = functions.exp_of_nonpositive(jnp.asarray([-1e3, -1e6]), iterations)
+        assert (far < 0.11 ** (2**iterations) + 1e-300).all()

@@ -1,0 +1,71 @@
+"""From a model in torch to the private program: the same logits, for everything the model room offers."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("jax")
+
+from entropi.model.architectures import ARCHITECTURES
+from entropi.model.configuration import EntropiConfig
+from entropi.model.decoder import EntropiForCausalLM
+from entropi.model.folding import fold
+from entropi.private.program import Description, run_plain
+
+SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=24)
+VARIANTS = {
+    "grouped queries, rotary positions": dict(
+        num_key_value_heads=2, position_embedding="rotary", rotary_fraction=0.5, bias="all"
+    ),
+    "parallel residual": dict(parallel_residual=True, bias="all"),
+    "no final norm": dict(final_norm=False, tie_word_embeddings=False),
+}
+KERNEL = 4
+
+
+def make_model(architecture, **options):
+    torch.manual_seed(3)
+    model = EntropiForCausalLM(EntropiConfig(architecture=architecture, **{**SIZES, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def compare(model, **how):
+    """Two tokens generated from 15 in both, and the logits they come from; the kernel is the model's own."""
+    folded = fold(model)
+    description = msgspec.convert(folded.description, Description)
+    weights = {name: weight.astype(np.float32) for name, weight in folded.weights.items()}
+    assert {name: weight.shape for name, weight in weights.items()} == description.weight_shapes()
+    prompt = np.random.default_rng(0).integers(0, 61, 15).tolist()
+    generated, logits = run_plain(description, weights, prompt, 2, KERNEL, **how)
+    for step, row in enumerate(logits):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt + generated[:step]])).logits[0, -1].numpy()
+        yield row, expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_of_the_private_program_are_the_models(architecture):
+    for ours, theirs in compare(make_model(architecture, exp_iterations=KERNEL), exact=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+RMS+Bilinear", "SM+LeakyR", "SM(t)+ScFuFFN"])
+def test_options_of_the_model(architecture, options):
+    for ours, theirs in compare(make_model(architecture, exp_iterations=KERNEL, **options), exact=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["SM(t)+ScFuFFN", "SM+LN+R"])
+def test_trained_with_the_kernel_nothing_is_lost(architecture):
+    """The function that the secure engine evaluates is the model's own softmax; with another one it is not."""
+    errors = {}
+    for trained_with in (KERNEL, None):
+        pairs = compare(make_model(architecture, exp_iterations=trained_with))
+        errors[trained_with] = max(np.abs(ours - theirs).max() for ours, theirs in pairs)
+    assert errors[KERNEL] < 2e-5
+    assert errors[None] > 10 * errors[KERNEL]
