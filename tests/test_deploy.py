@@ -486,6 +486,54 @@ def test_answers_are_the_models_and_sampling_is_the_clients(secured, authority, 
         ids.append(token)
 
 
+@pytest.fixture(scope="module")
+def reticent(folded, scratch):
+    """Two servers that reveal less: the four likeliest tokens, with public embeddings, and the likeliest only."""
+    options = {
+        "top_k": ["--output", "top_k", "--choices", 4, "--embedding", "public"],
+        "argmax": ["--output", "argmax"],
+    }
+    started = {name: Server(folded, scratch / f"{name}.log", *words) for name, words in options.items()}
+    yield started
+    for one in started.values():
+        one.process.kill()
+        one.process.wait()
+
+
+@two_party
+def test_a_server_may_reveal_the_likeliest_tokens_only(reticent, model, scratch):
+    alike = connect(reticent["top_k"].address())
+    assert "the 4 likeliest tokens and their logits" in alike.trust
+    assert "embeddings are public" in alike.trust
+    happened, stages = [], []
+    watcher = Watcher(begin=stages.append, stage=lambda done, _: stages.append(done), status=happened.append)
+    answer = alike.ask(PROMPT, 2, watcher=watcher, sampling=Sampling(1.0, seed=3))
+    assert happened == ["fetching the public token embeddings"]
+    assert stages == [len(stages) - 1, *range(1, len(stages))]  # as many operations as were announced
+    ids, random = list(answer.record.prompt_tokens), np.random.default_rng(3)
+    for revealed, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        expected = plain_logits(model[1], ids)
+        order = np.argsort(-expected)[:4]
+        assert np.abs(revealed - expected[order]).max() < TOLERANCE
+        choice = Sampling(1.0).choose(revealed, random)
+        assert abs(expected[token] - expected[order[choice]]) < 2 * TOLERANCE  # the same one, but for near ties
+        ids.append(token)
+    assert {stage.bytes for stage in answer.record.stages if stage.name == "embedding"} == {0}
+    assert list(scratch.glob("entropi-ask-*")) == []
+
+
+@two_party
+def test_a_server_may_reveal_the_likeliest_token_only(reticent, model, capfd, tmp_path):
+    address = reticent["argmax"].address()
+    answer = connect(address).ask(PROMPT, 1)
+    assert answer.logits == []
+    expected = plain_logits(model[1], answer.record.prompt_tokens)
+    assert expected.max() - expected[answer.record.new_tokens[0]] < 2 * TOLERANCE
+    status, line = run_cli(capfd, "ask", PROMPT, "--server", address, "--temperature", "1")
+    assert status == 2
+    assert line.endswith("reveals the likeliest token only: there is nothing to sample from")
+
+
 @two_party
 def test_two_at_once_and_a_stream(secured, authority, model, scratch):
     answers = []

@@ -203,7 +203,8 @@ class Slots:
                 if time.monotonic() > deadline:
                     raise Refusal("the server was busy with other sessions for too long; try again later")
                 pending: set[asyncio.Future[Any]] = {turn, leaves}
-                await asyncio.wait(pending, timeout=QUEUE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                patience = min(QUEUE_SECONDS, max(deadline - time.monotonic(), 0.0))
+                await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not (turn.done() or leaves.done()) and told != (told := self._waiting.index(turn)):
                     await socket.send_str(encode(Queued(told)).decode())
         except BaseException:
@@ -261,6 +262,8 @@ def serve(
     where = address, watched, tls.server_context() if tls is not None else None
     description, weights = load_folded(folder)
     _check_tokenizer(tokenizer, description)
+    if settings.output == "top_k" and settings.choices > description.vocab_size:
+        raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
     name, value = check_ranges(description, weights, settings)
     log.info("largest value on random text: %.3g in %s", value, name)
