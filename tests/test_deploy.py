@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import shlex
 import ssl
 import stat
 import subprocess
@@ -441,6 +443,35 @@ def test_a_tunnel_drops_what_is_no_link(tmp_path):
         assert not folder.exists()
 
     asyncio.run(scenario())
+
+
+# --- The pages --------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+
+
+def test_commands_of_the_page_parse_and_what_it_links_exists():
+    blocks = re.findall(r"```(?:sh|ini)\n(.*?)```", PAGE, flags=re.DOTALL)
+    found = [
+        match for block in blocks for match in re.findall(r"^(?:.*/bin/)?entropi (.*)$", block, flags=re.MULTILINE)
+    ]
+    assert {shlex.split(words)[0] for words in found} == {"certificates", "fold", "serve", "ask"}
+    for words in found:
+        cli.build_parser().parse_args(cli._with_underscores(shlex.split(words)))
+    for page in ("deploy.md", "security.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(((?!http)[^)#]+)", text):
+            assert (ROOT / "docs" / target).exists(), target
+
+
+def test_options_of_the_pages_exist():
+    serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
+    asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
+    certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
+    known = {*serving, *asking, *certifying, "no_deps", "link"}
+    text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
 
 
 # --- Two parties over TLS ---------------------------------------------------------------------------------------------
