@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import shlex
 import ssl
 import stat
 import subprocess
@@ -385,6 +387,8 @@ def test_limits_that_let_nobody_in(name):
 
 
 def test_metrics_know_no_certificates_and_stay_at_home(tmp_path, capfd):
+    for name in ("folded.json", "tokenizer.json"):  # the addresses are looked at first
+        (tmp_path / name).touch()
     status, line = run_cli(capfd, "serve", tmp_path, "--metrics", "0.0.0.0:9001", "--listen", "127.0.0.1:0")
     assert status == 2
     assert "loopback" in line
@@ -441,6 +445,35 @@ def test_a_tunnel_drops_what_is_no_link(tmp_path):
     asyncio.run(scenario())
 
 
+# --- The pages --------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+
+
+def test_commands_of_the_page_parse_and_what_it_links_exists():
+    blocks = re.findall(r"```(?:sh|ini)\n(.*?)```", PAGE, flags=re.DOTALL)
+    found = [
+        match for block in blocks for match in re.findall(r"^(?:.*/bin/)?entropi (.*)$", block, flags=re.MULTILINE)
+    ]
+    assert {shlex.split(words)[0] for words in found} == {"certificates", "fold", "serve", "ask"}
+    for words in found:
+        cli.build_parser().parse_args(cli._with_underscores(shlex.split(words)))
+    for page in ("deploy.md", "security.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(((?!http)[^)#]+)", text):
+            assert (ROOT / "docs" / target).exists(), target
+
+
+def test_options_of_the_pages_exist():
+    serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
+    asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
+    certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
+    known = {*serving, *asking, *certifying, "no_deps", "link"}
+    text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
+
+
 # --- Two parties over TLS ---------------------------------------------------------------------------------------------
 
 
@@ -482,6 +515,54 @@ def test_answers_are_the_models_and_sampling_is_the_clients(secured, authority, 
         assert np.abs(row - plain_logits(model[1], ids)).max() < TOLERANCE
         assert token == Sampling(0.7, 20).choose(row, random)
         ids.append(token)
+
+
+@pytest.fixture(scope="module")
+def reticent(folded, scratch):
+    """Two servers that reveal less: the four likeliest tokens, with public embeddings, and the likeliest only."""
+    options = {
+        "top_k": ["--output", "top_k", "--choices", 4, "--embedding", "public"],
+        "argmax": ["--output", "argmax"],
+    }
+    started = {name: Server(folded, scratch / f"{name}.log", *words) for name, words in options.items()}
+    yield started
+    for one in started.values():
+        one.process.kill()
+        one.process.wait()
+
+
+@two_party
+def test_a_server_may_reveal_the_likeliest_tokens_only(reticent, model, scratch):
+    alike = connect(reticent["top_k"].address())
+    assert "the 4 likeliest tokens and their logits" in alike.trust
+    assert "embeddings are public" in alike.trust
+    happened, stages = [], []
+    watcher = Watcher(begin=stages.append, stage=lambda done, _: stages.append(done), status=happened.append)
+    answer = alike.ask(PROMPT, 2, watcher=watcher, sampling=Sampling(1.0, seed=3))
+    assert happened == ["fetching the public token embeddings"]
+    assert stages == [len(stages) - 1, *range(1, len(stages))]  # as many operations as were announced
+    ids, random = list(answer.record.prompt_tokens), np.random.default_rng(3)
+    for revealed, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        expected = plain_logits(model[1], ids)
+        order = np.argsort(-expected)[:4]
+        assert np.abs(revealed - expected[order]).max() < TOLERANCE
+        choice = Sampling(1.0).choose(revealed, random)
+        assert abs(expected[token] - expected[order[choice]]) < 2 * TOLERANCE  # the same one, but for near ties
+        ids.append(token)
+    assert {stage.bytes for stage in answer.record.stages if stage.name == "embedding"} == {0}
+    assert list(scratch.glob("entropi-ask-*")) == []
+
+
+@two_party
+def test_a_server_may_reveal_the_likeliest_token_only(reticent, model, capfd, tmp_path):
+    address = reticent["argmax"].address()
+    answer = connect(address).ask(PROMPT, 1)
+    assert answer.logits == []
+    expected = plain_logits(model[1], answer.record.prompt_tokens)
+    assert expected.max() - expected[answer.record.new_tokens[0]] < 2 * TOLERANCE
+    status, line = run_cli(capfd, "ask", PROMPT, "--server", address, "--temperature", "1")
+    assert status == 2
+    assert line.endswith("reveals the likeliest token only: there is nothing to sample from")
 
 
 @two_party

@@ -217,8 +217,11 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
         expected += [(s.name, s.layer, token) for s in forward(description, new, past, 8)]
         past, new = past + new, 1
     assert [(s.name, s.layer, s.token) for s in record.stages] == expected
+    quiet = [stage for stage in record.stages if not stage.messages]
+    assert [(stage.name, stage.token) for stage in quiet] == [("embedding", n) for n in range(NEW_TOKENS)]  # positions
     for stage in record.stages:
-        assert min(stage.sent_bytes, stage.received_bytes, stage.sent_messages, stage.received_messages) > 0
+        counts = stage.sent_bytes, stage.received_bytes, stage.sent_messages, stage.received_messages
+        assert stage in quiet or min(counts) > 0
 
     # What the client's engine counts as sent, the server's counts as received.
     sent = sum(s.sent_bytes for s in record.stages)
@@ -619,11 +622,15 @@ def test_no_model_at_all(capfd, tmp_path):
     assert run_cli(capfd, "serve", tmp_path / "nothing")[0] == 2
 
 
-def test_models_with_layernorm_are_refused(capfd, tmp_path):
-    save_model(tmp_path / "model", "SM+LN+G")
-    status, line = run_cli(capfd, "serve", tmp_path / "model", "--listen", "127.0.0.1:0")
-    assert status == 2
-    assert "softmax-only" in line
+def test_models_with_norms_and_activations_are_served(scratch, tmp_path):
+    folder = tmp_path / "model"
+    served = folder, *save_model(folder, "SM+LN+G")
+    started = Server(folder, scratch / "baseline.log")
+    try:
+        assert honest_answer(started.address(), served)
+    finally:
+        started.process.kill()
+        started.process.wait()
 
 
 def test_models_that_would_overflow_are_refused_with_the_numbers(capfd, tmp_path):

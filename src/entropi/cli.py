@@ -413,7 +413,8 @@ def ask(
     finished = False
     try:
         watcher = Watcher(begin, stage, text, status)
-        answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
+        with _terminated_like_interrupted():  # nothing stays in the temporary folder
+            answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
         received[0], finished = answer.record.new_text, True
     finally:
         for shown in line:

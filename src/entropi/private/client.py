@@ -518,7 +518,7 @@ class _Session:
                 seconds=seconds,
                 ring_bits=settings.ring_bits,
                 fraction_bits=settings.fraction_bits,
-                exp_iterations=settings.exp_iterations,
+                exp_iterations=self.welcome.description.exp_iterations or settings.exp_iterations,
             ),
             question.logits,
         )
@@ -629,9 +629,19 @@ class _Session:
 
     def _count_stages(self, length: int, left: int) -> int:
         """Operations of a session, set-up included, for the progress line."""
+        model, settings = self.welcome.description, self.welcome.settings
         total, past, new = 1, 0, length
         for _ in range(left):
-            total += sum(1 for _ in forward(self.welcome.description, new, past, self.welcome.settings.exp_iterations))
+            stages = forward(
+                model,
+                new,
+                past,
+                settings.exp_iterations,
+                embedding=settings.embedding,
+                output=settings.output,
+                choices=settings.choices,
+            )
+            total += sum(1 for _ in stages)
             past, new = past + new, 1
         return total
 

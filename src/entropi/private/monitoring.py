@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -75,7 +75,13 @@ def monitoring_app(counters: Counters) -> web.Application:
     return app
 
 
-class SessionLog(logging.LoggerAdapter[logging.Logger]):
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:  # which Python 3.10 cannot subscript
+    _Adapter = logging.LoggerAdapter
+
+
+class SessionLog(_Adapter):
     """Log lines of one session: its name in front, and as fields for `JsonLines`."""
 
     def __init__(self, logger: logging.Logger, session: str, client: str) -> None:

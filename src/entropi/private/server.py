@@ -60,7 +60,7 @@ HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 GRACE_SECONDS = 3.0  # for a party to end after its link
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
-QUEUE_SECONDS = 1.0  # between two looks at a client's place in the queue
+QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
 SPARE_CONNECTIONS = 32  # open control channels beyond those that compute or wait in the queue
 DAY_SECONDS = 86400.0
 log = logging.getLogger("entropi.server")
@@ -193,6 +193,7 @@ class Slots:
         self._waiting.append(turn)
         self._counters.waiting += 1
         leaves = asyncio.create_task(socket.receive())
+        # A session that is just ending may make room before the client needs to be told that there is none.
         deadline, told = time.monotonic() + self._limits.queue_seconds, -1
         try:
             while not turn.done():
@@ -201,10 +202,11 @@ class Slots:
                     raise Refusal("this is not the time for a Next message")
                 if time.monotonic() > deadline:
                     raise Refusal("the server was busy with other sessions for too long; try again later")
-                if told != (told := self._waiting.index(turn)):
-                    await socket.send_str(encode(Queued(told)).decode())
                 pending: set[asyncio.Future[Any]] = {turn, leaves}
-                await asyncio.wait(pending, timeout=QUEUE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                patience = min(QUEUE_SECONDS, max(deadline - time.monotonic(), 0.0))
+                await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not (turn.done() or leaves.done()) and told != (told := self._waiting.index(turn)):
+                    await socket.send_str(encode(Queued(told)).decode())
         except BaseException:
             if turn.done():  # it came just now, and somebody else may have it
                 self._free += 1
@@ -260,6 +262,8 @@ def serve(
     where = address, watched, tls.server_context() if tls is not None else None
     description, weights = load_folded(folder)
     _check_tokenizer(tokenizer, description)
+    if settings.output == "top_k" and settings.choices > description.vocab_size:
+        raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
     name, value = check_ranges(description, weights, settings)
     log.info("largest value on random text: %.3g in %s", value, name)

@@ -43,7 +43,7 @@ def parse_address(address: str, *, tls: bool = False) -> tuple[str, int]:
         return host, int(port)
     host = "127.0.0.1" if host == "localhost" else host
     if not is_loopback(host):
-        raise UserError(f"{host} is not a loopback address; other machines need TLS: give certificate, key and CA")
+        raise UserError(f"{host} is not a loopback address; other machines need TLS: see `entropi certificates`")
     return host, int(port)
 
 
