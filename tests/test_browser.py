@@ -223,6 +223,25 @@ def test_it_is_readable(page: Path, width: int, dark: bool, tmp_path: Path) -> N
     assert min(band.var() for band in bands) > 1e-4
 
 
+def test_a_large_model_fits_a_narrow_window(tmp_path: Path) -> None:
+    """36 x 20 heads have no room for numbers; of a diagnosis alone there are no steps to slide through."""
+    entropy = np.random.default_rng(0).uniform(0.1, 6.0, (36, 20))
+    alone = msgspec.structs.replace(page_tests.diagnosis(), entropy=entropy.tolist(), context_length=1024)
+    page = write_report([page_tests.folder(tmp_path / "large", [alone])], tmp_path / "report.html")
+
+    async def body(tab: Any) -> None:
+        assert await tab.evaluate("document.documentElement.scrollWidth") <= 390
+        assert await tab.evaluate("document.getElementById('step').checkVisibility()") is False
+        await tab.hover(cell(30, 2))
+        assert f"entropy {entropy[30, 2]:.3f} nats" in await text_of(tab, "#tip")
+        tree = await tab.call("Accessibility.getFullAXTree")
+        said = [n.get("name", {}).get("value") for n in tree["nodes"] if n.get("role", {}).get("value") == "gridcell"]
+        assert len(said) == 720
+        assert f"{entropy[30, 2]:.2f}" in said  # to be heard where it is not seen
+
+    visit(page, body, 390)
+
+
 def test_heads_have_colours(page: Path, tmp_path: Path) -> None:
     """What the eye sees is what the records say: lighter where the entropy is higher."""
 

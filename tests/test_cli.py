@@ -368,8 +368,12 @@ def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained
     diagnosis = json.loads(done.out)
     assert np.array(diagnosis["entropy"]) == pytest.approx(np.array(recorded.entropy), rel=1e-6)
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    done = entropi("diagnose", trained, "--corpus", corpus)
+    done = entropi("diagnose", trained, "--corpus", corpus, "--html", tmp_path / "page.html")
     assert diagnosis["verdict"] in done.out
+    assert "On average a head looks" in done.out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"the perplexity is <strong>{recorded.perplexity:,.2f}</strong>" in page
+    assert "Learned entropy thresholds" in page  # what the run folder holds is shown as well
     assert (trained / "entropy.png").stat().st_size > 5000
     assert "head 1" in done.err  # the table
     assert "Loading weights" not in done.err

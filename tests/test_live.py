@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from entropi import records
 from entropi.cli import main
+from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Evaluation, TrainingStep
 from entropi.training.callbacks import Live
@@ -90,6 +93,20 @@ def test_wandb_offline(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     trained(tmp_path / "run", corpus, "wandb")
     assert len(list(tmp_path.rglob("heads/entropy*.png"))) == 3
+
+
+@pytest.mark.slow
+def test_the_progress_line_tells_of_loss_speed_and_heads(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = trained(tmp_path / "run", corpus, "none")
+    loss = of_kind(found, TrainingStep)[-1].cross_entropy
+    shares = diagnose(torch.tensor(of_kind(found, EntropySnapshot)[-1].entropy)).quartile_shares
+    (line,) = re.findall(r"training .*: 6/6,.*", capfd.readouterr().err)
+    assert re.search(r"  loss \d+\.\d{3}  [\d,]+ tokens/s  ", line)
+    assert f"heads overloaded {shares[3]:.0%}, collapsed {shares[0]:.0%}" in line
+    earlier = of_kind(found, TrainingStep)[-2].cross_entropy  # the last step's losses are recorded after its line
+    assert f"loss {earlier:.3f}" in line or f"loss {loss:.3f}" in line
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])

@@ -304,6 +304,7 @@ def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[flo
     for beside in more:
         beside.plot(list(known), list(known.values()), "o", color=PALETTE[0])
         beside.plot(sorted(known), [known[margin] for margin in sorted(known)], color=PALETTE[0], linewidth=1)
+        beside.set_xticks(sorted(known), [f"{margin:g}" for margin in sorted(known)])
         beside.set_xlabel("margin γ (share of E_max)")
         beside.set_ylabel("held-out perplexity")
         beside.grid(axis="y")

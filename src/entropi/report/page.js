@@ -81,7 +81,7 @@
     const text = place >= END ? "end of training" : "step " + data.steps[place].toLocaleString("en");
     shown.textContent = how.still ? "measured at the end only" : text;
     slider.setAttribute("aria-valuetext", text);
-    slider.disabled = Boolean(how.still) || END === 0;
+    slider.disabled = Boolean(how.still);
     if (current) describe(current);
   }
 
@@ -187,6 +187,7 @@
 
   const has = (name) => data.runs.some((run) => run.frames.some((frame) => MEASURES[name].of(run, frame)));
   Array.from(measure.options).forEach((option) => { if (!has(option.value)) option.remove(); });
+  document.getElementById("moments").hidden = END === 0; // nothing but a diagnosis
   slider.max = String(END);
   slider.value = String(END);
   measure.addEventListener("change", draw);

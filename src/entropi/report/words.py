@@ -10,6 +10,7 @@ import numpy as np
 
 from entropi.records import AttentionPattern, Matrix
 
+NO_BREAK = "\u00a0"  # no line is broken between a number and its unit
 MAX_QUOTE = 240  # characters of a prompt or an answer in the summary; the transcript has all
 
 
@@ -34,8 +35,8 @@ def size(count: int) -> str:
     """Bytes in decimal units."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
-            return f"{count / factor:,.2f} {unit}"
-    return f"{count} B"
+            return f"{count / factor:,.2f}{NO_BREAK}{unit}"
+    return f"{count}{NO_BREAK}B"
 
 
 def duration(seconds: float) -> str:
@@ -43,8 +44,8 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "an unknown time"
     if seconds >= 120:
-        return f"{seconds / 60:,.1f} min"
-    return f"{seconds:.1f} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"
+        return f"{seconds / 60:,.1f}{NO_BREAK}min"
+    return f"{seconds:.1f}{NO_BREAK}s" if seconds >= 0.95 else f"{1000 * seconds:.0f}{NO_BREAK}ms"
 
 
 def percent(part: float, whole: float = 1.0) -> str:

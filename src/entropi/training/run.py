@@ -449,7 +449,7 @@ def _tokens_per_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
 
 
-def _training_arguments(recipe: Recipe, folder: Path, live: Live | None) -> TrainingArguments:
+def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) -> TrainingArguments:
     # A tracker's own names, as far as this version of transformers knows them; nothing is ever put on a public page.
     tracking = {"project": "entropi", "trackio_space_id": None, "trackio_static_space_id": False}
     known = {field.name for field in fields(TrainingArguments)}
