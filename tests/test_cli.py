@@ -138,7 +138,7 @@ def test_help_of_every_command(entropi: Callable[..., Done], name: str):
     done = entropi(name, "--help")
     assert (done.status, done.err) == (0, "")
     listed = re.findall(
-        r"^  (?:-h, )?(--)?([\w-]+)(?: [A-Z{\[][^ ]*)?(?: \[runs \.\.\.\])?(?:  +|\n +)(\S.*)$", done.out, re.M
+        r"^  (?:-h, )?(--)?([\w-]+)(?: [A-Z{\[][^ ]*)?(?: \[\w+ \.\.\.\])?(?:  +|\n +)(\S.*)$", done.out, re.M
     )
     explained = {word.replace("-", "_"): text for _, word, text in listed}
     assert options_of(name) <= explained.keys()
