@@ -232,6 +232,7 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     Raises:
         UserError: what cannot be opened, in one line.
     """
+    path = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
     settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     opened = []
     for part in ("model", "tokenizer"):
