@@ -287,6 +287,60 @@ def simulate(protocol: str, task: Task) -> list[StageTraffic]:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
+class Accuracy(msgspec.Struct):
+    """Logits of a secure run against the model's own in torch, on held-out text."""
+
+    positions: int
+    largest_error: float
+    mean_error: float
+    same_likeliest: float  # share of the positions
+    perplexity: float
+    secure_perplexity: float
+
+
+def accuracy(run: Path, protocol: str, blocks: int) -> Accuracy:
+    """Of a trained run folder's model, over all positions of `blocks` blocks of its held-out text."""
+    import torch
+
+    from entropi.data.packing import prepare
+    from entropi.model.folding import fold
+    from entropi.training.run import open_model
+
+    recipe = msgspec.yaml.decode((run / "config.yaml").read_bytes())
+    known = {field: recipe[field] for field in ("corpus", "vocab_size", "context_length")}
+    heldout = prepare(known["corpus"], known["vocab_size"], known["context_length"]).packed.heldout[:blocks]
+    model, _, _ = open_model(run)
+    folded = fold(model)
+    shape = msgspec.convert(folded.description, Description)
+    engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
+    for name, weight in folded.weights.items():
+        engine.hold(name, weight, SERVER)
+    errors, same, losses = [], [], []
+    for number, block in enumerate(np.asarray(heldout, np.int64)):
+        engine.hold("embedded", folded.weights["embedding"][block], CLIENT)
+        for stage in forward(shape, len(block), 0, 8, embedding="public", every_row=True):
+            engine.run(stage)
+        secure = engine.reveal("logits").astype(np.float64)
+        with torch.no_grad():
+            plain = model.eval()(torch.from_numpy(block)[None]).logits[0].double().numpy()
+        errors.append(np.abs(secure - plain).max(axis=1))
+        same.append(secure.argmax(axis=1) == plain.argmax(axis=1))
+        for logits in (plain, secure):
+            shifted = logits[:-1] - logits[:-1].max(axis=1, keepdims=True)
+            chosen = shifted[np.arange(len(block) - 1), block[1:]]
+            losses.append(np.log(np.exp(shifted).sum(axis=1)).mean() - chosen.mean())
+        print(f"\r{protocol}: block {number + 1} of {len(heldout)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return Accuracy(
+        positions=sum(map(len, errors)),
+        largest_error=float(np.max(errors)),
+        mean_error=float(np.mean(errors)),
+        same_likeliest=float(np.mean(same)),
+        perplexity=float(np.exp(np.mean(losses[::2]))),
+        secure_perplexity=float(np.exp(np.mean(losses[1::2]))),
+    )
+
+
 class Result(msgspec.Struct):
     """A task's readings and where they were taken."""
 
@@ -346,6 +400,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="execute only so many layers of every row")
     parser.add_argument("--iterations", type=int, default=3, help="t of the softmax kernel")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="also the accuracy of this trained run folder's model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"machine": machine()}
@@ -414,6 +469,17 @@ def main() -> None:
             trust = "trusted dealer, online phase" if protocol == "semi2k" else "three parties, honest majority"
             print(f"\n{protocol} ({trust}): {gigabytes:.3f} GB over all {PARTIES[protocol]}, SM+ScFuFFN T=128")  # type: ignore[index]
             summary[protocol] = {"GB": gigabytes, "messages": messages, "seconds": seconds}
+    if options.model is not None:
+        for protocol, blocks in (("ref2k", 12), ("cheetah", 1)):
+            found = accuracy(options.model, protocol, blocks)
+            change = found.secure_perplexity / found.perplexity - 1
+            print(
+                f"\n{options.model.name} under {protocol}, {found.positions} held-out positions: largest error of a logit"
+                f" {found.largest_error:.4f}, mean of the positions' {found.mean_error:.4f}, likeliest token the same at"
+                f" {found.same_likeliest:.2%}, perplexity {found.perplexity:.3f} and {found.secure_perplexity:.3f}"
+                f" ({change:+.3%})"
+            )
+            summary[f"accuracy {protocol}"] = msgspec.to_builtins(found)
     print(json.dumps(summary))
 
 

@@ -151,12 +151,14 @@ def forward(
     embedding: Embedding = "private",
     output: Output = "logits",
     choices: int = 1,
+    every_row: bool = False,
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
     The input is "tokens" `(m, V)`, one-hot, for a private table; "embedded" `(m, d)`, rows of a public one, looked up
     by the client. The result is "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the
-    likeliest tokens; or "tokens_out" `(1,)` alone. Keys and values of all tokens seen stay behind as values "l.k" and
+    likeliest tokens; or "tokens_out" `(1,)` alone. With `every_row` the logits are those after every token, `(m, V)`,
+    for measuring perplexity. Keys and values of all tokens seen stay behind as values "l.k" and
     "l.v" `(G, s, k)` for the next pass. The softmax kernel has the model's own t, or `exp_iterations` for a model
     that was trained with the exact exponential.
 
@@ -179,7 +181,7 @@ def forward(
     if position or embedding == "public":
         yield Stage("embedding", -1, partial(add_positions, past=past), (source, *position), ("state",))
     for layer in range(model.layers):
-        rows = 1 if layer == model.layers - 1 else new
+        rows = 1 if layer == model.layers - 1 and not every_row else new
         w = f"{layer}."
         if model.norm != "none":
             yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
@@ -430,9 +432,12 @@ def run_plain(
     exp_iterations: int,
     *,
     exact: bool = False,
+    every_row: bool = False,
     watch: Callable[[Stage, tuple[Array, ...], Array], None] | None = None,
 ) -> tuple[list[int], list[np.ndarray]]:
     """Greedy generation in plaintext: tokens and the logits `(V,)` they were chosen from.
+
+    With `every_row` the logits after every token of each pass instead, `(m, V)`.
 
     With `exact` the model's own functions are computed, the exact softmax (unless it was trained with the kernel) and
     GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
@@ -443,7 +448,7 @@ def run_plain(
     all_logits: list[np.ndarray] = []
     for _ in range(new_tokens):
         values["embedded"] = values["embedding"][np.asarray(fresh)]
-        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public"):
+        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public", every_row=every_row):
             function = stage.exact if exact and stage.exact is not None else stage.function
             operands = tuple(values[name] for name in stage.inputs)
             results = function(*operands)
@@ -452,8 +457,9 @@ def run_plain(
                 if watch is not None:
                     watch(stage, operands, value)
         past += len(fresh)
-        logits = np.asarray(values["logits"])[0]
-        fresh = [int(logits.argmax())]
+        rows = np.asarray(values["logits"])
+        logits = rows if every_row else rows[-1]
+        fresh = [int(rows[-1].argmax())]
         generated += fresh
         all_logits.append(logits)
     return generated, all_logits
