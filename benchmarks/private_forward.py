@@ -473,12 +473,10 @@ def main() -> None:
         for protocol, blocks in (("ref2k", 12), ("cheetah", 1)):
             found = accuracy(options.model, protocol, blocks)
             change = found.secure_perplexity / found.perplexity - 1
-            print(
-                f"\n{options.model.name} under {protocol}, {found.positions} held-out positions: largest error of a logit"
-                f" {found.largest_error:.4f}, mean of the positions' {found.mean_error:.4f}, likeliest token the same at"
-                f" {found.same_likeliest:.2%}, perplexity {found.perplexity:.3f} and {found.secure_perplexity:.3f}"
-                f" ({change:+.3%})"
-            )
+            print(f"\n{options.model.name} under {protocol}, {found.positions} held-out positions:")
+            print(f"  largest error of a logit {found.largest_error:.4f}, the positions' mean {found.mean_error:.4f}")
+            print(f"  the likeliest token the same at {found.same_likeliest:.2%}")
+            print(f"  perplexity {found.perplexity:.3f} and {found.secure_perplexity:.3f} ({change:+.3%})")
             summary[f"accuracy {protocol}"] = msgspec.to_builtins(found)
     print(json.dumps(summary))
 
