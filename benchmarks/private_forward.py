@@ -38,7 +38,7 @@ import jax.numpy as jnp
 
 from entropi.private.engine import PARTIES, Engine, Simulation
 from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import Description, Stage, embed, forward, one_hot
+from entropi.private.program import Description, Stage, forward, one_hot
 from entropi.records import StageTraffic
 from entropi.report.traffic import by_operation
 
@@ -213,8 +213,11 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
     if task.kind == "embedding":
         for length in (1, task.tokens):
             ids = inputs.integers(0, model.vocab_size, length).tolist()
-            hold("tokens", (length, model.vocab_size), CLIENT, partial(one_hot, ids, model.vocab_size))
-            run(iter([Stage("embedding", -1, embed, ("tokens", "embedding"), ("state",))]), 0, length == task.tokens)
+            shape = (-(-length // 2), model.vocab_size)
+            hold("tokens", shape, CLIENT, partial(one_hot, ids, model.vocab_size, paired=True))
+            stages = forward(model, length, 0, 8, paired=True)
+            embedding = (stage for stage in stages if stage.name == "embedding" and "positions" not in stage.inputs)
+            run(embedding, 0, length == task.tokens)
     else:
         lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
         state = "state" if plain else "embedded"

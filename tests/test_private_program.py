@@ -13,7 +13,7 @@ from entropi.errors import UserError  # noqa: E402
 from entropi.private import program  # noqa: E402
 from entropi.private.messages import Settings, trust  # noqa: E402
 from entropi.private.program import Description, forward, one_hot, run_plain  # noqa: E402
-from entropi.private.ranges import check_ranges, fitting_fraction_bits, measure_ranges, problems  # noqa: E402
+from entropi.private.ranges import can_pair, check_ranges, fitting_fraction_bits, measure_ranges, problems, settle  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -94,7 +94,7 @@ def simulate(protocol, model, weights, passes, **options):
         if options.get("embedding") == "public":
             engine.hold("embedded", weights["embedding"][tokens], 1)
         else:
-            engine.hold("tokens", one_hot(tokens, model.vocab_size), 1)
+            engine.hold("tokens", one_hot(tokens, model.vocab_size, options.get("paired", False)), 1)
         for stage in forward(model, len(tokens), past, 6, **options):
             traffic.append(engine.run(stage))
         past += len(tokens)
@@ -148,6 +148,38 @@ def test_options_of_embedding_and_output(embedding, output):
         np.testing.assert_allclose(found["logits_out"], plain[order[:4]], atol=0.002)
     else:
         np.testing.assert_allclose(found["logits"][0], plain, atol=0.002)
+
+
+@pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
+@pytest.mark.parametrize("tokens", [[7], [7, 7], [3, 50, 3, 0, 52], [1, 2, 1, 1]])
+def test_pairs_of_tokens_are_told_apart(protocol, tokens):
+    """With values up to the bound; the smaller of a pair must survive next to the larger, in either place."""
+    pytest.importorskip("spu")
+    from entropi.private.engine import Simulation
+
+    table = np.random.default_rng(1).uniform(-3.99, 3.99, (53, 24)).astype(np.float32)
+    table[7], table[3] = 3.99, -3.99
+    table[1] *= 1e-3
+    assert can_pair({"embedding": table}, Settings())
+    engine = Simulation(protocol, Settings())
+    engine.hold("tokens", one_hot(tokens, 53, paired=True), 1)
+    engine.hold("embedding", table, 0)
+    for stage in forward(describe(position_embedding="rotary", rotary_dimensions=2), len(tokens), 0, 5, paired=True):
+        if stage.name == "embedding":
+            engine.run(stage)
+    np.testing.assert_allclose(engine.reveal("state"), table[tokens], atol=4 * 2.0**-18)
+
+
+def test_pairs_only_where_they_fit():
+    model = describe()
+    weights = random_weights(model)
+    assert settle(weights, Settings()).paired
+    assert not settle(weights, Settings(embedding="public")).paired
+    assert not settle(weights, Settings(fraction_bits=19)).paired
+    weights["embedding"][5, 5] = 4.5
+    assert not settle(weights, Settings()).paired
+    with pytest.raises(UserError, match=r"do not fit one row: the table reaches 4\.5 with 18 .*below 4 with 18"):
+        check_ranges(model, weights, Settings(paired=True), [PROMPT])
 
 
 def test_trust_says_what_is_learnt():
