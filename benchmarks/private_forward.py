@@ -14,6 +14,7 @@ tanh-GELU, LayerNorm by variance and division, weights in shares, SPU's own sett
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import platform
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -182,7 +184,7 @@ WARM_UP = 8  # tokens of the pass that exchanges keys
 
 
 def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: Any) -> None:
-    """One of the two processes; puts every stage's traffic into `channel`, then None."""
+    """One of the two processes; puts a word before every pass, every stage's traffic, and None into `channel`."""
     model = msgspec.structs.replace(description(task.architecture, task.layers), exp_iterations=task.iterations)
     plain = task.kind == "straightforward"
     engine = Engine(rank, session, links, Settings(), plain_settings if plain else None)
@@ -227,6 +229,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
             stages = straightforward(model, new) if plain else forward(model, new, past, 8, embedding="public")
             if task.kind == "layer":
                 stages = takewhile(lambda stage: stage.layer <= 0, stages)
+            channel.put("a pass begins")
             run(stages, number - 1, number > 0)
     engine.close()
     channel.put(None)
@@ -239,17 +242,69 @@ def free_links() -> tuple[str, str]:
         return f"127.0.0.1:{one.getsockname()[1]}", f"127.0.0.1:{other.getsockname()[1]}"
 
 
-def run_two(task: Task, label: str) -> list[StageTraffic]:
-    """The client's view of a task's stages."""
+class Turns:
+    """Stands between the parties and counts how often the direction of what they say to each other changes.
+
+    Every party opens its own connections, so what is said goes from who connected to who listens; the way back holds
+    receipts only. Two conversations at the same time count as more turns than either has: an upper bound of the
+    trips that wait for each other.
+    """
+
+    def __init__(self, links: tuple[str, str]) -> None:
+        self.count, self._last, self._lock = 0, -1, threading.Lock()
+        self.links = [self._listen(rank, links[rank]) for rank in (0, 1)]
+
+    def _listen(self, rank: int, target: str) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def accept() -> None:
+            while True:
+                incoming, _ = listener.accept()
+                outgoing = self._connect(target)
+                threading.Thread(target=self._pass_on, args=(incoming, outgoing, rank), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(outgoing, incoming, None), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def _connect(self, target: str) -> socket.socket:
+        host, port = target.split(":")
+        while True:
+            try:
+                return socket.create_connection((host, int(port)))
+            except ConnectionRefusedError:  # that party is still starting
+                time.sleep(0.1)
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, rank: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                if rank is not None:
+                    with self._lock:
+                        self.count += self._last != rank
+                        self._last = rank
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int]:
+    """The client's view of a task's stages, and the turns between the parties in its last pass."""
     context = multiprocessing.get_context("spawn")
     links, session, channels = free_links(), secrets.token_hex(16), [context.Queue(), context.Queue()]
+    turns = Turns(links)
+    # Either party listens where it is told and finds the other one behind the counter.
+    views = [(links[0], turns.links[1]), (turns.links[0], links[1])]
     processes = [
-        context.Process(target=party, args=(rank, links, session, task, channels[rank]), daemon=True) for rank in (0, 1)
+        context.Process(target=party, args=(rank, views[rank], session, task, channels[rank]), daemon=True)
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
     found: list[StageTraffic] = []
+    before = 0
     while (traffic := take(channels[CLIENT], processes)) is not None:
+        if isinstance(traffic, str):
+            before = turns.count
+            continue
         found.append(traffic)
         total = sum(stage.bytes for stage in found)
         where = f"layer {traffic.layer} {traffic.name}" if traffic.layer >= 0 else traffic.name
@@ -257,10 +312,10 @@ def run_two(task: Task, label: str) -> list[StageTraffic]:
     print(file=sys.stderr)
     for process in processes:
         process.join()
-    return found
+    return found, turns.count - before
 
 
-def take(channel: Any, processes: list[Any]) -> StageTraffic | None:
+def take(channel: Any, processes: list[Any]) -> StageTraffic | str | None:
     """The next reading; fails when a party has died instead of waiting for it."""
     while True:
         try:
@@ -351,6 +406,7 @@ class Result(msgspec.Struct):
     stages: list[StageTraffic]
     seconds: float
     machine: str
+    turns: int = 0  # of the direction between the parties in the last pass: an upper bound of its dependent trips
     simulated: str | None = None  # the protocol, where the parties were threads of one process
 
 
@@ -370,8 +426,8 @@ def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> 
         if result.task == task:
             return result
     started = time.perf_counter()
-    stages = run_two(task, label) if protocol is None else simulate(protocol, task)
-    result = Result(task, stages, time.perf_counter() - started, machine(), protocol)
+    stages, turns = run_two(task, label) if protocol is None else (simulate(protocol, task), 0)
+    result = Result(task, stages, time.perf_counter() - started, machine(), turns, protocol)
     file.write_bytes(msgspec.json.encode(result))
     return result
 
@@ -457,6 +513,7 @@ def main() -> None:
                 compared[kind] = {
                     "MB": sum(stage.bytes for stage in layer) / 1e6,
                     "messages": sum(stage.messages for stage in layer),
+                    "turns": result.turns,
                     "seconds": sum(stage.seconds for stage in layer),
                 }
             print(f"\none layer of {architecture}, T=128:")
