@@ -148,7 +148,9 @@ def run(simulation, function, *operands):
     return simulation.reveal("result"), cost
 
 
-@pytest.mark.parametrize("protocol", ["ref2k", "semi2k", "aby3", pytest.param("cheetah", marks=pytest.mark.two_party)])
+@pytest.mark.parametrize(
+    "protocol", ["ref2k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("semi2k", "aby3", "cheetah"))]
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_under_protocol(simulations, protocol, name):
     function, operand, definition, absolute, relative = OPERATIONS[name]
