@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -199,24 +199,28 @@ def predict(base: Run, line: Line) -> float:
 
 
 def measure(model: Path, prompt: str, new_tokens: int) -> dict[str, object]:
-    """The generation over the bare loopback and over every line."""
+    """The generation over every line, each between two over the bare loopback that it is predicted from."""
     results: dict[str, object] = {"new_tokens": new_tokens}
     with tempfile.TemporaryDirectory() as folder, tls_server(model, Path(folder)) as (address, log, tls):
         generate(address, log, tls, prompt, 1)  # warms the caches of the disk
-        base = generate(address, log, tls, prompt, new_tokens)
-        carried = (base.bytes_to_client + base.bytes_to_server) / 1e6
-        print(f"loopback: {base.seconds:.1f} s, {carried:.1f} MB, {base.turns} turns", flush=True)
-        results["loopback"] = asdict(base)
+        before = generate(address, log, tls, prompt, new_tokens)
         for name, line in LINES.items():
             slow = SlowLine(address, line)
-            run, predicted = generate(slow.address, log, tls, prompt, new_tokens), predict(base, line)
+            run = generate(slow.address, log, tls, prompt, new_tokens)
             slow.close()
+            after = generate(address, log, tls, prompt, new_tokens)
+            base = replace(before, seconds=(before.seconds + after.seconds) / 2)
+            predicted = predict(base, line)
+            carried = (run.bytes_to_client + run.bytes_to_server) / 1e6
             print(
-                f"{name}: {line.bits_per_second / 1e6:.0f} Mbit/s, {2e3 * line.delay_seconds:g} ms round trip: "
-                f"measured {run.seconds:.1f} s, predicted {predicted:.1f} s, ratio {run.seconds / predicted:.2f}",
+                f"{name}: {line.bits_per_second / 1e6:.0f} Mbit/s, {2e3 * line.delay_seconds:g} ms round trip, "
+                f"{carried:.1f} MB, {run.turns} turns: measured {run.seconds:.1f} s, predicted {predicted:.1f} s "
+                f"({before.seconds:.1f} and {after.seconds:.1f} s and {before.turns} turns over loopback), "
+                f"ratio {run.seconds / predicted:.2f}",
                 flush=True,
             )
-            results[name] = {**asdict(line), **asdict(run), "predicted_seconds": predicted}
+            results[name] = {**asdict(line), **asdict(run), "predicted_seconds": predicted, "loopback": asdict(base)}
+            before = after
     return results
 
 

@@ -14,6 +14,7 @@ tanh-GELU, LayerNorm by variance and division, weights in shares, SPU's own sett
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import platform
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,7 +40,7 @@ import jax.numpy as jnp
 
 from entropi.private.engine import PARTIES, Engine, Simulation
 from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import Description, Stage, embed, forward, one_hot
+from entropi.private.program import Description, Stage, forward, one_hot
 from entropi.records import StageTraffic
 from entropi.report.traffic import by_operation
 
@@ -182,7 +184,7 @@ WARM_UP = 8  # tokens of the pass that exchanges keys
 
 
 def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: Any) -> None:
-    """One of the two processes; puts every stage's traffic into `channel`, then None."""
+    """One of the two processes; puts a word before every pass, every stage's traffic, and None into `channel`."""
     model = msgspec.structs.replace(description(task.architecture, task.layers), exp_iterations=task.iterations)
     plain = task.kind == "straightforward"
     engine = Engine(rank, session, links, Settings(), plain_settings if plain else None)
@@ -213,8 +215,11 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
     if task.kind == "embedding":
         for length in (1, task.tokens):
             ids = inputs.integers(0, model.vocab_size, length).tolist()
-            hold("tokens", (length, model.vocab_size), CLIENT, partial(one_hot, ids, model.vocab_size))
-            run(iter([Stage("embedding", -1, embed, ("tokens", "embedding"), ("state",))]), 0, length == task.tokens)
+            shape = (-(-length // 2), model.vocab_size)
+            hold("tokens", shape, CLIENT, partial(one_hot, ids, model.vocab_size, paired=True))
+            stages = forward(model, length, 0, 8, paired=True)
+            embedding = (stage for stage in stages if stage.name == "embedding" and "positions" not in stage.inputs)
+            run(embedding, 0, length == task.tokens)
     else:
         lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
         state = "state" if plain else "embedded"
@@ -224,6 +229,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
             stages = straightforward(model, new) if plain else forward(model, new, past, 8, embedding="public")
             if task.kind == "layer":
                 stages = takewhile(lambda stage: stage.layer <= 0, stages)
+            channel.put("a pass begins")
             run(stages, number - 1, number > 0)
     engine.close()
     channel.put(None)
@@ -236,17 +242,69 @@ def free_links() -> tuple[str, str]:
         return f"127.0.0.1:{one.getsockname()[1]}", f"127.0.0.1:{other.getsockname()[1]}"
 
 
-def run_two(task: Task, label: str) -> list[StageTraffic]:
-    """The client's view of a task's stages."""
+class Turns:
+    """Stands between the parties and counts how often the direction of what they say to each other changes.
+
+    Every party opens its own connections, so what is said goes from who connected to who listens; the way back holds
+    receipts only. Two conversations at the same time count as more turns than either has: an upper bound of the
+    trips that wait for each other.
+    """
+
+    def __init__(self, links: tuple[str, str]) -> None:
+        self.count, self._last, self._lock = 0, -1, threading.Lock()
+        self.links = [self._listen(rank, links[rank]) for rank in (0, 1)]
+
+    def _listen(self, rank: int, target: str) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def accept() -> None:
+            while True:
+                incoming, _ = listener.accept()
+                outgoing = self._connect(target)
+                threading.Thread(target=self._pass_on, args=(incoming, outgoing, rank), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(outgoing, incoming, None), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def _connect(self, target: str) -> socket.socket:
+        host, port = target.split(":")
+        while True:
+            try:
+                return socket.create_connection((host, int(port)))
+            except ConnectionRefusedError:  # that party is still starting
+                time.sleep(0.1)
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, rank: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                if rank is not None:
+                    with self._lock:
+                        self.count += self._last != rank
+                        self._last = rank
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int]:
+    """The client's view of a task's stages, and the turns between the parties in its last pass."""
     context = multiprocessing.get_context("spawn")
     links, session, channels = free_links(), secrets.token_hex(16), [context.Queue(), context.Queue()]
+    turns = Turns(links)
+    # Either party listens where it is told and finds the other one behind the counter.
+    views = [(links[0], turns.links[1]), (turns.links[0], links[1])]
     processes = [
-        context.Process(target=party, args=(rank, links, session, task, channels[rank]), daemon=True) for rank in (0, 1)
+        context.Process(target=party, args=(rank, views[rank], session, task, channels[rank]), daemon=True)
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
     found: list[StageTraffic] = []
+    before = 0
     while (traffic := take(channels[CLIENT], processes)) is not None:
+        if isinstance(traffic, str):
+            before = turns.count
+            continue
         found.append(traffic)
         total = sum(stage.bytes for stage in found)
         where = f"layer {traffic.layer} {traffic.name}" if traffic.layer >= 0 else traffic.name
@@ -254,10 +312,10 @@ def run_two(task: Task, label: str) -> list[StageTraffic]:
     print(file=sys.stderr)
     for process in processes:
         process.join()
-    return found
+    return found, turns.count - before
 
 
-def take(channel: Any, processes: list[Any]) -> StageTraffic | None:
+def take(channel: Any, processes: list[Any]) -> StageTraffic | str | None:
     """The next reading; fails when a party has died instead of waiting for it."""
     while True:
         try:
@@ -287,6 +345,60 @@ def simulate(protocol: str, task: Task) -> list[StageTraffic]:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
+class Accuracy(msgspec.Struct):
+    """Logits of a secure run against the model's own in torch, on held-out text."""
+
+    positions: int
+    largest_error: float
+    mean_error: float
+    same_likeliest: float  # share of the positions
+    perplexity: float
+    secure_perplexity: float
+
+
+def accuracy(run: Path, protocol: str, blocks: int) -> Accuracy:
+    """Of a trained run folder's model, over all positions of `blocks` blocks of its held-out text."""
+    import torch
+
+    from entropi.data.packing import prepare
+    from entropi.model.folding import fold
+    from entropi.training.run import open_model
+
+    recipe = msgspec.yaml.decode((run / "config.yaml").read_bytes())
+    known = {field: recipe[field] for field in ("corpus", "vocab_size", "context_length")}
+    heldout = prepare(known["corpus"], known["vocab_size"], known["context_length"]).packed.heldout[:blocks]
+    model, _, _ = open_model(run)
+    folded = fold(model)
+    shape = msgspec.convert(folded.description, Description)
+    engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
+    for name, weight in folded.weights.items():
+        engine.hold(name, weight, SERVER)
+    errors, same, losses = [], [], []
+    for number, block in enumerate(np.asarray(heldout, np.int64)):
+        engine.hold("embedded", folded.weights["embedding"][block], CLIENT)
+        for stage in forward(shape, len(block), 0, 8, embedding="public", every_row=True):
+            engine.run(stage)
+        secure = engine.reveal("logits").astype(np.float64)
+        with torch.no_grad():
+            plain = model.eval()(torch.from_numpy(block)[None]).logits[0].double().numpy()
+        errors.append(np.abs(secure - plain).max(axis=1))
+        same.append(secure.argmax(axis=1) == plain.argmax(axis=1))
+        for logits in (plain, secure):
+            shifted = logits[:-1] - logits[:-1].max(axis=1, keepdims=True)
+            chosen = shifted[np.arange(len(block) - 1), block[1:]]
+            losses.append(np.log(np.exp(shifted).sum(axis=1)).mean() - chosen.mean())
+        print(f"\r{protocol}: block {number + 1} of {len(heldout)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return Accuracy(
+        positions=sum(map(len, errors)),
+        largest_error=float(np.max(errors)),
+        mean_error=float(np.mean(errors)),
+        same_likeliest=float(np.mean(same)),
+        perplexity=float(np.exp(np.mean(losses[::2]))),
+        secure_perplexity=float(np.exp(np.mean(losses[1::2]))),
+    )
+
+
 class Result(msgspec.Struct):
     """A task's readings and where they were taken."""
 
@@ -294,6 +406,7 @@ class Result(msgspec.Struct):
     stages: list[StageTraffic]
     seconds: float
     machine: str
+    turns: int = 0  # of the direction between the parties in the last pass: an upper bound of its dependent trips
     simulated: str | None = None  # the protocol, where the parties were threads of one process
 
 
@@ -313,8 +426,8 @@ def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> 
         if result.task == task:
             return result
     started = time.perf_counter()
-    stages = run_two(task, label) if protocol is None else simulate(protocol, task)
-    result = Result(task, stages, time.perf_counter() - started, machine(), protocol)
+    stages, turns = run_two(task, label) if protocol is None else (simulate(protocol, task), 0)
+    result = Result(task, stages, time.perf_counter() - started, machine(), turns, protocol)
     file.write_bytes(msgspec.json.encode(result))
     return result
 
@@ -346,6 +459,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="execute only so many layers of every row")
     parser.add_argument("--iterations", type=int, default=3, help="t of the softmax kernel")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="also the accuracy of this trained run folder's model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"machine": machine()}
@@ -399,6 +513,7 @@ def main() -> None:
                 compared[kind] = {
                     "MB": sum(stage.bytes for stage in layer) / 1e6,
                     "messages": sum(stage.messages for stage in layer),
+                    "turns": result.turns,
                     "seconds": sum(stage.seconds for stage in layer),
                 }
             print(f"\none layer of {architecture}, T=128:")
@@ -414,6 +529,15 @@ def main() -> None:
             trust = "trusted dealer, online phase" if protocol == "semi2k" else "three parties, honest majority"
             print(f"\n{protocol} ({trust}): {gigabytes:.3f} GB over all {PARTIES[protocol]}, SM+ScFuFFN T=128")  # type: ignore[index]
             summary[protocol] = {"GB": gigabytes, "messages": messages, "seconds": seconds}
+    if options.model is not None:
+        for protocol, blocks in (("ref2k", 12), ("cheetah", 1)):
+            found = accuracy(options.model, protocol, blocks)
+            change = found.secure_perplexity / found.perplexity - 1
+            print(f"\n{options.model.name} under {protocol}, {found.positions} held-out positions:")
+            print(f"  largest error of a logit {found.largest_error:.4f}, the positions' mean {found.mean_error:.4f}")
+            print(f"  the likeliest token the same at {found.same_likeliest:.2%}")
+            print(f"  perplexity {found.perplexity:.3f} and {found.secure_perplexity:.3f} ({change:+.3%})")
+            summary[f"accuracy {protocol}"] = msgspec.to_builtins(found)
     print(json.dumps(summary))
 
 

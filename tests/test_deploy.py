@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -24,8 +25,10 @@ pytest.importorskip("cryptography")
 import aiohttp
 from aiohttp import web
 from cryptography import x509
+from rich.console import Console
 
 from entropi import cli
+from entropi.console import ProgressLine
 from entropi.errors import UserError
 from entropi.private import certificates, client, connect, monitoring, server
 from entropi.private.certificates import Tls, issue, tls_files
@@ -387,8 +390,6 @@ def test_limits_that_let_nobody_in(name):
 
 
 def test_metrics_know_no_certificates_and_stay_at_home(tmp_path, capfd):
-    for name in ("folded.json", "tokenizer.json"):  # the addresses are looked at first
-        (tmp_path / name).touch()
     status, line = run_cli(capfd, "serve", tmp_path, "--metrics", "0.0.0.0:9001", "--listen", "127.0.0.1:0")
     assert status == 2
     assert "loopback" in line
@@ -443,6 +444,24 @@ def test_a_tunnel_drops_what_is_no_link(tmp_path):
         assert not folder.exists()
 
     asyncio.run(scenario())
+
+
+# --- What a person sees -----------------------------------------------------------------------------------------------
+
+
+def test_text_stands_above_the_bar_while_it_grows_and_leaves_with_it():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    with ProgressLine("private inference", 10, console=console) as line:
+        line.update(3, "token 1, exp")
+        line.show("[bold]import")
+        line.expect(20)
+        line.show("[bold]import os")
+        seen = screen.getvalue()
+    assert seen.index("[bold]import") < seen.rindex("private inference")  # no markup, and above
+    assert "3/20" in seen
+    assert "import os" in seen
+    assert "import os" not in screen.getvalue()[len(seen) :]  # the caller prints it to where it belongs
 
 
 # --- The pages --------------------------------------------------------------------------------------------------------

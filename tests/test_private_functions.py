@@ -148,7 +148,9 @@ def run(simulation, function, *operands):
     return simulation.reveal("result"), cost
 
 
-@pytest.mark.parametrize("protocol", PARTIES)
+@pytest.mark.parametrize(
+    "protocol", ["ref2k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("semi2k", "aby3", "cheetah"))]
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_under_protocol(simulations, protocol, name):
     function, operand, definition, absolute, relative = OPERATIONS[name]
@@ -171,6 +173,7 @@ def test_operation_in_plaintext(name):
 FULL = 2 * functions.CIPHERTEXT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "shape", "claimed"),
     [
@@ -193,16 +196,18 @@ def test_prices_under_cheetah(simulations, function, shape, claimed):
     assert cost.bytes / np.prod(shape) == pytest.approx(claimed, rel=0.04)
 
 
+@pytest.mark.slow
 def test_parts_save_a_ciphertext(simulations):
-    odd = FULL + 200
-    _, whole = run(simulations("cheetah"), functions.square, uniform(-1, 1, odd))
-    parts = run(
-        simulations("cheetah"), lambda x: functions.in_full_ciphertexts(functions.square, x), uniform(-1, 1, odd)
-    )
-    assert parts[1].bytes < 0.8 * whole.bytes
-    for size in (5, functions.CIPHERTEXT, functions.CIPHERTEXT + 1, FULL, FULL + 1, 2 * FULL - 1):
-        x = uniform(-1, 1, size)
-        np.testing.assert_array_equal(functions.in_full_ciphertexts(jnp.negative, jnp.asarray(x)), -x)
+    odd = uniform(-1, 1, FULL + 200)
+    _, whole = run(simulations("cheetah"), functions.square, odd)
+    _, parts = run(simulations("cheetah"), lambda x: functions.in_full_ciphertexts(functions.square, x), odd)
+    assert parts.bytes < 0.8 * whole.bytes
+
+
+@pytest.mark.parametrize("size", [5, 8192, 8193, FULL, FULL + 1, 2 * FULL - 1])
+def test_parts_are_the_whole(size):
+    x = uniform(-1, 1, 1, size)
+    np.testing.assert_array_equal(functions.in_full_ciphertexts(jnp.negative, jnp.asarray(x)), -x)
 
 
 def test_gelu_stands_for_both_forms():

@@ -1,6 +1,8 @@
 """The private program: its stages compute the layer equations in plaintext, and under every protocol in fixed point."""
 
+import asyncio
 import json
+import secrets
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import pytest
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import msgspec  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 from entropi.errors import UserError  # noqa: E402
 from entropi.private import program  # noqa: E402
-from entropi.private.messages import Settings, trust  # noqa: E402
+from entropi.private.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
 from entropi.private.program import Description, forward, one_hot, run_plain  # noqa: E402
-from entropi.private.ranges import check_ranges, fitting_fraction_bits, measure_ranges, problems  # noqa: E402
+from entropi.private.ranges import can_pair, check_ranges, fitting_fraction_bits, measure_ranges, problems, settle  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -94,7 +97,7 @@ def simulate(protocol, model, weights, passes, **options):
         if options.get("embedding") == "public":
             engine.hold("embedded", weights["embedding"][tokens], 1)
         else:
-            engine.hold("tokens", one_hot(tokens, model.vocab_size), 1)
+            engine.hold("tokens", one_hot(tokens, model.vocab_size, options.get("paired", False)), 1)
         for stage in forward(model, len(tokens), past, 6, **options):
             traffic.append(engine.run(stage))
         past += len(tokens)
@@ -102,7 +105,9 @@ def simulate(protocol, model, weights, passes, **options):
     return found, traffic
 
 
-@pytest.mark.parametrize("protocol", ["ref2k", "semi2k", "aby3"])
+@pytest.mark.parametrize(
+    "protocol", ["ref2k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("semi2k", "aby3"))]
+)
 @pytest.mark.parametrize("variant", SIMULATED)
 def test_simulated_logits_are_the_plain_ones(variant, protocol):
     model = describe(**{**VARIANTS[variant], **SIMULATED[variant]})
@@ -132,6 +137,75 @@ def test_logits_under_cheetah_are_the_plain_ones():
     assert all(stage.bytes > 0 for stage in traffic)
 
 
+async def two_processes(folder, model, weights, settings, prompt, new_tokens):
+    """The client's results of a generation by two real parties."""
+    from entropi.private.session import Party, free_port
+
+    save_file(weights, folder / "weights.safetensors")
+    save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")
+    links = tuple(f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
+    common = dict(
+        session=secrets.token_hex(16),
+        links=links,
+        description=model,
+        settings=settings,
+        max_new_tokens=new_tokens,
+        prompt_length=len(prompt),
+    )
+    table = str(folder / "table.safetensors") if settings.embedding == "public" else None
+    server = await Party.start(Job(rank=SERVER, weights=str(folder / "weights.safetensors"), **common))
+    client = await Party.start(Job(rank=CLIENT, prompt=prompt, table=table, **common))
+    found = []
+
+    async def serve():
+        while (event := await server.event()) is not None:
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Revealed):
+                assert event.logits is None
+                assert event.tokens is None
+                await server.proceed()
+
+    serving = asyncio.create_task(serve())
+    try:
+        while (event := await asyncio.wait_for(client.event(), 120)) is not None:
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Revealed):
+                found.append(event)
+                await client.proceed(event.tokens[0] if event.tokens else int(np.argmax(event.logits)))
+        await asyncio.wait_for(serving, 60)
+    finally:
+        serving.cancel()
+        for party in (server, client):
+            await party.stop()
+    return found
+
+
+@pytest.mark.two_party
+@pytest.mark.parametrize(
+    "options",
+    [dict(paired=True), dict(output="top_k", choices=3, paired=True), dict(output="argmax", embedding="public")],
+    ids=["logits", "top_k", "argmax"],
+)
+def test_two_processes_learn_what_the_settings_say(options, tmp_path):
+    pytest.importorskip("spu")
+    model = describe(**{**VARIANTS["llama"], "layers": 2})
+    weights = random_weights(model)
+    settings = Settings(exp_iterations=6, **options)
+    generated, logits = run_plain(model, weights, PROMPT[:5], 2, 6)
+    found = asyncio.run(two_processes(tmp_path, model, weights, settings, PROMPT[:5], 2))
+    for event, plain, token in zip(found, logits, generated, strict=True):
+        order = np.argsort(-plain)
+        if settings.output == "logits":
+            assert event.tokens is None
+            np.testing.assert_allclose(event.logits, plain, atol=0.004)
+        elif settings.output == "top_k":
+            assert event.tokens == order[:3].tolist()
+            np.testing.assert_allclose(event.logits, plain[order[:3]], atol=0.004)
+        else:
+            assert event.tokens == [token]
+            assert event.logits is None
+
+
 @pytest.mark.parametrize("embedding", ["private", "public"])
 @pytest.mark.parametrize("output", ["logits", "top_k", "argmax"])
 def test_options_of_embedding_and_output(embedding, output):
@@ -148,6 +222,38 @@ def test_options_of_embedding_and_output(embedding, output):
         np.testing.assert_allclose(found["logits_out"], plain[order[:4]], atol=0.002)
     else:
         np.testing.assert_allclose(found["logits"][0], plain, atol=0.002)
+
+
+@pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
+@pytest.mark.parametrize("tokens", [[7], [7, 7], [3, 50, 3, 0, 52], [1, 2, 1, 1]])
+def test_pairs_of_tokens_are_told_apart(protocol, tokens):
+    """With values up to the bound; the smaller of a pair must survive next to the larger, in either place."""
+    pytest.importorskip("spu")
+    from entropi.private.engine import Simulation
+
+    table = np.random.default_rng(1).uniform(-3.99, 3.99, (53, 24)).astype(np.float32)
+    table[7], table[3] = 3.99, -3.99
+    table[1] *= 1e-3
+    assert can_pair({"embedding": table}, Settings())
+    engine = Simulation(protocol, Settings())
+    engine.hold("tokens", one_hot(tokens, 53, paired=True), 1)
+    engine.hold("embedding", table, 0)
+    for stage in forward(describe(position_embedding="rotary", rotary_dimensions=2), len(tokens), 0, 5, paired=True):
+        if stage.name == "embedding":
+            engine.run(stage)
+    np.testing.assert_allclose(engine.reveal("state"), table[tokens], atol=4 * 2.0**-18)
+
+
+def test_pairs_only_where_they_fit():
+    model = describe()
+    weights = random_weights(model)
+    assert settle(weights, Settings()).paired
+    assert not settle(weights, Settings(embedding="public")).paired
+    assert not settle(weights, Settings(fraction_bits=19)).paired
+    weights["embedding"][5, 5] = 4.5
+    assert not settle(weights, Settings()).paired
+    with pytest.raises(UserError, match=r"do not fit one row: the table reaches 4\.5 with 18 .*below 4 with 18"):
+        check_ranges(model, weights, Settings(paired=True), [PROMPT])
 
 
 def test_trust_says_what_is_learnt():

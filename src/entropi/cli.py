@@ -291,6 +291,7 @@ def serve(
         from entropi.private.monitoring import JsonLines
         from entropi.private.server import Limits
         from entropi.private.server import serve as serve_folder
+        from entropi.private.session import parse_address
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if log == "json":
         for handler in logging.getLogger().handlers:
@@ -318,6 +319,10 @@ def serve(
         client_tokens,
     )
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
+    parse_address(listen, tls=tls is not None)  # before a model is folded, which takes a while
+    parse_address(metrics)
+    if tls is not None:
+        tls.server_context()
     with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():

@@ -134,7 +134,7 @@ def reciprocal(x: Array, spread: np.ndarray) -> Array:
     better = (offset[1:] - offset[:-1]) - (slope[1:] - slope[:-1]) * x[None]
     guess = offset[0] - slope[0] * x + jnp.where(x[None] > edges[1:-1], better, 0.0).sum(axis=0)
     remaining = float(error.max())
-    while remaining > 2.0**-16:
+    while remaining > 2.0**-20:
         guess = guess * (2.0 - x * guess)
         remaining *= remaining
     return guess

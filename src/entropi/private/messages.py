@@ -37,6 +37,8 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
     # Whose the token table is: the server's, read by a one-hot product, or everybody's, read by the client alone.
     embedding: Literal["private", "public"] = "private"
+    # Two tokens in one row of the private table's product: half of its bytes, where `ranges.settle` allows it.
+    paired: bool = False
     # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
     output: Literal["logits", "top_k", "argmax"] = "logits"
     choices: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8

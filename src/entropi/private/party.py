@@ -87,14 +87,15 @@ def _serve_session(engine: Engine, job: Job, lines: queue.SimpleQueue[bytes], ev
         if public:
             engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
         else:
-            tokens = one_hot(fresh, model.vocab_size) if fresh is not None else None
-            engine.hold("tokens", (count, model.vocab_size), tokens)
+            tokens = one_hot(fresh, model.vocab_size, settings.paired) if fresh is not None else None
+            engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
         for stage in forward(
             model,
             count,
             past,
             settings.exp_iterations,
             embedding=settings.embedding,
+            paired=settings.paired,
             output=settings.output,
             choices=settings.choices,
         ):

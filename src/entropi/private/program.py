@@ -42,7 +42,9 @@ Norm: TypeAlias = Literal["none", "rms", "layer"]
 Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
 
-_TABLE_ROWS = 2048  # of the embedding in one product
+_TABLE_ROWS = 4096  # of the embedding in one product
+_PAIR = 2.0**23  # what the second token of a pair is multiplied by
+PAIR_FRACTION_BITS, PAIR_LARGEST = 18, 4.0  # most fraction bits and least upper bound of the table that allow pairs
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
@@ -137,9 +139,15 @@ class Stage:
     exact: Callable[..., Any] | None = None
 
 
-def one_hot(token_ids: list[int], vocab_size: int) -> np.ndarray:
-    """The client's input, `(m, V)` float32: a table look-up that does not show the row."""
-    return np.eye(vocab_size, dtype=np.float32)[np.asarray(token_ids)]
+def one_hot(token_ids: list[int], vocab_size: int, paired: bool = False) -> np.ndarray:
+    """The client's input, a table look-up that does not show the row: float32 `(m, V)`, in pairs `(ceil(m / 2), V)`."""
+    ids = np.asarray(token_ids)
+    share = 2 if paired else 1
+    rows = np.zeros((-(-len(ids) // share), vocab_size), np.float32)
+    for place, row in enumerate(ids):
+        # Exact: 24 bits even where both of a pair are the same token.
+        rows[place // share, row] += _PAIR if place % share else 1.0
+    return rows
 
 
 def forward(
@@ -149,16 +157,19 @@ def forward(
     exp_iterations: int,
     *,
     embedding: Embedding = "private",
+    paired: bool = False,
     output: Output = "logits",
     choices: int = 1,
+    every_row: bool = False,
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
-    The input is "tokens" `(m, V)`, one-hot, for a private table; "embedded" `(m, d)`, rows of a public one, looked up
-    by the client. The result is "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the
-    likeliest tokens; or "tokens_out" `(1,)` alone. Keys and values of all tokens seen stay behind as values "l.k" and
-    "l.v" `(G, s, k)` for the next pass. The softmax kernel has the model's own t, or `exp_iterations` for a model
-    that was trained with the exact exponential.
+    The input is "tokens", `one_hot`, for a private table, in pairs if `paired` (see `pair_products`); or "embedded"
+    `(m, d)`, rows of a public table, looked up by the client. The result is "logits" `(1, V)`; or "tokens_out"
+    `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or "tokens_out" `(1,)` alone. With `every_row`
+    the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of all tokens seen
+    stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel has the model's own t, or
+    `exp_iterations` for a model that was trained with the exact exponential.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
 
@@ -172,14 +183,18 @@ def forward(
     normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
     keys = past + new
     iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
-    if embedding == "private":
+    if embedding == "private" and paired:
+        yield Stage("embedding", -1, pair_products, ("tokens", "embedding"), ("pairs", "raised"))
+        yield Stage("embedding", -1, lower, ("pairs", "raised"), ("pairs", "raised"))
+        yield Stage("embedding", -1, partial(separate, tokens=new), ("pairs", "raised"), ("state",))
+    elif embedding == "private":
         yield Stage("embedding", -1, embed, ("tokens", "embedding"), ("state",))
     position = ("positions",) if model.position_embedding == "learned" else ()
     source = "state" if embedding == "private" else "embedded"
     if position or embedding == "public":
         yield Stage("embedding", -1, partial(add_positions, past=past), (source, *position), ("state",))
     for layer in range(model.layers):
-        rows = 1 if layer == model.layers - 1 else new
+        rows = 1 if layer == model.layers - 1 and not every_row else new
         w = f"{layer}."
         if model.norm != "none":
             yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
@@ -252,6 +267,27 @@ def embed(tokens: Array, table: Array) -> Array:
     """
     pieces = [slice(start, start + _TABLE_ROWS) for start in range(0, table.shape[0], _TABLE_ROWS)]
     return sum(tokens[:, piece] @ table[piece] for piece in pieces)
+
+
+def pair_products(tokens: Array, table: Array) -> tuple[Array, Array]:
+    """Pairs of rows of the table, a + 2^23 b, and that times 2^23: half the ciphertexts and work of single rows.
+
+    This relies on the ring: with 18 fraction bits and |a|, |b| < 4 there are bits enough for both, and in the second
+    result 2^46 b is a multiple of 2^64 last digits and vanishes. What remains is 2^23 a. In plaintext it would not.
+    """
+    pairs = embed(tokens, table)
+    return pairs, pairs * _PAIR
+
+
+def lower(pairs: Array, raised: Array) -> tuple[Array, Array]:
+    """Both divided by 2^12. In a stage of its own, or the compiler would multiply the constants with each other."""
+    return pairs * 2.0**-12, raised * 2.0**-12
+
+
+def separate(pairs: Array, raised: Array, *, tokens: int) -> Array:
+    """Rows `(m, d)` of the tokens: the second of each pair in what is left of `pairs`, the first of `raised`."""
+    both = jnp.stack([raised, pairs], axis=1) * 2.0**-11
+    return both.reshape(-1, pairs.shape[1])[:tokens]
 
 
 def add_positions(embedded: Array, positions: Array | None = None, *, past: int) -> Array:
@@ -430,9 +466,12 @@ def run_plain(
     exp_iterations: int,
     *,
     exact: bool = False,
+    every_row: bool = False,
     watch: Callable[[Stage, tuple[Array, ...], Array], None] | None = None,
 ) -> tuple[list[int], list[np.ndarray]]:
     """Greedy generation in plaintext: tokens and the logits `(V,)` they were chosen from.
+
+    With `every_row` the logits after every token of each pass instead, `(m, V)`.
 
     With `exact` the model's own functions are computed, the exact softmax (unless it was trained with the kernel) and
     GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
@@ -443,7 +482,7 @@ def run_plain(
     all_logits: list[np.ndarray] = []
     for _ in range(new_tokens):
         values["embedded"] = values["embedding"][np.asarray(fresh)]
-        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public"):
+        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public", every_row=every_row):
             function = stage.exact if exact and stage.exact is not None else stage.function
             operands = tuple(values[name] for name in stage.inputs)
             results = function(*operands)
@@ -452,8 +491,9 @@ def run_plain(
                 if watch is not None:
                     watch(stage, operands, value)
         past += len(fresh)
-        logits = np.asarray(values["logits"])[0]
-        fresh = [int(logits.argmax())]
+        rows = np.asarray(values["logits"])
+        logits = rows if every_row else rows[-1]
+        fresh = [int(rows[-1].argmax())]
         generated += fresh
         all_logits.append(logits)
     return generated, all_logits

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from jax import Array
 
 from entropi.errors import UserError
 from entropi.private.messages import Settings
-from entropi.private.program import Description, Stage, run_plain
+from entropi.private.program import PAIR_FRACTION_BITS, PAIR_LARGEST, Description, Stage, run_plain
 
 MOST_FRACTION_BITS = 20  # beyond, products lose range and nothing measurable is won
 LEAST_FRACTION_BITS = 12
@@ -106,6 +107,16 @@ def problems(ranges: Ranges, settings: Settings) -> list[str]:
     return found
 
 
+def can_pair(weights: Mapping[str, np.ndarray], settings: Settings) -> bool:
+    """Whether two tokens can share a row of the private table's product, `program.pair_products`."""
+    return settings.fraction_bits <= PAIR_FRACTION_BITS and bool(np.abs(weights["embedding"]).max() < PAIR_LARGEST)
+
+
+def settle(weights: Mapping[str, np.ndarray], settings: Settings) -> Settings:
+    """The settings with what these weights allow to save."""
+    return msgspec.structs.replace(settings, paired=settings.embedding == "private" and can_pair(weights, settings))
+
+
 def check_ranges(
     model: Description,
     weights: Mapping[str, np.ndarray],
@@ -123,7 +134,13 @@ def check_ranges(
     if sequences is None:
         sequences = calibration_text(model, weights)
     ranges = measure_ranges(model, weights, sequences, settings.exp_iterations)
-    if found := problems(ranges, settings):
+    found = problems(ranges, settings)
+    if settings.paired and not can_pair(weights, settings):
+        found.append(
+            f"two tokens do not fit one row: the table reaches {np.abs(weights['embedding']).max():.3g} with "
+            f"{settings.fraction_bits} fraction bits, and must stay below {PAIR_LARGEST:g} with {PAIR_FRACTION_BITS}"
+        )
+    if found:
         fitting = fitting_fraction_bits(ranges, settings)
         advice = "no number of fraction bits would do" if fitting is None else f"{fitting} fraction bits would fit"
         raise UserError("; ".join([*found, advice]))

@@ -425,7 +425,7 @@ async def _session(request: web.Request, host: Host) -> web.WebSocketResponse:
         await _talk(socket, client.partition("/")[0], session_log, host)
         ending = "finished"
         await _dismiss(socket)
-    except ClientLeft:
+    except (ClientLeft, ConnectionError):  # the latter where this side was about to say something
         ending = "left"
     except SessionError as error:
         ending = "refused" if isinstance(error, Refusal) else "failed"
