@@ -485,17 +485,17 @@ def main() -> None:
             print(f"\ngeneration: prompt of {tokens} tokens {prompt:.1f} MB, one more {token:.1f} MB")
         print_operations(row, result)
         gigabytes, messages, seconds = whole(result.stages, layers)
-        table = embeddings.get(tokens, float("nan"))
+        with_table = gigabytes + embeddings[tokens] if tokens in embeddings else None
         lines.append(
-            f"| {row} | {layers} | {paper} | {goal} | {gigabytes:.3f} | {gigabytes + table:.3f} | {messages:.0f} "
-            f"| {seconds:.0f} |"
+            f"| {row} | {layers} | {paper} | {goal} | {gigabytes:.3f} | {with_table and round(with_table, 3)} "
+            f"| {messages:.0f} | {seconds:.0f} |"
         )
         summary[row] = {
             "layers_executed": layers,
             "paper_GB": paper,
             "goal_GB": goal,
             "GB": gigabytes,
-            "GB_with_private_embedding": gigabytes + table,
+            "GB_with_private_table": with_table,
             "messages": messages,
             "seconds": seconds,
         }
