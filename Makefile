@@ -18,7 +18,7 @@ check: install
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" -n auto --dist loadfile
 
 install: $(INSTALLED)
 

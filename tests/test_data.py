@@ -18,7 +18,8 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from entropi.data import cache, corpus, packing, tokenizer
+from entropi import cache
+from entropi.data import corpus, packing, tokenizer
 from entropi.data.corpus import Corpus, Document, load_corpus
 from entropi.data.packing import encode, load_or_pack, pack, prepare
 from entropi.data.tokenizer import END_OF_TEXT, load_or_train_tokenizer, pieces, train_tokenizer

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 import entropi
+from entropi.entropy.patterns import attention_pattern
 
 COMMON = dict(
     vocab_size=71, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
@@ -136,3 +137,58 @@ def test_a_compiled_model_is_recorded_too():
         out = compiled(ids, use_cache=False)
     expected = torch.stack([e.mean(dim=(0, 2)) for e in out.entropies])
     torch.testing.assert_close(recorder.mean(), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma3"])  # plain, grouped queries, sliding windows
+def test_patterns_equal_those_of_eager_attention_weights(kind, monkeypatch):
+    monkeypatch.setattr("entropi.entropy.patterns.BLOCK_ROWS", 8)  # blocks that do not divide the length
+    model = make(kind)
+    ids = torch.randint(1, 71, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), entropi.record_entropy(model, keep_patterns=True) as recorded:
+        model(ids, use_cache=False)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True, use_cache=False).attentions
+    back = torch.arange(19)[:, None] - torch.arange(19)
+    for layer, w in enumerate(weights):
+        w = w.double()[:, :, 2:]
+        expected = [
+            (w * back[2:]).sum(-1).mean(-1),
+            w[..., 0].mean(-1),
+            (w * (back[2:] == 1)).sum(-1).mean(-1),
+            (w * (back[2:] == 0)).sum(-1).mean(-1),
+        ]
+        (found,) = recorded.patterns[layer]
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_patterns_of_our_own_models():
+    """With temperatures by position and the softmax kernel of private inference; and of a uniform head."""
+    torch.manual_seed(0)
+    config = entropi.EntropiConfig(
+        architecture="SM(t)+ScFuFFN", vocab_size=71, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, exp_iterations=5,
+    )  # fmt: skip
+    model = entropi.EntropiForCausalLM(config).eval()
+    attention = model.model.blocks[0].attention
+    torch.nn.init.uniform_(attention.temperature.parameter, 0.2, 3.0)
+    ids = torch.randint(1, 71, (1, 12))
+    shown = []
+    hook = attention.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+    with torch.no_grad(), entropi.record_entropy(model, keep_patterns=True) as recorded:
+        model(ids)
+    hook.remove()
+    q, k = (p(shown[0]).view(1, 12, 2, 8).transpose(1, 2) for p in (attention.query, attention.key))
+    logits = q @ k.transpose(-1, -2) / 8**0.5 / attention.temperature.values()[None, :, :, None]
+    logits = logits.masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
+    x = logits - logits.amax(-1, keepdim=True)
+    weights = (1 + x / 32).clamp(min=0.1) ** 32 * x.isfinite()
+    weights = (weights / weights.sum(-1, keepdim=True)).detach()[:, :, 2:]
+    torch.testing.assert_close(recorded.patterns[0][0].on_first, weights[..., 0].mean(-1).double(), atol=1e-5, rtol=0)
+
+    even = attention_pattern(torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4))
+    assert even.distance.item() == pytest.approx((1 + 1.5 + 2) / 3)
+    assert even.on_first.item() == even.on_itself.item() == pytest.approx((1 / 3 + 1 / 4 + 1 / 5) / 3)
+    assert attention_pattern(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 5, 4)).distance.item() == pytest.approx(2.0)
+    assert attention_pattern(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)).on_itself.item() == 1.0

@@ -12,6 +12,7 @@ import pytest
 from entropi import records
 from entropi.errors import UserError
 from entropi.records import (
+    AttentionPattern,
     CostRecord,
     DiagnosisRecord,
     EntropySnapshot,
@@ -79,6 +80,16 @@ EXAMPLES: list[Record] = [
         overloaded=[(0, 1)],
         collapsed=[],
         verdict="Entropic overload",
+    ),
+    AttentionPattern(
+        sequences=8,
+        context_length=16,
+        distance=[[3.0, 2.0]],
+        on_first=[[0.5, 0.25]],
+        on_previous=[[0.1, 0.1]],
+        on_itself=[[0.1, 0.1]],
+        positions=[0, 8],
+        entropy_by_position=[[0.5, 1.5]],
     ),
     CostRecord(
         architecture="SM",
@@ -261,8 +272,9 @@ def test_forget_after_keeps_the_past(path: Path):
 
 def test_forget_after_drops_what_the_end_of_a_run_writes_again(path: Path):
     """Killed between its last record and its model, a run evaluates once more from its last checkpoint."""
-    diagnosis, cost = (r for r in EXAMPLES if isinstance(r, DiagnosisRecord | CostRecord))
-    records.rewrite(path, [started(10), step(9), evaluation(9), step(10), evaluation(10), diagnosis, cost])
+    the_end = [r for r in EXAMPLES if isinstance(r, DiagnosisRecord | AttentionPattern | CostRecord)]
+    assert len(the_end) == 3
+    records.rewrite(path, [started(10), step(9), evaluation(9), step(10), evaluation(10), *the_end])
     records.forget_after(path, 10)
     assert records.read(path) == [started(10), step(9), evaluation(9), step(10)]
 

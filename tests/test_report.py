@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import itertools
 import json
@@ -13,7 +14,9 @@ from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib.colors
 import msgspec
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from matplotlib import image as png
 from entropi import records
 from entropi.errors import UserError
 from entropi.records import (
+    AttentionPattern,
     CostRecord,
     DiagnosisRecord,
     EntropySnapshot,
@@ -36,8 +40,11 @@ from entropi.records import (
     TrainingStep,
 )
 from entropi.report import figures
-from entropi.report.page import MAX_PAGE_BYTES, read_run, write_report
+from entropi.report.folder import frames, read_run
+from entropi.report.heads import in_script
+from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
 from entropi.report.traffic import by_operation, by_pass
+from entropi.report.words import even_distance, even_share
 
 NAN = math.nan
 LAYERS, HEADS, CONTEXT = 6, 4, 128
@@ -125,6 +132,22 @@ cost = CostRecord(
     attention_flops=138_412_032,
 )
 
+folded_cost = msgspec.structs.replace(cost, folded=True, ffn_flops=0, parameters=2_345_678)
+
+
+def pattern(on_first: float = 0.125) -> AttentionPattern:
+    even = [[1.0] * HEADS] * LAYERS
+    return AttentionPattern(
+        sequences=8,
+        context_length=CONTEXT,
+        distance=(10 * np.array(even) + np.arange(HEADS)).tolist(),
+        on_first=(on_first * np.array(even)).tolist(),
+        on_previous=(0.25 * np.array(even)).tolist(),
+        on_itself=(0.0625 * np.array(even)).tolist(),
+        positions=list(range(0, CONTEXT, 2)),
+        entropy_by_position=[[math.log(1 + i) / (1 + layer) for i in range(0, CONTEXT, 2)] for layer in range(LAYERS)],
+    )
+
 
 def stages() -> list[StageTraffic]:
     sizes = {"embedding": 3.1, "qkv": 9.7, "scores": 12.4, "exp": 71.0, "normalise": 33.2, "values": 8.8, "ffn": 2.5}
@@ -185,7 +208,7 @@ def folder(path: Path, contents: Iterable[Record], **files: str) -> Path:
 def full_folder(path: Path) -> Path:
     return folder(
         path,
-        [started, *training(), diagnosis(), cost, private(), comparison],
+        [started, *training(), diagnosis(), pattern(), cost, folded_cost, private(), comparison],
         config_yaml="architecture: EReg(SM(t)+ScFuFFN)\nlearning_rate: 0.001\n",
         environment_json=json.dumps(
             {"versions": {"torch": "2.13.0", "python": "3.11.7"}, "command": ["entropi", "train", "--name", "a b"]}
@@ -204,6 +227,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(self.source)
         self.close()
         assert self.open == []
@@ -218,8 +242,14 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif "style" not in self.open:
             self.text += data
+
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws from."""
+        return json.loads(self.scripts[0])
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -228,7 +258,10 @@ class Page(HTMLParser):
 def report(runs: list[Path], output: Path) -> Page:
     page = Page(write_report(runs, output))
     assert len(page.source.encode()) < MAX_PAGE_BYTES
-    assert not page.all("script")
+    assert page.all("script") == [{"type": "application/json", "id": "data"}, {}]  # data, and one script of ours
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert f"script-src 'sha256-{digest}'" in (policy or "")
     assert not page.all("link")
     for attributes in page.all("img"):
         assert attributes["alt"]
@@ -277,6 +310,15 @@ def drawings() -> dict[str, Any]:
     many = {f"run {i}": [0.1, 0.2, 0.3, 0.4] for i in range(15)}
     return {
         "heatmap": figures.entropy_heatmap(some_entropy(), math.log(CONTEXT), "a $run_ with _marks"),
+        "by position": figures.entropy_by_position(pattern()),
+        "by one position": figures.entropy_by_position(
+            msgspec.structs.replace(pattern(), positions=[0], entropy_by_position=[[NAN], [0.5]])
+        ),
+        "gamma": figures.gamma_sweep({0.0: [0.1, 0.4, 0.4, 0.1], 0.2: [0, 0.3, 0.6, 0.1]}, {0.0: 3.2, 0.2: 3.1}),
+        "gamma with holes": figures.gamma_sweep({0.1: [NAN] * 4}, {0.1: NAN}),
+        "pareto": figures.pareto({"a": (1.0, 9.0), "b": (2.0, 8.0), "_c $": (30.0, 8.5)}, "cost"),
+        "pareto with holes": figures.pareto({"a": (NAN, 9.0)}, "cost"),
+        "folding": figures.folding(cost, folded_cost),
         "large heatmap": figures.entropy_heatmap(np.random.default_rng(0).random((48, 32)).tolist(), 1.0),
         "one head": figures.entropy_heatmap([[0.0]], NAN),
         "holes": figures.entropy_heatmap(hole, math.inf),
@@ -309,7 +351,7 @@ def test_every_figure_shows_something(tmp_path: Path) -> None:
         assert drawn[..., :3].var() > 1e-4, name
         assert drawn[0, 0, :3].tolist() == [1, 1, 1], name  # white whatever the page's colour
         assert drawn[..., 3].min() == 1, name
-    figures.to_png(figure, tmp_path / "figure.png", dpi=50)
+    figures.write_figure(figure, tmp_path / "figure.png", dpi=50)
     assert png.imread(tmp_path / "figure.png").shape == drawn.shape
 
 
@@ -321,6 +363,70 @@ def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     assert axes.get_ylim() == (1.5, -0.5)
     assert [text.get_text() for text in axes.texts] == ["0.00", "1.00", "2.00", "3.00", "4.00", "4.50"]
     assert not figures.entropy_heatmap([[1.0] * 21] * 10, 2.0).axes[0].texts
+
+
+def test_bars_of_folding_have_the_numbers_of_both_records() -> None:
+    relu = OperationCount(operation="relu", count=2, shape=(128, 512))
+    before = msgspec.structs.replace(cost, nonlinear=[*cost.nonlinear, relu])
+    axes = figures.folding(before, folded_cost).axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    labels = [text.get_text() for text in axes.texts]
+    first, second = labels[: len(names)], labels[len(names) :]
+    assert dict(zip(names, zip(first, second))) == {
+        "FLOPs, feed-forward": ("25.2 M", "0"),
+        "FLOPs, attention": ("138 M", "138 M"),
+        "parameters": ("1.71 M", "2.35 M"),
+        "softmax, elements": ("393 k", "393 k"),
+        "relu, elements": ("131 k", "0"),
+    }
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    points = {"dear": (9.0, 1.0), "cheap": (1.0, 9.0), "beaten": (5.0, 6.0), "middle": (4.0, 5.0), "twin": (4.0, 5.0)}
+    assert figures.frontier(points) == ["cheap", "middle", "dear"]
+
+
+def test_the_ceiling_by_position_is_that_of_a_causal_mask() -> None:
+    """Drawn over the stretches: an even head, whose rows have entropy log(i + 1), lies on it."""
+    stretches = [[(math.log(i + 1) + math.log(i + 2)) / 2 for i in range(0, CONTEXT, 2)]]
+    figure = figures.entropy_by_position(msgspec.structs.replace(pattern(), entropy_by_position=stretches))
+    layer, ceiling = figure.axes[0].lines
+    assert ceiling.get_label() == "causal maximum"
+    assert layer.get_ydata() == pytest.approx(ceiling.get_ydata())
+    assert layer.get_xdata()[:2].tolist() == [0.5, 2.5]
+
+
+def test_svg_and_png_are_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg", "a.png", "b.png"):
+        figures.write_figure(figures.entropy_heatmap(some_entropy(), 4.85, "a & <b>"), tmp_path / name)
+    for kind in ("svg", "png"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    drawing = ElementTree.fromstring((tmp_path / "a.svg").read_text())
+    assert drawing.tag.endswith("svg")
+    assert len(list(drawing.iter())) > 100
+    assert figures.to_pixels(figures.entropy_heatmap([[1.0]], 2.0)).shape[2] == 3
+
+
+def test_colours_rise_in_lightness() -> None:
+    """So that a heatmap reads in print and to colour-blind readers."""
+    lightness = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(matplotlib.colors.to_rgb, figures.colour_scale())]
+    assert len(lightness) == 64
+    assert all(before < after for before, after in itertools.pairwise(lightness))
+
+
+def contrast(a: str, b: str) -> float:
+    """Of two colours, by the Web Content Accessibility Guidelines 2.2: 4.5 is what text needs."""
+
+    def luminance(colour: str) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_numbers_on_the_heatmap_can_be_read() -> None:
+    assert min(contrast(colour, figures.ink_on(colour)) for colour in figures.colour_scale()) >= 4.5
 
 
 @pytest.mark.parametrize("matrix", [[], [[]], [[1.0], [1.0, 2.0]]])
@@ -357,13 +463,17 @@ def test_traffic_sums() -> None:
 
 def test_one_run_with_everything(tmp_path: Path) -> None:
     page = report([full_folder(tmp_path / "run")], tmp_path / "out" / "report.html")
-    assert len(page.all("img")) == 6
+    assert len(page.all("img")) == 7
     last = next(record for record in reversed(training()) if isinstance(record, Evaluation))
     for fact in [
         "EReg(SM(t)+ScFuFFN)",
         f"the perplexity is {last.perplexity:.2f}",
         f"{last.cross_entropy:.3f} nats per token",
         "Entropic overload.",
+        "On average a head looks 11.5 tokens back (even attention: 32.2)",
+        "12.5 % of its weight on the first token, 25.0 % on the previous one and 6.2 % on its own",
+        "0 of 24 heads put more than half of their weight on the first token",
+        "held-out text, from the diagnosis",
         "softmax 24 × 128×128",
         "25.2 M / 138.4 M",
         "4 / 25 / 29 / 42 3 / 1",
@@ -384,7 +494,15 @@ def test_one_run_with_everything(tmp_path: Path) -> None:
     ]:
         assert fact in page.text, fact
     assert "not recorded" not in page.text
-    order = ["Summary", "Comparison", "Entropy and training", "Private inference", "Cost counts", "Settings"]
+    order = [
+        "Summary",
+        "Every head",
+        "Comparison",
+        "Entropy and training",
+        "Private inference",
+        "Cost counts",
+        "Settings",
+    ]
     found = [page.text.index(title, page.text.index("costs. Entropies")) for title in order]
     assert found == sorted(found)
 
@@ -398,6 +516,9 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
         "No training run is recorded in this folder.",
         "No attention entropies are recorded.",
         "No entropies were recorded during training.",
+        "No entropies by position are recorded.",
+        "Where the heads look is not recorded.",
+        "No counts after folding are recorded.",
         "No thresholds are recorded",
         "No training steps or evaluations are recorded.",
         "No cost counts are recorded in this folder.",
@@ -408,6 +529,105 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
         assert words in page.text, words
     assert not page.all("img")
     assert "None" not in page.text
+
+
+def test_the_table_of_heads_holds_the_last_frame(tmp_path: Path) -> None:
+    """For readers without scripts, and for screen readers: headings by row and column, a number in every cell."""
+    page = report([full_folder(tmp_path / "run")], tmp_path / "report.html")
+    cells = [tag for tag in page.all("td") if "data-layer" in tag]
+    assert [(c["data-layer"], c["data-head"]) for c in cells] == [
+        (str(layer), str(head)) for layer in range(LAYERS) for head in range(HEADS)
+    ]
+    words = page.text.partition("layer \\ head")[2].split()
+    expected = [str(head) for head in range(HEADS)]
+    for layer, row in enumerate(some_entropy()):
+        expected += [str(layer), *(f"{value:.2f}" for value in row)]
+    assert "".join(words).startswith("".join(expected))
+
+
+def test_the_script_draws_from_the_records(tmp_path: Path) -> None:
+    page = report([full_folder(tmp_path / "run")], tmp_path / "report.html")
+    (run,) = page.data()["runs"]
+    snapshots = [record for record in training() if isinstance(record, EntropySnapshot)]
+    assert page.data()["steps"] == [snapshot.step for snapshot in snapshots]
+    assert run["maximum"] == pytest.approx(math.log(CONTEXT))
+    assert len(run["frames"]) == len(snapshots) + 1
+    for frame, snapshot in zip(run["frames"], snapshots):
+        assert np.array(frame["entropy"]) == pytest.approx(np.array(snapshot.entropy), abs=1e-5)
+        assert np.array(frame["threshold"]) == pytest.approx(np.array(snapshot.threshold), abs=1e-5)
+    assert run["frames"][-1]["end"]
+    assert run["pattern"]["distance"] == pattern().distance
+    assert run["pattern"]["even_distance"] == f"{even_distance(CONTEXT):.1f}"
+
+
+def test_long_trainings_are_thinned(tmp_path: Path) -> None:
+    snapshots = [EntropySnapshot(step=step, entropy=[[float(step)]]) for step in range(1, 1501)]
+    run = read_run(folder(tmp_path / "run", [started, *snapshots, pattern()][:-1]))
+    steps = [frame.step for frame in frames(run, 100)]
+    assert (len(steps), steps[0], steps[-1]) == (100, 1, 1500)
+    assert steps == sorted(set(steps))
+    assert len(frames(run)) == 1500
+
+
+def test_even_attention() -> None:
+    rows = range(2, 40)
+    assert even_distance(40) == pytest.approx(np.mean([np.mean(range(i + 1)) for i in rows]))
+    assert even_share(40) == pytest.approx(np.mean([1 / (i + 1) for i in rows]))
+    assert even_share(2) > 0
+
+
+def test_json_cannot_end_its_script_element() -> None:
+    evil = {"</script><script>": "<!-- & \u2028\u2029 -->", "ü": [1.5, None]}
+    text = in_script(evil)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == evil
+    with pytest.raises(ValueError):
+        in_script([math.nan])
+
+
+def test_a_diagnosis_becomes_a_page_and_leaves_its_folder_alone(tmp_path: Path) -> None:
+    run = full_folder(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    found = [Evaluation(step=0, cross_entropy=9.0, perplexity=8103.08, tokens=1, entropy=some_entropy())]
+    anew = [*found, diagnosis(verdict="Diagnosed anew"), pattern(on_first=0.75)]
+    page = Page(write_diagnosis(run, anew, tmp_path / "page.html"))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert "Diagnosed anew." in page.text
+    assert "24 of 24 heads put more than half" in page.text
+    assert "8,103" not in page.text  # the run's own evaluation was on all of its text
+    (tmp_path / "gpt2").mkdir()
+    verdict = diagnosis()
+    assert isinstance(verdict, DiagnosisRecord)
+    verdict.model, verdict.parameters = "GPT2LMHeadModel", 124_439_808
+    page = Page(write_diagnosis(tmp_path / "gpt2", [*found, verdict], tmp_path / "page.html"))
+    for fact in ("gpt2", "GPT2LMHeadModel, 124.4 M parameters", "8,103.08", "No training run is recorded"):
+        assert fact in page.text
+
+
+def test_cost_against_perplexity(tmp_path: Path) -> None:
+    def run(name: str, *more: Record) -> Path:
+        return folder(tmp_path / name, [renamed(name), *training(), *more])
+
+    counted = [run("A", cost, folded_cost), run("B", cost)]
+    page = report(counted, tmp_path)
+    assert "one forward pass (FLOPs) against perplexity. A: 164 M and" in page.source
+    page = report([counted[0], run("C", cost, folded_cost)], tmp_path)
+    assert "after folding (FLOPs) against perplexity. A: 138 M and" in page.source
+    page = report([run("D", private()), run("E", private()), counted[0]], tmp_path)
+    assert "Runs without both figures are left out." in page.text
+    assert "(MB a generated token) against perplexity. D: " in page.source
+    assert "Fewer than two of these runs" in report([counted[0], run("F")], tmp_path).text
+
+
+def test_runs_that_differ_in_the_margin_are_a_sweep(tmp_path: Path) -> None:
+    paths = [
+        folder(tmp_path / f"run{gamma}", [started, *training(), diagnosis()], config_yaml=f"entropy_margin: {gamma}\n")
+        for gamma in (0.3, 0.1)
+    ]
+    page = report(paths, tmp_path)
+    assert "γ = 0.1: 4.2 %, 25.0 %, 29.2 %, 41.7 %; γ = 0.3: " in page.source
+    other = folder(tmp_path / "other", [renamed("EReg(SM)"), diagnosis()], config_yaml="entropy_margin: 0.2\n")
+    assert "γ = " not in report([paths[0], other], tmp_path).source
 
 
 def test_private_run_alone(tmp_path: Path) -> None:
@@ -441,7 +661,8 @@ def test_text_cannot_inject_markup(tmp_path: Path) -> None:
     page = report([path], tmp_path / "report.html")
     assert SCRIPT in page.text
     assert "&lt;script&gt;" in page.source
-    assert "<script" not in page.source
+    assert page.source.count("<script") == 2
+    assert page.data()["runs"][0]["name"] == " ".join(broken.split()) or page.data()["runs"][0]["name"] == broken
     assert "1337" not in page.text
 
 
@@ -547,6 +768,9 @@ def damage(path: Path, name: str, text: str) -> Path:
         (records.RECORDS_FILE, "{half\n"),
         (records.RECORDS_FILE, '{"kind":"entropy","step":1,"entropy":[[1],[1,2]]}\n'),
         (records.RECORDS_FILE, '{"kind":"entropy","step":900,"entropy":[[1,2]]}\n'),
+        (records.RECORDS_FILE, f'{{"kind":"entropy","step":900,"entropy":{[[1.0] * 9] * LAYERS}}}\n'),
+        (records.RECORDS_FILE, records.encode(pattern()).decode().replace('"positions":[0,', '"positions":[') + "\n"),
+        (records.RECORDS_FILE, records.encode(pattern()).decode().replace('"distance":[[', '"distance":[[1,') + "\n"),
         (records.RECORDS_FILE, records.encode(diagnosis([0.5, 0.5])).decode() + "\n"),
         ("config.yaml", "broken: [\n"),
         ("environment.json", "}"),

@@ -120,6 +120,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         records.EntropySnapshot,
         records.Evaluation,
         records.DiagnosisRecord,
+        records.AttentionPattern,
         records.CostRecord,
         records.SkippedUpdate,
     ):
@@ -1010,8 +1011,16 @@ def test_the_run_folder(finished: tuple[Recipe, Path], corpus: str):
     assert started.name == "EReg(SM(t)+ScFuFFN)"
     assert started.architecture == "SM(t)+ScFuFFN"
     assert started.vocab_size == tokenizer.get_vocab_size() == model.config.vocab_size
-    (cost,) = of_kind(folder, records.CostRecord)
+    cost, folded = of_kind(folder, records.CostRecord)
     assert (cost.seq_len, cost.nonlinear[0].count) == (16, 4)
+    assert (cost.folded, folded.folded, folded.ffn_flops) == (False, True, 0)
+    (pattern,) = of_kind(folder, records.AttentionPattern)
+    (diagnosis,) = of_kind(folder, records.DiagnosisRecord)
+    assert np.array(pattern.entropy_by_position).shape == (2, 16)
+    assert np.array(pattern.entropy_by_position)[:, 0] == pytest.approx(0, abs=1e-6)  # the first row sees itself only
+    assert np.array(pattern.entropy_by_position).mean(1) == pytest.approx(np.mean(diagnosis.entropy, 1), rel=0.1)
+    assert np.shape(pattern.on_first) == np.shape(diagnosis.entropy)
+    assert "sequences" in diagnosis.source
     assert not model.training
 
 

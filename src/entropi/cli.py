@@ -30,18 +30,36 @@ from entropi.console import ProgressLine, make_console
 from entropi.errors import UserError
 from entropi.training.recipe import Recipe, load_recipe
 
+# Of models that are not ours, which may be large: what is looked at unless more is asked for.
+FOREIGN_SEQUENCES = 32
+FOREIGN_CONTEXT = 1024
+MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
-def train(run: Path, recipe: Recipe) -> None:
+
+def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none") -> None:
     """Train a model into the run folder RUN; run it again to continue after an interruption.
 
     Args:
         run: folder of the run: configuration, records, checkpoints, the trained model
         recipe: every other option
+        report_to: tracker to show the training in while it runs; TensorBoard's files go to the run folder, Trackio's
+            stay on this machine
     """
     from entropi.training.run import train as train_run
 
+    live = None
+    if report_to != "none":
+        with _extra("report"):
+            from entropi.report import figures
+        from entropi.training.callbacks import Live
+
+        def draw(entropy: records.Matrix) -> Any:
+            ceiling = figures.causal_maximum(recipe.context_length)
+            return figures.to_pixels(figures.entropy_heatmap(entropy, ceiling, recipe.architecture))
+
+        live = Live(report_to, draw)
     try:
-        folder = train_run(recipe, run)
+        folder = train_run(recipe, run, live)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
@@ -67,7 +85,7 @@ def evaluate(
             softmax; by default what the model was trained with
         json: print one JSON object
     """
-    result, _ = _evaluate(model, corpus, batch_size, exp_iterations)
+    result = _evaluate(*_heldout(model, corpus, exp_iterations), batch_size)
     if json:
         _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
     else:
@@ -82,29 +100,53 @@ def diagnose_heads(
     corpus: str = "stdlib",
     batch_size: int = 32,
     exp_iterations: int | None = None,
+    sequences: int | None = None,
+    context_length: int | None = None,
     heatmap: Path | None = None,
+    html: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Where the attention heads of a model stand between collapse and overload.
+    """Where the attention heads of a model stand between collapse and overload, and where they look.
 
     Args:
-        model: run folder or saved model
+        model: run folder, saved model, or the folder of any Hugging Face causal language model
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
         exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
-        heatmap: PNG to write; by default entropy.png in the folder of the model
+        sequences: held-out sequences to use; by default all, and 32 for models that are not entropi's
+        context_length: tokens a sequence; by default what the model takes, and at most 1024
+        heatmap: PNG or SVG to write; by default entropy.png in the folder of the model
+        html: page to write, with everything that entropi report shows of a run
         json: print one JSON object
     """
     with _extra("report"):
         from entropi.report import figures
+        from entropi.report.page import pattern_in_words, write_diagnosis
+    from entropi.training.evaluation import PATTERN_SEQUENCES, observe_patterns
     from entropi.training.run import diagnose_heldout
 
+    for path in (heatmap, html):
+        if path is not None:
+            _check_parent(path)
     picture = heatmap or model / "entropy.png"
-    if heatmap is not None:
-        _check_parent(heatmap)
-    result, context_length = _evaluate(model, corpus, batch_size, exp_iterations)
-    found = diagnose_heldout(result, context_length)
-    figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name), picture)
+    loaded, blocks = _heldout(model, corpus, exp_iterations, sequences, context_length)
+    result = _evaluate(loaded, blocks, batch_size)
+    source = f"held-out text of {Path(corpus).name}, {len(blocks):,} sequences"
+    found = diagnose_heldout(result, blocks.shape[1], source)
+    found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
+    figure = figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name)
+    figures.write_figure(figure, picture)
+    with ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line:
+        pattern = observe_patterns(loaded, blocks[:PATTERN_SEQUENCES], line.update)
+    if html is not None:
+        evaluation = records.Evaluation(
+            step=0,
+            cross_entropy=result.cross_entropy,
+            perplexity=result.perplexity,
+            tokens=result.tokens,
+            entropy=found.entropy,
+        )
+        write_diagnosis(model, [evaluation, found, pattern], html)
     if json:
         _print_json(found)
         return
@@ -118,7 +160,8 @@ def diagnose_heads(
     shares = " / ".join(f"{share:.0%}" for share in found.quartile_shares)
     print(f"quartile shares of the largest entropy {found.max_observed:.3f} nats: {shares}")
     print(found.verdict)
-    print(f"heatmap in {picture}")
+    print(pattern_in_words(pattern))
+    print(f"heatmap in {picture}" + (f", page in {html}" if html is not None else ""))
 
 
 def cost_of(
@@ -197,9 +240,23 @@ def fold_model(model: Path, output: Path) -> None:
 def serve(
     model: Path,
     listen: str = "127.0.0.1:9000",
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    clients_ca: Path | None = None,
+    metrics: str = "127.0.0.1:0",
+    log: Literal["text", "json"] = "text",
     max_sessions: int = 1,
+    max_queue: int = 8,
+    queue_seconds: float = 600.0,
     max_new_tokens: int = 64,
     session_seconds: float = 3600.0,
+    stall_seconds: float = 600.0,
+    memory_gb: float | None = None,
+    client_sessions: int | None = None,
+    client_tokens: int | None = None,
+    output: Literal["logits", "top_k", "argmax"] = "logits",
+    choices: int = 8,
+    embedding: Literal["private", "public"] = "private",
     exp_iterations: int = 8,
     fraction_bits: int = 18,
 ) -> None:
@@ -207,23 +264,65 @@ def serve(
 
     Args:
         model: run folder, saved model, or the output of `entropi fold`; softmax-only
-        listen: HOST:PORT, loopback only in this version; port 0 takes a free one
+        listen: HOST:PORT; anything but a loopback address needs the three TLS files; port 0 takes a free one
+        tls_cert: certificate of this server, PEM (see `entropi certificates`)
+        tls_key: its private key
+        clients_ca: certificate of the authority whose clients are answered
+        metrics: HOST:PORT for /health and /metrics, loopback only; port 0 takes a free one, which the log names
+        log: lines for people, or JSON objects for programs
         max_sessions: sessions at a time
+        max_queue: clients that may wait for one
+        queue_seconds: how long they may wait
         max_new_tokens: most tokens a session may ask for
         session_seconds: time limit of a session
-        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), 4 to 8: more bytes, less error
+        stall_seconds: time limit of a session in which nothing happens
+        memory_gb: most memory of a session's process, in GB; no limit by default
+        client_sessions: sessions at a time of one client certificate; no limit by default
+        client_tokens: tokens within 24 hours of one client certificate; no limit by default
+        output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
+        choices: how many tokens top_k reveals, 1 to 16
+        embedding: public gives the token embeddings to every client and saves their part of the computation
+        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; the range is checked at the start
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     with _extra("private"):
+        from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
+        from entropi.private.monitoring import JsonLines
         from entropi.private.server import Limits
         from entropi.private.server import serve as serve_folder
+        from entropi.private.session import parse_address
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if log == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+    chosen = {
+        "exp_iterations": exp_iterations,
+        "fraction_bits": fraction_bits,
+        "embedding": embedding,
+        "output": output,
+        "choices": choices,
+    }
     try:
-        settings = msgspec.convert({"exp_iterations": exp_iterations, "fraction_bits": fraction_bits}, Settings)
+        settings = msgspec.convert(chosen, Settings)
     except msgspec.ValidationError as error:
         raise UserError(f"these settings are not possible: {error}") from None
-    limits = Limits(max_sessions, max_new_tokens, session_seconds)
+    limits = Limits(
+        max_sessions,
+        max_queue,
+        queue_seconds,
+        max_new_tokens,
+        session_seconds,
+        stall_seconds,
+        memory_gb,
+        client_sessions,
+        client_tokens,
+    )
+    tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
+    parse_address(listen, tls=tls is not None)  # before a model is folded, which takes a while
+    parse_address(metrics)
+    if tls is not None:
+        tls.server_context()
     with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():
@@ -233,13 +332,20 @@ def serve(
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
-        serve_folder(folder, tokenizer, listen, settings, limits)
+        serve_folder(folder, tokenizer, listen, settings, limits, tls, metrics)
 
 
 def ask(
     prompt: str,
     server: str = "127.0.0.1:9000",
     max_new_tokens: int = 8,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    server_ca: Path | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    retries: int = 0,
     json: bool = False,
     record: Path | None = None,
     logits: Path | None = None,
@@ -251,16 +357,26 @@ def ask(
             of this machine); it does not leave this machine in readable form
         server: HOST:PORT of an `entropi serve`
         max_new_tokens: tokens to generate
+        tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
+        tls_key: its private key
+        server_ca: certificate of the authority that the server's certificate is from
+        temperature: of sampling, which happens here; 0 takes the likeliest token
+        top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
+        seed: of sampling
+        retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
     """
     with _extra("private"):
-        from entropi.private.client import Watcher
+        from entropi.private.certificates import tls_files
+        from entropi.private.client import Sampling, Watcher
         from entropi.private.client import ask as ask_server
         from entropi.private.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
+    sampling = Sampling(temperature, top_k, seed)
+    tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     if prompt == "-":
         try:
             prompt = sys.stdin.read()
@@ -270,11 +386,16 @@ def ask(
         _check_parent(logits)
     if record is not None and not record.is_dir():
         raise UserError(f"there is no run folder {record} to add the record to")
+    console = make_console()
     line: list[ProgressLine] = []
-    moved, printed = [0], [0]
+    moved = [0]
+    received, printed = [""], [0]
 
     def begin(total: int) -> None:
-        line.append(ProgressLine("private inference", total).__enter__())
+        if line:
+            line[0].expect(total)
+        else:
+            line.append(ProgressLine("private inference", total, console=console).__enter__())
 
     def stage(done: int, traffic: records.StageTraffic) -> None:
         moved[0] += traffic.bytes
@@ -282,18 +403,34 @@ def ask(
         line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
-        if not json and not sys.stdout.isatty():  # on a terminal it would run into the progress bar
+        received[0] += piece
+        if json:
+            return
+        if sys.stdout.isatty():  # there it would run into the progress bar
+            line[0].show(received[0])
+        else:
             print(piece, end="", flush=True)
             printed[0] += len(piece)
 
+    def status(happening: str) -> None:
+        console.print(happening, markup=False)
+
+    finished = False
     try:
-        answer = ask_server(server, prompt, max_new_tokens, Watcher(begin, stage, text))
+        watcher = Watcher(begin, stage, text, status)
+        with _terminated_like_interrupted():  # nothing stays in the temporary folder
+            answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
+        received[0], finished = answer.record.new_text, True
     finally:
         for shown in line:
             shown.__exit__(None, None, None)
+        if not json and (finished or received[0]):  # after a failure, what had been received
+            print(received[0][printed[0] :], flush=True)
     if logits is not None:
         import numpy as np
 
+        if not answer.logits:
+            raise UserError(f"{server} reveals no logits")
         with open(logits, "wb") as file:
             np.save(file, np.stack(answer.logits))
     if record is not None:
@@ -301,8 +438,23 @@ def ask(
     if json:
         _print_json(answer.record)
         return
-    print(answer.record.new_text[printed[0] :])
-    make_console().print(summary_of_private_run(answer.record), markup=False)
+    console.print(summary_of_private_run(answer.record), markup=False)
+
+
+def certificates(folder: Path, server: list[str], client: list[str], days: int = 365) -> None:
+    """Make an authority in FOLDER, or use the one there, and let it certify servers and clients for TLS.
+
+    Args:
+        folder: of the authority; ca-key.pem in it can certify anybody, so it belongs on neither machine
+        server: host names and addresses under which clients reach one server
+        client: names of clients, one certificate each
+        days: for which the certificates are valid
+    """
+    with _extra("private"):
+        from entropi.private.certificates import issue
+
+    for path in issue(folder, server, client, days):
+        print(path)
 
 
 def summary_of_private_run(run: records.PrivateRun) -> str:
@@ -354,6 +506,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fold": fold_model,
     "serve": serve,
     "ask": ask,
+    "certificates": certificates,
     "report": report,
 }
 
@@ -401,6 +554,10 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         if function is report:
             skipped.add("runs")
             command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
+        if function is certificates:
+            for option in ("server", "client"):
+                skipped.add(option)
+                command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
         if function is train:
             skipped.add("recipe")
             command.add_argument("--config", type=str, help="YAML file of a recipe; options override it")
@@ -417,8 +574,8 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
     """Parsed values as the arguments of a command."""
     values = {k: v for k, v in given.as_dict().items() if k != "config"}
     if function is train:
-        run = values.pop("run")
-        return {"run": run, "recipe": Recipe(**values)}
+        own = {name: values.pop(name) for name in ("run", "report_to")}
+        return {**own, "recipe": Recipe(**values)}
     return values
 
 
@@ -507,27 +664,66 @@ def _check_parent(path: Path) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
 
-def _evaluate(model: Path, corpus: str, batch_size: int, exp_iterations: int | None) -> tuple[Any, int]:
-    """The `HeldOut` of a model on a corpus, with its own tokenizer; and its context length."""
-    import torch
+def _heldout(
+    model: Path,
+    corpus: str,
+    exp_iterations: int | None,
+    sequences: int | None = None,
+    context_length: int | None = None,
+) -> tuple[Any, Any]:
+    """A model and blocks `(N, T)` of the held-out part of a corpus, made with its own tokenizer."""
+    import numpy as np
 
     from entropi.data.corpus import load_corpus
     from entropi.data.packing import pack
+    from entropi.data.tokenizer import END_OF_TEXT_ID
+    from entropi.training.run import model_type, open_causal_lm, open_model
+
+    for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, at least {least} is needed")
+    if model_type(model) in (None, "entropi"):
+        loaded, tokenizer, _ = open_model(model)
+        end, begins = END_OF_TEXT_ID, False
+        longest = usual = loaded.config.max_position_embeddings
+        if exp_iterations is not None:
+            loaded.set_exp_iterations(exp_iterations or None)
+    else:
+        if exp_iterations is not None:
+            raise UserError("exp_iterations is for models of entropi: others have the exact softmax")
+        loaded, tokenizer, end, begins = open_causal_lm(model)
+        sequences = sequences or FOREIGN_SEQUENCES
+        longest = getattr(loaded.config, "max_position_embeddings", None) or FOREIGN_CONTEXT
+        usual = min(longest, FOREIGN_CONTEXT)
+    length = context_length or usual
+    if length > longest:
+        raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
+    if begins:  # such models expect it, and many heads rest on it
+        blocks = np.insert(pack(load_corpus(corpus).heldout, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
+    else:
+        blocks = pack(load_corpus(corpus).heldout, tokenizer, length, end)[:sequences]
+    if not len(blocks):
+        raise UserError(f"the held-out part of {corpus} is shorter than one block of {length} tokens")
+    return loaded, blocks
+
+
+def _evaluate(model: Any, blocks: Any, batch_size: int) -> Any:
+    """The `HeldOut` of a model on `blocks` `(N, T)`."""
+    import torch
+
     from entropi.training.evaluation import evaluate_blocks
-    from entropi.training.run import open_model
 
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
-    loaded, tokenizer, _ = open_model(model)
-    if exp_iterations is not None:
-        loaded.set_exp_iterations(exp_iterations or None)
-    context_length = loaded.config.max_position_embeddings
-    blocks = pack(load_corpus(corpus).heldout, tokenizer, context_length)
-    if not len(blocks):
-        raise UserError(f"the held-out part of {corpus} is shorter than one block of {context_length} tokens")
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = max(1, min(batch_size, MAX_LOGITS // (blocks.shape[1] * model.config.vocab_size)))
     with ProgressLine("evaluating on held-out text", len(blocks)) as line:
-        return evaluate_blocks(loaded, blocks, batch_size, line.update), context_length
+        try:
+            return evaluate_blocks(model, blocks, batch_size, line.update)
+        except ValueError as error:
+            if model.config.model_type == "entropi":
+                raise
+            raise UserError(str(error)) from None  # attention that `record_entropy` cannot stand in for
 
 
 def _print_json(value: Any) -> None:

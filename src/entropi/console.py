@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 WIDE = 120  # columns of a terminal with room for everything
 PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty redraws a second
@@ -25,6 +27,17 @@ PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty r
 def make_console() -> Console:
     """A console on standard error, so that standard output stays clean for results and `--json`."""
     return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+class _ProgressBelowText(Progress):
+    """A live bar with text above it that may grow."""
+
+    text = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.text:
+            yield Text(self.text, overflow="fold")
+        yield from super().get_renderables()
 
 
 class ProgressLine:
@@ -41,7 +54,7 @@ class ProgressLine:
         self._first = self._done = done
         self._status = ""
         self._shown: int | None = None  # the last count printed
-        self._bar: Progress | None = None
+        self._bar: _ProgressBelowText | None = None
         if self.console.is_terminal:
             wide = self.console.width >= WIDE
             columns: list[ProgressColumn] = [
@@ -54,7 +67,7 @@ class ProgressLine:
                 # The status has what room the others leave, and not the other way round.
                 TextColumn("{task.fields[status]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             ]
-            self._bar = Progress(*columns, console=self.console, expand=True)
+            self._bar = _ProgressBelowText(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task(title, total=total, completed=done, status="")
 
     def __enter__(self) -> ProgressLine:
@@ -70,6 +83,18 @@ class ProgressLine:
         elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._print_plain()
 
+    def expect(self, total: int) -> None:
+        """There are `total` units after all."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
+    def show(self, text: str) -> None:
+        """Text to stand above the bar until it ends; on a terminal only."""
+        if self._bar is not None:
+            self._bar.text = text
+            self._bar.refresh()
+
     def _print_plain(self) -> None:
         self._printed, self._shown = time.monotonic(), self._done
         elapsed = self._printed - self._started
@@ -82,6 +107,7 @@ class ProgressLine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            self._bar.text = ""
             self._bar.stop()
         elif self._shown != self._done:
             self._print_plain()

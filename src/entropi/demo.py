@@ -44,7 +44,7 @@ def run_demo(folder: Path, steps: int) -> None:
         kernel = EXP_ITERATIONS if name == SOFTMAX_ONLY else 0
         train(Recipe(architecture=name, steps=steps, exp_iterations=kernel), run)
         found = last(run, records.DiagnosisRecord)
-        figures.to_png(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
+        figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
         console.print(
             f"{name}: perplexity {last(run, records.Evaluation).perplexity:.1f}. {found.verdict}", markup=False
         )

@@ -105,6 +105,26 @@ class DiagnosisRecord(Base, tag="diagnosis"):
     overloaded: list[tuple[int, int]]  # (layer, head)
     collapsed: list[tuple[int, int]]
     verdict: str
+    source: str = ""  # what text it was measured on, in words
+    model: str = ""  # name of its class, where no `RunStarted` tells what the model is
+    parameters: int = 0  # likewise; 0 where it is not known
+
+
+class AttentionPattern(Base, tag="attention"):
+    """Where the heads look, and how their entropy grows with the position: means over held-out sequences.
+
+    Matrices are (L, H) but for the last. Weights are means over query rows from the third on, so that the first
+    token, the previous one and the row's own are three different ones.
+    """
+
+    sequences: int
+    context_length: int
+    distance: Matrix  # tokens back, sum_j a_ij (i - j)
+    on_first: Matrix  # share of a row's weight on the first token of the sequence
+    on_previous: Matrix
+    on_itself: Matrix
+    positions: list[int]  # the first query position of each of P stretches of equal length, counted from 0
+    entropy_by_position: Matrix  # (L, P), nats, mean over the heads of a layer and the rows of a stretch
 
 
 class OperationCount(msgspec.Struct, kw_only=True):
@@ -195,6 +215,7 @@ Record: TypeAlias = (
     | Evaluation
     | SkippedUpdate
     | DiagnosisRecord
+    | AttentionPattern
     | CostRecord
     | PrivateRun
     | PlaintextComparison
@@ -279,7 +300,7 @@ def forget_after(path: Path, step: int) -> None:
     total = max((r.total_steps for r in found if isinstance(r, RunStarted)), default=0)
     kept = []
     for record in found:
-        of_the_end = isinstance(record, DiagnosisRecord | CostRecord) or (
+        of_the_end = isinstance(record, DiagnosisRecord | AttentionPattern | CostRecord) or (
             isinstance(record, Evaluation) and record.step >= total
         )
         if not of_the_end and getattr(record, "step", 0) <= step:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from entropi.cache import default_cache_dir, written_whole
 from entropi.console import ProgressLine
-from entropi.data.cache import default_cache_dir, written_whole
 from entropi.data.corpus import Corpus, Document, load_corpus
 from entropi.data.tokenizer import (
     END_OF_TEXT_ID,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from entropi.data.cache import default_cache_dir, written_whole
+from entropi.cache import default_cache_dir, written_whole
 from entropi.data.corpus import Corpus, Document
 from entropi.errors import UserError
 

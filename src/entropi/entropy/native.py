@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropi.cache import default_cache_dir
 from entropi.entropy.secure_softmax import lowest
+from entropi.errors import UserError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -99,13 +101,10 @@ def _compile(compiler: str, library: Path) -> None:
 
 def _cache_folder() -> Path:
     """Where compiled code is kept; readable and writable by this user alone."""
-    root = os.environ.get("ENTROPI_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "entropi"
-    )
-    folder = Path(os.path.expanduser(root)) / "native"
     try:
+        folder = default_cache_dir() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):
         return Path(tempfile.mkdtemp(prefix="entropi-native-"))
     return folder
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from entropi.entropy.attention import entropy_attention
+from entropi.entropy.patterns import Pattern, attention_pattern
 
 NAME = "entropi"  # of the attention implementation
 _active: ContextVar[EntropyRecorder | None] = ContextVar("entropi_recorder", default=None)
@@ -22,18 +23,25 @@ _active: ContextVar[EntropyRecorder | None] = ContextVar("entropi_recorder", def
 class EntropyRecorder:
     """Mean entropy of every head over everything the model was run on since recording began.
 
-    `rows[layer]` holds the entropies themselves, `(B, H, T)` nats a forward pass, where they were asked for.
+    `rows[layer]` holds the entropies themselves, `(B, H, T)` nats a forward pass, and `patterns[layer]` where the
+    heads looked, where they were asked for.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[int] | None, keep_rows: bool, gradients: bool) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Iterable[int] | None, keep_rows: bool, gradients: bool, keep_patterns: bool
+    ) -> None:
         self._modules = {id(module) for module in model.modules()}
         self._layers = None if layers is None else set(layers)
         self._keep_rows, self._gradients = keep_rows, gradients
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
+        self._keep_patterns = keep_patterns
         self.rows: dict[int, list[Tensor]] = {}
+        self.patterns: dict[int, list[Pattern]] = {}
 
-    def take(self, module: nn.Module, entropy: Tensor, valid: Tensor | None) -> None:
+    def take(
+        self, module: nn.Module, entropy: Tensor, valid: Tensor | None, pattern: Callable[[], Pattern] | None
+    ) -> None:
         """Add `(B, H, T)` entropies of one layer; `valid` `(B, 1, T)` marks the rows that are not padding."""
         layer = getattr(module, "layer_idx", None)
         if id(module) not in self._modules or layer is None or (self._layers is not None and layer not in self._layers):
@@ -46,6 +54,8 @@ class EntropyRecorder:
         self._counts[layer] = self._counts[layer] + count if layer in self._counts else count
         if self._keep_rows:
             self.rows.setdefault(layer, []).append(entropy)
+        if self._keep_patterns and pattern is not None:
+            self.patterns.setdefault(layer, []).append(pattern())
 
     @property
     def layers(self) -> list[int]:
@@ -65,7 +75,12 @@ class EntropyRecorder:
 
 @contextmanager
 def record_entropy(
-    model: Any, layers: Iterable[int] | None = None, *, keep_rows: bool = False, gradients: bool = False
+    model: Any,
+    layers: Iterable[int] | None = None,
+    *,
+    keep_rows: bool = False,
+    gradients: bool = False,
+    keep_patterns: bool = False,
 ) -> Iterator[EntropyRecorder]:
     """Record the attention entropies of `model` while it runs under fused attention.
 
@@ -76,12 +91,13 @@ def record_entropy(
         layers: only these; all by default.
         keep_rows: keep every row's entropy as well; grows with what the model is run on.
         gradients: let gradients flow through what is recorded.
+        keep_patterns: keep where every head looked as well (`attention_pattern`); costs the attention once more.
 
     Raises:
         ValueError: a model that does not take attention implementations, or whose attention needs what
             `entropy_attention` lacks (dropout, soft-capping, sinks).
     """
-    recorder = EntropyRecorder(model, layers, keep_rows, gradients)
+    recorder = EntropyRecorder(model, layers, keep_rows, gradients, keep_patterns)
     native = model.config.model_type == "entropi"
     before = None if native else model.config._attn_implementation
     if not native:
@@ -99,13 +115,15 @@ def record_entropy(
             model.set_attn_implementation(before)
 
 
-def observe(module: nn.Module, entropy: Tensor, valid: Tensor | None = None) -> None:
-    """Show the entropies of a layer to the active recorder, if there is one."""
+def observe(
+    module: nn.Module, entropy: Tensor, valid: Tensor | None = None, pattern: Callable[[], Pattern] | None = None
+) -> None:
+    """Show the entropies of a layer to the active recorder, if there is one; `pattern` is called if it wants it."""
     if torch.compiler.is_compiling():
         return  # `record_entropy` runs compiled models uncompiled
     recorder = _active.get()
     if recorder is not None:
-        recorder.take(module, entropy, valid)
+        recorder.take(module, entropy, valid, pattern)
 
 
 def register_attention() -> None:
@@ -140,20 +158,15 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    output, entropy = entropy_attention(
-        query,
-        key,
-        value,
-        is_causal=causal,
-        scale=scaling,
-        attn_mask=attention_mask,
-        enable_gqa=key.shape[1] != query.shape[1],
+    settings: dict[str, Any] = dict(
+        is_causal=causal, scale=scaling, attn_mask=attention_mask, enable_gqa=key.shape[1] != query.shape[1]
     )
+    output, entropy = entropy_attention(query, key, value, **settings)
     valid = None
     if attention_mask is not None and attention_mask.dtype == torch.bool and is_causal:
         # A causal token sees itself, unless it is padding.
         valid = attention_mask.diagonal(key.shape[2] - query.shape[2], dim1=-2, dim2=-1)[:, :1]
         if valid.shape[-1] != query.shape[2]:
             valid = None
-    observe(module, entropy, valid)
+    observe(module, entropy, valid, lambda: attention_pattern(query, key, **settings))
     return output.transpose(1, 2).contiguous(), None

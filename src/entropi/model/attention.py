@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from entropi.entropy.attention import entropy_attention
+from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.recording import observe
 from entropi.model.configuration import EntropiConfig
 from entropi.model.normalization import make_linear
@@ -78,16 +81,15 @@ class EntropiAttention(nn.Module):
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        heads, entropy = entropy_attention(
-            query,
-            key,
-            value,
+        settings: dict[str, Any] = dict(
             temperature=None if self.temperature is None else self.temperature(position_ids),
             attn_mask=attn_mask,
             enable_gqa=key.shape[1] != query.shape[1],
             exp_iterations=self.exp_iterations,
         )
-        observe(self, entropy, None if attn_mask is None else attn_mask[:, 0, :, -length:])
+        heads, entropy = entropy_attention(query, key, value, **settings)
+        valid = None if attn_mask is None else attn_mask[:, 0, :, -length:]
+        observe(self, entropy, valid, lambda: attention_pattern(query, key, **settings))
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
 
 

@@ -1,24 +1,33 @@
-"""The prompt owner's side: ask a server, run this side's party, receive logits nobody else can read."""
+"""The prompt owner's side: ask a server, run this side's party, receive what nobody else can read."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
+import queue
+import ssl
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from entropi.errors import UserError
+from entropi.private.certificates import Tls
 from entropi.private.messages import (
     CLIENT,
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
-    TRUST,
     Accepted,
     BadMessage,
     Failed,
@@ -27,29 +36,45 @@ from entropi.private.messages import (
     Job,
     Linked,
     Next,
+    Queued,
     Refused,
     Revealed,
+    Settings,
     StageDone,
     Start,
     Welcome,
     decode_from_server,
     encode,
+    trust,
 )
-from entropi.private.program import forward
-from entropi.private.session import Party, free_port, parse_address
+from entropi.private.program import Description, forward
+from entropi.private.session import Party, parse_address, sha256_of
+from entropi.private.tunnel import LinkBroken, Tunnel
 from entropi.private.versions import engine_version
 from entropi.records import PrivateRun, StageTraffic
 
 CONNECT_SECONDS = 10
 HANDSHAKE_SECONDS = 15
 LINK_SECONDS = 60
-HEARTBEAT_SECONDS = 20.0
+HEARTBEAT_SECONDS = 10.0  # a server that says nothing for one and a half of these is gone
 LAST_WORDS_SECONDS = 1.0
+GRACE_SECONDS = 3.0  # for a party to say why its link broke
+RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one
+# Of a description: shares of the weights are this large on the client's side too, eight bytes each.
+MAX_PARAMETERS = 1 << 31
+
+
+class LostServer(UserError):
+    """The server or the way to it failed in the middle; the same question may be continued in a new session."""
 
 
 @dataclass
 class Answer:
-    """A finished generation: the record, and the logits `(V,)` behind every new token."""
+    """A finished generation: the record, and the logits behind every new token.
+
+    `logits` holds one array a token: `(V,)` where the server reveals all, `(k,)` of its likeliest tokens where it
+    reveals these, and nothing where it reveals the arg-max only.
+    """
 
     record: PrivateRun
     logits: list[np.ndarray]
@@ -59,33 +84,202 @@ class Answer:
 class Watcher:
     """What a caller may want to see while the answer is computed.
 
-    `begin(stages)` is called once with the number of operations if all tokens are generated; `stage(done, record)`
-    after every operation; `text(piece)` whenever more of the answer can be shown.
+    `begin(stages)` is called with the number of operations if all tokens are generated, once for every session;
+    `stage(done, record)` after every operation, set-up included; `text(piece)` whenever more of the answer can be
+    shown; `status(line)` when something else happens: a place in the queue, a retry.
     """
 
     begin: Callable[[int], None] = field(default=lambda total: None)
     stage: Callable[[int, StageTraffic], None] = field(default=lambda done, traffic: None)
     text: Callable[[str], None] = field(default=lambda piece: None)
+    status: Callable[[str], None] = field(default=lambda line: None)
 
 
-def ask(server: str, prompt: str, max_new_tokens: int, watcher: Watcher | None = None) -> Answer:
-    """Let a server's model continue `prompt` without showing it; greedy.
+@dataclass(frozen=True)
+class Sampling:
+    """How the client chooses a token from what it learns.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: only so many of the likeliest tokens can be chosen; None for all that the client learns.
+        seed: the same one makes the same choices from the same logits; None for a fresh one.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"temperature is {self.temperature} but must be between 0 and 100")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}, at least 1 is needed")
+        if self.seed is not None and self.seed < 0:
+            raise UserError(f"seed is {self.seed} but must not be negative")
+
+    def choose(self, logits: np.ndarray, random: np.random.Generator) -> int:
+        """Index of the token taken, from `(n,)` logits."""
+        if self.temperature == 0:
+            return int(np.argmax(logits))
+        kept = np.argsort(-logits, kind="stable")[: self.top_k]
+        scaled = (logits[kept] - logits[kept[0]]).astype(np.float64) / self.temperature
+        weights = np.exp(scaled)
+        return int(random.choice(kept, p=weights / weights.sum()))
+
+
+GREEDY = Sampling()
+
+
+def connect(server: str, tls: Tls | None = None) -> Connection:
+    """Greet a server and learn what it makes public.
 
     Args:
         server: "HOST:PORT" of a running server.
+        tls: this client's files; needed unless the server is on this machine, at a loopback address.
 
     Raises:
-        UserError: nobody there, not an entropi server, a refusal, a server or link that dies; one line.
+        UserError: nobody there, not an entropi server, a certificate that is not accepted; one line.
     """
-    host, port = parse_address(server)
+    where = _Server.at(server, tls)
+    return Connection(where, asyncio.run(_greet(where)))
+
+
+class Connection:
+    """A server that can be asked; every question is a session of its own."""
+
+    def __init__(self, server: _Server, welcome: Welcome) -> None:
+        self._server, self._welcome = server, welcome
+
+    @property
+    def description(self) -> Description:
+        """Architecture and sizes of the model."""
+        return self._welcome.description
+
+    @property
+    def settings(self) -> Settings:
+        """How the engines compute, and what they reveal."""
+        return self._welcome.settings
+
+    @property
+    def trust(self) -> str:
+        """What each side learns, in words."""
+        return trust(self._welcome.settings)
+
+    def ask(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        retries: int = 0,
+        watcher: Watcher | None = None,
+    ) -> Answer:
+        """Let the model continue `prompt` without showing it.
+
+        Args:
+            retries: so many times a session that broke is continued in a new one, with the tokens received so far
+                as part of the prompt; each costs a pass over all of it.
+
+        Raises:
+            UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
+        question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
+        question.digest = self._welcome.digest() if self._welcome is not None else None
+        return asyncio.run(_ask(self._server, question))
+
+    def stream(
+        self, prompt: str, max_new_tokens: int, *, sampling: Sampling = GREEDY, retries: int = 0
+    ) -> Iterator[str]:
+        """The pieces of the answer as they are received; closing the iterator ends the session.
+
+        Raises:
+            UserError: as for `ask`, after the pieces that were received.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        question = _Question(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put))
+        question.digest = self._welcome.digest()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(_ask(self._server, question))
+
+        def work() -> None:
+            try:
+                loop.run_until_complete(task)
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+
+
+def ask(
+    server: str,
+    prompt: str,
+    max_new_tokens: int,
+    watcher: Watcher | None = None,
+    *,
+    tls: Tls | None = None,
+    sampling: Sampling = GREEDY,
+    retries: int = 0,
+) -> Answer:
+    """`connect` and `Connection.ask` in one, over one connection.
+
+    Raises:
+        UserError: as for these.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
-    return asyncio.run(_ask(host, port, prompt, max_new_tokens, watcher or Watcher()))
+    question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
+    return asyncio.run(_ask(_Server.at(server, tls), question))
 
 
-async def _ask(host: str, port: int, prompt: str, max_new_tokens: int, watcher: Watcher) -> Answer:
-    where = f"{host}:{port}"
+# --- The way to a server ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Server:
+    """Where a server is, and how to recognise it."""
+
+    name: str  # as the user wrote it
+    url: str
+    context: ssl.SSLContext | None
+
+    @classmethod
+    def at(cls, server: str, tls: Tls | None) -> _Server:
+        host, port = parse_address(server, tls=tls is not None)
+        spelt = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        context = tls.client_context() if tls is not None else None
+        return cls(spelt, f"{'https' if context else 'http'}://{spelt}", context)
+
+
+@contextlib.asynccontextmanager
+async def _channel(server: _Server) -> AsyncIterator[tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]]:
+    """An open control channel; what goes wrong with it becomes one line."""
+    where = server.name
     not_a_server = f"{where} is not an entropi server, or it closed the connection"
+    if server.context is None:
+        not_a_server += "; does it want TLS?"
+    else:
+        not_a_server += ", perhaps because it does not accept this client's certificate"
 
     async def refuse_redirect(*_: Any) -> None:  # it could lead to another machine
         raise UserError(not_a_server)
@@ -93,11 +287,14 @@ async def _ask(host: str, port: int, prompt: str, max_new_tokens: int, watcher: 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(refuse_redirect)
     # Time limits are set around the steps; aiohttp's own would end a long generation.
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(), trace_configs=[trace]) as http:
+    connector = aiohttp.TCPConnector(ssl=server.context or True)
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(), trace_configs=[trace], connector=connector
+    ) as http:
         try:
             socket = await asyncio.wait_for(
                 http.ws_connect(
-                    f"http://{where}/v1/session",
+                    f"{server.url}/v1/session",
                     max_msg_size=MAX_SERVER_MESSAGE,
                     heartbeat=HEARTBEAT_SECONDS,
                     timeout=aiohttp.ClientWSTimeout(ws_close=LAST_WORDS_SECONDS),
@@ -105,186 +302,371 @@ async def _ask(host: str, port: int, prompt: str, max_new_tokens: int, watcher: 
                 CONNECT_SECONDS,
             )
             try:
-                return await _Session(socket, where, prompt, max_new_tokens, watcher).run()
+                yield http, socket
             finally:
                 await socket.close()
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise UserError(_certificate_complaint(where, error.certificate_error)) from None
+        except aiohttp.ClientConnectorSSLError as error:
+            if isinstance(error.os_error, ssl.SSLCertVerificationError):
+                raise UserError(_certificate_complaint(where, error.os_error)) from None
+            raise UserError(f"{where} does not speak TLS 1.3") from None
         except aiohttp.ClientConnectorError as error:
-            reason = os.strerror(error.os_error.errno) if error.os_error.errno else str(error)
-            raise UserError(f"cannot reach a server at {where}: {reason}") from None
+            number = error.os_error.errno
+            reason = os.strerror(number) if number and number > 0 else error.os_error.strerror or str(error.os_error)
+            raise LostServer(f"cannot reach a server at {where}: {reason}") from None
         except asyncio.TimeoutError:
             raise UserError(f"{where} accepts connections but does not answer as an entropi server") from None
+        except (ssl.SSLError, aiohttp.ClientOSError) as error:
+            cause = error if isinstance(error, ssl.SSLError) else error.__cause__ or error
+            if "ALERT" in str(cause).upper():  # in TLS 1.3 the server looks at our certificate after the handshake
+                raise UserError(f"{where} does not accept this client's certificate") from None
+            raise UserError(not_a_server) from None
         except (aiohttp.ClientError, ConnectionResetError):
             raise UserError(not_a_server) from None
 
 
+def _certificate_complaint(where: str, error: Exception) -> str:
+    reason = getattr(error, "verify_message", "") or str(error)
+    return f"{where} is not who it should be: {reason}"
+
+
+async def _greet(server: _Server) -> Welcome:
+    async with _channel(server) as (_, socket):
+        return await _welcome(socket, server.name)
+
+
+async def _welcome(socket: aiohttp.ClientWebSocketResponse, where: str) -> Welcome:
+    """What the server makes public, if this side can use it."""
+    await socket.send_str(encode(Hello(PROTOCOL_VERSION, engine_version())).decode())
+    welcome = await _receive(socket, where, Welcome, HANDSHAKE_SECONDS)
+    parameters = sum(int(np.prod(shape, dtype=object)) for shape in welcome.description.weight_shapes().values())
+    if parameters > MAX_PARAMETERS:
+        raise UserError(
+            f"{where} describes a model of {parameters:.2g} parameters, which is more than this client takes"
+        )
+    if (welcome.table is None) != (welcome.settings.embedding == "private"):
+        raise UserError(f"{where} does not follow the protocol: a private embedding is shared, or a public one is not")
+    return welcome
+
+
+async def _receive(  # type: ignore[no-untyped-def]
+    socket: aiohttp.ClientWebSocketResponse, where: str, kind, timeout: float | None
+):
+    """The next message of the handshake, which must be of `kind`."""
+    try:
+        message = await asyncio.wait_for(socket.receive(), timeout)
+    except asyncio.TimeoutError:
+        raise UserError(f"{where} does not answer as an entropi server") from None
+    if message.type == aiohttp.WSMsgType.BINARY:
+        raise UserError(f"{where} does not follow the protocol")
+    if message.type != aiohttp.WSMsgType.TEXT:
+        raise UserError(f"{where} closed the connection during the handshake")
+    decoded = _decode(message.data, where)
+    if isinstance(decoded, Refused):
+        raise UserError(f"{where} refused: {decoded.reason}")
+    if not isinstance(decoded, kind):
+        raise UserError(f"{where} does not follow the protocol")
+    return decoded
+
+
+def _decode(data: str, where: str) -> FromServer:
+    try:
+        return decode_from_server(data)
+    except BadMessage as error:
+        raise UserError(f"{where} does not follow the protocol: {error}") from None
+
+
+# --- One question -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Question:
+    """What is asked, and what of the answer has been received, over as many sessions as it takes."""
+
+    prompt: str
+    max_new_tokens: int
+    sampling: Sampling
+    retries: int
+    watcher: Watcher
+    digest: str | None = None  # of what the server made public when the question was begun
+    prompt_ids: list[int] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+    stages: list[StageTraffic] = field(default_factory=list)
+    setup_seconds: float = 0.0
+    setup_bytes: int = 0
+    reveal_bytes: int = 0
+    done: int = 0  # operations, set-ups included
+    shown: str = ""
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise UserError(f"retries is {self.retries} but must not be negative")
+        self.random = np.random.default_rng(self.sampling.seed)
+
+    def is_finished(self, end_of_text: int | None) -> bool:
+        """Whether the last token received was the last of all."""
+        return len(self.new_tokens) == self.max_new_tokens or self.new_tokens[-1:] == [end_of_text]
+
+
+async def _ask(server: _Server, question: _Question) -> Answer:
+    started = time.monotonic()
+    for attempt in itertools.count():
+        try:
+            async with _channel(server) as (http, socket):
+                session = _Session(server, http, socket, question)
+                await session.run()
+                return session.answer(time.monotonic() - started)
+        except LostServer as error:
+            if attempt == question.retries:
+                raise
+            question.watcher.status(f"{error}; retry {attempt + 1} of {question.retries}")
+            await asyncio.sleep(RETRY_SECONDS * 2**attempt)
+    raise AssertionError
+
+
 class _Session:
-    """One question over an open control channel."""
+    """As much of a question as one connection answers."""
 
     def __init__(
-        self, socket: aiohttp.ClientWebSocketResponse, where: str, prompt: str, max_new_tokens: int, watcher: Watcher
+        self,
+        server: _Server,
+        http: aiohttp.ClientSession,
+        socket: aiohttp.ClientWebSocketResponse,
+        question: _Question,
     ) -> None:
-        self.socket, self.where, self.prompt = socket, where, prompt
-        self.max_new_tokens, self.watcher = max_new_tokens, watcher
-        self.stages: list[StageTraffic] = []
-        self.setup: StageTraffic | None = None
-        self.new_tokens: list[int] = []
-        self.logits: list[np.ndarray] = []
-        self.reveal_bytes = 0
+        self.server, self.where = server, server.name
+        self.http, self.socket, self.question = http, socket, question
+        self.welcome: Welcome
+        self.tokenizer: Tokenizer
 
-    async def run(self) -> Answer:
-        started = time.monotonic()
-        await self.socket.send_bytes(encode(Hello(PROTOCOL_VERSION, engine_version())))
-        welcome = await self._receive(Welcome)
+    async def run(self) -> None:
+        """Ask, and receive tokens into the question until there are no more to come."""
+        question = self.question
+        welcome = self.welcome = await _welcome(self.socket, self.where)
+        if question.digest not in (None, welcome.digest()):
+            raise UserError(f"{self.where} serves another model than when the question was begun")
+        question.digest = welcome.digest()
+        if question.sampling.temperature and welcome.settings.output == "argmax":
+            raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
         try:
-            tokenizer = Tokenizer.from_str(welcome.tokenizer)
+            self.tokenizer = Tokenizer.from_str(welcome.tokenizer)
         except Exception:  # tokenizers raises plain Exception for malformed input
             raise UserError(f"{self.where} sent a tokenizer that cannot be read") from None
-        prompt_ids = self._encode_prompt(tokenizer, welcome)
-        link = f"127.0.0.1:{free_port('127.0.0.1')}"
-        await self.socket.send_bytes(encode(Start(len(prompt_ids), self.max_new_tokens, link)))
-        accepted = await self._receive(Accepted)
-        parse_address(accepted.link)  # a server must not send this side's engine elsewhere
+        question.prompt_ids = self._encode_prompt()
+        ids = question.prompt_ids + question.new_tokens
+        left = question.max_new_tokens - len(question.new_tokens)
+        with tempfile.TemporaryDirectory(prefix="entropi-ask-") as folder:
+            table = await self._fetch_table(Path(folder)) if welcome.table is not None else None
+            await self._say(Start(len(ids), left, welcome.digest()))
+            accepted = await self._wait_for_slot()
+            async with Tunnel(CLIENT, self.socket.send_bytes) as tunnel:
+                party = await Party.start(
+                    Job(
+                        rank=CLIENT,
+                        session=accepted.session,
+                        links=tunnel.links,
+                        description=welcome.description,
+                        settings=welcome.settings,
+                        max_new_tokens=left,
+                        prompt_length=len(ids),
+                        prompt=ids,
+                        table=str(table) if table is not None else None,
+                    )
+                )
+                await self._finish(party, tunnel, len(ids), left)
 
-        party = await Party.start(
-            Job(
-                rank=CLIENT,
-                session=accepted.session,
-                links=(accepted.link, link),
-                description=welcome.description,
-                settings=welcome.settings,
-                max_new_tokens=self.max_new_tokens,
-                prompt_length=len(prompt_ids),
-                prompt=prompt_ids,
-            )
-        )
-        work = asyncio.create_task(self._generate(party, tokenizer, welcome, prompt_ids))
-        watch = asyncio.create_task(self._watch_server())
+    async def _finish(self, party: Party, tunnel: Tunnel, length: int, left: int) -> None:
+        """Everything from the start of the party on."""
+        work = asyncio.create_task(self._generate(party, length, left))
+        watch = asyncio.create_task(self._watch_server(tunnel))
+        link = asyncio.create_task(self._watch_link(tunnel))
+        tasks = {work, watch, link}
         try:
-            done, _ = await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if work not in done or work.exception() is not None:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() or work.exception() is not None:
                 # The server's own words say more about a failure than the broken link they follow from.
                 await asyncio.wait({watch}, timeout=LAST_WORDS_SECONDS)
                 if watch.done():
                     watch.result()
+            if not work.done():
+                link.result()
             work.result()
         finally:
-            work.cancel()
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await party.stop()
+
+    def answer(self, seconds: float) -> Answer:
+        """What was received, `seconds` after the question was begun."""
+        question, settings = self.question, self.welcome.settings
         return Answer(
             PrivateRun(
-                protocol=welcome.settings.protocol,
-                trust=TRUST[welcome.settings.protocol],
+                protocol=settings.protocol,
+                trust=trust(settings),
                 server=self.where,
-                prompt=self.prompt,
-                prompt_tokens=prompt_ids,
-                new_tokens=self.new_tokens,
-                new_text=tokenizer.decode(self.new_tokens),
-                stages=self.stages,
-                setup_seconds=self.setup.seconds if self.setup else 0.0,
-                setup_bytes=self.setup.bytes if self.setup else 0,
-                reveal_bytes=self.reveal_bytes,
-                seconds=time.monotonic() - started,
-                ring_bits=welcome.settings.ring_bits,
-                fraction_bits=welcome.settings.fraction_bits,
-                exp_iterations=welcome.settings.exp_iterations,
+                prompt=question.prompt,
+                prompt_tokens=question.prompt_ids,
+                new_tokens=question.new_tokens,
+                new_text=self.tokenizer.decode(question.new_tokens),
+                stages=question.stages,
+                setup_seconds=question.setup_seconds,
+                setup_bytes=question.setup_bytes,
+                reveal_bytes=question.reveal_bytes,
+                seconds=seconds,
+                ring_bits=settings.ring_bits,
+                fraction_bits=settings.fraction_bits,
+                exp_iterations=self.welcome.description.exp_iterations or settings.exp_iterations,
             ),
-            self.logits,
+            question.logits,
         )
 
-    def _encode_prompt(self, tokenizer: Tokenizer, welcome: Welcome) -> list[int]:
-        ids = list(tokenizer.encode(self.prompt, add_special_tokens=False).ids)
+    def _encode_prompt(self) -> list[int]:
+        ids = list(self.tokenizer.encode(self.question.prompt, add_special_tokens=False).ids)
         if not ids:
             raise UserError("the prompt is empty")
-        if max(ids) >= welcome.description.vocab_size:
+        if max(ids) >= self.welcome.description.vocab_size:
             raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
-        room = welcome.description.positions + 1 - self.max_new_tokens
+        wanted = self.question.max_new_tokens
+        room = self.welcome.description.positions + 1 - wanted
         if len(ids) > room:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens; with {self.max_new_tokens} new ones the model has room for {room}"
-            )
+            raise UserError(f"the prompt has {len(ids)} tokens; with {wanted} new ones the model has room for {room}")
         return ids
 
-    async def _generate(self, party: Party, tokenizer: Tokenizer, welcome: Welcome, prompt_ids: list[int]) -> None:
-        self.watcher.begin(self._count_stages(welcome, len(prompt_ids)))
-        shown, done = "", 0
+    async def _fetch_table(self, folder: Path) -> Path:
+        """The public token embeddings, `(V, d)`; all clients fetch the same, whatever they ask."""
+        path, shape = folder / "table.safetensors", self.welcome.description.weight_shapes()["embedding"]
+        most, received = 4 * shape[0] * shape[1] + (1 << 16), 0
+        self.question.watcher.status("fetching the public token embeddings")
+        async with self.http.get(f"{self.server.url}/v1/table", allow_redirects=False) as response:
+            with open(path, "wb") as file:
+                while part := await asyncio.wait_for(response.content.read(1 << 20), HANDSHAKE_SECONDS):
+                    received += len(part)
+                    if received > most:
+                        break
+                    file.write(part)
+        try:
+            fits = sha256_of(path) == self.welcome.table and load_file(path)["embedding"].shape == shape
+        except (SafetensorError, KeyError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(f"{self.where} sent token embeddings that do not belong to its model")
+        return path
+
+    async def _wait_for_slot(self) -> Accepted:
+        message = await _receive(self.socket, self.where, Queued | Accepted, HANDSHAKE_SECONDS)
+        while isinstance(message, Queued):
+            before = f", {message.ahead} before this one" if message.ahead else ""
+            self.question.watcher.status(f"{self.where} is busy; waiting in its queue{before}")
+            message = await _receive(self.socket, self.where, Queued | Accepted, None)
+        return message
+
+    async def _generate(self, party: Party, length: int, left: int) -> None:
+        question, settings = self.question, self.welcome.settings
+        question.watcher.begin(question.done + self._count_stages(length, left))
+        before = len(question.new_tokens)
         try:
             event = await asyncio.wait_for(party.event(), LINK_SECONDS)
         except asyncio.TimeoutError:
-            raise UserError(f"no engine link with {self.where} within {LINK_SECONDS} s") from None
+            raise LostServer(f"no engine link with {self.where} within {LINK_SECONDS} s") from None
         while event is not None:
             match event:
                 case Linked():
                     pass
                 case StageDone(traffic):
-                    done += 1
+                    traffic.token += before
                     self._note(traffic)
-                    self.watcher.stage(done, traffic)
                 case Revealed():
-                    token = self._take_logits(event)
-                    finished = token == welcome.description.end_of_text or len(self.new_tokens) == self.max_new_tokens
-                    text = tokenizer.decode(self.new_tokens)
-                    if finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
-                        self.watcher.text(text[len(shown) :])
-                        shown = text
-                    if finished:
+                    token = self._take(event, settings)
+                    self._show()
+                    if question.is_finished(self.welcome.description.end_of_text):
                         return
-                    await self.socket.send_bytes(encode(Next()))
+                    await self._say(Next())
                     await party.proceed(token)
                 case Failed(reason):
-                    raise UserError(f"the private computation with {self.where} failed: {reason}")
+                    raise LostServer(f"the private computation with {self.where} failed: {reason}")
             event = await party.event()
-        raise UserError(f"the private computation with {self.where} ended early")
+        raise LostServer(f"the private computation with {self.where} ended early")
 
     def _note(self, traffic: StageTraffic) -> None:
+        question = self.question
+        question.done += 1
         if traffic.name == "setup":
-            self.setup = traffic
+            question.setup_seconds += traffic.seconds
+            question.setup_bytes += traffic.bytes
         else:
-            self.stages.append(traffic)
+            question.stages.append(traffic)
+        question.watcher.stage(question.done, traffic)
 
-    def _take_logits(self, revealed: Revealed) -> int:
-        """Keep the logits of the next token and return the likeliest."""
-        assert revealed.logits is not None
-        self.reveal_bytes += revealed.bytes
-        self.logits.append(np.asarray(revealed.logits))
-        token = int(np.argmax(revealed.logits))
-        self.new_tokens.append(token)
+    def _take(self, revealed: Revealed, settings: Settings) -> int:
+        """Keep what is revealed of the next token, and choose it."""
+        question, vocab_size = self.question, self.welcome.description.vocab_size
+        question.reveal_bytes += revealed.bytes
+        logits = None if revealed.logits is None else np.asarray(revealed.logits)
+        if settings.output == "logits":
+            assert logits is not None
+            token = question.sampling.choose(logits, question.random)
+        else:
+            assert revealed.tokens is not None
+            if not all(0 <= choice < vocab_size for choice in revealed.tokens):
+                raise UserError(f"the private computation with {self.where} failed: a token outside the vocabulary")
+            token = revealed.tokens[0 if logits is None else question.sampling.choose(logits, question.random)]
+        if logits is not None:
+            question.logits.append(logits)
+        question.new_tokens.append(token)
         return token
 
-    def _count_stages(self, welcome: Welcome, prompt_length: int) -> int:
-        """Operations of the whole generation, set-up included, for the progress line."""
-        total, past, new = 1, 0, prompt_length
-        for _ in range(self.max_new_tokens):
-            total += sum(1 for _ in forward(welcome.description, new, past, welcome.settings.exp_iterations))
+    def _show(self) -> None:
+        """Pass on what can be shown of the answer by now."""
+        question = self.question
+        text = self.tokenizer.decode(question.new_tokens)
+        finished = question.is_finished(self.welcome.description.end_of_text)
+        if finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+            question.watcher.text(text[len(question.shown) :])
+            question.shown = text
+
+    def _count_stages(self, length: int, left: int) -> int:
+        """Operations of a session, set-up included, for the progress line."""
+        model, settings = self.welcome.description, self.welcome.settings
+        total, past, new = 1, 0, length
+        for _ in range(left):
+            stages = forward(
+                model,
+                new,
+                past,
+                settings.exp_iterations,
+                embedding=settings.embedding,
+                output=settings.output,
+                choices=settings.choices,
+            )
+            total += sum(1 for _ in stages)
             past, new = past + new, 1
         return total
 
-    async def _watch_server(self) -> None:
-        """Nothing more is expected on the control channel: whatever comes ends the session."""
-        message = await self.socket.receive()
-        if message.type in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT):
-            refused = self._decode(message.data)
+    async def _say(self, message: Start | Next) -> None:
+        await self.socket.send_str(encode(message).decode())
+
+    async def _watch_server(self, tunnel: Tunnel) -> None:
+        """Carry the engines' link; any control message ends the session."""
+        while True:
+            message = await self.socket.receive()
+            if message.type != aiohttp.WSMsgType.BINARY:
+                break
+            try:
+                await tunnel.receive(message.data)
+            except LinkBroken as error:
+                raise LostServer(f"the private computation with {self.where} failed: {error}") from None
+        if message.type == aiohttp.WSMsgType.TEXT:
+            refused = _decode(message.data, self.where)
             if isinstance(refused, Refused):
-                raise UserError(f"{self.where} ended the session: {refused.reason}")
-        raise UserError(f"{self.where} went away in the middle of the session")
-
-    async def _receive(self, kind: type):  # type: ignore[no-untyped-def]
-        """The next message of the handshake, which must be of `kind`."""
-        try:
-            message = await asyncio.wait_for(self.socket.receive(), HANDSHAKE_SECONDS)
-        except asyncio.TimeoutError:
-            raise UserError(f"{self.where} does not answer as an entropi server") from None
-        if message.type not in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT):
-            raise UserError(f"{self.where} closed the connection during the handshake")
-        decoded = self._decode(message.data)
-        if isinstance(decoded, Refused):
-            raise UserError(f"{self.where} refused: {decoded.reason}")
-        if not isinstance(decoded, kind):
+                raise LostServer(f"{self.where} ended the session: {refused.reason}")
             raise UserError(f"{self.where} does not follow the protocol")
-        return decoded
+        raise LostServer(f"{self.where} went away in the middle of the session")
 
-    def _decode(self, data: bytes | str) -> FromServer:
-        try:
-            return decode_from_server(data)
-        except BadMessage as error:
-            raise UserError(f"{self.where} does not follow the protocol: {error}") from None
+    async def _watch_link(self, tunnel: Tunnel) -> None:
+        """Raise once the engines' link is broken although nobody has finished."""
+        await tunnel.broken()
+        await asyncio.sleep(GRACE_SECONDS)
+        raise LostServer(f"the engines' link with {self.where} broke")

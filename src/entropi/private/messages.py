@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from entropi.private.program import Description
 from entropi.records import StageTraffic
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
 
@@ -18,8 +19,9 @@ MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sen
 MAX_TOKENS = 1 << 14
 
 Text = Annotated[str, msgspec.Meta(max_length=300)]
-Address = Annotated[str, msgspec.Meta(max_length=80, pattern=r"^([0-9]{1,3}\.){3}[0-9]{1,3}:[0-9]{1,5}\Z")]
+Address = Annotated[str, msgspec.Meta(max_length=120)]
 SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
@@ -60,7 +62,7 @@ def trust(settings: Settings) -> str:
     return text + (", whose token embeddings are public" if settings.embedding == "public" else "")
 
 
-# Control channel, client to server.
+# Control channel, client to server: text messages of a WebSocket. Its binary messages are the engines' (`tunnel`).
 
 
 class Hello(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -71,11 +73,11 @@ class Hello(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Ask for a session; `link` is where the client's engine will listen."""
+    """Ask for a session; `digest` is the client's, of what the server made public."""
 
     prompt_length: TokenCount
     max_new_tokens: TokenCount
-    link: Address
+    digest: Digest
 
 
 class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -94,15 +96,22 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     description: Description
     tokenizer: Annotated[str, msgspec.Meta(max_length=MAX_SERVER_MESSAGE)]
     settings: Settings
+    table: Digest | None = None  # SHA-256 of the file with the token embeddings, where they are public
+
+    def digest(self) -> str:
+        """SHA-256, hex: both sides must have the same before they compute."""
+        return hashlib.sha256(encode(self)).hexdigest()
+
+
+class Queued(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """All slots are taken; so many other clients will be served before this one."""
+
+    ahead: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 
 
 class Accepted(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """The session begins; `link` is where the server's engine listens.
+    """The session begins; `session` marks the engines' messages."""
 
-    `session` marks the engines' messages: another program on the machine cannot slip one in without knowing it.
-    """
-
-    link: Address
     session: SessionId
 
 
@@ -112,7 +121,7 @@ class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     reason: Text
 
 
-FromServer: TypeAlias = Welcome | Accepted | Refused
+FromServer: TypeAlias = Welcome | Queued | Accepted | Refused
 
 
 # Between a process and the party it started, over pipes.
@@ -123,7 +132,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
 
     rank: Literal[0, 1]
     session: SessionId
-    links: tuple[Address, Address]
+    links: tuple[Address, Address]  # of the engines, by rank, as this one is to know them
     description: Description
     settings: Settings
     max_new_tokens: TokenCount

@@ -8,16 +8,23 @@ import logging
 import os
 import secrets
 import signal
+import ssl
+import tempfile
 import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import aiohttp
 import jax
 from aiohttp import web
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from entropi.errors import UserError
+from entropi.private.certificates import Tls, name_of_peer
 from entropi.private.messages import (
     MAX_CLIENT_MESSAGE,
     MAX_SERVER_MESSAGE,
@@ -28,7 +35,9 @@ from entropi.private.messages import (
     Failed,
     Hello,
     Job,
+    Linked,
     Next,
+    Queued,
     Refused,
     Revealed,
     Settings,
@@ -38,17 +47,22 @@ from entropi.private.messages import (
     decode_from_client,
     encode,
 )
+from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
 from entropi.private.program import Description
 from entropi.private.ranges import check_ranges
-from entropi.private.session import WEIGHTS_FILE, Party, free_port, load_folded, parse_address
+from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
+from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
 
 HANDSHAKE_SECONDS = 10
-HEARTBEAT_SECONDS = 20.0
-BUSY_SECONDS = 3.0  # a session that is just ending gives its slot to the next one
+LINK_SECONDS = 60.0  # for both engines to start and find each other
+HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
+GRACE_SECONDS = 3.0  # for a party to end after its link
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
-MAX_CONNECTIONS = 32  # open control channels; only those that ask for a session take one of its slots
+QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
+SPARE_CONNECTIONS = 32  # open control channels beyond those that compute or wait in the queue
+DAY_SECONDS = 86400.0
 log = logging.getLogger("entropi.server")
 request_log = logging.getLogger("entropi.server.requests")  # aiohttp's, for what is not even HTTP
 
@@ -57,58 +71,212 @@ class SessionError(Exception):
     """Something that ends one session; the text is sent to the client."""
 
 
+class Refusal(SessionError):
+    """A session that does not begin."""
+
+
+class ClientLeft(SessionError):
+    """The client closed the connection, or it broke."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What the server allows; `stall_seconds` may pass without any operation finished or token asked for.
+    """What the server allows.
+
+    Attributes:
+        max_sessions: computing at a time.
+        max_queue: clients waiting for one of these; 0 refuses whoever finds all slots taken.
+        queue_seconds: the longest wait.
+        max_new_tokens: that a session may ask for.
+        session_seconds: from the end of the queue on.
+        stall_seconds: that may pass without any operation finished or token asked for.
+        memory_gb: address space that a session's process may write to, in 10^9 bytes; None for no limit.
+        client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
+        client_tokens: generated within a day, of one client certificate; None for no limit.
 
     Raises:
         UserError: a limit that would let nobody in.
     """
 
     max_sessions: int = 1
+    max_queue: int = 8
+    queue_seconds: float = 600.0
     max_new_tokens: int = 64
     session_seconds: float = 3600.0
     stall_seconds: float = 600.0
+    memory_gb: float | None = None
+    client_sessions: int | None = None
+    client_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
+            if value is not None and not (value > 0 or (name == "max_queue" and value == 0)):
                 raise UserError(f"{name} is {value} but must be positive")
+
+    @property
+    def max_connections(self) -> int:
+        return self.max_sessions + self.max_queue + SPARE_CONNECTIONS
+
+
+class Quota:
+    """What every client's certificate has used; clients without one are on this machine, and free."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._sessions: Counter[str] = Counter()
+        self._promised: Counter[str] = Counter()  # tokens that sessions under way may still generate, at most
+        self._generated: dict[str, deque[float]] = {}  # when
+
+    @contextlib.contextmanager
+    def session(self, name: str, new_tokens: int) -> Iterator[None]:
+        """Count a session while it waits and computes; `Refusal` if the client has no right to it."""
+        limits = self._limits
+        if name and limits.client_sessions is not None and self._sessions[name] >= limits.client_sessions:
+            raise Refusal(f"this client has {limits.client_sessions} sessions already")
+        if name and limits.client_tokens is not None:
+            left = limits.client_tokens - self._promised[name] - self._generated_today(name)
+            if new_tokens > left:
+                raise Refusal(f"this client may ask for {max(left, 0)} more tokens within 24 hours")
+        self._sessions[name] += 1
+        self._promised[name] += new_tokens
+        try:
+            yield
+        finally:
+            self._sessions[name] -= 1
+            self._promised[name] -= new_tokens
+
+    def count_token(self, name: str) -> None:
+        """Note that a token was generated just now."""
+        if name and self._limits.client_tokens is not None:
+            self._generated.setdefault(name, deque()).append(time.monotonic())
+
+    def _generated_today(self, name: str) -> int:
+        times = self._generated.get(name, deque())
+        while times and times[0] < time.monotonic() - DAY_SECONDS:
+            times.popleft()
+        return len(times)
+
+
+class Slots:
+    """Sessions that may compute at a time, first come, first served."""
+
+    def __init__(self, limits: Limits, counters: Counters) -> None:
+        self._limits, self._counters = limits, counters
+        self._free = limits.max_sessions
+        self._waiting: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def slot(self, socket: web.WebSocketResponse) -> AsyncIterator[None]:
+        """One slot; the client is told how many are before it, and `Refusal` if there is no room to wait."""
+        if self._free and not self._waiting:
+            self._free -= 1
+        else:
+            await self._wait(socket)
+        self._counters.sessions += 1
+        try:
+            yield
+        finally:
+            self._counters.sessions -= 1
+            self._free += 1
+            self._call_next()
+
+    def _call_next(self) -> None:
+        for turn in self._waiting:
+            if self._free and not turn.done():
+                self._free -= 1
+                turn.set_result(None)
+
+    async def _wait(self, socket: web.WebSocketResponse) -> None:
+        if len(self._waiting) >= self._limits.max_queue:
+            raise Refusal("the server is busy with other sessions; try again later")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._counters.waiting += 1
+        leaves = asyncio.create_task(socket.receive())
+        # A session that is just ending may make room before the client needs to be told that there is none.
+        deadline, told = time.monotonic() + self._limits.queue_seconds, -1
+        try:
+            while not turn.done():
+                if leaves.done():
+                    _decode(leaves.result(), Next)  # nothing is expected but that the client leaves
+                    raise Refusal("this is not the time for a Next message")
+                if time.monotonic() > deadline:
+                    raise Refusal("the server was busy with other sessions for too long; try again later")
+                pending: set[asyncio.Future[Any]] = {turn, leaves}
+                patience = min(QUEUE_SECONDS, max(deadline - time.monotonic(), 0.0))
+                await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not (turn.done() or leaves.done()) and told != (told := self._waiting.index(turn)):
+                    await socket.send_str(encode(Queued(told)).decode())
+        except BaseException:
+            if turn.done():  # it came just now, and somebody else may have it
+                self._free += 1
+            turn.cancel()
+            raise
+        finally:
+            self._waiting.remove(turn)
+            self._counters.waiting -= 1
+            leaves.cancel()
+            await asyncio.gather(leaves, return_exceptions=True)
+            self._call_next()
 
 
 @dataclass(frozen=True)
 class Host:
     """Everything a session needs of the server."""
 
-    address: str
     folder: Path
-    description: Description
-    tokenizer: str
-    settings: Settings
+    welcome: Welcome
+    digest: str
     limits: Limits
-    slots: asyncio.Semaphore
+    slots: Slots
+    quota: Quota
+    counters: Counters
+    table: Path | None  # the token embeddings, where they are public
     sockets: set[web.WebSocketResponse] = field(default_factory=set)
+    busy: set[asyncio.BaseTransport | None] = field(default_factory=set)  # connections that are being answered
 
 
-def serve(folder: Path, tokenizer: str, listen: str, settings: Settings, limits: Limits) -> None:
+def serve(
+    folder: Path,
+    tokenizer: str,
+    listen: str,
+    settings: Settings,
+    limits: Limits,
+    tls: Tls | None = None,
+    metrics: str = "127.0.0.1:0",
+) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
     Args:
         folder: of the folded model.
         tokenizer: its JSON; public.
         listen: "HOST:PORT"; port 0 takes a free one, which the log names.
+        tls: only clients with a certificate of its authority are answered; needed unless `listen` is loopback.
+        metrics: "HOST:PORT" for `/health` and `/metrics`, which know no certificates: loopback only.
 
     Raises:
-        UserError: an address in use or not allowed, a damaged model, or one whose values would overflow.
+        UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values would
+            overflow.
     """
-    host, port = parse_address(listen)
+    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
+    where = address, watched, tls.server_context() if tls is not None else None
     description, weights = load_folded(folder)
     _check_tokenizer(tokenizer, description)
+    if settings.output == "top_k" and settings.choices > description.vocab_size:
+        raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
     name, value = check_ranges(description, weights, settings)
     log.info("largest value on random text: %.3g in %s", value, name)
-    del weights
-    asyncio.run(_serve(host, port, folder, description, tokenizer, settings, limits))
+    counters = Counters()
+    with tempfile.TemporaryDirectory(prefix="entropi-table-") as temporary:
+        table = None
+        if settings.embedding == "public":
+            table = Path(temporary) / "table.safetensors"
+            save_file({"embedding": weights["embedding"]}, table)
+        del weights
+        welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None)
+        slots, quota = Slots(limits, counters), Quota(limits)
+        asyncio.run(_serve(Host(folder, welcome, welcome.digest(), limits, slots, quota, counters, table), *where))
     log.info("stopped")
 
 
@@ -125,40 +293,111 @@ def _check_tokenizer(tokenizer: str, description: Description) -> None:
 
 
 async def _serve(
-    host: str, port: int, folder: Path, description: Description, tokenizer: str, settings: Settings, limits: Limits
+    host: Host, address: tuple[str, int], watched: tuple[str, int], context: ssl.SSLContext | None
 ) -> None:
-    state = Host(host, folder, description, tokenizer, settings, limits, asyncio.Semaphore(limits.max_sessions))
-
     async def handler(request: web.Request) -> web.WebSocketResponse:
-        return await _session(request, state)
+        with _answered(request, host):
+            return await _session(request, host)
 
-    app = web.Application()
+    async def table(request: web.Request) -> web.FileResponse:
+        assert host.table is not None
+        with _answered(request, host):
+            response = web.FileResponse(host.table)
+            await response.prepare(request)  # which sends it
+            return response
 
     async def end_sessions(_: web.Application) -> None:
-        await asyncio.gather(*(_dismiss(socket, "the server is stopping") for socket in state.sockets))
+        await asyncio.gather(*(_dismiss(socket, "the server is stopping") for socket in host.sockets))
 
+    app = web.Application()
     app.router.add_get("/v1/session", handler)
+    if host.table is not None:
+        app.router.add_get("/v1/table", table)
     app.on_shutdown.append(end_sessions)
     request_log.addFilter(_without_trace)
-    runner = web.AppRunner(app, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
-    await runner.setup()
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
-        assert site._server is not None
-        bound = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        log.info("listening on %s:%d, %s, protocol %s", host, bound, description.architecture, settings.protocol)
+    async with contextlib.AsyncExitStack() as closing:
+        for each, where, trusted in ((app, address, context), (monitoring_app(host.counters), watched, None)):
+            runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
+            await runner.setup()
+            closing.push_async_callback(runner.cleanup)
+            port = await _listen(runner, host, where, trusted, closing)
+            if each is app:
+                log.info(
+                    "listening on %s, %s, protocol %s, %s",
+                    _spell(where[0], port),
+                    host.welcome.description.architecture,
+                    host.welcome.settings.protocol,
+                    "TLS 1.3 with client certificates" if context else "no TLS: this machine only",
+                )
+            else:
+                log.info("metrics on http://%s/metrics", _spell(where[0], port))
         await stopping.wait()
         log.info("stopping")
+
+
+async def _listen(
+    runner: web.AppRunner,
+    host: Host,
+    address: tuple[str, int],
+    context: ssl.SSLContext | None,
+    closing: contextlib.AsyncExitStack,
+) -> int:
+    """Accept connections until `closing` does; the port."""
+    loop, answering = asyncio.get_running_loop(), runner.server
+    assert answering is not None
+
+    def accept() -> asyncio.BaseProtocol:
+        if len(answering.connections) >= host.limits.max_connections + SPARE_CONNECTIONS:
+            return _Closed()
+        return answering()
+
+    patience = HANDSHAKE_SECONDS if context else None
+    try:
+        listening = await loop.create_server(accept, *address, ssl=context, ssl_handshake_timeout=patience)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
+        raise UserError(f"cannot listen on {_spell(*address)}: {reason}") from None
+    closing.callback(listening.close)
+    closing.callback(loop.create_task(_drop_silent(answering, host)).cancel)
+    return int(listening.sockets[0].getsockname()[1])
+
+
+@contextlib.contextmanager
+def _answered(request: web.Request, host: Host) -> Iterator[None]:
+    """Keep the request's connection among those that are not silent."""
+    transport = request.transport  # which the request forgets when the connection ends
+    host.busy.add(transport)
+    try:
+        yield
     finally:
-        await runner.cleanup()
+        host.busy.discard(transport)
+
+
+async def _drop_silent(answering: web.Server, host: Host) -> None:
+    """End connections that are older than a handshake may take and have not asked for anything."""
+    before: set[web.RequestHandler] = set()
+    while True:
+        await asyncio.sleep(HANDSHAKE_SECONDS)
+        silent = {protocol for protocol in answering.connections if protocol.transport not in host.busy}
+        for protocol in silent & before:
+            if isinstance(protocol.transport, asyncio.Transport):
+                protocol.transport.abort()
+        before = silent - before
+
+
+class _Closed(asyncio.Protocol):
+    """For connections beyond all limits."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
+
+
+def _spell(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
@@ -171,29 +410,35 @@ async def _session(request: web.Request, host: Host) -> web.WebSocketResponse:
     if "Origin" in request.headers:  # a web page in somebody's browser
         raise web.HTTPForbidden
     socket = web.WebSocketResponse(
-        max_msg_size=MAX_CLIENT_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2
+        max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
     )
     await socket.prepare(request)
-    name = secrets.token_hex(4)
+    client = name_of_peer(request.transport)
+    session_log = SessionLog(log, secrets.token_hex(4), client)
     started = time.monotonic()
-    log.info("session %s: opened", name)
+    session_log.info("opened%s", f" by {client}" if client else "")
     host.sockets.add(socket)
+    ending: Ending = "failed"
     try:
-        if len(host.sockets) > MAX_CONNECTIONS:
-            raise SessionError("too many connections; try again later")
-        await _talk(socket, name, host)
+        if len(host.sockets) > host.limits.max_connections:
+            raise Refusal("too many connections; try again later")
+        await _talk(socket, client.partition("/")[0], session_log, host)
+        ending = "finished"
         await _dismiss(socket)
-    except ClientLeft:
-        pass
+    except (ClientLeft, ConnectionError):  # the latter where this side was about to say something
+        ending = "left"
     except SessionError as error:
-        log.warning("session %s: %s", name, error)
+        ending = "refused" if isinstance(error, Refusal) else "failed"
+        session_log.warning("%s", error)
         await _dismiss(socket, str(error))
     except Exception:
-        log.exception("session %s: failed", name)
+        session_log.exception("failed")
         await _dismiss(socket, "the server failed")
     finally:
         host.sockets.discard(socket)
-        log.info("session %s: closed after %.1f s", name, time.monotonic() - started)
+        host.counters.endings[ending] += 1
+        seconds = time.monotonic() - started
+        session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": round(seconds, 3)})
     return socket
 
 
@@ -201,131 +446,181 @@ async def _dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> 
     """Close the control channel, with a reason if there is one to tell."""
     with contextlib.suppress(ConnectionError, RuntimeError):
         if reason is not None:
-            await socket.send_bytes(encode(Refused(reason=reason[:300])))
+            await socket.send_str(encode(Refused(reason=reason[:300])).decode())
         await socket.close()
 
 
-async def _talk(socket: web.WebSocketResponse, name: str, host: Host) -> None:
-    """Handshake, then the session itself if there is room for it."""
+async def _talk(socket: web.WebSocketResponse, name: str, session_log: SessionLog, host: Host) -> None:
+    """Handshake, then the session itself once there is room for it."""
     hello = await _receive(socket, Hello, HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
-        raise SessionError(
-            f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}"
-        )
-    await socket.send_bytes(encode(Welcome(host.description, host.tokenizer, host.settings)))
+        raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
+    await socket.send_str(encode(host.welcome).decode())
     start = await _receive(socket, Start, HANDSHAKE_SECONDS)
-    parse_client_link(start.link)
+    if start.digest != host.digest:
+        raise Refusal("the description of the model that reached the client is not the server's")
     if start.max_new_tokens > host.limits.max_new_tokens:
-        raise SessionError(f"at most {host.limits.max_new_tokens} new tokens a session are allowed")
-    if start.prompt_length + start.max_new_tokens - 1 > host.description.positions:
-        raise SessionError(
+        raise Refusal(f"at most {host.limits.max_new_tokens} new tokens a session are allowed")
+    positions = host.welcome.description.positions
+    if start.prompt_length + start.max_new_tokens - 1 > positions:
+        raise Refusal(
             f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
-            f"{host.description.positions} positions"
+            f"{positions} positions"
         )
-    try:
-        await asyncio.wait_for(host.slots.acquire(), BUSY_SECONDS)
-    except asyncio.TimeoutError:
-        raise SessionError("the server is busy with other sessions; try again later") from None
-    try:
-        await asyncio.wait_for(_compute(socket, name, host, start), host.limits.session_seconds)
-    except asyncio.TimeoutError:
-        raise SessionError("the session's time limit was reached") from None
-    finally:
-        host.slots.release()
+    with host.quota.session(name, start.max_new_tokens):
+        async with host.slots.slot(socket):
+            host.counters.prompt_tokens += start.prompt_length
+            began = time.monotonic()
+            try:
+                await asyncio.wait_for(_compute(socket, name, session_log, host, start), host.limits.session_seconds)
+            except asyncio.TimeoutError:
+                raise SessionError("the session's time limit was reached") from None
+            finally:
+                host.counters.session_seconds += time.monotonic() - began
 
 
-async def _compute(socket: web.WebSocketResponse, name: str, host: Host, start: Start) -> None:
+async def _compute(socket: web.WebSocketResponse, name: str, session_log: SessionLog, host: Host, start: Start) -> None:
     """One pass for the prompt and one for every `Next`."""
-    link, session = f"{host.address}:{free_port(host.address)}", secrets.token_hex(16)
-    party = await Party.start(
-        Job(
-            rank=SERVER,
-            session=session,
-            links=(link, start.link),
-            description=host.description,
-            settings=host.settings,
-            max_new_tokens=start.max_new_tokens,
-            prompt_length=start.prompt_length,
-            weights=str(host.folder / WEIGHTS_FILE),
+    session, welcome, memory = secrets.token_hex(16), host.welcome, host.limits.memory_gb
+    async with Tunnel(SERVER, socket.send_bytes) as tunnel:
+        party = await Party.start(
+            Job(
+                rank=SERVER,
+                session=session,
+                links=tunnel.links,
+                description=welcome.description,
+                settings=welcome.settings,
+                max_new_tokens=start.max_new_tokens,
+                prompt_length=start.prompt_length,
+                weights=str(host.folder / WEIGHTS_FILE),
+            ),
+            memory_bytes=int(memory * 1e9) if memory is not None else None,
         )
-    )
-    tasks: list[asyncio.Task[None]] = []
-    try:
-        await socket.send_bytes(encode(Accepted(link, session)))
-        work = asyncio.create_task(_watch_party(party, name, host.limits.stall_seconds))
-        listen = asyncio.create_task(_forward_next(socket, party, start.max_new_tokens))
-        tasks += [work, listen]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if work.done() and work.exception() is None:  # the client may still be reading its last share
-            await asyncio.wait([listen], timeout=LEAVE_SECONDS)
-        elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
-            await asyncio.wait([work], timeout=REPORT_SECONDS)
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await party.stop()
+        tasks: list[asyncio.Task[None]] = []
+        progress = _Progress()
+        try:
+            await socket.send_str(encode(Accepted(session)).decode())
+            work = asyncio.create_task(_watch_party(party, session_log, host, name, progress))
+            listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start.max_new_tokens, progress))
+            link = asyncio.create_task(_watch_link(tunnel))
+            tasks += [work, listen, link]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() and work.exception() is None:  # the client may still be reading its last share
+                await asyncio.wait([listen], timeout=LEAVE_SECONDS)
+            elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
+                await asyncio.wait([work], timeout=REPORT_SECONDS)
+            for task in (work, listen):
+                if task.done():
+                    task.result()
+            if not (work.done() or listen.done()):
+                link.result()
+            if progress.revealed < progress.asked:
+                raise ClientLeft("the client left in the middle of a pass")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await party.stop()
+            session_log.info(
+                "the link carried %d bytes to the client, %d from it, in %d turns",
+                tunnel.sent,
+                tunnel.received,
+                tunnel.turns,
+                fields={"link_sent": tunnel.sent, "link_received": tunnel.received, "turns": tunnel.turns},
+            )
 
 
-def parse_client_link(link: str) -> None:
-    """Refuse a client's engine address that this server must not connect to."""
-    try:
-        _, port = parse_address(link)
-    except UserError as error:
-        raise SessionError(str(error)) from None
-    if port == 0:
-        raise SessionError("the client's engine has no port")
+@dataclass
+class _Progress:
+    """Tokens of one session."""
+
+    asked: int = 1
+    revealed: int = 0
 
 
-async def _watch_party(party: Party, name: str, stall_seconds: float) -> None:
+async def _watch_party(party: Party, session_log: SessionLog, host: Host, name: str, progress: _Progress) -> None:
     """Log what the party reports, until it has finished."""
     sent = received = 0
+    patience = min(LINK_SECONDS, host.limits.stall_seconds)
     while True:
         try:
-            event = await asyncio.wait_for(party.event(), stall_seconds)
+            event = await asyncio.wait_for(party.event(), patience)
         except asyncio.TimeoutError:
-            raise SessionError(f"nothing happened for {stall_seconds:g} s") from None
+            raise SessionError(f"nothing happened for {patience:g} s") from None
         match event:
             case None:
                 return
+            case Linked():
+                patience = host.limits.stall_seconds
             case StageDone(traffic):
                 sent, received = sent + traffic.sent_bytes, received + traffic.received_bytes
+                host.counters.sent_bytes += traffic.sent_bytes
+                host.counters.received_bytes += traffic.received_bytes
             case Revealed():
-                log.info("session %s: a token, %d bytes sent, %d received so far", name, sent, received)
+                progress.revealed += 1
+                host.counters.tokens += 1
+                host.quota.count_token(name)
+                session_log.info(
+                    "a token, %d bytes sent, %d received so far",
+                    sent,
+                    received,
+                    fields={"sent_bytes": sent, "received_bytes": received},
+                )
             case Failed(reason):
-                log.warning("session %s: %s", name, reason)
+                session_log.warning("%s", reason)
                 raise SessionError("the server's party failed")  # why may be none of the client's business
 
 
-async def _forward_next(socket: web.WebSocketResponse, party: Party, max_new_tokens: int) -> None:
-    """Pass on the client's `Next`s, one fewer than there are tokens; returns when the client leaves."""
+async def _watch_link(tunnel: Tunnel) -> None:
+    """Raise once the engines' link is broken although nobody has finished."""
+    await tunnel.broken()
+    await asyncio.sleep(GRACE_SECONDS)  # the party may have finished, or be about to say why not
+    raise SessionError("the engines' link broke")
+
+
+async def _listen_to_client(
+    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, max_new_tokens: int, progress: _Progress
+) -> None:
+    """Pass on the client's `Next`s, one fewer than there are tokens, and its engine's bytes; until it leaves."""
     with contextlib.suppress(ClientLeft):
-        for _ in range(max_new_tokens - 1):
-            await _receive(socket, Next, None)
+        while True:
+            message = await socket.receive()
+            if message.type == aiohttp.WSMsgType.BINARY:
+                try:
+                    await tunnel.receive(message.data)
+                except LinkBroken as error:
+                    raise SessionError(str(error)) from None
+                continue
+            _decode(message, Next)
+            if progress.asked == max_new_tokens:
+                raise SessionError("all tokens were asked for already")
+            progress.asked += 1
             await party.proceed()
-        await _receive(socket, Next, None)
-        raise SessionError("all tokens were asked for already")
 
 
-class ClientLeft(SessionError):
-    """The client closed the connection, or it broke."""
+M = TypeVar("M", Hello, Start, Next)
 
 
-async def _receive(socket: web.WebSocketResponse, kind: type, timeout: float | None):  # type: ignore[no-untyped-def]
+async def _receive(socket: web.WebSocketResponse, kind: type[M], timeout: float) -> M:
     """The next message, which must be of `kind`."""
     try:
-        message = await asyncio.wait_for(socket.receive(), timeout)
+        return _decode(await asyncio.wait_for(socket.receive(), timeout), kind)
     except asyncio.TimeoutError:
-        raise SessionError(f"no {kind.__name__} message within {timeout} s") from None
-    if message.type not in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT):
+        raise Refusal(f"no {kind.__name__} message within {timeout} s") from None
+
+
+def _decode(message: aiohttp.WSMessage, kind: type[M]) -> M:
+    """A control message, which must be of `kind`."""
+    if message.type == aiohttp.WSMsgType.BINARY:
+        raise Refusal("that message is not of this protocol")
+    if message.type != aiohttp.WSMsgType.TEXT:
         raise ClientLeft("the client left")
     try:
+        if len(message.data) > MAX_CLIENT_MESSAGE:
+            raise BadMessage("too long")
         decoded = decode_from_client(message.data)
     except BadMessage:
-        raise SessionError("that message is not of this protocol") from None
+        raise Refusal("that message is not of this protocol") from None
     if not isinstance(decoded, kind):
-        raise SessionError(f"expected a {kind.__name__} message")
+        raise Refusal(f"expected a {kind.__name__} message")
     return decoded

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import ipaddress
 import os
 import re
-import socket
+import resource
 import sys
 from pathlib import Path
 
@@ -24,31 +25,43 @@ DESCRIPTION_FILE = "folded.json"
 _LINE_LIMIT = 64 << 20  # a line of logits of the largest vocabulary fits
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT".
+def parse_address(address: str, *, tls: bool = False) -> tuple[str, int]:
+    """Host and port of "HOST:PORT", an IPv6 host in brackets.
 
     Raises:
-        UserError: not of that form, or not a loopback address: without TLS, which this version does not have
-            yet, the wire would show what the parties' engines assume to be protected.
+        UserError: not of that form, or not a loopback address although there is no TLS: the control channel would
+            show names and counts, and nobody would know who is at the other end.
     """
     host, _, port = address.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not re.fullmatch(r"[A-Za-z0-9.:_-]{1,253}", host) or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise UserError(f"{address!r} is not an address: write HOST:PORT, for example 127.0.0.1:9000")
+    if tls:
+        return host, int(port)
     host = "127.0.0.1" if host == "localhost" else host
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback and ":" not in host
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise UserError(f"{host} is not a loopback IPv4 address; other machines need TLS, which is not supported yet")
+    if not is_loopback(host):
+        raise UserError(f"{host} is not a loopback address; other machines need TLS: see `entropi certificates`")
     return host, int(port)
 
 
-def free_port(host: str) -> int:
-    """A TCP port of `host` that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def is_loopback(host: str) -> bool:
+    """Whether an address, not a name, leads to this machine and nowhere else."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
@@ -81,8 +94,8 @@ class Party:
         self._process = process
 
     @classmethod
-    async def start(cls, job: Job) -> Party:
-        """Start the process and hand it its job by pipe."""
+    async def start(cls, job: Job, memory_bytes: int | None = None) -> Party:
+        """Start the process, with a limit to the memory it may write to, and hand it its job by pipe."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -96,6 +109,9 @@ class Party:
         )
         party = cls(process)
         try:
+            if memory_bytes is not None:
+                with contextlib.suppress(ProcessLookupError):  # its events tell why it is gone
+                    resource.prlimit(process.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
             await party._write(encode(job))
         except BaseException:  # a session that ends right now
             await party.stop()

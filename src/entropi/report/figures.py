@@ -18,10 +18,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from PIL import Image
 
 from entropi.errors import UserError
-from entropi.records import EntropySnapshot, Evaluation, StageTraffic, TrainingStep
+from entropi.records import AttentionPattern, CostRecord, EntropySnapshot, Evaluation, StageTraffic, TrainingStep
 from entropi.report.traffic import by_operation
 
 # Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out as too pale for white.
@@ -95,8 +96,9 @@ def _name(text: str) -> str:
 
 
 def _dark(colour: Any) -> bool:
-    red, green, blue = colour[:3]
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+    """Whether white reads better on it than black: relative luminance as the Web Content Guidelines 2.2 define it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.179
 
 
 def _cells(axes: Any, values: np.ndarray, low: float, high: float, label: str) -> None:
@@ -157,18 +159,28 @@ def layerwise_entropy(snapshots: Sequence[EntropySnapshot], context_length: int 
     if len({len(mean) for mean in means}) != 1:
         raise UserError("entropy snapshots must all have the same number of layers, and there must be one")
     steps = [snapshot.step for snapshot in snapshots]
-    series = np.stack(means, axis=1)  # (L, snapshots)
+    ceiling = None
+    if context_length is not None and context_length > 1:
+        ceiling = np.full(len(steps), causal_maximum(context_length))
+    _lines_by_layer(axes, steps, np.stack(means, axis=1), ceiling)
+    return figure
+
+
+def _lines_by_layer(axes: Any, x: Sequence[int], series: np.ndarray, ceiling: np.ndarray | None) -> None:
+    """A line a layer of `series` `(L, len(x))` nats, told apart by a legend or, where they are many, by a scale."""
     layers = len(series)
     cmap = matplotlib.colormaps["viridis"]
-    marker = "o" if len(steps) <= 12 else ""
+    marker = "o" if len(x) <= 12 else ""
     for layer, values in enumerate(series):
         colour = cmap(0.9 * layer / max(layers - 1, 1))  # the last tenth is too pale for white
-        axes.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=f"layer {layer}")
+        axes.plot(x, values, color=colour, marker=marker, markersize=3.5, label=f"layer {layer}")
     top = float(series[np.isfinite(series)].max(initial=0.0))
-    if context_length is not None and context_length > 1:
-        ceiling = causal_maximum(context_length)
-        top = max(top, ceiling)
-        axes.axhline(ceiling, color="#777777", linewidth=1, linestyle=(0, (4, 3)), label="causal maximum")
+    if ceiling is not None:
+        top = max(top, float(ceiling.max()))
+        if len(x) == 1 or (ceiling == ceiling[0]).all():
+            axes.axhline(ceiling[0], color="#777777", linewidth=1, linestyle=(0, (4, 3)), label="causal maximum")
+        else:
+            axes.plot(x, ceiling, color="#777777", linewidth=1, linestyle=(0, (4, 3)), label="causal maximum")
     axes.set_ylim(0, 1.05 * top or 1.0)
     axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
@@ -178,12 +190,34 @@ def layerwise_entropy(snapshots: Sequence[EntropySnapshot], context_length: int 
         shades = matplotlib.colors.ListedColormap([cmap(0.9 * i / (layers - 1)) for i in range(layers)])
         norm = matplotlib.colors.Normalize(-0.5, layers - 0.5)
         scale = matplotlib.cm.ScalarMappable(norm=norm, cmap=shades)
-        bar = figure.colorbar(scale, ax=axes, label="layer", ticks=MaxNLocator(12, integer=True))
+        bar = axes.figure.colorbar(scale, ax=axes, label="layer", ticks=MaxNLocator(12, integer=True))
         bar.ax.invert_yaxis()
+
+
+@_styled
+def entropy_by_position(pattern: AttentionPattern) -> Figure:
+    """Mean entropy of the rows at each position of a sequence, one line a layer, under a causal mask's log(i+1)."""
+    values = grid(pattern.entropy_by_position, "entropy by position")
+    if values.shape[1] != len(pattern.positions):
+        raise UserError(f"entropy by position has {values.shape[1]} columns for {len(pattern.positions)} positions")
+    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("position in the sequence (tokens)")
+    axes.set_ylabel("mean entropy (nats)")
+    axes.grid(axis="y")
+    edges = np.array([*pattern.positions, max(pattern.context_length, pattern.positions[-1] + 1)])
+    # Means over a stretch of rows, as the values are.
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, edges[-1] + 1)))])
+    ceiling = (logs[edges[1:]] - logs[edges[:-1]]) / np.diff(edges)
+    _lines_by_layer(axes, ((edges[1:] + edges[:-1] - 1) / 2).tolist(), values, ceiling)
     return figure
 
 
 QUARTERS = ("0 to M/4", "M/4 to M/2", "M/2 to 3M/4", "3M/4 to M")
+
+
+def _quarter_colour(quarter: int) -> Any:
+    return matplotlib.colormaps["cividis"]((0.0, 0.36, 0.7, 1.0)[quarter])
 
 
 @_styled
@@ -194,12 +228,11 @@ def quartile_shares(shares: Mapping[str, Sequence[float]]) -> Figure:
     """
     figure = Figure(figsize=(7.2, 1.2 + 0.42 * max(len(shares), 1)), layout="constrained")
     axes = figure.add_subplot()
-    cmap = matplotlib.colormaps["cividis"]
     rows = np.arange(len(shares))
     table = np.array([[value if math.isfinite(value) else 0.0 for value in row] for row in shares.values()])
     left = np.zeros(len(shares))
     for quarter, label in enumerate(QUARTERS):
-        colour = cmap((0.0, 0.36, 0.7, 1.0)[quarter])
+        colour = _quarter_colour(quarter)
         widths = 100 * table[:, quarter]
         bars = axes.barh(rows, widths, left=left, height=0.7, color=colour, edgecolor="white", label=label)
         for bar, width in zip(bars, widths):
@@ -235,6 +268,146 @@ def thresholds(threshold: Sequence[Sequence[float]]) -> Figure:
     layers.grid(axis="x")
     layers.tick_params(axis="y", labelleft=True)
     return figure
+
+
+@_styled
+def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[float, float] | None = None) -> Figure:
+    """Share of heads in each quarter of M by the regulariser's margin gamma, and what it does to perplexity (Fig. 7).
+
+    `shares` maps gamma to the four shares between 0 and 1 that a diagnosis holds.
+    """
+    if not shares:
+        raise UserError("a sweep over gamma needs at least one run")
+    margins = sorted(shares)
+    known = {margin: value for margin, value in (perplexity or {}).items() if math.isfinite(value)}
+    figure = Figure(figsize=(9.2 if known else 6.4, 3.8), layout=ConstrainedLayoutEngine(wspace=0.06))
+    axes, *more = figure.subplots(1, 2 if known else 1, squeeze=False, width_ratios=(1.6, 1) if known else None)[0]
+    places = np.arange(len(margins))
+    table = np.array([[value if math.isfinite(value) else 0.0 for value in shares[margin]] for margin in margins])
+    bottom = np.zeros(len(margins))
+    for quarter, label in enumerate(QUARTERS):
+        colour = _quarter_colour(quarter)
+        bars = axes.bar(
+            places, 100 * table[:, quarter], bottom=bottom, width=0.75, color=colour, edgecolor="white", label=label
+        )
+        for bar, height in zip(bars, 100 * table[:, quarter]):
+            if height >= 6:
+                x, y = bar.get_x() + bar.get_width() / 2, bar.get_y() + height / 2
+                ink = "white" if _dark(colour) else "black"
+                axes.text(x, y, f"{height:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
+        bottom += 100 * table[:, quarter]
+    axes.set_xticks(places, [f"{margin:g}" for margin in margins])
+    axes.set_xlabel("margin γ (share of E_max)")
+    axes.set_ylabel("share of heads (%)")
+    axes.set_ylim(0, 100)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+    for beside in more:
+        beside.plot(list(known), list(known.values()), "o", color=PALETTE[0])
+        beside.plot(sorted(known), [known[margin] for margin in sorted(known)], color=PALETTE[0], linewidth=1)
+        beside.set_xticks(sorted(known), [f"{margin:g}" for margin in sorted(known)])
+        beside.set_xlabel("margin γ (share of E_max)")
+        beside.set_ylabel("held-out perplexity")
+        beside.grid(axis="y")
+    return figure
+
+
+@_styled
+def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
+    """Cost against held-out perplexity, a point a run, and the staircase of runs that no other beats in both.
+
+    `points` maps a run's name to (cost, perplexity), both positive; `cost` is the axis' label with its unit.
+    """
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(cost)
+    axes.set_ylabel("held-out perplexity")
+    axes.grid()
+    axes.set_axisbelow(True)
+    usable = {name: pair for name, pair in points.items() if all(math.isfinite(x) and x > 0 for x in pair)}
+    if not usable:
+        axes.text(0.5, 0.5, "no finite value is recorded", transform=axes.transAxes, ha="center")
+        return figure
+    best = frontier(usable)
+    steps = [usable[name] for name in best]
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color="#777777", linewidth=1, zorder=1)
+    middle = (min(x for x, _ in usable.values()) * max(x for x, _ in usable.values())) ** 0.5
+    for index, (name, (x, y)) in enumerate(usable.items()):
+        beaten = name not in best
+        colour = PALETTE[index % len(PALETTE)]
+        face = "white" if beaten else colour
+        axes.plot(x, y, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face, markeredgewidth=1.6)
+        right = x > middle
+        axes.annotate(
+            _name(name),
+            (x, y),
+            xytext=(-7 if right else 7, 6),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize=8.5,
+        )
+    if max(x for x, _ in usable.values()) > 4 * min(x for x, _ in usable.values()):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
+    axes.margins(x=0.12, y=0.16)
+    return figure
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other beats in one coordinate without losing in the other, cheapest first."""
+    best: list[str] = []
+    for name, (_, value) in sorted(points.items(), key=lambda item: item[1]):
+        if not best or value < points[best[-1]][1]:
+            best.append(name)
+    return best
+
+
+@_styled
+def folding(before: CostRecord, after: CostRecord) -> Figure:
+    """What folding leaves of a model: its FLOPs, numbers held and nonlinear operations, before and after."""
+    rows: dict[str, tuple[float, float]] = {
+        "FLOPs, feed-forward": (before.ffn_flops, after.ffn_flops),
+        "FLOPs, attention": (before.attention_flops, after.attention_flops),
+        "parameters": (before.parameters, after.parameters),
+    }
+    for index, record in enumerate((before, after)):
+        for item in record.nonlinear:
+            elements = item.count * item.shape[0] * item.shape[1]
+            old, new = rows.get(f"{item.operation}, elements", (0, 0))
+            rows[f"{item.operation}, elements"] = (old + elements, new) if index == 0 else (old, new + elements)
+    figure = Figure(figsize=(7.6, 1.4 + 0.52 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(rows))
+    for index, (label, colour) in enumerate((("before folding", PALETTE[4]), ("after folding", PALETTE[0]))):
+        shares = [100 * pair[index] / max(*pair, 1) for pair in rows.values()]
+        y = places + (index - 0.5) * 0.38
+        axes.barh(y, shares, height=0.36, color=colour, label=label)
+        for place, share, pair in zip(y, shares, rows.values()):
+            axes.annotate(
+                quantity(pair[index]),
+                (share, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+            )
+    axes.set_yticks(places, list(rows))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 118)
+    axes.set_xlabel("share of the larger of the two (%)")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8.5)
+    return figure
+
+
+def quantity(value: float) -> str:
+    """12,345,678 -> "12.3 M"."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
 
 
 @_styled
@@ -326,20 +499,44 @@ def bytes_per_operation(stages: Iterable[StageTraffic]) -> Figure:
     return figure
 
 
-def _png(figure: Figure, dpi: float) -> bytes:
-    buffer = io.BytesIO()
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read better on `colour`."""
+    return "#ffffff" if _dark(matplotlib.colors.to_rgb(colour)) else "#000000"
+
+
+def colour_scale(steps: int = 64) -> list[str]:
+    """The heatmaps' colours from low to high as "#rrggbb"; each step is lighter than the one before it."""
+    cmap = matplotlib.colormaps["cividis"]
+    return [matplotlib.colors.to_hex(cmap(i / (steps - 1))) for i in range(steps)]
+
+
+def _save(figure: Figure, file: Any, kind: str, dpi: float) -> None:
+    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+        # The same figure is the same file, whenever it is drawn.
+        matplotlib.rcParams.update({**STYLE, "svg.hashsalt": "entropi"})
+        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
 
 
-def to_png(figure: Figure, path: Path, dpi: float = 150) -> None:
-    """Write a figure as a PNG file."""
-    path.write_bytes(_png(figure, dpi))
+def write_figure(figure: Figure, path: Path, dpi: float = 150) -> None:
+    """Write a figure as PNG, or as SVG where the file's name ends so."""
+    kind = "svg" if path.suffix.lower() == ".svg" else "png"
+    buffer = io.BytesIO()
+    _save(figure, buffer, kind, dpi)
+    path.write_bytes(buffer.getvalue())
 
 
 def to_data_uri(figure: Figure, dpi: float = 110) -> str:
     """A figure as a `data:` URI, a PNG that an HTML page can hold."""
-    return "data:image/png;base64," + base64.b64encode(_png(figure, dpi)).decode("ascii")
+    buffer = io.BytesIO()
+    _save(figure, buffer, "png", dpi)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def to_pixels(figure: Figure, dpi: float = 80) -> np.ndarray:
+    """A figure as pixels `(height, width, 3)`, uint8, for a live view."""
+    buffer = io.BytesIO()
+    _save(figure, buffer, "png", dpi)
+    with Image.open(buffer) as picture:
+        return np.asarray(picture.convert("RGB"))

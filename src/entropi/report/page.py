@@ -2,119 +2,36 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
-import json
 import math
 import os
-import shlex
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-import yaml
+import markupsafe
 
 from entropi import records
 from entropi.errors import UserError
-from entropi.records import (
-    CostRecord,
-    DiagnosisRecord,
-    EntropySnapshot,
-    Evaluation,
-    PlaintextComparison,
-    PrivateRun,
-    Record,
-    RunStarted,
-    SkippedUpdate,
-    TrainingStep,
-)
+from entropi.records import Evaluation, Record
 from entropi.report import figures
-from entropi.report.traffic import OperationTraffic, Traffic, by_operation, by_pass
+from entropi.report.folder import Run, frames, read_run
+from entropi.report.heads import cells, explorer, in_script
+from entropi.report.words import duration, heads, number, pattern_in_words, percent, quote, rounded, sentence, size
 
 MAX_PAGE_BYTES = 5_000_000
-RESOLUTIONS = (110, 80, 55, 40)  # dots per inch; many runs share the page's size
-MAX_QUOTE = 240  # characters of a prompt or an answer in the summary; the transcript has all
+# Dots per inch of figures, and moments of a training to slide through: many runs share the page's size.
+RESOLUTIONS = ((110, 100), (80, 60), (55, 30), (40, 10))
+MAX_CELLS_WITH_NUMBERS = 200  # a run; with more heads than that, a number has no room in its cell
 
 T = TypeVar("T")
-
-
-@dataclass
-class Run:
-    """One run folder, read. Of kinds that are written more than once, the last record counts."""
-
-    folder: Path
-    name: str
-    started: RunStarted | None = None
-    steps: list[TrainingStep] = field(default_factory=list)
-    snapshots: list[EntropySnapshot] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    skipped: list[SkippedUpdate] = field(default_factory=list)
-    diagnosis: DiagnosisRecord | None = None
-    cost: CostRecord | None = None
-    private: PrivateRun | None = None
-    comparison: PlaintextComparison | None = None
-    config: str | None = None  # config.yaml as it stands
-    environment: list[tuple[str, str]] | None = None
-    command: str | None = None
-
-    @property
-    def architecture(self) -> str | None:
-        if self.started is not None:
-            return self.started.architecture
-        return self.cost.architecture if self.cost is not None else None
-
-    @property
-    def parameters(self) -> int | None:
-        if self.started is not None:
-            return self.started.parameters
-        return self.cost.parameters if self.cost is not None else None
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        return self.evaluations[-1] if self.evaluations else None
-
-    @property
-    def skipped_reasons(self) -> list[tuple[str, int]]:
-        return Counter(update.reason for update in self.skipped).most_common()
-
-    @property
-    def operations(self) -> list[OperationTraffic]:
-        return by_operation(self.private.stages) if self.private is not None else []
-
-    @property
-    def passes(self) -> list[tuple[int, Traffic]]:
-        return by_pass(self.private.stages) if self.private is not None else []
-
-    @property
-    def staged(self) -> Traffic:
-        """What all stages of the private run cost together."""
-        return sum((operation.total for operation in self.operations), Traffic())
-
-    @property
-    def private_bytes(self) -> int:
-        """All bytes of the private run: its stages, the set-up and the revealed shares."""
-        return self.private.bytes if self.private is not None else 0
-
-    @property
-    def largest_logit_error(self) -> float | None:
-        errors = self.comparison.max_logit_error if self.comparison is not None else []
-        return next((error for error in errors if not math.isfinite(error)), max(errors, default=None))
-
-    @property
-    def agreement(self) -> list[tuple[int, int | None, int | None, float | None, bool | None]]:
-        """Rows of (place, private token, plaintext token, largest logit error, same top-1)."""
-        if self.private is None or self.comparison is None:
-            return []
-        compared = self.comparison
-        columns = (
-            self.private.new_tokens,
-            compared.plaintext_tokens,
-            compared.max_logit_error,
-            compared.same_top1,
-        )
-        return [(place, *row) for place, row in enumerate(itertools.zip_longest(*columns), start=1)]
 
 
 @dataclass
@@ -144,8 +61,8 @@ def write_report(runs: list[Path], output: Path) -> Path:
     if not runs:
         raise UserError("a report needs at least one run folder")
     read = _with_distinct_names([read_run(Path(folder)) for folder in runs])
-    for dpi in RESOLUTIONS:
-        page = _render(read, dpi)
+    for dpi, moments in RESOLUTIONS:
+        page = _render(read, dpi, moments)
         if len(page) < MAX_PAGE_BYTES:
             break
     else:
@@ -162,88 +79,24 @@ def write_report(runs: list[Path], output: Path) -> Path:
     return output
 
 
-def read_run(folder: Path) -> Run:
-    """Read one run folder; `UserError` if it is none or if something in it is damaged."""
-    path = folder / records.RECORDS_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {records.RECORDS_FILE}")
-    run = Run(folder=folder, name=folder.resolve().name)
-    for record in records.read(path):
-        _check_shapes(record, path)
-        match record:
-            case RunStarted():
-                run.started = record
-                run.name = record.name.strip() or run.name
-            case TrainingStep():
-                run.steps.append(record)
-            case EntropySnapshot():
-                run.snapshots.append(record)
-            case Evaluation():
-                if run.evaluations and run.evaluations[-1].step == record.step:
-                    run.evaluations.pop()  # a last step is measured again, on more text
-                run.evaluations.append(record)
-            case SkippedUpdate():
-                run.skipped.append(record)
-            case DiagnosisRecord():
-                run.diagnosis = record
-            case CostRecord():
-                run.cost = record
-            case PrivateRun():
-                run.private = record
-            case PlaintextComparison():
-                run.comparison = record
-    if len({len(snapshot.entropy) for snapshot in run.snapshots}) > 1:
-        raise UserError(f"{path} is damaged: its entropy snapshots differ in their number of layers")
-    _read_settings(run)
-    return run
+def write_diagnosis(model: Path, found: Iterable[Record], output: Path) -> Path:
+    """Write the page about a model with what was just `found` about it, and return where it is.
 
-
-def _check_shapes(record: Record, path: Path) -> None:
-    """Types are checked when a line is read; shapes are not."""
-    for name in ("entropy", "threshold"):
-        matrix = getattr(record, name, None)
-        if matrix is not None:
-            try:
-                figures.grid(matrix, name)
-            except UserError as error:
-                raise UserError(f"{path} is damaged: {error}") from None
-    if isinstance(record, DiagnosisRecord) and len(record.quartile_shares) != 4:
-        raise UserError(f"{path} is damaged: a diagnosis has {len(record.quartile_shares)} quartile shares, not 4")
-
-
-def _read_settings(run: Run) -> None:
-    """`config.yaml` and `environment.json`, both allowed to be absent, and the command in either."""
-    config = _parse(run.folder / "config.yaml", yaml.safe_load, yaml.YAMLError)
-    environment = _parse(run.folder / "environment.json", json.loads, json.JSONDecodeError)
-    if config is not None:
-        run.config = config[0]
-    if environment is not None:
-        run.environment = [(key, text) for key, text in _flat(environment[1]) if key != "command"]
-    for source in (environment, config):
-        command = source[1].get("command") if source is not None and isinstance(source[1], dict) else None
-        if command and run.command is None:
-            run.command = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
-
-
-def _parse(path: Path, parse: Callable[[str], Any], damage: type[Exception]) -> tuple[str, Any] | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, parse(text)
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, damage) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged or cannot be read: {reason}") from None
-
-
-def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Leaves of nested dictionaries as ("outer.inner", text)."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        items = value if isinstance(value, list) else [value]
-        yield prefix or "value", ", ".join("none" if item is None else str(item) for item in items)
+    What stands in `model`'s own folder, if it is a run folder, is shown as well; nothing is written there.
+    An `Evaluation` among the findings counts only for a model that has none.
+    """
+    with tempfile.TemporaryDirectory(prefix="entropi-page-") as temporary:
+        folder = Path(temporary) / (model.resolve().name or "model")
+        folder.mkdir()
+        for name in (records.RECORDS_FILE, "config.yaml", "environment.json"):
+            if (model / name).is_file() and (model / records.RECORDS_FILE).is_file():
+                shutil.copyfile(model / name, folder / name)
+        path = folder / records.RECORDS_FILE
+        evaluated = path.exists() and any(isinstance(record, Evaluation) for record in records.read(path))
+        for record in found:
+            if not (evaluated and isinstance(record, Evaluation)):
+                records.append(path, record)
+        return write_report([folder], output)
 
 
 def _with_distinct_names(runs: list[Run]) -> list[Run]:
@@ -260,72 +113,6 @@ def _with_distinct_names(runs: list[Run]) -> list[Run]:
     return runs
 
 
-# Numbers in words
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number with thousands separated, or why there is none."""
-    if value is None:
-        return "not recorded"
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
-
-
-def rounded(value: float) -> str:
-    """1,712,345 -> "1.7 M"."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.1f} {unit}"
-    return number(value, 0)
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:,.2f} {unit}"
-    return f"{count} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, and minutes where that is easier to grasp."""
-    if not math.isfinite(seconds):
-        return "an unknown time"
-    if seconds >= 120:
-        return f"{seconds / 60:,.1f} min"
-    return f"{seconds:.1f} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"
-
-
-def percent(part: float, whole: float = 1.0) -> str:
-    """A share in percent; with nothing to share, a dash."""
-    return f"{100 * part / whole:.1f} %" if whole and math.isfinite(part / whole) else "–"
-
-
-def heads(pairs: Sequence[tuple[int, int]]) -> str:
-    """[(0, 1), (0, 3)] -> "layer 0: heads 1, 3"."""
-    if not pairs:
-        return "none"
-    layers = itertools.groupby(sorted(pairs), key=lambda pair: pair[0])
-    texts = []
-    for layer, group in layers:
-        members = [str(head) for _, head in group]
-        texts.append(f"layer {layer}: head{'s' if len(members) > 1 else ''} {', '.join(members)}")
-    return "; ".join(texts)
-
-
-def quote(text: str) -> str:
-    """A text on one line, cut to a length that a sentence can bear."""
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_QUOTE else line[: MAX_QUOTE - 1] + "…"
-
-
-def sentence(text: str) -> str:
-    """The text with a full stop, if it does not end in one."""
-    text = text.strip()
-    return text if text.endswith((".", "!", "?")) else text + "."
-
-
 # Figures
 
 
@@ -335,32 +122,6 @@ def _panel(title: str, figure: Any, alt: str, note: str, dpi: float) -> Panel:
 
 def _last(items: Iterable[T | None]) -> T | None:
     return next((item for item in reversed(list(items)) if item is not None), None)
-
-
-def _heatmap(run: Run, dpi: float) -> Panel:
-    title = "Entropy of every head"
-    context = run.started.context_length if run.started is not None else 0
-    if run.diagnosis is not None:
-        entropy, source = run.diagnosis.entropy, "from the diagnosis"
-        context = run.diagnosis.context_length or context
-    elif run.evaluation is not None:
-        entropy, source = run.evaluation.entropy, f"held-out text, step {run.evaluation.step:,}"
-    elif run.snapshots:
-        entropy, source = run.snapshots[-1].entropy, f"training batch, step {run.snapshots[-1].step:,}"
-    else:
-        return Panel(title, missing="No attention entropies are recorded.")
-    finite = [value for row in entropy for value in row if math.isfinite(value)]
-    span = f"from {min(finite):.2f} to {max(finite):.2f} nats" if finite else "none of them finite"
-    limit, scale = math.nan, "the context length T is not recorded"
-    if context > 1:
-        limit = math.log(context)
-        ceiling = figures.causal_maximum(context)
-        scale = f"the colour scale ends at log T = {limit:.2f}, of which a causal mask allows {ceiling:.2f}"
-    alt = f"Heatmap of {len(entropy)} layers by {len(entropy[0])} heads of {run.name}, entropies {span}."
-    note = (
-        f"Mean attention entropy in nats ({source}); {scale}. Near the top a head is overloaded, near zero collapsed."
-    )
-    return _panel(title, figures.entropy_heatmap(entropy, limit), alt, note, dpi)
 
 
 def _layerwise(run: Run, dpi: float) -> Panel:
@@ -412,6 +173,80 @@ def _losses(runs: Sequence[Run], dpi: float) -> Panel:
     return _panel(title, figure, f"Cross-entropy over training steps. {'; '.join(ends)}.", note, dpi)
 
 
+def _positions(run: Run, dpi: float) -> Panel:
+    title = "Entropy by position"
+    if run.pattern is None:
+        return Panel(title, missing="No entropies by position are recorded.")
+    pattern = run.pattern
+    ends = ", ".join(f"layer {layer} {number(row[-1])}" for layer, row in enumerate(pattern.entropy_by_position))
+    alt = f"Mean entropy of each layer of {run.name} by position in the sequence; at its end {ends} nats."
+    note = (
+        f"Mean over the heads of a layer, {pattern.sequences} held-out sequences of {pattern.context_length:,} tokens. "
+        "Dashed: the most a causal mask allows, which grows with the position; a layer that follows it attends evenly."
+    )
+    return _panel(title, figures.entropy_by_position(pattern), alt, note, dpi)
+
+
+def _folding(run: Run, dpi: float) -> Panel:
+    title = "Before and after folding"
+    if run.cost is None or run.folded_cost is None:
+        return Panel(title, missing="No counts after folding are recorded.")
+    before, after = run.cost, run.folded_cost
+    alt = (
+        f"Bars of {run.name} before and after folding: feed-forward FLOPs {rounded(before.ffn_flops)} and "
+        f"{rounded(after.ffn_flops)}, parameters {rounded(before.parameters)} and {rounded(after.parameters)}."
+    )
+    note = (
+        "What was trained, and what private inference computes if every layer folds. Folding merges what is linear; it "
+        "holds embedding and head as two matrices and every matrix with a bias, so the numbers held may grow."
+    )
+    return _panel(title, figures.folding(before, after), alt, note, dpi)
+
+
+def _pareto(runs: Sequence[Run], dpi: float) -> Panel:
+    title = "Cost against perplexity"
+    evaluated = [run for run in runs if run.evaluation is not None]
+    asked = [run for run in evaluated if run.private is not None and run.private.new_tokens]
+    counted = [run for run in evaluated if run.cost is not None]
+    if len(asked) >= 2:
+        label = "private inference, both directions (MB a generated token)"
+        cost = {run.name: run.private_bytes / 1e6 / len(run.private.new_tokens) for run in asked if run.private}
+        chosen = asked
+    elif len(counted) >= 2:
+        label = "one forward pass after folding (FLOPs)"
+        records_of = {run.name: run.folded_cost or run.cost for run in counted}
+        if not all(run.folded_cost for run in counted):
+            label = "one forward pass (FLOPs)"
+            records_of = {run.name: run.cost for run in counted}
+        cost = {name: float(c.ffn_flops + c.attention_flops) for name, c in records_of.items() if c is not None}
+        chosen = counted
+    else:
+        return Panel(title, missing="Fewer than two of these runs have both a held-out perplexity and a cost.")
+    points = {run.name: (cost[run.name], run.evaluation.perplexity) for run in chosen if run.evaluation is not None}
+    texts = (f"{name}: {figures.quantity(x)} and perplexity {number(y)}" for name, (x, y) in points.items())
+    note = "Filled: no other run is both cheaper and better. Perplexities compare only on the same text and tokenizer."
+    if any(run.name not in points for run in runs):
+        note += " Runs without both figures are left out."
+    return _panel(title, figures.pareto(points, label), f"{label} against perplexity. {'; '.join(texts)}.", note, dpi)
+
+
+def _sweep(runs: Sequence[Run], dpi: float) -> Panel | None:
+    """Runs that differ in gamma alone, as far as their names tell."""
+    swept: dict[float, Run] = {run.margin: run for run in runs if run.margin is not None and run.diagnosis is not None}
+    if len(swept) < 2 or len({run.started.name for run in swept.values() if run.started}) > 1:
+        return None
+    shares = {margin: run.diagnosis.quartile_shares for margin, run in swept.items() if run.diagnosis}
+    perplexity = {margin: run.evaluation.perplexity for margin, run in swept.items() if run.evaluation}
+    texts = (f"γ = {m:g}: {', '.join(percent(share) for share in row)}" for m, row in sorted(shares.items()))
+    return _panel(
+        "The margin of the regulariser",
+        figures.gamma_sweep(shares, perplexity),
+        f"Shares of heads from the lowest to the highest quarter by margin. {'; '.join(texts)}.",
+        "Share of heads in each quarter of M by the tolerated deviation γ (Fig. 7 of the paper).",
+        dpi,
+    )
+
+
 def _quartiles(runs: Sequence[Run], dpi: float) -> Panel:
     title = "Where the heads stand"
     diagnosed = {run.name: run.diagnosis.quartile_shares for run in runs if run.diagnosis is not None}
@@ -437,7 +272,7 @@ def _bytes(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.bytes_per_operation(run.private.stages), alt, note, dpi)
 
 
-def _render(runs: Sequence[Run], dpi: float) -> bytes:
+def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # prompts, answers and names come from anywhere
@@ -445,15 +280,32 @@ def _render(runs: Sequence[Run], dpi: float) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (number, rounded, size, duration, percent, heads, quote, sentence)
+    words = (number, rounded, size, duration, percent, heads, quote, sentence, pattern_in_words)
     environment.filters.update({function.__name__: function for function in words})
     private_runs = [run for run in runs if run.private is not None]
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    explored = explorer(runs, moments)
+    largest = [v for run in runs for f in frames(run) for row in f.entropy for v in row if math.isfinite(v)]
+    top = max((run["maximum"] for run in explored["runs"] if run["maximum"]), default=max(largest, default=1.0) or 1.0)
+    several = len(runs) > 1
     page = environment.get_template("page.html.j2").render(
         runs=runs,
-        panels=[[_heatmap(run, dpi), _layerwise(run, dpi), _thresholds(run, dpi), _losses([run], dpi)] for run in runs],
+        cells=[cells(run, explored["colours"], top) for run in runs],
+        labels=[found[-1].label if (found := frames(run)) else "" for run in runs],
+        top=top,
+        dense=MAX_CELLS_WITH_NUMBERS,
+        panels=[
+            [_losses([run], dpi), _layerwise(run, dpi), _positions(run, dpi), _thresholds(run, dpi)] for run in runs
+        ],
+        folding=[_folding(run, dpi) for run in runs],
         private_runs=private_runs,
         traffic=[_bytes(run, dpi) for run in private_runs],
         quartiles=_quartiles(runs, dpi),
-        losses=_losses(runs, dpi) if len(runs) > 1 else None,
+        losses=_losses(runs, dpi) if several else None,
+        pareto=_pareto(runs, dpi) if several else None,
+        sweep=_sweep(runs, dpi),
+        script=markupsafe.Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        data=markupsafe.Markup(in_script(explored)),
     )
     return page.encode("utf-8", errors="replace")

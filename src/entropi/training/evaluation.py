@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from entropi import records
+from entropi.entropy.recording import record_entropy
+
+PATTERN_SEQUENCES = 8
+MAX_STRETCHES = 64  # of positions: enough for a line in a figure
 
 
 @dataclass(frozen=True)
@@ -31,26 +39,71 @@ def evaluate_blocks(
 ) -> HeldOut:
     """Evaluate on `blocks` `(N, T)`; every token after the first of a block is predicted.
 
-    Float32 whatever the training precision, so that figures of different runs can be compared. `progress` is
-    called with the number of blocks done.
+    `model` is ours or any causal LM that `record_entropy` takes. Float32 whatever the training precision, so that
+    figures of different runs can be compared. `progress` is called with the number of blocks done.
     """
     # The class's own forward: mixed-precision training replaces the instance's by one under autocast.
     forward = type(model).forward
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     total, tokens, entropy = 0.0, 0, torch.zeros(0)
+    ours = getattr(model.config, "model_type", None) == "entropi"  # whose output holds the entropies
     for start in range(0, len(blocks), batch_size):
-        ids = torch.from_numpy(np.asarray(blocks[start : start + batch_size], dtype=np.int64)).to(device)
-        out = forward(model, ids, use_cache=False)
+        ids = _ids(model, blocks[start : start + batch_size])
+        with nullcontext() if ours else record_entropy(model) as recorded:
+            out = forward(model, ids, use_cache=False)
         losses = nn.functional.cross_entropy(
             out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
         )
         total += float(losses)
         tokens += ids.shape[0] * (ids.shape[1] - 1)
-        heads = torch.stack([e.double().mean(dim=-1).sum(dim=0) for e in out.entropies]).cpu()
+        if recorded is None:
+            heads = torch.stack([e.double().mean(dim=-1).sum(dim=0) for e in out.entropies]).cpu()
+        else:
+            heads = recorded.mean().double().cpu() * len(ids)
         entropy = heads if start == 0 else entropy + heads
         if progress is not None:
             progress(min(start + batch_size, len(blocks)))
     model.train(was_training)
     return HeldOut(cross_entropy=total / tokens, tokens=tokens, entropy=entropy / len(blocks))
+
+
+def _ids(model: nn.Module, blocks: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(blocks, dtype=np.int64)).to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def observe_patterns(
+    model: nn.Module, blocks: np.ndarray, progress: Callable[[int], None] | None = None
+) -> records.AttentionPattern:
+    """Where the heads of `model` look on `blocks` `(N, T)`, one at a time, and their entropy by position.
+
+    `model` is ours or any causal LM that `record_entropy` takes. T x T weights are held for no layer.
+    """
+    forward = type(model).forward
+    was_training = model.training
+    model.eval()
+    sums, entropy = torch.zeros(0), torch.zeros(0)
+    for done, block in enumerate(blocks, start=1):
+        with record_entropy(model, keep_rows=True, keep_patterns=True) as recorded:
+            forward(model, _ids(model, block[None]), use_cache=False)
+        patterns = torch.stack([torch.stack(recorded.patterns[i][0])[:, 0] for i in recorded.layers]).cpu()  # (L, 4, H)
+        rows = torch.stack([recorded.rows[layer][0].double().mean(dim=(0, 1)) for layer in recorded.layers]).cpu()
+        sums, entropy = (patterns, rows) if done == 1 else (sums + patterns, entropy + rows)
+        if progress is not None:
+            progress(done)
+    model.train(was_training)
+    distance, on_first, on_previous, on_itself = (sums / len(blocks)).unbind(dim=1)
+    length = blocks.shape[1]
+    edges = [round(i * length / min(length, MAX_STRETCHES)) for i in range(min(length, MAX_STRETCHES) + 1)]
+    stretches = [(entropy[:, a:b] / len(blocks)).mean(dim=1) for a, b in itertools.pairwise(edges)]
+    return records.AttentionPattern(
+        sequences=len(blocks),
+        context_length=length,
+        distance=distance.tolist(),
+        on_first=on_first.tolist(),
+        on_previous=on_previous.tolist(),
+        on_itself=on_itself.tolist(),
+        positions=edges[:-1],
+        entropy_by_position=torch.stack(stretches, dim=1).tolist(),
+    )

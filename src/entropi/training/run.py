@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_model
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 from entropi import records
@@ -35,9 +43,16 @@ from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.training.callbacks import CheckpointSeal, InterruptBetweenSteps, NonFiniteGuard, RunRecorder
+from entropi.training.callbacks import (
+    CheckpointSeal,
+    InterruptBetweenSteps,
+    Live,
+    LiveView,
+    NonFiniteGuard,
+    RunRecorder,
+)
 from entropi.training.checkpoints import Checkpoint, newest_whole
-from entropi.training.evaluation import HeldOut, evaluate_blocks
+from entropi.training.evaluation import PATTERN_SEQUENCES, HeldOut, evaluate_blocks, observe_patterns
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
 from entropi.training.trainer import BlockDataset, EntropiTrainer
 
@@ -51,8 +66,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 ENVIRONMENT_FILE = "environment.json"
 
 
-def train(recipe: Recipe, folder: Path) -> Path:
+def train(recipe: Recipe, folder: Path, live: Live | None = None) -> Path:
     """Train as `recipe` says into the run folder `folder`; continue there if it holds an unfinished run of it.
+
+    The records are written in any case; `live` shows them in a tracker as well.
 
     Returns:
         The folder of the trained model, ready for `from_pretrained`.
@@ -78,12 +95,12 @@ def train(recipe: Recipe, folder: Path) -> Path:
         model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, entries))
         checkpoint = _resume_point(recipe, folder, prepared, console)
         _record_start(recipe, folder, model, prepared, architecture, checkpoint)
-        _optimize(recipe, folder, model, prepared, checkpoint, console)
+        _optimize(recipe, folder, model, prepared, checkpoint, console, live)
 
         heldout = prepared.packed.heldout
         with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
             result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
-        _record_result(folder, recipe, model, result)
+        _record_result(folder, recipe, model, result, heldout)
         _save_model(model, prepared.tokenizer, recipe, result, model_folder)
     return model_folder
 
@@ -95,6 +112,7 @@ def _optimize(
     prepared: Prepared,
     checkpoint: Checkpoint | None,
     console: Console,
+    live: Live | None,
 ) -> None:
     """Bring `model` from `checkpoint`, or from the start, to the last step."""
     done = checkpoint.step if checkpoint else 0
@@ -115,7 +133,7 @@ def _optimize(
     interrupt = InterruptBetweenSteps()
     trainer = EntropiTrainer(
         model=model,
-        args=_training_arguments(recipe, folder),
+        args=_training_arguments(recipe, folder, live),
         train_dataset=BlockDataset(prepared.packed.train),
         callbacks=[
             recorder,
@@ -127,12 +145,14 @@ def _optimize(
         recorder=recorder,
     )
     trainer.remove_callback(PrinterCallback)
+    if live is not None:
+        recorder.watchers.append(LiveView(live, trainer, folder))
     with progress, interrupt.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
 
 
-def diagnose_heldout(result: HeldOut, context_length: int) -> records.DiagnosisRecord:
-    """The diagnosis of an evaluation.
+def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> records.DiagnosisRecord:
+    """The diagnosis of an evaluation on the text that `source` describes.
 
     Raises:
         UserError: entropies that are not finite: the model has diverged.
@@ -150,6 +170,7 @@ def diagnose_heldout(result: HeldOut, context_length: int) -> records.DiagnosisR
         overloaded=found.overloaded,
         collapsed=found.collapsed,
         verdict=found.verdict,
+        source=source,
     )
 
 
@@ -200,6 +221,53 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
             f"the model {model.config.vocab_size}"
         )
     return model.eval(), tokenizer, folder
+
+
+def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
+    """Any causal LM that transformers saved in a folder, without running code of the folder's.
+
+    Returns:
+        The model in float32, its tokenizer, the id that ends a text, and whether that id also begins every sequence.
+
+    Raises:
+        UserError: what cannot be opened, in one line.
+    """
+    path = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+    opened = []
+    for part in ("model", "tokenizer"):
+        try:
+            with _quiet_transformers():
+                if part == "model":
+                    weights = dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+                    opened += AutoModelForCausalLM.from_pretrained(path, **weights, **settings)
+                else:
+                    opened.append(AutoTokenizer.from_pretrained(path, **settings))
+        except Exception as error:  # whatever its parsers raise; the user needs the folder and the reason
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"the {part} in {path} cannot be opened: {reason}") from None
+    model, loading, tokenizer = opened
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"the model in {path} is damaged: {missing[0]} is missing")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer in {path} cannot be used: tokenizer.json is missing")
+    begins = bool(ids := tokenizer("a").input_ids) and ids[0] == tokenizer.bos_token_id
+    end = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
+    if end is None:
+        raise UserError(f"the tokenizer in {path} cannot be used: it has no token that ends a text")
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > entries:
+        raise UserError(f"the model in {path} is damaged: its tokenizer has {len(tokenizer)} entries, it has {entries}")
+    return model.eval(), tokenizer.backend_tokenizer, int(end), begins
+
+
+def model_type(path: Path) -> str | None:
+    """What kind of model a run folder or a saved model holds, as far as its config.json says."""
+    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    try:
+        return str(json.loads((folder / "config.json").read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
@@ -381,7 +449,10 @@ def _tokens_per_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
 
 
-def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) -> TrainingArguments:
+    # A tracker's own names, as far as this version of transformers knows them; nothing is ever put on a public page.
+    tracking = {"project": "entropi", "trackio_space_id": None, "trackio_static_space_id": False}
+    known = {field.name for field in fields(TrainingArguments)}
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS_FOLDER),
         max_steps=recipe.steps,
@@ -409,12 +480,16 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        report_to="none",
+        report_to=[live.tracker] if live is not None else "none",
+        run_name=folder.resolve().name,
+        **{name: value for name, value in tracking.items() if name in known},
         disable_tqdm=True,
     )
 
 
-def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut) -> None:
+def _record_result(
+    folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut, heldout: np.ndarray
+) -> None:
     path = folder / records.RECORDS_FILE
     records.append(
         path,
@@ -427,8 +502,11 @@ def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, resu
         ),
     )
     if bool(torch.isfinite(result.entropy).all()):  # a model that diverged in its last step has no diagnosis
-        records.append(path, diagnose_heldout(result, recipe.context_length))
-    records.append(path, count(model.config, recipe.context_length))
+        source = f"held-out text of {Path(recipe.corpus).name}, {len(heldout):,} sequences"
+        records.append(path, diagnose_heldout(result, recipe.context_length, source))
+        records.append(path, observe_patterns(model, heldout[:PATTERN_SEQUENCES]))
+    for folded in (False, True):
+        records.append(path, count(model.config, recipe.context_length, folded=folded))
 
 
 def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, result: HeldOut, folder: Path) -> None:

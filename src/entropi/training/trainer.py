@@ -64,15 +64,14 @@ class EntropiTrainer(Trainer):
         assert isinstance(self.eval_dataset, BlockDataset)
         result = evaluate_blocks(self.model, self.eval_dataset.blocks, self.args.per_device_eval_batch_size)
         if self.is_world_process_zero():
-            records.append(
-                self.recorder.path,
+            self.recorder.write(
                 records.Evaluation(
                     step=self.state.global_step,
                     cross_entropy=result.cross_entropy,
                     perplexity=result.perplexity,
                     tokens=result.tokens,
                     entropy=result.entropy.tolist(),
-                ),
+                )
             )
         self.recorder.resume_clock(paused_at)
         metrics = {"eval_loss": result.cross_entropy, "eval_perplexity": result.perplexity}

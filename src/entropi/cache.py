@@ -1,4 +1,4 @@
-"""Where tokenizers and token streams are kept between runs, and how a file gets there whole or not at all."""
+"""Where tokenizers, token streams and compiled code are kept between runs, and how a file gets there whole."""
 
 from __future__ import annotations
 

@@ -1,0 +1,842 @@
+"""Two machines that do not trust each other: certificates, limits, broken lines, what a server tells of itself."""
+
+import asyncio
+import datetime
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("spu")
+pytest.importorskip("cryptography")
+import aiohttp
+from aiohttp import web
+from cryptography import x509
+from rich.console import Console
+
+from entropi import cli
+from entropi.console import ProgressLine
+from entropi.errors import UserError
+from entropi.private import certificates, client, connect, monitoring, server
+from entropi.private.certificates import Tls, issue, tls_files
+from entropi.private.client import Sampling, Watcher
+from entropi.private.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
+from entropi.private.session import Party, load_folded, parse_address
+from entropi.private.tunnel import Tunnel
+from serving import (
+    HANGING,
+    PROMPT,
+    TOLERANCE,
+    Server,
+    ThreadedApp,
+    hello,
+    no_parties_left,
+    parties,
+    plain_logits,
+    run_cli,
+    wait_for,
+)
+
+pytest_plugins = ["serving"]  # its fixtures
+two_party = pytest.mark.two_party
+_spec = importlib.util.spec_from_file_location("network", Path(__file__).parent.parent / "benchmarks" / "network.py")
+network = sys.modules["network"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(network)
+
+
+def files(folder, name):
+    """TLS files of one of the certificates in a folder."""
+    return Tls(folder / f"{name}.pem", folder / f"{name}-key.pem", folder / "ca.pem")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """Certificates of a server on this machine and two clients; and of strangers with another authority."""
+    folder = tmp_path_factory.mktemp("certificates")
+    issue(folder, ["localhost", "127.0.0.1"], ["alice", "bob"], days=2)
+    issue(folder, ["elsewhere.example"], [], days=2)
+    issue(folder / "strangers", ["127.0.0.1"], ["mallory"], days=2)
+    return folder
+
+
+# --- Certificates -----------------------------------------------------------------------------------------------------
+
+
+def test_certificates_say_what_they_are_for(tmp_path, capsys):
+    words = ["certificates", str(tmp_path), "--server", "gpu.example", "10.1.2.3", "::1", "--client", "a", "b"]
+    assert cli.main(words) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(path.name for path in written) == sorted(path.name for path in tmp_path.iterdir())
+    for path in written:
+        secret = "key" in path.name
+        assert stat.S_IMODE(path.stat().st_mode) == (0o600 if secret else 0o644)
+        assert (b"PRIVATE KEY" in path.read_bytes()) == secret
+    loaded = {p.stem: x509.load_pem_x509_certificate(p.read_bytes()) for p in written if "key" not in p.name}
+    names = loaded["gpu.example"].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["gpu.example"]
+    assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["10.1.2.3", "::1"]
+    for name, purpose in (("gpu.example", "serverAuth"), ("a", "clientAuth"), ("b", "clientAuth")):
+        usage = loaded[name].extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        assert [use._name for use in usage] == [purpose]
+        loaded[name].verify_directly_issued_by(loaded["ca"])
+        assert loaded[name].not_valid_after_utc > datetime.datetime.now(datetime.timezone.utc)
+    again = tmp_path / "ca.pem"
+    before = again.read_bytes()
+    assert cli.main(["certificates", str(tmp_path), "--client", "c"]) == 0
+    assert again.read_bytes() == before
+    x509.load_pem_x509_certificate((tmp_path / "c.pem").read_bytes()).verify_directly_issued_by(loaded["ca"])
+
+
+def test_impossible_certificates_are_told_all_at_once(tmp_path, capfd):
+    issue(tmp_path, [], ["alice"], days=1)
+    names = ["--server", "a b", "--client", "../x", "alice", "ca", "y", "y", "--days", "0"]
+    status, line = run_cli(capfd, "certificates", tmp_path, *names)
+    assert status == 2
+    for problem in ("'a b' is no host", "'../x' cannot", "alice.pem exists", "'ca' cannot", "twice", "0 days"):
+        assert problem in line
+    assert {p.name for p in tmp_path.iterdir()} == {"ca.pem", "ca-key.pem", "alice.pem", "alice-key.pem"}
+    assert "neither" in run_cli(capfd, "certificates", tmp_path / "other")[1]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("damage", ["other key", "garbage", "no key"])
+def test_a_damaged_authority(tmp_path, capfd, damage):
+    issue(tmp_path, [], ["alice"], days=1)
+    key = tmp_path / "ca-key.pem"
+    if damage == "other key":
+        key.write_bytes((tmp_path / "alice-key.pem").read_bytes())
+    elif damage == "garbage":
+        key.write_bytes(b"\xff\x00")
+    else:
+        key.unlink()
+    status, line = run_cli(capfd, "certificates", tmp_path, "--client", "bob")
+    assert status == 2
+    assert "ca-key.pem" in line
+    assert not (tmp_path / "bob.pem").exists()
+
+
+def shake_hands(server_side, client_side, host):
+    """A TLS handshake in memory: the error of the client or the server, or the negotiated version."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client_side.wrap_bio(to_client, to_server, server_hostname=host),
+        server_side.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(4):  # the server looks at the client's certificate after the client is done
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                return getattr(error, "verify_message", "") or error.reason
+    return ends[0].version()
+
+
+@pytest.mark.parametrize(
+    ("servers", "clients", "host", "outcome"),
+    [
+        ("localhost", "alice", "127.0.0.1", "TLSv1.3"),
+        ("localhost", "bob", "localhost", "TLSv1.3"),
+        ("localhost", "alice", "other.example", "Hostname mismatch"),
+        ("elsewhere.example", "alice", "127.0.0.1", "IP address mismatch"),
+        ("strangers/127.0.0.1", "alice", "127.0.0.1", "unable to get local issuer"),
+        ("localhost", "strangers/mallory", "127.0.0.1", "unable to get local issuer"),
+        ("alice", "bob", "alice", "unsuitable certificate purpose"),  # a client that poses as the server
+        ("localhost", "elsewhere.example", "127.0.0.1", "unsuitable certificate purpose"),
+    ],
+)
+def test_who_is_believed(authority, servers, clients, host, outcome):
+    own = authority / "ca.pem"  # what both sides believe in
+    server_side = Tls(authority / f"{servers}.pem", authority / f"{servers}-key.pem", own).server_context()
+    client_side = Tls(authority / f"{clients}.pem", authority / f"{clients}-key.pem", own).client_context()
+    assert outcome in shake_hands(server_side, client_side, host)
+
+
+def test_nobody_is_answered_without_a_certificate_or_on_old_tls(authority):
+    server_side = files(authority, "localhost").server_context()
+    naked = ssl.create_default_context(cafile=authority / "ca.pem")
+    assert shake_hands(server_side, naked, "localhost") == "PEER_DID_NOT_RETURN_A_CERTIFICATE"
+    old = files(authority, "alice").client_context()
+    old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2
+    assert "UNSUPPORTED_PROTOCOL" in shake_hands(server_side, old, "localhost")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"--tls-key": None}, "--tls-key is missing"),
+        ({"--tls-key": None, "--server-ca": None}, "--tls-key and --server-ca is missing"),
+        ({"--tls-cert": "nothing.pem"}, "cannot read"),
+        ({"--tls-key": "bob-key.pem"}, "are not a certificate and its private key"),
+        ({"--server-ca": "alice-key.pem"}, "holds no certificate of an authority"),
+    ],
+)
+def test_unusable_tls_files(authority, capfd, change, complaint):
+    given = {"--tls-cert": "alice.pem", "--tls-key": "alice-key.pem", "--server-ca": "ca.pem", **change}
+    words = [word for name, file in given.items() if file for word in (name, authority / file)]
+    status, line = run_cli(capfd, "ask", "hello", "--server", "example.org:1", *words)
+    assert status == 2
+    assert complaint in line
+
+
+def test_a_key_with_a_password_is_not_waited_for(authority, tmp_path):
+    key = certificates.serialization.load_pem_private_key((authority / "alice-key.pem").read_bytes(), None)
+    locked = tmp_path / "locked.pem"
+    serialization = certificates.serialization
+    locked.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    with pytest.raises(UserError, match="protected by a password"):
+        Tls(authority / "alice.pem", locked, authority / "ca.pem").client_context()
+
+
+def test_addresses():
+    assert parse_address("localhost:1") == ("127.0.0.1", 1)
+    assert parse_address("[::1]:9000") == ("::1", 9000)
+    assert parse_address("gpu.example:9000", tls=True) == ("gpu.example", 9000)
+    assert parse_address("localhost:9000", tls=True) == ("localhost", 9000)  # a name the certificate may bear
+    assert parse_address("[2001:db8::1]:9000", tls=True) == ("2001:db8::1", 9000)
+    for address in ("gpu.example", "http://a:1", "a b:1", "a/b:1", "::1:1", "a:1x", "a\n:1"):
+        with pytest.raises(UserError, match="HOST:PORT"):
+            parse_address(address, tls=True)
+    assert tls_files(None, None, None, "--server-ca") is None
+
+
+# --- Choosing, counting -----------------------------------------------------------------------------------------------
+
+
+def test_sampling_follows_the_distribution():
+    logits = np.array([0.0, 2.0, 1.0, -1.0])
+    random = np.random.default_rng(0)
+    assert Sampling().choose(logits, random) == 1
+    drawn = [Sampling(temperature=0.5).choose(logits, random) for _ in range(4000)]
+    weights = np.exp(logits / 0.5)
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    assert np.abs(shares - weights / weights.sum()).max() < 4 * 0.5 / np.sqrt(len(drawn))  # four standard deviations
+    assert {Sampling(1.0, top_k=2).choose(logits, random) for _ in range(200)} == {1, 2}
+    assert Sampling(1e-300).choose(logits, random) == 1  # no overflow
+    first, second = ([Sampling(2.0).choose(logits, r) for _ in range(50)] for r in map(np.random.default_rng, (7, 7)))
+    assert first == second
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"seed": -1}])
+def test_impossible_sampling(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_quota_of_a_client():
+    quota = server.Quota(server.Limits(client_sessions=2, client_tokens=10))
+    with quota.session("alice", 4), quota.session("alice", 4):
+        with pytest.raises(server.Refusal, match="2 sessions already"), quota.session("alice", 1):
+            pass
+        with quota.session("bob", 10), quota.session("", 1000), quota.session("", 1000), quota.session("", 1000):
+            pass
+        for _ in range(3):
+            quota.count_token("alice")
+    with pytest.raises(server.Refusal, match="7 more tokens"), quota.session("alice", 8):
+        pass
+    with quota.session("alice", 7):
+        pass
+
+
+def test_quota_forgets_after_a_day(monkeypatch):
+    quota = server.Quota(server.Limits(client_tokens=1))
+    quota.count_token("alice")
+    with pytest.raises(server.Refusal), quota.session("alice", 1):
+        pass
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + server.DAY_SECONDS + 1)
+    with quota.session("alice", 1):
+        pass
+
+
+class Line:
+    """A client in the queue: what it was told, and nothing to say."""
+
+    def __init__(self):
+        self.told, self.leaves = [], asyncio.Event()
+
+    async def send_str(self, text):
+        self.told.append(json.loads(text)["ahead"])
+
+    async def receive(self):
+        await self.leaves.wait()
+        return aiohttp.WSMessage(aiohttp.WSMsgType.CLOSED, None, None)
+
+
+def test_the_queue_is_first_come_first_served(monkeypatch):
+    monkeypatch.setattr(server, "QUEUE_SECONDS", 0.01)
+    counters = monitoring.Counters()
+    order = []
+
+    async def enter(slots, name, line, done):
+        async with slots.slot(line):
+            order.append(name)
+            await done.wait()
+
+    async def scenario():
+        slots = server.Slots(server.Limits(max_sessions=1, max_queue=2), counters)
+        lines, dones = [Line() for _ in range(4)], [asyncio.Event() for _ in range(4)]
+        tasks = []
+        for index in range(4):
+            tasks.append(asyncio.create_task(enter(slots, index, lines[index], dones[index])))
+            await asyncio.sleep(0.03)
+        assert (counters.sessions, counters.waiting) == (1, 2)
+        with pytest.raises(server.Refusal, match="busy"):
+            await tasks[3]
+        lines[1].leaves.set()  # the first in the queue gives up
+        with pytest.raises(server.ClientLeft):
+            await tasks[1]
+        await asyncio.sleep(0.05)
+        assert [line.told for line in lines] == [[], [0], [1, 0], []]
+        dones[0].set()
+        await asyncio.sleep(0.05)
+        assert order == [0, 2]
+        dones[2].set()
+        await asyncio.gather(tasks[0], tasks[2])
+        assert (counters.sessions, counters.waiting) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_waiting_has_an_end():
+    async def scenario():
+        slots = server.Slots(server.Limits(queue_seconds=0.01), monitoring.Counters())
+        async with slots.slot(Line()):
+            with pytest.raises(server.Refusal, match="too long"):
+                async with slots.slot(Line()):
+                    pass
+        async with slots.slot(Line()):
+            pass
+
+    asyncio.run(scenario())
+
+
+def metrics_of(text):
+    """Name and labels -> value of a Prometheus exposition; every sample has help and a type before it."""
+    found, described = {}, set()
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            described.add(line.split()[2])
+        elif not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            assert name.partition("{")[0] in described
+            found[name] = float(value)
+    assert text.endswith("\n")
+    return found
+
+
+def test_metrics():
+    counters = monitoring.Counters(sessions=1, tokens=5, sent_bytes=10**15, session_seconds=1.5)
+    counters.endings["failed"] += 2
+    found = metrics_of(counters.exposition())
+    assert found["entropi_sessions"] == 1
+    assert found["entropi_sent_bytes_total"] == 10**15
+    assert found["entropi_session_seconds_total"] == 1.5
+    assert found['entropi_connections_total{ending="failed"}'] == 2
+    assert found['entropi_connections_total{ending="finished"}'] == 0
+
+
+def test_log_lines_for_programs():
+    lines = []
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            lines.append(self.format(record))
+
+    logger, handler = logging.Logger("test"), Kept()
+    handler.setFormatter(monitoring.JsonLines())
+    logger.addHandler(handler)
+    monitoring.SessionLog(logger, "ab12", "alice/00ff").info("a %s", "token\n", fields={"sent_bytes": 3})
+    try:
+        raise RuntimeError("boom")
+    except RuntimeError:
+        logger.exception("failed")
+    first, second = map(json.loads, lines)
+    assert first.pop("time").endswith("+00:00")
+    assert first == {
+        "level": "info",
+        "message": "session ab12: a token\n",
+        "session": "ab12",
+        "client": "alice/00ff",
+        "sent_bytes": 3,
+    }
+    assert "boom" in second["trace"]
+
+
+@pytest.mark.parametrize("name", ["max_queue", "queue_seconds", "stall_seconds", "memory_gb", "client_tokens"])
+def test_limits_that_let_nobody_in(name):
+    with pytest.raises(UserError, match=name):
+        server.Limits(**{name: -1})
+
+
+def test_metrics_know_no_certificates_and_stay_at_home(tmp_path, capfd):
+    status, line = run_cli(capfd, "serve", tmp_path, "--metrics", "0.0.0.0:9001", "--listen", "127.0.0.1:0")
+    assert status == 2
+    assert "loopback" in line
+
+
+# --- A slow line ------------------------------------------------------------------------------------------------------
+
+
+def test_the_slow_line_is_as_slow_as_it_says():
+    payload = os.urandom(1 << 20)
+
+    async def echo(reader, writer):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def measure(address, size):
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(b"x")
+        await reader.readexactly(1)
+        started = time.perf_counter()
+        writer.write(payload[:size])
+        assert await reader.readexactly(size) == payload[:size]
+        writer.close()
+        return time.perf_counter() - started
+
+    async def scenario():
+        target = await asyncio.start_server(echo, "127.0.0.1", 0)
+        line = network.SlowLine(f"127.0.0.1:{target.sockets[0].getsockname()[1]}", network.Line(40e6, 0.05))
+        short, long = await measure(line.address, 1), await measure(line.address, len(payload))
+        line.close()
+        target.close()
+        return short, long
+
+    short, long = asyncio.run(scenario())
+    assert 0.1 <= short < 0.4  # a round trip
+    assert 0.1 + 8 * len(payload) / 40e6 <= long < 1.5  # both directions carry at the same time
+
+
+def test_a_tunnel_drops_what_is_no_link(tmp_path):
+    async def scenario():
+        async def send(message):
+            raise AssertionError
+
+        async with Tunnel(SERVER, send) as tunnel:
+            folder = Path(tunnel.links[0].removeprefix("unix:")).parent
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            for message in (b"", b"\x02x", b"{}", b"\x00an answer to nothing"):
+                with pytest.raises(Exception, match=r"no part of|has not spoken"):
+                    await tunnel.receive(message)
+        assert not folder.exists()
+
+    asyncio.run(scenario())
+
+
+# --- What a person sees -----------------------------------------------------------------------------------------------
+
+
+def test_text_stands_above_the_bar_while_it_grows_and_leaves_with_it():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    with ProgressLine("private inference", 10, console=console) as line:
+        line.update(3, "token 1, exp")
+        line.show("[bold]import")
+        line.expect(20)
+        line.show("[bold]import os")
+        seen = screen.getvalue()
+    assert seen.index("[bold]import") < seen.rindex("private inference")  # no markup, and above
+    assert "3/20" in seen
+    assert "import os" in seen
+    assert "import os" not in screen.getvalue()[len(seen) :]  # the caller prints it to where it belongs
+
+
+# --- The pages --------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+
+
+def test_commands_of_the_page_parse_and_what_it_links_exists():
+    blocks = re.findall(r"```(?:sh|ini)\n(.*?)```", PAGE, flags=re.DOTALL)
+    found = [
+        match for block in blocks for match in re.findall(r"^(?:.*/bin/)?entropi (.*)$", block, flags=re.MULTILINE)
+    ]
+    assert {shlex.split(words)[0] for words in found} == {"certificates", "fold", "serve", "ask"}
+    for words in found:
+        cli.build_parser().parse_args(cli._with_underscores(shlex.split(words)))
+    for page in ("deploy.md", "security.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(((?!http)[^)#]+)", text):
+            assert (ROOT / "docs" / target).exists(), target
+
+
+def test_options_of_the_pages_exist():
+    serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
+    asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
+    certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
+    known = {*serving, *asking, *certifying, "no_deps", "link"}
+    text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
+
+
+# --- Two parties over TLS ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def secured(folded, scratch, authority):
+    """A server with TLS and JSON lines in its log."""
+    keys = ["--tls-cert", authority / "localhost.pem", "--tls-key", authority / "localhost-key.pem"]
+    limits = ["--max-sessions", 2, "--memory-gb", 12, "--client-tokens", 200]
+    options = [*keys, "--clients-ca", authority / "ca.pem", "--log", "json", *limits]
+    started = Server(folded, scratch / "secured.log", *options)
+    yield started
+    started.process.terminate()
+    assert started.process.wait(HANGING) == 0
+
+
+def fetch(secured, path):
+    """Status and text of a page of the server's metrics address."""
+    address = next(json.loads(line)["message"] for line in secured.log.splitlines() if "metrics on" in line)
+    url = address.removeprefix("metrics on ").replace("/metrics", path)
+
+    async def get():
+        async with aiohttp.ClientSession() as http, http.get(url) as response:
+            return response.status, await response.text()
+
+    return asyncio.run(get())
+
+
+@two_party
+def test_answers_are_the_models_and_sampling_is_the_clients(secured, authority, model, scratch, capsys):
+    tls, logits = files(authority, "alice"), scratch / "sampled.npy"
+    address = f"localhost:{secured.address().rpartition(':')[2]}"  # the certificate has both names
+    words = ["ask", PROMPT, "--server", address, "--max-new-tokens", "3", "--temperature", "0.7", "--seed", "5"]
+    words += ["--top-k", "20", "--logits", str(logits), "--json"]
+    words += ["--tls-cert", str(tls.cert), "--tls-key", str(tls.key), "--server-ca", str(tls.ca)]
+    assert cli.main(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    random, ids = np.random.default_rng(5), list(record["prompt_tokens"])
+    for row, token in zip(np.load(logits), record["new_tokens"], strict=True):
+        assert np.abs(row - plain_logits(model[1], ids)).max() < TOLERANCE
+        assert token == Sampling(0.7, 20).choose(row, random)
+        ids.append(token)
+
+
+@pytest.fixture(scope="module")
+def reticent(folded, scratch):
+    """Two servers that reveal less: the four likeliest tokens, with public embeddings, and the likeliest only."""
+    options = {
+        "top_k": ["--output", "top_k", "--choices", 4, "--embedding", "public"],
+        "argmax": ["--output", "argmax"],
+    }
+    started = {name: Server(folded, scratch / f"{name}.log", *words) for name, words in options.items()}
+    yield started
+    for one in started.values():
+        one.process.kill()
+        one.process.wait()
+
+
+@two_party
+def test_a_server_may_reveal_the_likeliest_tokens_only(reticent, model, scratch):
+    alike = connect(reticent["top_k"].address())
+    assert "the 4 likeliest tokens and their logits" in alike.trust
+    assert "embeddings are public" in alike.trust
+    happened, stages = [], []
+    watcher = Watcher(begin=stages.append, stage=lambda done, _: stages.append(done), status=happened.append)
+    answer = alike.ask(PROMPT, 2, watcher=watcher, sampling=Sampling(1.0, seed=3))
+    assert happened == ["fetching the public token embeddings"]
+    assert stages == [len(stages) - 1, *range(1, len(stages))]  # as many operations as were announced
+    ids, random = list(answer.record.prompt_tokens), np.random.default_rng(3)
+    for revealed, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        expected = plain_logits(model[1], ids)
+        order = np.argsort(-expected)[:4]
+        assert np.abs(revealed - expected[order]).max() < TOLERANCE
+        choice = Sampling(1.0).choose(revealed, random)
+        assert abs(expected[token] - expected[order[choice]]) < 2 * TOLERANCE  # the same one, but for near ties
+        ids.append(token)
+    assert {stage.bytes for stage in answer.record.stages if stage.name == "embedding"} == {0}
+    assert list(scratch.glob("entropi-ask-*")) == []
+
+
+@two_party
+def test_a_server_may_reveal_the_likeliest_token_only(reticent, model, capfd, tmp_path):
+    address = reticent["argmax"].address()
+    answer = connect(address).ask(PROMPT, 1)
+    assert answer.logits == []
+    expected = plain_logits(model[1], answer.record.prompt_tokens)
+    assert expected.max() - expected[answer.record.new_tokens[0]] < 2 * TOLERANCE
+    status, line = run_cli(capfd, "ask", PROMPT, "--server", address, "--temperature", "1")
+    assert status == 2
+    assert line.endswith("reveals the likeliest token only: there is nothing to sample from")
+
+
+@two_party
+def test_two_at_once_and_a_stream(secured, authority, model, scratch):
+    answers = []
+
+    def ask():
+        answers.append(connect(secured.address(), files(authority, "bob")).ask(PROMPT, 1).record)
+
+    other = threading.Thread(target=ask)
+    other.start()
+    alice = connect(secured.address(), files(authority, "alice"))
+    assert alice.description.layers == 2
+    assert "semi-honest" in alice.trust
+    pieces = list(alice.stream(PROMPT, 1))
+    other.join(HANGING)
+    assert "".join(pieces) == answers[0].new_text
+    stopped = alice.stream(PROMPT, 8)
+    next(stopped)
+    stopped.close()
+    assert no_parties_left(scratch)
+
+
+@pytest.mark.parametrize(
+    ("own", "ca", "complaint"),
+    [
+        ("strangers/mallory", "ca.pem", "does not accept this client's certificate"),
+        ("elsewhere.example", "ca.pem", "does not accept this client's certificate"),
+        ("alice", "strangers/ca.pem", "is not who it should be: "),
+        (None, None, "is not an entropi server, or it closed the connection; does it want TLS?"),
+    ],
+)
+@two_party
+def test_certificates_that_are_not_accepted(secured, authority, capfd, own, ca, complaint):
+    words = []
+    if own:
+        words = ["--tls-cert", authority / f"{own}.pem", "--tls-key", authority / f"{own}-key.pem"]
+        words += ["--server-ca", authority / ca]
+    started = time.monotonic()
+    status, line = run_cli(capfd, "ask", "hello", "--server", secured.address(), *words)
+    assert status == 2
+    assert complaint in line
+    assert time.monotonic() - started < 10
+
+
+@two_party
+def test_a_server_under_another_name(authority, capfd):
+    async def nothing(request):
+        raise web.HTTPNotFound
+
+    app = ThreadedApp(nothing, files(authority, "elsewhere.example").server_context())
+    tls = files(authority, "alice")
+    with pytest.raises(UserError, match="is not who it should be: IP address mismatch"):
+        connect(app.address, tls)
+    app.close()
+    plain = ThreadedApp(nothing)
+    with pytest.raises(UserError, match=r"does not speak TLS 1\.3"):
+        connect(plain.address, tls)
+    plain.close()
+
+
+@two_party
+def test_garbage_between_the_engines_costs_one_session(secured, authority, scratch):
+    """A client with a good certificate that speaks the protocol, and then nonsense where its engine should."""
+
+    async def attack(messages):
+        tls = files(authority, "alice").client_context()
+        url = f"https://{secured.address()}/v1/session"
+        async with aiohttp.ClientSession() as http, http.ws_connect(url, ssl=tls, max_msg_size=1 << 25) as channel:
+            await channel.send_str(hello())
+            welcome = decode_from_server((await channel.receive(HANGING)).data)
+            await channel.send_str(encode(Start(4, 2, welcome.digest())).decode())
+            assert json.loads((await channel.receive(HANGING)).data)["type"] == "Accepted"
+            for message in messages:
+                await channel.send_bytes(message)
+            while (answer := await channel.receive(HANGING)).type == aiohttp.WSMsgType.BINARY:
+                pass
+            return json.loads(answer.data)["reason"] if answer.type == aiohttp.WSMsgType.TEXT else channel.close_code
+
+    assert asyncio.run(attack([b"\x05?"])) == "that message is no part of the engines' link"
+    assert asyncio.run(attack([b"\x00?"])) == "an answer to an engine that has not spoken"
+    assert asyncio.run(attack([b"\x01" + os.urandom(200_000)] * 3)) == "the engines' link broke"
+    cut_off = (aiohttp.WSCloseCode.MESSAGE_TOO_BIG, aiohttp.WSCloseCode.ABNORMAL_CLOSURE)
+    assert asyncio.run(attack([b"\x01" + bytes(300_000)])) in cut_off
+    assert no_parties_left(scratch)
+    answer = connect(secured.address(), files(authority, "bob")).ask(PROMPT, 1)
+    assert len(answer.record.new_tokens) == 1
+
+
+@two_party
+def test_what_the_server_tells_of_itself(secured):
+    wait_for(secured.sessions_closed)
+    status, text = fetch(secured, "/health")
+    assert (status, json.loads(text)) == (200, {"status": "ok", "sessions": 0, "waiting": 0})
+    status, text = fetch(secured, "/metrics")
+    found = metrics_of(text)
+    lines = [json.loads(line) for line in secured.log.splitlines()]
+    endings = [line["ending"] for line in lines if "ending" in line]
+    for ending in ("finished", "left", "refused", "failed"):
+        assert found[f'entropi_connections_total{{ending="{ending}"}}'] == endings.count(ending)
+    assert endings.count("finished") >= 3
+    assert endings.count("failed") >= 2
+    assert found["entropi_tokens_total"] == sum("a token" in line["message"] for line in lines)
+    assert found["entropi_sent_bytes_total"] >= max(line.get("sent_bytes", 0) for line in lines) > 0
+    assert {line["client"].partition("/")[0] for line in lines if "client" in line} == {"alice", "bob"}
+    assert PROMPT not in secured.log
+    assert fetch(secured, "/v1/session")[0] == 404
+
+
+@two_party
+def test_an_answer_is_continued_after_the_line_was_cut(secured, authority, model):
+    """The second session's prompt is the first one's with the tokens that were received."""
+    line = network.SlowLine(secured.address(), network.Line(1e9, 0.0))
+    pieces, happened, cut = [], [], []
+
+    def stage(done, traffic):
+        if traffic.token == 1 and not cut:
+            cut.append(line.cut())
+
+    watcher = Watcher(stage=stage, text=pieces.append, status=happened.append)
+    answer = connect(line.address, files(authority, "alice")).ask(PROMPT, 3, retries=1, watcher=watcher)
+    line.close()
+    ids = list(answer.record.prompt_tokens)
+    for row, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        assert np.abs(row - plain_logits(model[1], ids)).max() < TOLERANCE
+        ids.append(token)
+    assert len(answer.record.new_tokens) == 3
+    assert len(happened) == 1
+    assert "retry 1 of 1" in happened[0]
+    assert "".join(pieces) == answer.record.new_text
+    assert sorted({stage.token for stage in answer.record.stages}) == [0, 1, 2]
+
+
+@two_party
+def test_a_line_that_goes_silent_is_noticed_by_both(secured, authority, capfd, monkeypatch, scratch):
+    line = network.SlowLine(secured.address(), network.Line(1e9, 0.0))
+    tls = files(authority, "alice")
+    frozen = []
+
+    def stage(done, traffic):
+        if done == 2:
+            frozen.append(time.monotonic())
+            line.freeze()
+
+    with pytest.raises(UserError, match=r"went away in the middle|closed the connection") as caught:
+        connect(line.address, tls).ask(PROMPT, 2, watcher=Watcher(stage=stage))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - frozen[0] < 2.5 * client.HEARTBEAT_SECONDS
+    assert no_parties_left(scratch)
+    line.close()
+
+
+@two_party
+def test_a_description_that_is_not_the_servers(secured, authority, capfd):
+    """Somebody who could change what the client reads cannot make the two compute different things."""
+
+    async def relay(request):
+        near = web.WebSocketResponse()
+        await near.prepare(request)
+        tls = files(authority, "alice").client_context()
+        async with (
+            aiohttp.ClientSession() as http,
+            http.ws_connect(f"https://{secured.address()}/v1/session", ssl=tls, max_msg_size=1 << 25) as far,
+        ):
+            await far.send_str((await near.receive()).data)
+            said = json.loads((await far.receive()).data)
+            said["description"]["positions"] += 1
+            await near.send_str(json.dumps(said))
+            await far.send_str((await near.receive()).data)
+            await near.send_str((await far.receive()).data)
+            await near.receive()
+        return near
+
+    app = ThreadedApp(relay)
+    status, line = run_cli(capfd, "ask", "hello", "--server", app.address)
+    app.close()
+    assert status == 2
+    assert line.endswith("refused: the description of the model that reached the client is not the server's")
+
+
+@two_party
+def test_a_session_that_needs_too_much_memory_fails_alone(folded, scratch):
+    async def start():
+        description, _ = load_folded(folded)
+        async with Tunnel(CLIENT, None) as tunnel:
+            job = Job(CLIENT, "0" * 32, tunnel.links, description, Settings(), 1, 1, [1])
+            party = await Party.start(job, memory_bytes=10_000_000)
+            event = await asyncio.wait_for(party.event(), HANGING)
+            await party.stop()
+        return event
+
+    assert isinstance(asyncio.run(start()), Failed)
+    assert no_parties_left(scratch)
+
+
+# --- Two machines, as far as one has them -----------------------------------------------------------------------------
+
+
+def namespaces_work():
+    try:
+        made = subprocess.run(["ip", "netns", "add", "entropi-probe"], capture_output=True)
+        subprocess.run(["ip", "netns", "del", "entropi-probe"], capture_output=True)
+    except OSError:
+        return False
+    return made.returncode == 0
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with one cable between them, 200 Mbit/s: a prefix to run a command in each."""
+    if not namespaces_work():
+        pytest.skip("`ip netns` is not there, or not allowed to this user")
+    mark, made = f"entropi{os.getpid()}", []
+    names = [f"{mark}a", f"{mark}b"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            made.append(name)
+        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb", "netns", names[1])
+        for name, device, address in ((names[0], "va", "10.77.0.1/24"), (names[1], "vb", "10.77.0.2/24")):
+            ip("-n", name, "addr", "add", address, "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            shape = ["tc", "-n", name, "qdisc", "add", "dev", device, "root", "tbf"]
+            subprocess.run([*shape, "rate", "200mbit", "burst", "64kb", "latency", "50ms"], capture_output=True)
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in made:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@two_party
+def test_a_client_on_another_host_that_nobody_can_reach(two_hosts, folded, scratch, tmp_path, model):
+    """The client's host has no open port and not even a loopback: everything goes over its own connection."""
+    near, far = two_hosts
+    issue(tmp_path, ["10.77.0.1"], ["client"], days=1)
+    keys = ["--tls-cert", tmp_path / "10.77.0.1.pem", "--tls-key", tmp_path / "10.77.0.1-key.pem"]
+    options = ["--listen", "10.77.0.1:9000", *keys, "--clients-ca", tmp_path / "ca.pem"]
+    subprocess.run([*near, "ip", "link", "set", "lo", "up"], check=True)  # for the metrics
+    serving = Server(folded, scratch / "host.log", *options, prefix=near)
+    try:
+        words = ["ask", PROMPT, "--server", serving.address(), "--max-new-tokens", "1", "--json"]
+        words += ["--tls-cert", tmp_path / "client.pem", "--tls-key", tmp_path / "client-key.pem"]
+        words += ["--server-ca", tmp_path / "ca.pem"]
+        asked = subprocess.run(
+            [*far, sys.executable, "-m", "entropi", *map(str, words)], capture_output=True, timeout=2 * HANGING
+        )
+        assert asked.returncode == 0, asked.stderr
+        record = json.loads(asked.stdout)
+        assert record["server"] == "10.77.0.1:9000"
+        assert record["new_tokens"] == [int(plain_logits(model[1], record["prompt_tokens"]).argmax())]
+    finally:
+        serving.process.terminate()
+        serving.process.wait(HANGING)
+    assert parties(scratch) == []

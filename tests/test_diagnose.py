@@ -1,0 +1,206 @@
+"""`entropi diagnose` of models that are not ours: folders as transformers writes them, with their own tokenizers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from entropi.cli import main
+from entropi.data.corpus import load_corpus
+from entropi.training.evaluation import observe_patterns
+
+VOCABULARY = 300
+CONFIGS: dict[str, Any] = {
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=48),
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(40):
+        lines = [f"def f{i}(x):\n    return x + {(i * number) % 17}\n" for i in range(40)]
+        (folder / f"{number}.py").write_text("".join(lines))
+    return folder
+
+
+def saved(kind: str, folder: Path, corpus: Path) -> Path:
+    """A model with random weights, and a byte-level tokenizer; Llama's begins every text with a token of its own."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["</s>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([path.read_text() for path in corpus.iterdir()], trainer)
+    if kind == "llama":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    return saved(request.param, tmp_path_factory.mktemp("models") / request.param, corpus)
+
+
+@pytest.fixture
+def diagnose(corpus: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: Any) -> tuple[int, str, str]:
+        capfd.readouterr()  # what transformers said when it saved the model
+        status = main(["diagnose", *map(str, words), "--corpus", str(corpus)])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def blocks_of(model: Path, corpus: Path, length: int) -> np.ndarray:
+    """The held-out text in the model's own tokens, made with transformers' tokenizer rather than with ours."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    begins = model.name == "llama"
+    ids: list[int] = []
+    for document in load_corpus(str(corpus)).heldout:
+        ids += [*tokenizer(document.text, add_special_tokens=False).input_ids, 1 if begins else 0]
+    length -= begins
+    blocks = np.array(ids[: len(ids) // length * length]).reshape(-1, length)
+    return np.insert(blocks, 0, 1, axis=1) if begins else blocks
+
+
+def test_entropies_are_those_of_eager_attention(
+    model: Path, corpus: Path, diagnose: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    status, out, err = diagnose(
+        model, "--json", "--sequences", 5, "--heatmap", tmp_path / "map.svg", "--html", tmp_path / "page.html"
+    )
+    assert status == 0, err
+    found = json.loads(out)
+    length = {"gpt2": 48, "llama": 40}[model.name]
+    ids = torch.from_numpy(blocks_of(model, corpus, length)[:5])
+    reference = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    with torch.no_grad():
+        result = reference(ids, output_attentions=True, use_cache=False, labels=ids)
+    entropies = [torch.special.entr(w.double()).sum(-1).mean((0, 2)) for w in result.attentions]
+    assert np.array(found["entropy"]) == pytest.approx(torch.stack(entropies).numpy(), rel=1e-4, abs=1e-6)
+    assert found["max_possible"] == pytest.approx(math.log(length))
+    assert found["source"].endswith(", 5 sequences")
+    assert (tmp_path / "map.svg").read_text().startswith("<?xml")
+    page = (tmp_path / "page.html").read_text()
+    assert f"the perplexity is <strong>{math.exp(float(result.loss)):,.2f}</strong>" in page
+    assert type(reference).__name__ in page
+    assert "On average a head looks" in page
+
+
+def test_a_table_and_a_verdict_in_the_terminal(
+    model: Path, diagnose: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    status, out, err = diagnose(model, "--sequences", 2, "--context-length", 16)
+    assert status == 0
+    assert "head 3" in err
+    assert "of the heads" in out
+    assert "On average a head looks" in out
+    assert (model / "entropy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_patterns_hold_for_a_whole_model(model: Path, corpus: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    blocks = blocks_of(model, corpus, 32)[:3]
+    found = observe_patterns(loaded, blocks)
+    loaded.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = loaded(torch.from_numpy(blocks), output_attentions=True, use_cache=False).attentions
+    first = torch.stack([w[:, :, 2:, 0].double().mean((0, 2)) for w in weights])
+    assert np.array(found.on_first) == pytest.approx(first.numpy(), abs=1e-5)
+    rows = torch.stack([torch.special.entr(w.double()).sum(-1).mean((0, 1)) for w in weights])
+    assert found.positions == list(range(32))
+    assert np.array(found.entropy_by_position) == pytest.approx(rows.numpy(), abs=1e-5)
+
+
+def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "part"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), [], "the tokenizer in"),
+        (lambda f: (f / "model.safetensors").unlink(), [], "model.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"{}"), [], "cannot be opened"),
+        (lambda f: edited(f, "config.json", lambda c: c.update(n_layer=5)), [], "is missing"),
+        (lambda f: edited(f, "config.json", lambda c: c.update(model_type="no-such")), [], "no-such"),
+        (lambda f: edited(f, "tokenizer_config.json", lambda c: c.pop("eos_token")), [], "no token that ends a text"),
+        (lambda f: None, ["--exp-iterations", "5"], "exp_iterations is for models of entropi"),
+        (lambda f: None, ["--context-length", "49"], "context_length is 49, the model takes 48"),
+        (lambda f: None, ["--context-length", "2"], "context_length is 2, at least 3"),
+        (lambda f: None, ["--sequences", "0"], "sequences is 0, at least 1"),
+        (lambda f: None, ["--html", "/nowhere/page.html"], "there is no folder /nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(
+    damage: Callable[[Path], Any],
+    words: list[str],
+    part: str,
+    corpus: Path,
+    diagnose: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+) -> None:
+    folder = saved("gpt2", tmp_path / "gpt2", corpus)
+    damage(folder)
+    status, out, err = diagnose(folder, *words)
+    assert (status, out) == (2, "")
+    assert part in err
+    assert err.count("\n") == 1
+    assert not (folder / "entropy.png").exists()
+
+
+def test_code_of_a_folder_does_not_run(
+    corpus: Path, diagnose: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    folder = saved("gpt2", tmp_path / "gpt2", corpus)
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    classes = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    edited(folder, "config.json", lambda c: c.update(auto_map=classes, model_type="evil"))
+    status, _, err = diagnose(folder)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_refused(
+    corpus: Path, diagnose: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    folder = saved("gpt2", tmp_path / "gpt2", corpus)
+    torch.save({}, folder / "pytorch_model.bin")
+    shutil.move(folder / "model.safetensors", tmp_path)
+    status, _, err = diagnose(folder)
+    assert status == 2
+    assert "model.safetensors" in err

@@ -1,0 +1,249 @@
+"""A hundred thousand damaged messages: for the decoders alone, and for a server that must not notice."""
+
+import contextlib
+import os
+import random
+import re
+import socket
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("spu")
+
+from entropi.private import messages
+from entropi.private.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    BadMessage,
+    Failed,
+    Hello,
+    Job,
+    Linked,
+    Next,
+    Proceed,
+    Queued,
+    Refused,
+    Revealed,
+    Settings,
+    StageDone,
+    Start,
+    Welcome,
+    encode,
+)
+from entropi.private.program import Description
+from entropi.records import StageTraffic
+from serving import HANGING, Server, hello, honest_answer, no_parties_left, wait_for
+
+pytest_plugins = ["serving"]  # its fixtures
+COUNT = 100_000
+THREADS = 4
+
+SPECIAL = [
+    b"", b"null", b"[]", b"1e999", b"NaN", b"\xff\xfe", b"[" * 4000, b'{"type":"Hello","x":' + b"[" * 3000,
+    b'{"type":"Hello","version":' + b"9" * 3000 + b',"engine":"x"}', b'{"a":' * 700, b"x" * 5000, b"\0" * 4096,
+    b'{"type":"Start","prompt_length":0,"max_new_tokens":1,"digest":"' + b"0" * 64 + b'"}',
+    b'{"type":"Start","prompt_length":"4","max_new_tokens":1,"digest":"' + b"0" * 64 + b'"}',
+    b'{"type":"Start","prompt_length":4.5,"max_new_tokens":1,"digest":"' + b"0" * 64 + b'"}',
+    b'{"type":"Start","prompt_length":4,"max_new_tokens":-1,"digest":"' + b"0" * 64 + b'"}',
+    b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"digest":"' + b"0" * 64 + b'\\n"}',
+    b'{"type":"Start","prompt_length":16384,"max_new_tokens":8,"digest":"' + b"0" * 64 + b'"}',
+    b'{"type":"Start","prompt_length":4,"max_new_tokens":1,"digest":"' + b"0" * 64 + b'","prompt":[1]}',
+    b'{"type":"Next","token":3}', b'{"type":"Next"}{"type":"Next"}', b'{"type":"Nothing"}', b'{"type":["Next"]}',
+]  # fmt: skip
+
+
+def mutated(fixed, message):
+    """A message with up to four bytes changed, removed, inserted or doubled."""
+    message = bytearray(message)
+    for _ in range(fixed.randint(1, 4)):
+        place = fixed.randrange(len(message))
+        match fixed.randrange(4):
+            case 0:
+                message[place] = fixed.randrange(256)
+            case 1:
+                del message[place : place + fixed.randint(1, 8)]
+                message = message or bytearray(b"{")
+            case 2:
+                message[place:place] = fixed.randbytes(fixed.randint(1, 8))
+            case 3:
+                message = message[: place + 1] * 2
+    return bytes(message)
+
+
+# --- Decoders ---------------------------------------------------------------------------------------------------------
+
+
+def samples(description):
+    """Proper messages of every kind, with their decoder."""
+    traffic = StageTraffic(
+        name="exp", layer=0, token=1, seconds=0.5, sent_bytes=1, received_bytes=2, sent_messages=3, received_messages=4
+    )
+    settings = Settings(output="top_k")
+    job = Job(0, "0" * 32, ("unix:/a", "unix:/b"), description, settings, 3, 2, [1, 2])
+    from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64), Next()]
+    from_server = [Welcome(description, "{}", settings, "1" * 64), Queued(3), Accepted("2" * 32), Refused("no")]
+    events = [Linked(), StageDone(traffic), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
+    return (
+        [(m, messages.decode_from_client) for m in from_client]
+        + [(m, messages.decode_from_server) for m in from_server]
+        + [(m, messages.decode_event) for m in events]
+        + [(job, lambda data: messages.decode(data, Job)), (Proceed(5), lambda data: messages.decode(data, Proceed))]
+    )
+
+
+@pytest.fixture(scope="module")
+def a_description():
+    """Of a model, as a server would send it; every field differs from its least value where it can."""
+    return Description(
+        format=2,
+        architecture="SM+LN+G",
+        layers=2,
+        heads=4,
+        key_value_heads=2,
+        hidden_size=16,
+        vocab_size=300,
+        positions=32,
+        intermediate_size=64,
+        position_embedding="rotary",
+        rotary_dimensions=2,
+        rotary_base=10000.0,
+        temperature=False,
+        exp_iterations=4,
+        norm="rms",
+        norm_epsilon=1e-5,
+        parallel_residual=False,
+        activation="gelu",
+        explicit_ffn=[],
+        final_norm="rms",
+        centre=False,
+        end_of_text=0,
+    )
+
+
+def test_decoders_take_proper_messages_and_nothing_else(a_description):
+    """Damage makes a message that is refused in one line, or another proper one; nothing else can come out."""
+    fixed, kinds = random.Random(1), samples(a_description)
+    encoded, refused, complaints = [], 0, set()
+    for message, decode in kinds:
+        assert decode(encode(message)) == message
+        encoded.append((encode(message), decode, type(message)))
+    for number in range(COUNT):
+        data, decode, _ = encoded[number % len(encoded)]
+        damaged = SPECIAL[number % len(SPECIAL)] if number % 50 == 0 else mutated(fixed, data)
+        try:
+            found = decode(damaged)
+        except BadMessage as error:
+            refused += 1
+            complaints.add(str(error))
+        else:
+            assert decode(encode(found)) == found
+    print(f"{refused} of {COUNT} refused")
+    assert refused > 0.8 * COUNT
+    assert not any("\n" in complaint for complaint in complaints)
+
+
+# --- A server ---------------------------------------------------------------------------------------------------------
+
+UPGRADE = (
+    b"GET /v1/session HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+TEXT, BINARY, CLOSE = 0x1, 0x2, 0x8
+
+
+def frame(kind, data):
+    """A final WebSocket frame of a client, with a mask of zeros."""
+    size = len(data)
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + struct.pack(">H", size)
+    return bytes([0x80 | kind]) + length + bytes(4) + data
+
+
+def conversations(seed, count):
+    """All that a client says on one connection: an upgrade, perhaps a proper Hello, something damaged, a good-bye.
+
+    With each, whether its frames are whole: a server may wait for the rest of one that is not.
+    """
+    fixed = random.Random(seed)
+    greeting = frame(TEXT, hello().encode())
+    seeds = [hello().encode(), encode(Start(4, 2, "0" * 64)), encode(Next()), encode(Accepted("0" * 32))]
+    for number in range(count):
+        data = SPECIAL[number % len(SPECIAL)] if number % 20 == 0 else mutated(fixed, fixed.choice(seeds))
+        said = frame(BINARY if fixed.random() < 0.1 else TEXT, data)
+        whole = fixed.random() > 0.1
+        if not whole:
+            said = mutated(fixed, said)
+        yield UPGRADE + (greeting if fixed.random() < 0.5 else b"") + said + frame(CLOSE, b"\x03\xe8"), whole
+
+
+def converse(address, seed, count, endings):
+    """Say every conversation on a connection of its own and read until the server ends it."""
+    host, port = address.split(":")
+    for said, whole in conversations(seed, count):
+        with socket.create_connection((host, int(port)), timeout=HANGING) as connection:
+            heard = b""
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                connection.sendall(said)
+                if not whole:
+                    connection.shutdown(socket.SHUT_WR)
+                while part := connection.recv(1 << 16):
+                    heard = (heard + part)[-400:]
+            ending = ending_of(heard)
+            endings[ending] = endings.get(ending, 0) + 1
+
+
+def ending_of(heard):
+    """The last control message, or else the code with which the server closed, or else "cut"."""
+    if kinds := re.findall(rb'"type":"(\w+)"', heard):
+        return kinds[-1].decode()
+    closed = re.search(rb"\x88[\x02-\x7d](..)[^\x88]*\Z", heard, flags=re.DOTALL)
+    return str(struct.unpack(">H", closed[1])[0]) if closed else "cut"
+
+
+def resources_of(pid):
+    """Resident megabytes, open files and threads of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident, threads = (int(re.search(rf"{name}:\s*(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
+    return resident / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads
+
+
+def bombard(address, seed, count):
+    """Many connections at a time."""
+    endings = [{} for _ in range(THREADS)]
+    threads = [
+        threading.Thread(target=converse, args=(address, seed + n, count // THREADS, endings[n]))
+        for n in range(THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {kind: sum(found.get(kind, 0) for found in endings) for kind in set().union(*endings)}
+
+
+@pytest.mark.two_party
+def test_a_server_under_fire_stays_as_it_was(folded, model, scratch):
+    serving = Server(folded, scratch / "fuzz.log")
+    try:
+        address = serving.address()
+        bombard(address, 1000, 4000)  # what it allocates once
+        wait_for(serving.sessions_closed)
+        before = resources_of(serving.process.pid)
+        endings = bombard(address, 0, COUNT)
+        print(endings, before, resources_of(serving.process.pid))
+        assert sum(endings.values()) == COUNT
+        assert endings["Refused"] > COUNT / 3
+        # Protocol error, not UTF-8, too long; 1000 and "cut" follow frames that are damaged themselves.
+        assert set(endings) <= {"Refused", "Welcome", "1000", "1002", "1007", "1009", "cut"}
+        wait_for(serving.sessions_closed)
+        after = resources_of(serving.process.pid)
+        assert after[0] < before[0] + 5  # fifty bytes a message would be as much
+        assert after[1:] == before[1:]
+        assert no_parties_left(scratch)
+        assert honest_answer(address, model)
+        assert re.findall(r"Traceback.*?\n\S.*?\n", serving.log, flags=re.DOTALL) == []
+    finally:
+        serving.process.kill()
+        serving.process.wait()
