@@ -199,7 +199,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
         shapes |= {"0.ffn": (width, width), "0.ffn_bias": (width,)}
     for name, shape in shapes.items():
         if task.kind == "embedding":
-            wanted = name == "embedding"
+            wanted = name in ("embedding", "positions")
         else:
             wanted = name.startswith("0.") if plain else name != "embedding"
         if wanted:
@@ -218,8 +218,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
             shape = (-(-length // 2), model.vocab_size)
             hold("tokens", shape, CLIENT, partial(one_hot, ids, model.vocab_size, paired=True))
             stages = forward(model, length, 0, 8, paired=True)
-            embedding = (stage for stage in stages if stage.name == "embedding" and "positions" not in stage.inputs)
-            run(embedding, 0, length == task.tokens)
+            run((stage for stage in stages if stage.name == "embedding"), 0, length == task.tokens)
     else:
         lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
         state = "state" if plain else "embedded"
