@@ -458,6 +458,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="execute only so many layers of every row")
     parser.add_argument("--iterations", type=int, default=3, help="t of the softmax kernel")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        default=["SM+ScFuFFN"],
+        choices=ARCHITECTURES,
+        help="architectures of the straightforward layer; those with an FFN take 15 GB of memory",
+    )
     parser.add_argument("--model", type=Path, help="also the accuracy of this trained run folder's model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -503,7 +510,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|", *lines, sep="\n")
 
     if "straightforward" in options.rows:
-        for architecture in ("SM+ScFuFFN", "SM+LN+G"):
+        for architecture in options.compare:
             compared = {}
             for kind in ("straightforward", "layer"):
                 task = Task(kind, architecture, 128, 2, options.seed, iterations=options.iterations)
