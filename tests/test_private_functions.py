@@ -186,7 +186,7 @@ FULL = 2 * functions.CIPHERTEXT
         (lambda x: functions.scale_rows(x, x[..., 0]), (128, 256), 88),
         (functions.sums_of_squares, (128, 768), 56),
         (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1350),
-        (functions.inverse_root, (FULL,), 3600),
+        (functions.inverse_root, (FULL,), 2530),
         (functions.argmax, (8192,), 115),
         (lambda x: functions.top_k(x, 8)[1], (8192,), 627),
     ],

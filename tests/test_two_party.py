@@ -217,11 +217,8 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
         expected += [(s.name, s.layer, token) for s in forward(description, new, past, 8)]
         past, new = past + new, 1
     assert [(s.name, s.layer, s.token) for s in record.stages] == expected
-    quiet = [stage for stage in record.stages if not stage.messages]
-    assert [(stage.name, stage.token) for stage in quiet] == [("embedding", n) for n in range(NEW_TOKENS)]  # positions
     for stage in record.stages:
-        counts = stage.sent_bytes, stage.received_bytes, stage.sent_messages, stage.received_messages
-        assert stage in quiet or min(counts) > 0
+        assert min(stage.sent_bytes, stage.received_bytes, stage.sent_messages, stage.received_messages) > 0
 
     # What the client's engine counts as sent, the server's counts as received.
     sent = sum(s.sent_bytes for s in record.stages)

@@ -183,16 +183,16 @@ def forward(
     normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
     keys = past + new
     iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
-    if embedding == "private" and paired:
+    position = ("positions",) if model.position_embedding == "learned" else ()
+    if embedding == "public":
+        yield Stage("embedding", -1, partial(add_positions, past=past), ("embedded", *position), ("state",))
+    elif paired:
         yield Stage("embedding", -1, pair_products, ("tokens", "embedding"), ("pairs", "raised"))
         yield Stage("embedding", -1, lower, ("pairs", "raised"), ("pairs", "raised"))
-        yield Stage("embedding", -1, partial(separate, tokens=new), ("pairs", "raised"), ("state",))
-    elif embedding == "private":
-        yield Stage("embedding", -1, embed, ("tokens", "embedding"), ("state",))
-    position = ("positions",) if model.position_embedding == "learned" else ()
-    source = "state" if embedding == "private" else "embedded"
-    if position or embedding == "public":
-        yield Stage("embedding", -1, partial(add_positions, past=past), (source, *position), ("state",))
+        unpaired = partial(separate, tokens=new, past=past)
+        yield Stage("embedding", -1, unpaired, ("pairs", "raised", *position), ("state",))
+    else:
+        yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
     for layer in range(model.layers):
         rows = 1 if layer == model.layers - 1 and not every_row else new
         w = f"{layer}."
@@ -260,13 +260,13 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
         yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
 
 
-def embed(tokens: Array, table: Array) -> Array:
-    """`(m, V)` one-hot rows -> `(m, d)`.
+def embed(tokens: Array, table: Array, *positions: Array, past: int = 0) -> Array:
+    """`(m, V)` one-hot rows -> `(m, d)`, with the rows of their positions where these are learned.
 
     In pieces of the vocabulary: the engine holds 3 KB a table entry in a product of 128 rows.
     """
     pieces = [slice(start, start + _TABLE_ROWS) for start in range(0, table.shape[0], _TABLE_ROWS)]
-    return sum(tokens[:, piece] @ table[piece] for piece in pieces)
+    return add_positions(sum(tokens[:, piece] @ table[piece] for piece in pieces), *positions, past=past)
 
 
 def pair_products(tokens: Array, table: Array) -> tuple[Array, Array]:
@@ -284,15 +284,15 @@ def lower(pairs: Array, raised: Array) -> tuple[Array, Array]:
     return pairs * 2.0**-12, raised * 2.0**-12
 
 
-def separate(pairs: Array, raised: Array, *, tokens: int) -> Array:
+def separate(pairs: Array, raised: Array, *positions: Array, tokens: int, past: int) -> Array:
     """Rows `(m, d)` of the tokens: the second of each pair in what is left of `pairs`, the first of `raised`."""
     both = jnp.stack([raised, pairs], axis=1) * 2.0**-11
-    return both.reshape(-1, pairs.shape[1])[:tokens]
+    return add_positions(both.reshape(-1, pairs.shape[1])[:tokens], *positions, past=past)
 
 
-def add_positions(embedded: Array, positions: Array | None = None, *, past: int) -> Array:
+def add_positions(embedded: Array, *positions: Array, past: int) -> Array:
     """Rows of the embedding with those of their positions, if these are learned."""
-    return embedded if positions is None else embedded + positions[past : past + embedded.shape[0]]
+    return embedded + positions[0][past : past + embedded.shape[0]] if positions else embedded
 
 
 def normalise_state(state: Array, *, kind: Norm, epsilon: float) -> Array:
