@@ -139,11 +139,12 @@ def test_logits_under_cheetah_are_the_plain_ones():
 
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):
     """The client's results of a generation by two real parties."""
-    from entropi.private.session import Party, free_port
+    from entropi.private.session import Party
+    from serving import free_port
 
     save_file(weights, folder / "weights.safetensors")
     save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")
-    links = tuple(f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
+    links = tuple(f"127.0.0.1:{free_port()}" for _ in range(2))
     common = dict(
         session=secrets.token_hex(16),
         links=links,
