@@ -188,8 +188,11 @@ def honest_answer(address, model):
     _, plain, tokenizer = model
     answer = client.ask(address, PROMPT, 1)
     expected = plain_logits(plain, tokenizer.encode(PROMPT).ids)
-    assert np.abs(answer.logits[0] - expected).max() < TOLERANCE
-    assert answer.record.new_tokens == [int(expected.argmax())]
+    error = np.abs(answer.logits[0] - expected).max()
+    assert error < TOLERANCE
+    (token,) = answer.record.new_tokens
+    assert token == int(answer.logits[0].argmax())
+    assert expected[token] >= expected.max() - 2 * error  # nothing else could be ahead of it for as small an error
     return True
 
 
