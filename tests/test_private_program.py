@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+import socket
 
 import numpy as np
 import pytest
@@ -139,11 +140,12 @@ def test_logits_under_cheetah_are_the_plain_ones():
 
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):
     """The client's results of a generation by two real parties."""
-    from entropi.private.session import Party, free_port
+    from entropi.private.session import Party
 
     save_file(weights, folder / "weights.safetensors")
     save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")
-    links = tuple(f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        links = tuple(f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other))
     common = dict(
         session=secrets.token_hex(16),
         links=links,
