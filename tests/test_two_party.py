@@ -626,7 +626,7 @@ def test_models_with_norms_and_activations_are_served(scratch, tmp_path):
     try:
         assert honest_answer(started.address(), served)
     finally:
-        started.process.kill()
+        started.process.terminate()  # a killed one would leave its folder behind
         started.process.wait()
 
 
