@@ -186,10 +186,8 @@ class Connection:
         Raises:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
         question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
-        question.digest = self._welcome.digest() if self._welcome is not None else None
+        question.digest = self._welcome.digest()
         return asyncio.run(_ask(self._server, question))
 
     def stream(
@@ -200,8 +198,6 @@ class Connection:
         Raises:
             UserError: as for `ask`, after the pieces that were received.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         question = _Question(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put))
         question.digest = self._welcome.digest()
@@ -246,8 +242,6 @@ def ask(
     Raises:
         UserError: as for these.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
     question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
     return asyncio.run(_ask(_Server.at(server, tls), question))
 
@@ -401,6 +395,8 @@ class _Question:
     shown: str = ""
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         self.random = np.random.default_rng(self.sampling.seed)
