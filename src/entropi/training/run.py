@@ -180,7 +180,7 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
     Raises:
         UserError: nothing there, unfinished, or damaged; one line that says which.
     """
-    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    folder = _model_folder(path)
     if not folder.is_dir():
         raise UserError(f"there is no model at {path}" + (": a folder is needed" if folder.exists() else ""))
     if not (folder / "config.json").exists():
@@ -232,7 +232,7 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     Raises:
         UserError: what cannot be opened, in one line.
     """
-    path = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    path = _model_folder(path)
     settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     opened = []
     for part in ("model", "tokenizer"):
@@ -261,9 +261,14 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     return model.eval(), tokenizer.backend_tokenizer, int(end), begins
 
 
+def _model_folder(path: Path) -> Path:
+    """Where the model of a run folder lies; a saved model is its own."""
+    return path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+
+
 def model_type(path: Path) -> str | None:
     """What kind of model a run folder or a saved model holds, as far as its config.json says."""
-    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    folder = _model_folder(path)
     try:
         return str(json.loads((folder / "config.json").read_bytes())["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
