@@ -176,7 +176,7 @@ class EntropiModel(EntropiPreTrainedModel):
         else:
             dimensions, base = self.config.rotary_dimensions, self.config.rotary_base
             rotation = rotation_of(position_ids, dimensions, base, hidden.dtype)
-        if self.training:
+        if self.training and self.config.parts.weight_norm == "spectral":
             iterate_spectral_norms(self)
         entropies, hidden_states = [], []
         for block in self.blocks:
