@@ -35,6 +35,7 @@ from entropi.private.messages import (
 )
 from entropi.private.program import Description
 from entropi.records import StageTraffic
+from private_reference import FIELDS
 from serving import HANGING, Server, hello, honest_answer, no_parties_left, wait_for
 
 pytest_plugins = ["serving"]  # its fixtures
@@ -97,30 +98,9 @@ def samples(description):
 @pytest.fixture(scope="module")
 def a_description():
     """Of a model, as a server would send it; every field differs from its least value where it can."""
-    return Description(
-        format=2,
-        architecture="SM+LN+G",
-        layers=2,
-        heads=4,
-        key_value_heads=2,
-        hidden_size=16,
-        vocab_size=300,
-        positions=32,
-        intermediate_size=64,
-        position_embedding="rotary",
-        rotary_dimensions=2,
-        rotary_base=10000.0,
-        temperature=False,
-        exp_iterations=4,
-        norm="rms",
-        norm_epsilon=1e-5,
-        parallel_residual=False,
-        activation="gelu",
-        explicit_ffn=[],
-        final_norm="rms",
-        centre=False,
-        end_of_text=0,
-    )
+    gelu = dict(intermediate_size=64, activation="gelu", exp_iterations=4, norm="rms")
+    rotary = dict(position_embedding="rotary", rotary_dimensions=2, key_value_heads=2)
+    return Description(**{**FIELDS, **gelu, **rotary, "architecture": "SM+LN+G", "end_of_text": 0})
 
 
 def test_decoders_take_proper_messages_and_nothing_else(a_description):
