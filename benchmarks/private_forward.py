@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import secrets
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -465,6 +467,7 @@ def main() -> None:
         choices=ARCHITECTURES,
         help="architectures of the straightforward layer; those with an FFN take 15 GB of memory",
     )
+    parser.add_argument("--pairs", type=int, default=1, help="how often the two layers are run, in turn")
     parser.add_argument("--model", type=Path, help="also the accuracy of this trained run folder's model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -511,21 +514,28 @@ def main() -> None:
 
     if "straightforward" in options.rows:
         for architecture in options.compare:
-            compared = {}
-            for kind in ("straightforward", "layer"):
+            taken: dict[str, list[dict[str, float]]] = {"straightforward": [], "layer": []}
+            for pair, kind in itertools.product(range(options.pairs), taken):
                 task = Task(kind, architecture, 128, 2, options.seed, iterations=options.iterations)
-                result = measured(options.out, f"{kind} {architecture}", task)
+                result = measured(options.out, f"{kind} {architecture} {pair + 1}", task)
                 layer = [stage for stage in result.stages if stage.layer == 0]
-                compared[kind] = {
+                figures = {
                     "MB": sum(stage.bytes for stage in layer) / 1e6,
                     "messages": sum(stage.messages for stage in layer),
                     "turns": result.turns,
                     "seconds": sum(stage.seconds for stage in layer),
                 }
-            print(f"\none layer of {architecture}, T=128:")
+                taken[kind].append(figures)
+            compared = {
+                kind: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+                for kind, runs in taken.items()
+            }
+            seconds_ratios = [ours["seconds"] / plain["seconds"] for plain, ours in zip(*taken.values())]
+            print(f"\none layer of {architecture}, T=128, medians of {options.pairs} runs of each in turn:")
             for kind, figures in compared.items():
                 print(f"  {kind:16s}", *(f"{value:10.1f} {name}" for name, value in figures.items()))
-            summary[f"layer {architecture}"] = compared
+            print("  seconds, ours / straightforward:", ", ".join(f"{ratio:.3f}" for ratio in seconds_ratios))
+            summary[f"layer {architecture}"] = {**compared, "seconds_ratios": seconds_ratios}
 
     if "protocols" in options.rows:
         for protocol in ("semi2k", "aby3"):

@@ -345,7 +345,7 @@ def rotate(x: Array, *, first: int, dimensions: int, base: float) -> Array:
 
 def temper(query: Array, inverse_temperature: Array, *, rows: slice) -> Array:
     """Rows of q `(H, r, k)` divided by the temperature of their head and position (Eq. 9)."""
-    return scale_rows(query, inverse_temperature[:, rows])
+    return scale_rows(query, inverse_temperature[:, rows], private=True)
 
 
 def visible(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
