@@ -130,7 +130,7 @@ class AttentionPattern(Base, tag="attention"):
 class OperationCount(msgspec.Struct, kw_only=True):
     """`count` evaluations of a nonlinear operation on tensors of shape `shape`."""
 
-    operation: str  # "softmax", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear"
+    operation: str  # "softmax", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu"
     count: int
     shape: tuple[int, int]
 

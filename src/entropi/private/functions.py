@@ -168,6 +168,25 @@ def gelu(x: Array) -> Array:
     return positive - (_GELU_A * quartic + _GELU_GAMMA * inside + _GELU_DELTA)
 
 
+# SiLU(x) = relu(x) - h(|x|), h(a) = a / (1 + e^a), fitted as GELU is.
+_SILU_END = 6.0
+_SILU_ALPHA, _SILU_BETA = -4.3331096, 0.3476918
+_SILU_A, _SILU_GAMMA, _SILU_DELTA = -0.003369729, 0.06017029, 0.007431374
+
+
+def silu(x: Array) -> Array:
+    """x sigmoid(x), absolute error below 0.008 everywhere; 430 bytes, as `gelu`."""
+    positive = relu(x)
+    inside = relu(_SILU_END + x - (positive + positive))
+    quartic = square(square(inside) + _SILU_ALPHA * inside + _SILU_BETA)
+    return positive - (_SILU_A * quartic + _SILU_GAMMA * inside + _SILU_DELTA)
+
+
+def silu_exact(x: Array) -> Array:
+    """What `silu` stands for; not for the secure engine."""
+    return x / (1.0 + jnp.exp(-x))
+
+
 def gelu_tanh(x: Array) -> Array:
     """GPT-2's GELU ("gelu_new"), which `gelu` stands for; not for the secure engine."""
     return 0.5 * x * (1.0 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))

@@ -32,6 +32,8 @@ from entropi.private.functions import (
     relu,
     scale_rows,
     segment_max,
+    silu,
+    silu_exact,
     square,
     sums_of_squares,
     top_k,
@@ -71,7 +73,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     norm: Norm  # before attention and before the FFN; gains and biases are folded away
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
     parallel_residual: bool  # the FFN reads what attention reads
-    activation: Literal["identity", "relu", "gelu", "square", "bilinear"]
+    activation: Literal["identity", "relu", "gelu", "square", "bilinear", "swiglu"]
     explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers with a linear map in the FFN's place
     final_norm: Norm
     centre: bool  # a matrix multiplies the state before the final norm or the head
@@ -104,7 +106,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """Shapes of the server's weights; the client needs them to hold its empty shares."""
         d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
         joint = d + 2 * self.key_value_heads * self.head_size
-        up = 2 * m if self.activation == "bilinear" else m
+        up = 2 * m if self.activation in ("bilinear", "swiglu") else m
         shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
         if self.position_embedding == "learned":
             shapes["positions"] = (self.positions, d)
@@ -245,8 +247,8 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
     if model.activation != "identity":
         up = partial(affine, rows=rows)
         yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
-        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear}
-        exact = gelu_tanh if model.activation == "gelu" else None
+        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear, "swiglu": swiglu}
+        exact = {"gelu": gelu_tanh, "swiglu": swiglu_exact}.get(model.activation)
         yield Stage("activation", layer, functions[model.activation], ("hidden",), ("hidden",), exact=exact)
     if layer in model.explicit_ffn:
         matrix = (w + "ffn", w + "ffn_bias")
@@ -446,6 +448,18 @@ def bilinear(hidden: Array) -> Array:
     """Left half times right half, elementwise."""
     width = hidden.shape[1] // 2
     return hidden[:, :width] * hidden[:, width:]
+
+
+def swiglu(hidden: Array) -> Array:
+    """SiLU of the left half times the right half, elementwise (Llama)."""
+    width = hidden.shape[1] // 2
+    return silu(hidden[:, :width]) * hidden[:, width:]
+
+
+def swiglu_exact(hidden: Array) -> Array:
+    """What `swiglu` approximates."""
+    width = hidden.shape[1] // 2
+    return silu_exact(hidden[:, :width]) * hidden[:, width:]
 
 
 def likeliest(logits: Array) -> Array:
