@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from entropi.costs.cheetah import CALLS, Cheetah
-from entropi.costs.tracing import Use, Value, uses
+from entropi.costs.tracing import Known, Use, Value, uses
 from entropi.errors import UserError
 from entropi.private.program import Stage
 
@@ -129,7 +129,7 @@ class Trial:
 
     name: str
     function: Callable[..., Any]
-    operands: tuple[tuple[tuple[int, ...], Literal["shared", "server", "client"]], ...]
+    operands: tuple[tuple[tuple[int, ...], Known], ...]
 
 
 def trials() -> Iterator[Trial]:
@@ -139,26 +139,30 @@ def trials() -> Iterator[Trial]:
 
     from entropi.private.functions import square
 
+    shared: Known = "shared"
+    server: Known = "server"
+    client: Known = "client"
+
     def pair(x: Any, y: Any) -> Any:
         return x * y
 
     for size in (*_SIZES, *_SIZES[:3]):
-        one, known = (((size,), "shared"),), (((size,), "shared"), ((size,), "server"))
+        one = (((size,), shared),)
         yield Trial("compare", lambda x: x > 0.5, one)
         yield Trial("max", lambda x: jnp.maximum(x, 0.5), one)
         yield Trial("truncate", lambda x: x * 0.37, one)
         yield Trial("multiply", pair, one * 2)
-        yield Trial("multiply known", pair, known)
-        yield Trial("multiply by client", pair, (((size,), "shared"), ((size,), "client")))
+        yield Trial("multiply known", pair, (*one, ((size,), server)))
+        yield Trial("multiply known", pair, (*one, ((size,), client)))
         if size > 4_000:
             yield Trial("square", square, one)
         if size < 8_000:
-            yield Trial("root", jax.lax.rsqrt, (((size // 3,), "shared"),))
+            yield Trial("root", jax.lax.rsqrt, (((size // 3,), shared),))
     for rows, inner, columns in _MATRICES:
         left, right = (rows, inner), (inner, columns)
-        yield Trial("product", jnp.matmul, ((left, "shared"), (right, "shared")))
-        yield Trial("product known", jnp.matmul, ((left, "shared"), (right, "server")))
-        yield Trial("product known", jnp.matmul, ((left, "server"), (right, "shared")))
+        yield Trial("product", jnp.matmul, ((left, shared), (right, shared)))
+        yield Trial("product known", jnp.matmul, ((left, shared), (right, server)))
+        yield Trial("product known", jnp.matmul, ((left, server), (right, shared)))
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ def run_trials(
     from entropi.private.messages import CLIENT, SERVER, Settings
 
     lines = LateLines(PARTIES[protocol], delay_s) if delay_s else None
-    engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), lines and lines.links)
+    engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), lines.links if lines else None)
     books = bookkeeper(protocol, workers())
     random = np.random.default_rng(0)
     readings = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,13 @@ _RESERVED = 452_000 + 13 * 1280  # transfers that an extension keeps for the nex
 _FIRST, _EXTENSION = 470_016 - _RESERVED, 10_485_760 - _RESERVED  # transfers from the set-up, from every extension
 # Transfers a number takes, where the server's side sends and where the client's does: a comparison has 16 digits of 4
 # bits with four transfers each, and 15 conjunctions with one each way.
-_TRANSFERS = {"compare": (64 + 15, 15), "select": (1, 1), "truncate": (1, 0), "truncate with sign": (1, 0), "inverse_root": (530, 190)}
+_TRANSFERS = {
+    "compare": (64 + 15, 15),
+    "select": (1, 1),
+    "truncate": (1, 0),
+    "truncate with sign": (1, 0),
+    "inverse_root": (530, 190),
+}
 _TRIPLES = 4096  # products that one ciphertext each way prepares
 _DIRECT = 2 * SLOTS  # from so many numbers on products are made directly, without prepared ones
 _ROOT_PRODUCTS = 6  # products inside an inverse root
@@ -115,7 +122,7 @@ class Cheetah:
             counted["rotations"] += cut.rotations
         counted["matrix product calls"] += 1
 
-    def _multiply(self, size: int, known: set[str], counted: Counter[str]) -> None:
+    def _multiply(self, size: int, known: Collection[str], counted: Counter[str]) -> None:
         self._key("number keys", counted)
         if known:
             counted[f"blocks by {'server' if 'server' in known else 'client'}"] += -(-size // SLOTS)

@@ -111,8 +111,8 @@ def ffn_flops(config: Configuration, seq_len: int, *, folded: bool = False) -> i
     """FLOPs of all feed-forward blocks for `seq_len` tokens; a multiplication and an addition count as two.
 
     4 d m T L with two matrices, which is 16 d^2 T L at m = 4d, or 2 d^2 T L with the fused one; these give
-    the FFN figures of Tables 2, 3, 5 and 6. A bilinear network and SwiGLU have three matrices. Folding leaves nothing of a linear
-    network, or one d x d matrix where a norm stands before it. Raises `UserError` as `nonlinear_operations`.
+    the FFN figures of Tables 2, 3, 5 and 6. A bilinear network and SwiGLU have three matrices. Folding leaves nothing
+    of a linear network, or one d x d matrix where a norm stands before it. Raises `UserError` as `nonlinear_operations`.
     """
     _check_length(config, seq_len)
     width, parts = config.hidden_size, config.parts
@@ -143,9 +143,9 @@ def parameters(config: Configuration) -> int:
     """Number of parameters inference needs, exactly as the model has them; a head tied to the embedding is free.
 
     V d + P d for the embeddings (V d with rotary positions) and 2d for the final LayerNorm; in each layer 2 d^2 +
-    2 d G k for attention with G heads of keys and values, 2 d m (bilinear and SwiGLU: 3 d m, fused: d^2) for the FFN, 4d for two
-    LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, 1 for a leaky ReLU's
-    learned slope, and the biases that `config.bias` keeps. A normalised weight counts as the matrix it is; the
+    2 d G k for attention with G heads of keys and values, 2 d m (bilinear and SwiGLU: 3 d m, fused: d^2) for the FFN,
+    4d for two LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, 1 for a leaky
+    ReLU's learned slope, and the biases that `config.bias` keeps. A normalised weight counts as the matrix it is; the
     regulariser's thresholds take no part in inference and are left out.
     """
     parts = config.parts

@@ -45,8 +45,11 @@ class UnknownPrimitive(Exception):
 
 # Local whoever knows the operands: every party computes them on its shares.
 _LOCAL = frozenset(
-    "add sub neg concatenate reshape transpose broadcast_in_dim slice gather reduce_sum squeeze rev pad expand_dims "
-    "convert_element_type copy iota stop_gradient dynamic_slice".split()
+    (
+        *("add", "sub", "neg", "reduce_sum"),
+        *("concatenate", "reshape", "transpose", "broadcast_in_dim", "slice", "dynamic_slice", "squeeze", "rev", "pad"),
+        *("expand_dims", "gather", "iota", "copy", "convert_element_type", "stop_gradient", "device_put"),
+    )
 )
 _COMPARISONS = frozenset(("gt", "ge", "lt", "le"))
 
@@ -161,7 +164,7 @@ def _uses_of(equation: Any, operands: list[Known]) -> Iterator[Use]:
 
 def _matrix_shape(equation: Any) -> tuple[int, tuple[int, int, int]]:
     """Number of products of a dot_general, and the (rows, inner, columns) of each."""
-    (left_inner, right_inner), (left_batch, _) = equation.params["dimension_numbers"]
+    (left_inner, _), (left_batch, _) = equation.params["dimension_numbers"]
     left, right = (variable.aval.shape for variable in equation.invars)
     batch = int(np.prod([left[axis] for axis in left_batch], dtype=np.int64))
     inner = int(np.prod([left[axis] for axis in left_inner], dtype=np.int64))

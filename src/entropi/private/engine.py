@@ -159,6 +159,7 @@ class Simulation:
             desc = libspu.link.Desc()
             for other in range(self.parties):
                 desc.add_party(f"party {other}", f"thread {other}" if links is None else links[rank][other])
+            desc.recv_timeout_ms = desc.http_timeout_ms = RECEIVE_TIMEOUT_S * 1000
             create = libspu.link.create_mem if links is None else libspu.link.create_brpc
             self._runtimes[rank] = spu.Runtime(create(desc, rank), config)
 

@@ -262,6 +262,22 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
         yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
 
 
+def warm_up() -> tuple[Stage, dict[str, tuple[tuple[int, int], Literal["server", "client"]]]]:
+    """A small stage that makes the engine exchange keys and base oblivious transfers; its inputs' shapes and owners.
+
+    Without it the first use of each kind of operation would pay for them.
+    """
+
+    def operations(x: Array, y: Array) -> Array:
+        product = x @ y  # private times private, then shared times shared, then shared times private
+        product = product @ product @ x[:, :4]
+        larger = jnp.maximum(product[:, :2], product[:, 2:])
+        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
+
+    stage = Stage("setup", -1, operations, ("warm_x", "warm_y"), ("warm_z",))
+    return stage, {"warm_x": ((4, 8), "server"), "warm_y": ((8, 4), "client")}
+
+
 def embed(tokens: Array, table: Array, *positions: Array, past: int = 0) -> Array:
     """`(m, V)` one-hot rows -> `(m, d)`, with the rows of their positions where these are learned.
 
