@@ -10,15 +10,14 @@ import pytest
 
 pytest.importorskip("spu")
 
-from private_reference import FIELDS  # noqa: E402
-
-from entropi.costs import cheetah  # noqa: E402
-from entropi.costs.calibration import shipped, trials, workers  # noqa: E402
-from entropi.costs.prediction import NETWORKS, Options, Predictor  # noqa: E402
-from entropi.costs.tracing import Use, Value, uses  # noqa: E402
-from entropi.private.engine import Simulation  # noqa: E402
-from entropi.private.messages import CLIENT, SERVER, Settings  # noqa: E402
-from entropi.private.program import Description, forward, one_hot, warm_up  # noqa: E402
+from entropi.costs import cheetah
+from entropi.costs.calibration import shipped, trials, workers
+from entropi.costs.prediction import NETWORKS, Options, Predictor
+from entropi.costs.tracing import Use, Value, uses
+from entropi.private.engine import Simulation
+from entropi.private.messages import CLIENT, SERVER, Settings
+from entropi.private.program import Description, forward, one_hot, warm_up
+from private_reference import FIELDS
 
 MODELS = {
     "SM+LN+G": dict(layers=3, heads=3, key_value_heads=3, hidden_size=96, norm="rms", activation="gelu",

@@ -182,6 +182,7 @@ def cost_of(
     picture: Path | None = None,
     calibration: Path | None = None,
     calibrate: Path | None = None,
+    record: bool = False,
     json: bool = False,
 ) -> None:
     """What a model costs: its operations exactly, and the bytes and time of its private inference predicted.
@@ -207,6 +208,7 @@ def cost_of(
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
         calibration: file of prices measured by --calibrate, in place of those that come with the package
         calibrate: measure this machine's prices (some minutes) and write them to this file
+        record: add the prediction to the records of the run folder that --architecture names, for its report
         json: print one JSON object
     """
     if picture is not None:
@@ -258,6 +260,13 @@ def cost_of(
         costing.costed(name, shape, seq_len, chosen, line, options)
         for name, shape in (costing.shape_of(word, base) for word in compare or [architecture])
     ]
+    if record:
+        folder = Path(architecture)
+        if compare or not (folder / records.RECORDS_FILE).is_file():
+            raise UserError(
+                "--record needs --architecture with one run folder, to whose records the prediction is added"
+            )
+        records.append(folder / records.RECORDS_FILE, found[0].prediction)
     if picture is not None:
         with _extra("report"):
             from entropi.report import figures
@@ -642,9 +651,9 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         helps = {p.arg_name: p.description for p in doc.params}
         command = _Parser(description=doc.short_description)
         skipped = set()
-        if "json" in helps:  # a flag, where jsonargparse would want "true"
-            skipped.add("json")
-            command.add_argument("--json", action="store_true", help=helps["json"])
+        for flag in {"json", "record"} & set(helps):  # where jsonargparse would want "true"
+            skipped.add(flag)
+            command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
         if function is report:
             skipped.add("runs")
             command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])

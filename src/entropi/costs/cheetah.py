@@ -31,7 +31,7 @@ _TRANSFERS = {
     "select": (1, 1),
     "truncate": (1, 0),
     "truncate with sign": (1, 0),
-    "inverse_root": (530, 190),
+    "inverse_root": (1217, 1158),
 }
 _TRIPLES = 4096  # products that one ciphertext each way prepares
 _DIRECT = 2 * SLOTS  # from so many numbers on products are made directly, without prepared ones

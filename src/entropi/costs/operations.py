@@ -112,7 +112,8 @@ def ffn_flops(config: Configuration, seq_len: int, *, folded: bool = False) -> i
 
     4 d m T L with two matrices, which is 16 d^2 T L at m = 4d, or 2 d^2 T L with the fused one; these give
     the FFN figures of Tables 2, 3, 5 and 6. A bilinear network and SwiGLU have three matrices. Folding leaves nothing
-    of a linear network, or one d x d matrix where a norm stands before it. Raises `UserError` as `nonlinear_operations`.
+    of a linear network, or one d x d matrix where a norm stands before it. Raises `UserError` as
+    `nonlinear_operations`.
     """
     _check_length(config, seq_len)
     width, parts = config.hidden_size, config.parts

@@ -163,28 +163,24 @@ class Predictor:
         return PassCost(operations=list(operations.values()))
 
     def _cost(self, stage: Stage, counted: Counter[str]) -> OperationCost:
-        server = client = messages = seconds = trips = 0.0
-        ciphertexts = [0.0, 0.0]
+        size = messages = seconds = trips = overlapping = 0.0
         both = all(any(f"ciphertexts by {party}" in name for name in counted) for party in ("server", "client"))
         for name, count in counted.items():
             price = self._calibration.prices.get(name)
             if price is None:
                 raise UserError(f"the calibration has no price for {name!r}; measure one with --calibrate")
-            server += count * price.server_bytes
-            client += count * price.client_bytes
+            size += count * price.bytes
             messages += count * price.messages
             seconds += count * price.seconds
             trips += count * price.trips
             if both and "ciphertexts by" in name:
-                ciphertexts[0] += count * price.server_bytes
-                ciphertexts[1] += count * price.client_bytes
+                overlapping += count * price.bytes / 2
         # Both directions of a product of two shared operands travel at the same time.
-        carried = server + client - min(ciphertexts)
-        latency = seconds + trips * self._line.delay_s + 8 * carried / self._line.bits_per_second
+        latency = seconds + trips * self._line.delay_s + 8 * (size - overlapping) / self._line.bits_per_second
         return OperationCost(
             name=stage.name,
             layer=stage.layer,
-            bytes=server + client,
+            bytes=size,
             messages=messages,
             trips=trips,
             seconds=seconds,

@@ -152,7 +152,6 @@ class Simulation:
         self._log = _start_log()
         config = _runtime_config(settings, protocol)
         self.parties = PARTIES[protocol]
-        self.sent_bytes: list[int] = []  # by every party in the latest run
         self._runtimes: list[Any] = [None] * self.parties
 
         def join(rank: int) -> None:
@@ -183,13 +182,12 @@ class Simulation:
         self._together(lambda rank: self._runtimes[rank].run(executable))
         seconds = time.perf_counter() - started
         readings = _meter(self._log, self.parties)
-        self.sent_bytes = [reading[0] for reading in readings]
         return StageTraffic(
             name=stage.name,
             layer=stage.layer,
             token=token,
             seconds=seconds,
-            sent_bytes=sum(self.sent_bytes),
+            sent_bytes=sum(reading[0] for reading in readings),
             received_bytes=0,
             sent_messages=sum(reading[2] for reading in readings),
             received_messages=0,
