@@ -16,7 +16,7 @@ from entropi import costing
 from entropi.costs import advice
 from entropi.costs.calibration import Calibration, Price, read, shipped, solve, write
 from entropi.costs.operations import parameters
-from entropi.costs.prediction import NETWORKS, Network, Options, described, network, predict
+from entropi.costs.prediction import NETWORKS, Network, Options, described, line_of, predict
 from entropi.errors import UserError
 from entropi.model.architectures import ARCHITECTURES
 from entropi.model.shape import Shape, expected_description, read_shape
@@ -110,12 +110,12 @@ def test_configurations_that_cannot_be_used_say_why(config: dict, words: str, tm
 
 
 def test_networks():
-    assert network("lan").bits_per_second == 1e9
-    assert network("300Mbps, 20 ms") == Network("300Mbps, 20 ms", 300e6, 0.01)
-    assert network("2Gbit/s,1ms").bits_per_second == 2e9
+    assert line_of("lan").bits_per_second == 1e9
+    assert line_of("300Mbps, 20 ms") == Network("300Mbps, 20 ms", 300e6, 0.01)
+    assert line_of("2Gbit/s,1ms").bits_per_second == 2e9
     for wrong in ("", "100Mbps", "0Mbps,1ms", "1.2.3Mbps,1ms", "100,20"):
         with pytest.raises(UserError, match="is no network"):
-            network(wrong)
+            line_of(wrong)
 
 
 def test_latency_is_computing_and_trips_and_carriage():
@@ -126,6 +126,15 @@ def test_latency_is_computing_and_trips_and_carriage():
         assert least < part.latency <= least + 8 * part.bytes / 1e8 + 1e-9
     everywhere = predict(SMALL, 16, shipped("cheetah"), Network("none", math.inf, 0.0))
     assert everywhere.prompt.latency == pytest.approx(everywhere.prompt.seconds)
+
+
+def test_the_public_function_counts_and_predicts():
+    import entropi
+
+    found = entropi.cost(entropi.EntropiConfig(architecture="SM+LN+R"), 128, network="lan")
+    assert (found.counts.ffn_flops, found.counts.folded, found.folded.folded) == (14_495_514_624, False, True)
+    assert found.prediction.network.startswith("lan")
+    assert found.prediction.seq_len == 128
 
 
 def test_a_further_token_costs_less_and_is_left_out_at_the_end():

@@ -205,6 +205,16 @@ def test_parts_save_a_ciphertext(simulations):
     assert parts.bytes < 0.8 * whole.bytes
 
 
+def test_pieces_of_a_product_are_the_product():
+    x, matrix = uniform(-1, 1, 300, 40), uniform(-1, 1, 40, 8)
+    whole = functions.times_matrix(jnp.asarray(x), jnp.asarray(matrix))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "_POLYNOMIALS", 1)
+        pieces = str(jax.make_jaxpr(functions.times_matrix)(x, matrix))
+        np.testing.assert_allclose(functions.times_matrix(jnp.asarray(x), jnp.asarray(matrix)), whole, rtol=1e-6)
+    assert pieces.count("dot_general") == 3  # of 128, 128 and 44 rows
+
+
 @pytest.mark.parametrize("size", [5, 8192, 8193, FULL, FULL + 1, 2 * FULL - 1])
 def test_parts_are_the_whole(size):
     x = uniform(-1, 1, 1, size)

@@ -218,8 +218,7 @@ def cost_of(
     with _extra("private"):
         from entropi import costing
         from entropi.costs import calibration as prices
-        from entropi.costs.prediction import Options
-        from entropi.costs.prediction import network as line_of
+        from entropi.costs.prediction import Options, line_of
     from entropi.model.shape import Shape
 
     if calibrate is not None:

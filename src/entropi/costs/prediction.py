@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 
-from entropi.costs.calibration import Calibration, bookkeeper
+from entropi.costs.calibration import Calibration, ProtocolName, bookkeeper, shipped
+from entropi.costs.operations import count
 from entropi.costs.tracing import Value, uses
 from entropi.errors import UserError
 from entropi.model.shape import expected_description
@@ -30,7 +31,7 @@ from entropi.private.program import (
     forward,
     warm_up,
 )
-from entropi.records import OperationCost, PassCost, PredictionRecord
+from entropi.records import CostRecord, OperationCost, PassCost, PredictionRecord
 
 TRUST_MODELS = {
     "cheetah": TRUST["cheetah"].split(":")[0],
@@ -54,7 +55,7 @@ NETWORKS = {
 }
 
 
-def network(text: str) -> Network:
+def line_of(text: str) -> Network:
     """A preset, "lan" or "wan", or "RATE,ROUNDTRIP" such as "300Mbps,20ms".
 
     Raises:
@@ -165,16 +166,16 @@ class Predictor:
     def _cost(self, stage: Stage, counted: Counter[str]) -> OperationCost:
         size = messages = seconds = trips = overlapping = 0.0
         both = all(any(f"ciphertexts by {party}" in name for name in counted) for party in ("server", "client"))
-        for name, count in counted.items():
+        for name, number in counted.items():
             price = self._calibration.prices.get(name)
             if price is None:
                 raise UserError(f"the calibration has no price for {name!r}; measure one with --calibrate")
-            size += count * price.bytes
-            messages += count * price.messages
-            seconds += count * price.seconds
-            trips += count * price.trips
+            size += number * price.bytes
+            messages += number * price.messages
+            seconds += number * price.seconds
+            trips += number * price.trips
             if both and "ciphertexts by" in name:
-                overlapping += count * price.bytes / 2
+                overlapping += number * price.bytes / 2
         # Both directions of a product of two shared operands travel at the same time.
         latency = seconds + trips * self._line.delay_s + 8 * (size - overlapping) / self._line.bits_per_second
         return OperationCost(
@@ -234,3 +235,27 @@ def predict(
         prompt=prompt,
         further=further,
     )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a configuration costs: counted as the paper counts, counted after folding, and predicted in private."""
+
+    counts: CostRecord
+    folded: CostRecord
+    prediction: PredictionRecord
+
+
+def cost(config: Any, seq_len: int, protocol: ProtocolName = "cheetah", network: str = "wan") -> Cost:
+    """What a model costs for a prompt of `seq_len` tokens; nothing is run.
+
+    Args:
+        config: `EntropiConfig` or `Shape`.
+        protocol: "cheetah" (two parties), "semi2k" (two and a trusted dealer) or "aby3" (three parties).
+        network: "lan", "wan", or a rate and a round trip such as "300Mbps,20ms".
+
+    Raises:
+        UserError: no positions for so many tokens, an unknown network, or a model that cannot run in private.
+    """
+    prediction = predict(config, seq_len, shipped(protocol), line_of(network))
+    return Cost(count(config, seq_len), count(config, seq_len, folded=True), prediction)

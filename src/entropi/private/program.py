@@ -36,6 +36,7 @@ from entropi.private.functions import (
     silu_exact,
     square,
     sums_of_squares,
+    times_matrix,
     top_k,
 )
 
@@ -230,7 +231,7 @@ def forward(
                 yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
             yield from feed_forward(model, layer, rows, read, "state")
     if model.centre:
-        yield Stage("centre", -1, jnp.matmul, ("state", "centre"), ("state",))
+        yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
     if model.final_norm != "none":
         norm = partial(normalise_state, kind=model.final_norm, epsilon=model.norm_epsilon)
         yield Stage("norm", -1, norm, ("state",), ("state",))
@@ -332,11 +333,11 @@ def project(
 
     new = state.shape[0]
     if rows == new:
-        joint = state @ matrix + bias
+        joint = times_matrix(state, matrix) + bias
         query, key, value = joint[:, :width], joint[:, width : width + shared], joint[:, width + shared :]
     else:
         query = state[-rows:] @ matrix[:, :width] + bias[:width]
-        joint = state @ matrix[:, width:] + bias[width:]
+        joint = times_matrix(state, matrix[:, width:]) + bias[width:]
         key, value = joint[:, :shared], joint[:, shared:]
     queries, keys, values = split(query), split(key), split(value)
     if model.position_embedding == "rotary":
@@ -447,17 +448,17 @@ def divide(heads: Array, totals: Array) -> Array:
 
 def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """Residual connection around the output projection, for the last `rows` tokens."""
-    return state[-rows:] + heads.transpose(1, 0, 2).reshape(rows, -1) @ matrix + bias
+    return state[-rows:] + times_matrix(heads.transpose(1, 0, 2).reshape(rows, -1), matrix) + bias
 
 
 def affine(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> Array:
     """x W + b, for the last `rows` rows of x or all."""
-    return (state if rows is None else state[-rows:]) @ matrix + bias
+    return times_matrix(state if rows is None else state[-rows:], matrix) + bias
 
 
 def add_affine(base: Array, state: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """base + x W + b, for the last `rows` rows."""
-    return base[-rows:] + state[-rows:] @ matrix + bias
+    return base[-rows:] + times_matrix(state[-rows:], matrix) + bias
 
 
 def bilinear(hidden: Array) -> Array:
