@@ -47,8 +47,8 @@ from entropi.private.messages import (
     encode,
     trust,
 )
-from entropi.private.program import Description, forward
-from entropi.private.session import Party, parse_address, sha256_of
+from entropi.private.program import Description
+from entropi.private.session import Party, parse_address, sha256_of, stages_of_pass
 from entropi.private.tunnel import LinkBroken, Tunnel
 from entropi.private.versions import engine_version
 from entropi.records import PrivateRun, StageTraffic
@@ -628,16 +628,7 @@ class _Session:
         model, settings = self.welcome.description, self.welcome.settings
         total, past, new = 1, 0, length
         for _ in range(left):
-            stages = forward(
-                model,
-                new,
-                past,
-                settings.exp_iterations,
-                embedding=settings.embedding,
-                output=settings.output,
-                choices=settings.choices,
-            )
-            total += sum(1 for _ in stages)
+            total += sum(1 for _ in stages_of_pass(model, settings, new, past))
             past, new = past + new, 1
         return total
 

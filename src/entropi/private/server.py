@@ -49,7 +49,7 @@ from entropi.private.messages import (
 )
 from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
 from entropi.private.program import Description
-from entropi.private.ranges import check_ranges
+from entropi.private.ranges import settle
 from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
@@ -244,6 +244,8 @@ def serve(
     limits: Limits,
     tls: Tls | None = None,
     metrics: str = "127.0.0.1:0",
+    *,
+    choose_fraction_bits: bool = False,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -253,10 +255,11 @@ def serve(
         listen: "HOST:PORT"; port 0 takes a free one, which the log names.
         tls: only clients with a certificate of its authority are answered; needed unless `listen` is loopback.
         metrics: "HOST:PORT" for `/health` and `/metrics`, which know no certificates: loopback only.
+        choose_fraction_bits: by the range check, instead of checking those of `settings`.
 
     Raises:
-        UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values would
-            overflow.
+        UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
+            point would not hold.
     """
     address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
     where = address, watched, tls.server_context() if tls is not None else None
@@ -265,8 +268,9 @@ def serve(
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
-    name, value = check_ranges(description, weights, settings)
-    log.info("largest value on random text: %.3g in %s", value, name)
+    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits)
+    for line in reasons:
+        log.info("%s", line)
     counters = Counters()
     with tempfile.TemporaryDirectory(prefix="entropi-table-") as temporary:
         table = None
