@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from entropi import cli, records
 from entropi.errors import UserError
-from entropi.private import client, server
+from entropi.private import admission, channel, client, server
 from entropi.private.messages import Accepted, Settings, Start, Welcome, decode_from_server, encode
 from entropi.private.program import Description, forward
 from entropi.private.tunnel import Tunnel
@@ -579,7 +579,7 @@ def test_questions_that_cannot_be_asked(capfd, running, prompt, options, complai
 
 
 def test_another_protocol_version(capfd, running, monkeypatch):
-    monkeypatch.setattr(client, "PROTOCOL_VERSION", 99)
+    monkeypatch.setattr(channel, "PROTOCOL_VERSION", 99)
     status, line = run_cli(capfd, "ask", "hello", "--server", running.address())
     assert status == 2
     assert "versions differ" in line
@@ -852,7 +852,7 @@ def test_web_pages_may_not_talk_to_the_server(running):
 def test_connections_are_limited(running):
     async def crowd():
         async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as open_channels:
-            for _ in range(server.Limits(max_queue=1).max_connections + 1):
+            for _ in range(admission.Limits(max_queue=1).max_connections + 1):
                 connecting = http.ws_connect(f"http://{running.address()}/v1/session")
                 channel = await open_channels.enter_async_context(connecting)
             return json.loads((await channel.receive(HANGING)).data)
@@ -866,8 +866,8 @@ def test_sessions_in_which_nothing_happens_end():
         async def event(self):
             await asyncio.sleep(HANGING)
 
-    host = SimpleNamespace(limits=server.Limits(stall_seconds=0.1))
-    with pytest.raises(server.SessionError, match=r"nothing happened for 0\.1 s"):
+    host = SimpleNamespace(limits=admission.Limits(stall_seconds=0.1))
+    with pytest.raises(admission.SessionError, match=r"nothing happened for 0\.1 s"):
         asyncio.run(server._watch_party(Stalled(), server.log, host, "", server._Progress()))
 
 

@@ -287,10 +287,10 @@ def serve(
             otherwise checked, and refused with the numbers if values could overflow or get lost
     """
     with _extra("private"):
+        from entropi.private.admission import Limits
         from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
         from entropi.private.monitoring import JsonLines
-        from entropi.private.server import Limits
         from entropi.private.server import serve as serve_folder
         from entropi.private.session import parse_address
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
