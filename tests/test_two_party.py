@@ -688,7 +688,7 @@ def test_models_that_no_fraction_bits_hold_are_refused_with_the_numbers(capfd, t
     save_model(tmp_path / "model", change=lambda model: enlarge_scores(model, 1e7))
     status, line = run_cli(capfd, "serve", tmp_path / "model", "--listen", "127.0.0.1:0")
     assert status == 2
-    assert re.search(r"overflow: layer 1 \w+ reaches \d\S+, .*; no number of fraction bits, 12 to 22, would do", line)
+    assert re.search(r"overflow: layer 1 \w+ reaches \d\S+, .*; no number of fraction bits, 14 to 22, would do", line)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ class Simulation:
         desc = libspu.link.Desc()
         for rank in range(self.parties):
             desc.add_party(f"party {rank}", f"thread {rank}")
+        desc.recv_timeout_ms = RECEIVE_TIMEOUT_S * 1000
         self._runtimes: list[Any] = [None] * self.parties
 
         def join(rank: int) -> None:

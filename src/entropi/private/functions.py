@@ -35,6 +35,21 @@ def product_bytes(rows: int, inner: int, columns: int) -> int:
     return 2 * (sent * _SENT_BYTES + -(-rows * columns // CIPHERTEXT) * _ANSWER_BYTES)
 
 
+def times_private(x: Array, matrix: Array) -> Array:
+    """`(n, d)` times the server's `(d, e)`, in blocks of 128 rows unless these cost a twentieth more bytes.
+
+    It saves memory: the engine spreads every 8,192 / n entries of the matrix over a polynomial of 192 KB and holds all
+    of them. Queries, keys and values of 512 tokens of GPT-2 small would take 21 GB at once; in blocks they take 5.
+    """
+    rows, inner = x.shape
+    columns = matrix.shape[1]
+    blocks = [x[start : start + 128] for start in range(0, rows, 128)]
+    apart = sum(product_bytes(len(block), inner, columns) for block in blocks)
+    if len(blocks) == 1 or apart > 1.05 * product_bytes(rows, inner, columns):
+        return x @ matrix
+    return jnp.concatenate([block @ matrix for block in blocks])
+
+
 # SPU's exponential with one squaring is (1 + x / 2)^2, and the only way to its multiplication of a number with itself,
 # whose ciphertexts cross once instead of twice. `square` is a primitive so that one program means x * x everywhere and
 # lowers to that exponential for SPU, whose platform calls itself "interpreter".

@@ -34,6 +34,7 @@ from entropi.private.functions import (
     segment_max,
     square,
     sums_of_squares,
+    times_private,
     top_k,
 )
 
@@ -330,11 +331,11 @@ def project(
 
     new = state.shape[0]
     if rows == new:
-        joint = state @ matrix + bias
+        joint = times_private(state, matrix) + bias
         query, key, value = joint[:, :width], joint[:, width : width + shared], joint[:, width + shared :]
     else:
         query = state[-rows:] @ matrix[:, :width] + bias[:width]
-        joint = state @ matrix[:, width:] + bias[width:]
+        joint = times_private(state, matrix[:, width:]) + bias[width:]
         key, value = joint[:, :shared], joint[:, shared:]
     queries, keys, values = split(query), split(key), split(value)
     if model.position_embedding == "rotary":
@@ -445,17 +446,17 @@ def divide(heads: Array, totals: Array) -> Array:
 
 def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """Residual connection around the output projection, for the last `rows` tokens."""
-    return state[-rows:] + heads.transpose(1, 0, 2).reshape(rows, -1) @ matrix + bias
+    return state[-rows:] + times_private(heads.transpose(1, 0, 2).reshape(rows, -1), matrix) + bias
 
 
 def affine(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> Array:
     """x W + b, for the last `rows` rows of x or all."""
-    return (state if rows is None else state[-rows:]) @ matrix + bias
+    return times_private(state if rows is None else state[-rows:], matrix) + bias
 
 
 def add_affine(base: Array, state: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """base + x W + b, for the last `rows` rows."""
-    return base[-rows:] + state[-rows:] @ matrix + bias
+    return base[-rows:] + times_private(state[-rows:], matrix) + bias
 
 
 def bilinear(hidden: Array) -> Array:
