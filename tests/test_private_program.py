@@ -468,7 +468,7 @@ def test_fraction_bits_are_chosen_with_room_to_spare_where_there_is():
     assert bits == 19
     assert "because fixed point would lose what is small: the typical value in layer 1" in line
     with pytest.raises(
-        UserError, match=r"head reaches 5.5e\+11, .*with 12 .*with 22 .*no number .* 12 to 22, would do"
+        UserError, match=r"head reaches 5.5e\+11, .*with 14 .*with 22 .*no number .* 14 to 22, would do"
     ):
         chosen(enlarged_head(model, weights, 2.0**39))
 
