@@ -104,7 +104,8 @@ def main() -> None:
         worst = max(errors, key=lambda key: abs(errors[key]))
         print(
             f"| {name} | {size / 1e6:.1f} | {guess.bytes / size - 1:+.2%} "
-            f"| {messages:,} | {guess.messages / messages - 1:+.2%} | {seconds:.1f} | {guess.seconds / seconds - 1:+.0%} | {worst} {errors[worst]:+.2%} |",
+            f"| {messages:,} | {guess.messages / messages - 1:+.2%} "
+            f"| {seconds:.1f} | {guess.seconds / seconds - 1:+.0%} | {worst} {errors[worst]:+.2%} |",
             flush=True,
         )
         results[name] = {

@@ -205,16 +205,6 @@ def test_parts_save_a_ciphertext(simulations):
     assert parts.bytes < 0.8 * whole.bytes
 
 
-def test_pieces_of_a_product_are_the_product():
-    x, matrix = uniform(-1, 1, 300, 40), uniform(-1, 1, 40, 8)
-    whole = functions.times_matrix(jnp.asarray(x), jnp.asarray(matrix))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functions, "_POLYNOMIALS", 1)
-        pieces = str(jax.make_jaxpr(functions.times_matrix)(x, matrix))
-        np.testing.assert_allclose(functions.times_matrix(jnp.asarray(x), jnp.asarray(matrix)), whole, rtol=1e-6)
-    assert pieces.count("dot_general") == 3  # of 128, 128 and 44 rows
-
-
 @pytest.mark.parametrize("size", [5, 8192, 8193, FULL, FULL + 1, 2 * FULL - 1])
 def test_parts_are_the_whole(size):
     x = uniform(-1, 1, 1, size)
@@ -260,12 +250,11 @@ def test_kernel_error_against_exp_is_the_documented_one(iterations):
     ("rows", "inner", "columns", "products"),
     [(128, 768, 2304, 1), (512, 768, 2304, 4), (500, 768, 2304, 4), (129, 768, 2304, 2), (512, 128, 128, 1)],
 )
-def test_products_with_private_matrices_come_in_blocks_of_rows_where_bytes_allow(rows, inner, columns, products):
-    """Not where the matrix is the smaller operand, which every block would send again."""
+def test_products_with_private_matrices_come_in_pieces_where_memory_asks_for_it(rows, inner, columns, products):
     x, matrix = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
-    equations = jax.make_jaxpr(functions.times_private)(x, matrix).eqns
+    equations = jax.make_jaxpr(functions.times_matrix)(x, matrix).eqns
     assert [equation.primitive.name for equation in equations].count("dot_general") == products
     if rows <= 129:
         a, b = np.ones((rows, inner), np.float32), uniform(-1, 1, inner, columns)
         a *= np.arange(rows)[:, None]
-        np.testing.assert_allclose(functions.times_private(a, b), a @ b, rtol=1e-5, atol=1e-3)
+        np.testing.assert_allclose(functions.times_matrix(a, b), a @ b, rtol=1e-5, atol=1e-3)
