@@ -465,15 +465,51 @@ def summary_of_private_run(run: records.PrivateRun) -> str:
     )
 
 
-def report(runs: list[Path], output: Path | None = None) -> None:
-    """One self-contained HTML page of one or more run folders.
+def study(file: Path, folder: Path | None = None, parallel: int = 0, json: bool = False) -> None:
+    """Train every run of the study FILE and compare them; run it again to continue after an interruption.
 
     Args:
-        runs: run folders
-        output: file to write; by default report.html in the first run folder
+        file: YAML file with the settings of all runs, the rows to compare and the claims to test
+        folder: where the run folders, the tables and the page go; by default runs/NAME for a file NAME.yaml
+        parallel: runs at a time, which share the processor's cores or take the GPUs in turn; by default one for each
+            GPU, or one
+        json: print one JSON object
+    """
+    with _extra("report"):
+        from entropi.report.study import in_words, write_study
+    from entropi.training.study import load_study, run_study
+
+    if parallel < 0:
+        raise UserError(f"parallel is {parallel}, it cannot be negative")
+    planned, folder = load_study(file), folder or Path("runs") / file.stem
+    try:
+        with _terminated_like_interrupted():
+            found = run_study(planned, folder, parallel)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the study") from None
+    page = write_study(folder)
+    if json:
+        rows = [r for r in found if isinstance(r, records.StudyRow)]
+        claims = [r for r in found if isinstance(r, records.StudyClaim)]
+        _print_json({"folder": str(folder), "rows": rows, "claims": claims})
+        return
+    print(in_words(found))
+    print(f"page in {page}")
+
+
+def report(runs: list[Path], output: Path | None = None) -> None:
+    """One self-contained HTML page of one or more run folders, or of a study.
+
+    Args:
+        runs: run folders, or the folder of one study
+        output: file to write; by default report.html in the first folder
     """
     with _extra("report"):
         from entropi.report.page import write_report
+        from entropi.report.study import is_study, write_study
+    if len(runs) == 1 and is_study(runs[0]):
+        print(f"report in {write_study(runs[0], output)}")
+        return
     path = write_report(runs, output or runs[0] / "report.html")
     print(f"report in {path}")
 
@@ -507,6 +543,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "ask": ask,
     "certificates": certificates,
+    "study": study,
     "report": report,
 }
 

@@ -175,6 +175,11 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not a training recipe: lines such as 'steps: 600' are expected")
+    return make_recipe(settings, str(path))
+
+
+def make_recipe(settings: dict[str, Any], source: str) -> Recipe:
+    """A recipe from settings as YAML gives them; raises `UserError` as `load_recipe`, naming `source`."""
     types = get_type_hints(Recipe)
     problems = [f"unknown setting {name}" for name in sorted(str(name) for name in settings if name not in types)]
     known = {name: _as_float(value, types[name]) for name, value in settings.items() if name in types}
@@ -185,7 +190,7 @@ def load_recipe(path: Path) -> Recipe:
     except UserError as error:
         problems.append(str(error))
     if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{source}: {'; '.join(problems)}")
     return recipe
 
 
