@@ -93,7 +93,6 @@ class SkippedUpdate(Base, tag="skipped"):
 
     step: int
     reason: str
-    layer: int | None = None  # the first whose attention was not finite, if that is what happened
 
 
 class DiagnosisRecord(Base, tag="diagnosis"):

@@ -292,12 +292,10 @@ class NonFiniteGuard(TrainerCallback):
             self._in_a_row = 0
             return
         step = state.global_step + 1
-        layer = self._first_broken_layer()
-        where = "" if layer is None else f", beginning in the attention of layer {layer}"
-        reason = f"step {step}: the gradient is not finite{where}"
+        reason = f"step {step}: the gradient is not finite{self._where()}"
         self._in_a_row += 1
         self.recorder.refuse()
-        records.append(self.recorder.path, records.SkippedUpdate(step=step, reason=reason, layer=layer))
+        records.append(self.recorder.path, records.SkippedUpdate(step=step, reason=reason))
         # In float16 a gradient overflows whenever the loss scale is too large, as it is at first: no divergence.
         overflow = args.fp16 and self.recorder.losses_are_finite()
         if self.policy == "stop" and not overflow:
@@ -310,13 +308,13 @@ class NonFiniteGuard(TrainerCallback):
         if not args.fp16:  # there the scaler passes over the update, and needs the gradients to lower its scale
             model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
 
-    def _first_broken_layer(self) -> int | None:
+    def _where(self) -> str:
         """The first layer whose attention is no longer finite, if that is what happened."""
         for entropy in self.recorder.entropies:
             broken = (~torch.isfinite(entropy)).any(dim=1).nonzero().flatten()
             if len(broken):
-                return int(broken[0])
-        return None
+                return f", beginning in the attention of layer {int(broken[0])}"
+        return ""
 
 
 class CheckpointSeal(TrainerCallback):

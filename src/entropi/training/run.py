@@ -88,7 +88,7 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None) -> Path:
     _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     prepared = prepare(recipe.corpus, recipe.vocab_size, recipe.context_length, console=console)
     _check_corpus(recipe, prepared)
-    with alone_in(folder), _quiet_transformers():
+    with _alone_in(folder), _quiet_transformers():
         recipe = _begin_folder(recipe, folder)
         set_seed(recipe.seed)
         entries = prepared.tokenizer.get_vocab_size()
@@ -330,7 +330,7 @@ def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path) -> Iterator[None]:
     """Create and hold the run folder; a second process in it would remove the first one's unfinished checkpoint.
 
     Raises:

@@ -42,12 +42,14 @@ from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.training.comparison import compare, finished_run, summarise
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, make_recipe, save_recipe
-from entropi.training.run import MODEL_FOLDER, alone_in
+from entropi.training.run import MODEL_FOLDER
+from entropi.training.run import _alone_in as alone_in
 
 STUDY_KEYS = ("recipe", "rows", "claims")
 MAX_FOLDER_NAME = 100
 MAX_SEEDS = 20  # of a row: a claim's test goes through all 2^n signs
 POLL_SECONDS = 0.2
+LAYER = re.compile(r"attention of layer (\d+)")  # in the reason of an update that was refused
 INTERRUPT_SECONDS = 60.0  # that an interrupted run may take to finish its step
 
 Claim: TypeAlias = tuple[str, str]  # names of two rows: the one said to be lower, and the other
@@ -373,7 +375,7 @@ def _outcome(run: PlannedRun, process: _Process) -> records.StudyRun:
             diverged=True,
             reason=refused.reason,
             step=refused.step,
-            layer=refused.layer,
+            layer=int(layer[1]) if (layer := LAYER.search(refused.reason)) else None,
             cross_entropy=float("nan"),
             perplexity=float("nan"),
             tokens_per_second=float("nan"),

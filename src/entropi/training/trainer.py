@@ -48,6 +48,10 @@ class EntropiTrainer(Trainer):
             self.recorder.observe(outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: nothing of ours shows it, and the Trainer would go through all parameters in every step."""
+        return 0
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only: no decay of biases, gains, slopes, alpha, beta, temperatures and thresholds."""
         spared = {"temperature.parameter", "entropy_regularizer.threshold", "parametrizations.weight.original0"}
@@ -56,10 +60,6 @@ class EntropiTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.dim() == 2 and not any(name.endswith(ending) for ending in spared)
         ]
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: nothing of ours shows it, and the Trainer would go through all parameters in every step."""
-        return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out cross-entropy in float32, recorded with the head entropies."""
