@@ -445,3 +445,19 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
         assert process.poll() is None, process.stderr.read() if process.stderr else b""
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_speed_trains_both(corpus: Path):
+    """It measures what it says it does: both loops take all their turns, and the ratio is that of their times."""
+    words = ["--layers", "2", "--heads", "2", "--hidden-size", "16", "--length", "16", "--vocab-size", "300"]
+    words += ["--batch-size", "4", "--turn", "2", "--turns", "3", "--precision", "fp32", "--corpus", str(corpus)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "training_speed.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["ratios"]) == 3
+    assert min(found["ratios"]) <= found["ratio"] <= max(found["ratios"])
+    assert set(found["tokens_per_second"]) == {"ours", "plain"}
+    assert min(found["tokens_per_second"].values()) > 0
+    assert done.stderr.count("turn ") == 3
