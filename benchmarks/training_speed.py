@@ -13,6 +13,7 @@ each turn, the median over turns. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import json
 import pstats
@@ -149,6 +150,10 @@ class TakeTurns(TrainerCallback):
         self.began = self.now()
 
 
+class Trained(Exception):
+    """All turns have been taken."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="EReg(SM+LN+G)", help="of ours; the plain model is always SM+LN+G")
@@ -188,10 +193,11 @@ def main() -> None:
             if options.profile:
                 turns[0].profile = cProfile.Profile()
             self.add_callback(turns[0])
-            return super().train(*args, **kwargs)
+            super().train(*args, **kwargs)
+            raise Trained  # what follows, the evaluation on held-out text, is not measured
 
     run.EntropiTrainer = Interleaved  # type: ignore[misc]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Trained):
         run.train(recipe, Path(folder) / "run")
     found = turns[0]
     if found.profile is not None:
