@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import re
@@ -91,11 +92,14 @@ def write_study(folder: Path, output: Path | None = None) -> Path:
     drawings = draw(study)
     try:
         (folder / FIGURES_FOLDER).mkdir(exist_ok=True)
+        pictures = []
         for drawing in drawings:
-            figures.write_figure(drawing.figure, folder / FIGURES_FOLDER / f"{drawing.name}.png")
+            path = folder / FIGURES_FOLDER / f"{drawing.name}.png"
+            figures.write_figure(drawing.figure, path, DPI)
+            pictures.append(base64.b64encode(path.read_bytes()).decode("ascii"))
         (folder / TABLES_FILE).write_text(markdown(study.name, found), encoding="utf-8")
         partial = output.with_name(output.name + ".partial")
-        partial.write_text(_page(study, found, drawings), encoding="utf-8")
+        partial.write_text(_page(study, found, drawings, pictures), encoding="utf-8")
         os.replace(partial, output)
     except OSError as error:
         raise UserError(f"cannot write the study's report in {folder}: {error.strerror}") from None
@@ -362,7 +366,7 @@ def _gamma(rows: Sequence[StudyRow]) -> dict[float, StudyRow]:
 # --- Page -------------------------------------------------------------------------------------------------------------
 
 
-def _page(study: StudyResult, found: Sequence[Table], drawings: Sequence[Drawing]) -> str:
+def _page(study: StudyResult, found: Sequence[Table], drawings: Sequence[Drawing], pictures: Sequence[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -370,5 +374,5 @@ def _page(study: StudyResult, found: Sequence[Table], drawings: Sequence[Drawing
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = [(d.title, d.note, figures.to_data_uri(d.figure, DPI)) for d in drawings]
+    shown = [(d.title, d.note, f"data:image/png;base64,{picture}") for d, picture in zip(drawings, pictures)]
     return environment.get_template("study.html.j2").render(study=study, tables=found, drawings=shown)
