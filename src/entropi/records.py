@@ -54,6 +54,7 @@ class RunStarted(Base, tag="run"):
     tokens_per_step: int
     total_steps: int
     precision: str
+    tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
 
 
@@ -69,7 +70,7 @@ class TrainingStep(Base, tag="step"):
 
 
 class EntropySnapshot(Base, tag="entropy"):
-    """Mean attention entropy of every head over the last micro-batch of a step (Eq. 5-7), before its update."""
+    """Mean attention entropy of every head over the sequences of a step (Eq. 5-7), before its update."""
 
     step: int
     entropy: Matrix  # (L, H), nats

@@ -24,6 +24,7 @@ from entropi.console import ProgressLine
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.training.checkpoints import remove_oldest, seal
+from entropi.training.distributed import is_main, least, processes, total, wait_for_all, whole
 
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -53,8 +54,15 @@ class RunRecorder(TrainerCallback):
         self.watchers: list[Callable[[records.Record], None]] = []  # of the records as they are written
 
     def write(self, record: records.Record) -> None:
-        """Add a record to the run's, and show it to whoever watches."""
-        records.append(self.path, record)
+        """Add a record to the run's, and show it to whoever watches; of several processes, one does."""
+        if not is_main():
+            return
+        try:
+            records.append(self.path, record)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room, and the same command continues the run"
+            ) from None
         for watch in self.watchers:
             watch(record)
 
@@ -70,8 +78,9 @@ class RunRecorder(TrainerCallback):
         self._refused = True
 
     def losses_are_finite(self) -> bool:
-        """Whether the losses of the update in progress are finite; waits for the device."""
-        return all(math.isfinite(float(loss)) for loss, _ in self._losses)
+        """Whether the losses of the update in progress are finite, in all processes; waits for the device."""
+        losses = torch.stack([loss.float() for loss, _ in self._losses])
+        return bool(least(torch.isfinite(losses).all().int()))
 
     def pending(self) -> dict[str, list[float]]:
         """Losses of the updates since the last record, to be kept with a checkpoint."""
@@ -101,9 +110,13 @@ class RunRecorder(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         if not self._refused:
             # With losses scaled for accumulation, the micro-batches of an update add up to the update's loss.
-            self._cross_entropy.append(torch.stack([loss for loss, _ in self._losses]).sum())
+            losses = [torch.stack([loss for loss, _ in self._losses]).sum().float()]
             if penalties := [penalty for _, penalty in self._losses if penalty is not None]:
-                self._penalty.append(torch.stack(penalties).sum())
+                losses.append(torch.stack(penalties).sum().float())
+            sums = total(torch.stack(losses))
+            self._cross_entropy.append(sums[0])
+            if penalties:
+                self._penalty.append(sums[1])
         if step % self.entropy_every == 0 or step == 1 or last:
             self._record_entropy(step, model)
         self._refused, self._losses, self.entropies = False, [], []
@@ -113,9 +126,9 @@ class RunRecorder(TrainerCallback):
         self.progress.update(step, f"{self._status}{self._heads}")
 
     def _record_entropy(self, step: int, model: Any) -> None:
-        entropy = self.entropies[-1]
+        entropy = total(torch.stack(self.entropies).mean(dim=0)) / processes()
         model = getattr(model, "module", model)
-        threshold = model.entropy_regularizer.threshold if model.entropy_regularizer is not None else None
+        threshold = whole(model.entropy_regularizer.threshold) if model.entropy_regularizer is not None else None
         temperatures = [block.attention.temperature for block in model.model.blocks]
         self.write(
             records.EntropySnapshot(
@@ -124,7 +137,7 @@ class RunRecorder(TrainerCallback):
                 threshold=None if threshold is None else threshold.detach().tolist(),
                 temperature=None
                 if temperatures[0] is None
-                else [t.values().detach().mean(dim=1).tolist() for t in temperatures],
+                else [whole(t.values().detach()).mean(dim=1).tolist() for t in temperatures],
             )
         )
         if bool(torch.isfinite(entropy).all()):
@@ -237,7 +250,7 @@ class LiveView:
 
 
 class InterruptBetweenSteps(TrainerCallback):
-    """Lets Ctrl-C end a run between two steps; a second one ends it at once.
+    """Lets Ctrl-C or SIGTERM end a run between two steps; a second one ends it at once.
 
     Raised wherever the interpreter happens to be, a KeyboardInterrupt can land in a finalizer, which swallows it: the
     run would go on as if nobody had asked.
@@ -248,16 +261,17 @@ class InterruptBetweenSteps(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over Ctrl-C from Python's own handler; any other handler, and other threads, are left alone."""
+        """Take over the two signals from Python's own handlers; others' handlers, and other threads, are left alone."""
+        own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._ask)
+        taken = {s: handler for s, handler in own.items() if in_main_thread and signal.getsignal(s) is handler}
+        for number in taken:
+            signal.signal(number, self._ask)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, handler in taken.items():
+                signal.signal(number, handler)
         if self._asked:  # after the last step
             raise KeyboardInterrupt
 
@@ -288,14 +302,14 @@ class NonFiniteGuard(TrainerCallback):
     ) -> None:
         assert model is not None
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        if bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients)))):
             self._in_a_row = 0
             return
         step = state.global_step + 1
         reason = f"step {step}: the gradient is not finite{self._where()}"
         self._in_a_row += 1
         self.recorder.refuse()
-        records.append(self.recorder.path, records.SkippedUpdate(step=step, reason=reason))
+        self.recorder.write(records.SkippedUpdate(step=step, reason=reason))
         # In float16 a gradient overflows whenever the loss scale is too large, as it is at first: no divergence.
         overflow = args.fp16 and self.recorder.losses_are_finite()
         if self.policy == "stop" and not overflow:
@@ -309,12 +323,14 @@ class NonFiniteGuard(TrainerCallback):
             model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
 
     def _where(self) -> str:
-        """The first layer whose attention is no longer finite, if that is what happened."""
-        for entropy in self.recorder.entropies:
-            broken = (~torch.isfinite(entropy)).any(dim=1).nonzero().flatten()
-            if len(broken):
-                return f", beginning in the attention of layer {int(broken[0])}"
-        return ""
+        """The first layer whose attention is no longer finite, in any process, if that is what happened."""
+        layers = [(~torch.isfinite(entropy)).any(dim=1) for entropy in self.recorder.entropies]
+        if not layers:
+            return ""
+        broken = torch.stack(layers).any(dim=0)
+        numbers = torch.arange(len(broken), device=broken.device)
+        first = int(least(torch.where(broken, numbers, len(broken)).min()))
+        return f", beginning in the attention of layer {first}" if first < len(broken) else ""
 
 
 class CheckpointSeal(TrainerCallback):
@@ -325,6 +341,7 @@ class CheckpointSeal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir))
-        if state.is_world_process_zero:
+        wait_for_all()  # every process has a file of its own in the checkpoint
+        if is_main():
             seal(folder / f"checkpoint-{state.global_step}", self.recorder.pending())
             remove_oldest(folder, self.keep)

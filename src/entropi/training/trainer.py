@@ -1,7 +1,10 @@
-"""The transformers Trainer with what entropi models need: entropies observed, scales spared from decay."""
+"""The transformers Trainer with what entropi models need: entropies observed, scales spared, states made whole."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,18 +14,23 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl
 
 from entropi import records
+from entropi.data.shards import Blocks
 from entropi.training.callbacks import RunRecorder
+from entropi.training.distributed import is_sharded, like, whole_state
 from entropi.training.evaluation import evaluate_blocks
+from entropi.training.optimizers import MuonWithAdamW
+
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Token blocks `(N, T)` as the Trainer wants them; labels are the ids, the model shifts them."""
+    """The first `length` token blocks `(N, T)` as the Trainer wants them; labels are the ids, the model shifts them."""
 
-    def __init__(self, blocks: np.ndarray) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Blocks | np.ndarray, length: int | None = None) -> None:
+        self.blocks, self.length = blocks, len(blocks) if length is None else length
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids = torch.from_numpy(np.asarray(self.blocks[index], dtype=np.int64))
@@ -30,11 +38,17 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
 
 class EntropiTrainer(Trainer):
-    """Trains an `EntropiForCausalLM`; its loss already holds the entropy penalty (Algorithm 1)."""
+    """Trains an `EntropiForCausalLM`; its loss already holds the entropy penalty (Algorithm 1).
 
-    def __init__(self, *args: Any, recorder: RunRecorder, **kwargs: Any) -> None:
+    Checkpoints are those of a run in one process, whatever the number of processes and whether the model is sharded
+    between them: weights and optimizer state whole, in the order of the parameters.
+    """
+
+    optimizer: Any
+
+    def __init__(self, *args: Any, recorder: RunRecorder, muon: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recorder = recorder
+        self.recorder, self.muon = recorder, muon
 
     def compute_loss(
         self,
@@ -57,22 +71,88 @@ class EntropiTrainer(Trainer):
             if parameter.dim() == 2 and not any(name.endswith(ending) for ending in spared)
         ]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, or Muon for the matrices of the layers; embeddings and what is no matrix stay with AdamW."""
+        if not self.muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = model or self.model
+        assert model is not None
+        decayed = set(self.get_decay_parameter_names(model))
+        hidden = {name for name in decayed if ".blocks." in name}
+        named = dict(model.named_parameters())
+        matrices = [{"params": [p for n, p in named.items() if n in hidden], "weight_decay": self.args.weight_decay}]
+        others = [
+            {"params": [p for n, p in named.items() if n in decayed - hidden], "weight_decay": self.args.weight_decay},
+            {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
+        ]
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        made = self.optimizer = MuonWithAdamW(matrices, others, lr=self.args.learning_rate, betas=betas)
+        return made
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer does; a sharded model is put together first."""
+        assert self.model is not None
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model.state_dict())
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.model is not None
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_FILE))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.model is not None
+        if not is_sharded(self.model):  # else they were loaded before the model was sharded
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert self.model is not None
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        loaded = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, entries in loaded["state"].items():
+            for name, value in entries.items():
+                entries[name] = like(value, parameters[number])
+        self.optimizer.load_state_dict(loaded)
+        schedule = torch.load(os.path.join(checkpoint, SCHEDULER_FILE), map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Sum the gradients of a sharded model once an update, not once a micro-batch."""
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out cross-entropy in float32, recorded with the head entropies."""
         paused_at = self.recorder.pause()
         assert self.model is not None
         assert isinstance(self.eval_dataset, BlockDataset)
         result = evaluate_blocks(self.model, self.eval_dataset.blocks, self.args.per_device_eval_batch_size)
-        if self.is_world_process_zero():
-            self.recorder.write(
-                records.Evaluation(
-                    step=self.state.global_step,
-                    cross_entropy=result.cross_entropy,
-                    perplexity=result.perplexity,
-                    tokens=result.tokens,
-                    entropy=result.entropy.tolist(),
-                )
+        self.recorder.write(
+            records.Evaluation(
+                step=self.state.global_step,
+                cross_entropy=result.cross_entropy,
+                perplexity=result.perplexity,
+                tokens=result.tokens,
+                entropy=result.entropy.tolist(),
             )
+        )
         self.recorder.resume_clock(paused_at)
         metrics = {"eval_loss": result.cross_entropy, "eval_perplexity": result.perplexity}
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
