@@ -6,7 +6,7 @@ Every function here also serves a run in one process, where it does next to noth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -107,25 +107,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A plain `tensor` sharded as `parameter` is, if it is and has its shape."""
-    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor
-
-
 def shard(model: EntropiForCausalLM) -> None:
     """Share out the parameters of `model` between the processes (FSDP2): every layer by itself, and the rest.
 
-    The Trainer is told by the two flags with which transformers marks models that it sharded itself: such a model is
-    neither wrapped nor sharded again.
+    Scalars become vectors of one number, which FSDP2 wants and all arithmetic takes; `whole_weights` gives them back.
     """
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dim() == 0:
+                setattr(module, name, nn.Parameter(p.detach().reshape(1)))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for block in model.model.blocks:
         fully_shard(block)
     fully_shard(model)
-    model._is_distributed_loading_by_transformers = True
-    model._is_fsdp_managed_module = True
+    model._is_fsdp_managed_module = True  # asked for by the Trainer, see `EntropiTrainer`
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -133,10 +128,39 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def whole_state(state: Any) -> Any:
-    """A nested state with plain tensors instead of sharded ones, on the CPU where it was sharded."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
-    if isinstance(state, dict):
-        return {name: whole_state(value) for name, value in state.items()}
-    return [whole_state(value) for value in state] if isinstance(state, list) else state
+def whole_weights(model: nn.Module, scalars: Collection[str]) -> dict[str, Tensor]:
+    """The state of a sharded model as that of a plain one, on the CPU; `scalars` are names of what is one number."""
+    seen: dict[int, Tensor] = {}  # tied weights stay one tensor
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            plain = whole(value.detach()).cpu()
+            seen[id(value)] = plain.reshape(()) if name in scalars else plain
+        state[name] = seen[id(value)]
+    return state
+
+
+def whole_optimizer_state(state: dict[str, Any], scalars: Collection[int]) -> dict[str, Any]:
+    """An optimizer's state over sharded parameters as that over plain ones; `scalars` are numbers of parameters."""
+
+    def plain(number: int, value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        gathered = value.full_tensor().cpu()
+        return gathered.reshape(()) if number in scalars else gathered
+
+    entries = {n: {name: plain(n, value) for name, value in of.items()} for n, of in state["state"].items()}
+    return {**state, "state": entries}
+
+
+def sharded_optimizer_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """The inverse of `whole_optimizer_state`; `parameters` in the order of their numbers."""
+
+    def part(name: str, value: Any, parameter: Tensor) -> Any:
+        if name == "step" or not isinstance(value, Tensor) or not isinstance(parameter, DTensor):
+            return value
+        value = value.reshape(parameter.shape).to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+    entries = {n: {name: part(name, v, parameters[n]) for name, v in of.items()} for n, of in state["state"].items()}
+    return {**state, "state": entries}

@@ -70,7 +70,7 @@ def evaluate_blocks(
             heads = recorded.mean().double() * len(ids)
         entropy = entropy.to(heads.device) + counts * heads
         if progress is not None:
-            progress(min(start + batch_size, len(blocks)))
+            progress(min((turn + 1) * processes() * batch_size, len(blocks)))
     model.train(was_training)
     sums = total(torch.cat([entropy.new_tensor([loss_sum, tokens], dtype=torch.float64), entropy.flatten()])).cpu()
     return HeldOut(

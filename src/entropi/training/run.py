@@ -145,6 +145,7 @@ def _optimize(
         load_model(model, checkpoint.path / "model.safetensors")
     if done >= recipe.steps:  # interrupted in the last evaluation; the Trainer would take a step more
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scalars = {name for name, p in model.named_parameters() if p.dim() == 0}
     if shard:
         distributed.shard(model)
     progress = ProgressLine(f"training {recipe.architecture}", recipe.steps, done=done, console=console)
@@ -171,6 +172,7 @@ def _optimize(
         eval_dataset=BlockDataset(prepared.packed.heldout[: recipe.evaluation_blocks]),
         recorder=recorder,
         muon=recipe.optimizer == "muon",
+        scalars=scalars,
     )
     trainer.remove_callback(PrinterCallback)
     if live is not None:
@@ -545,7 +547,6 @@ def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) 
         save_total_limit=None,  # CheckpointSeal removes old ones, after the new one is sealed
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # those of spectral norms follow from the weights, the same everywhere
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=[live.tracker] if live is not None else "none",

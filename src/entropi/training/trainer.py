@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,14 @@ from transformers import Trainer, TrainerControl
 
 from entropi import records
 from entropi.data.shards import Blocks
+from entropi.errors import UserError
 from entropi.training.callbacks import RunRecorder
-from entropi.training.distributed import is_sharded, like, whole_state
+from entropi.training.distributed import (
+    is_sharded,
+    sharded_optimizer_state,
+    whole_optimizer_state,
+    whole_weights,
+)
 from entropi.training.evaluation import evaluate_blocks
 from entropi.training.optimizers import MuonWithAdamW
 
@@ -46,9 +52,18 @@ class EntropiTrainer(Trainer):
 
     optimizer: Any
 
-    def __init__(self, *args: Any, recorder: RunRecorder, muon: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, recorder: RunRecorder, muon: bool = False, scalars: Collection[str] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if self.model is not None and is_sharded(self.model):
+            # With this the Trainer neither wraps a model nor shards it again. Set by the model itself it would also
+            # make the Trainer refuse checkpoints, which it cannot write of such models; they are written below.
+            if not hasattr(self, "is_distributed_loading_by_transformers"):
+                raise UserError("this transformers cannot train a model that is sharded already: take a newer one")
+            self.is_distributed_loading_by_transformers = True
         self.recorder, self.muon = recorder, muon
+        self.scalars = scalars  # names of the parameters that are one number in a model that is not sharded
 
     def compute_loss(
         self,
@@ -95,7 +110,7 @@ class EntropiTrainer(Trainer):
         if not is_sharded(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        state = whole_state(self.model.state_dict())
+        state = whole_weights(self.model, self.scalars)
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
 
@@ -104,10 +119,16 @@ class EntropiTrainer(Trainer):
         if not is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_state(self.optimizer.state_dict())
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        scalars = [number for number, p in enumerate(self._ordered_parameters()) if names[id(p)] in self.scalars]
+        state = whole_optimizer_state(self.optimizer.state_dict(), scalars)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, OPTIMIZER_FILE))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
+
+    def _ordered_parameters(self) -> list[nn.Parameter]:
+        """The parameters in the order in which the optimizer's state numbers them."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self.model is not None
@@ -120,11 +141,7 @@ class EntropiTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         loaded = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for number, entries in loaded["state"].items():
-            for name, value in entries.items():
-                entries[name] = like(value, parameters[number])
-        self.optimizer.load_state_dict(loaded)
+        self.optimizer.load_state_dict(sharded_optimizer_state(loaded, self._ordered_parameters()))
         schedule = torch.load(os.path.join(checkpoint, SCHEDULER_FILE), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
