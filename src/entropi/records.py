@@ -95,6 +95,15 @@ class SkippedUpdate(Base, tag="skipped"):
     reason: str
 
 
+class RolledBack(Base, tag="rollback"):
+    """The run went back to a checkpoint because it had diverged; later records were dropped."""
+
+    step: int  # of the checkpoint; 0 for the start
+    from_step: int  # at which it was noticed
+    reason: str
+    rate_factor: float  # by which the recipe's learning rates are multiplied from here on
+
+
 class DiagnosisRecord(Base, tag="diagnosis"):
     """Section 3 and Fig. 2a of the paper for one model."""
 
@@ -215,6 +224,7 @@ Record: TypeAlias = (
     | EntropySnapshot
     | Evaluation
     | SkippedUpdate
+    | RolledBack
     | DiagnosisRecord
     | AttentionPattern
     | CostRecord

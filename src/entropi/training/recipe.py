@@ -63,7 +63,11 @@ class Recipe:
         temperature_init: initial softmax temperature t of SM(t)
         temperature_granularity: one temperature per head and query "position" (the paper) or per "head"
         temperature_parametrization: learn t itself ("literal", the paper) or log t ("exp"), which keeps t positive
-        nonfinite: what a non-finite gradient does: "stop" the run, or "skip" the update (at most 10 in a row)
+        nonfinite: what a non-finite gradient does: "stop" the run, "skip" the update (at most 10 in a row), or go back
+            to the last checkpoint and on at half the learning rate ("rollback", at most 3 times)
+        collapse: what collapsed attention does, looked for at every entropy record: nothing ("ignore"), "stop" or
+            "rollback"
+        collapse_below: a layer has collapsed whose mean entropy is below this share of what a causal mask allows
         log_every: steps between loss records
         entropy_every: steps between entropy records
         evaluate_every: steps between evaluations on held-out text (0: at the end only)
@@ -110,7 +114,9 @@ class Recipe:
     temperature_init: float = 1.0
     temperature_granularity: Literal["position", "head"] = "position"
     temperature_parametrization: Literal["literal", "exp"] = "literal"
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    collapse: Literal["ignore", "stop", "rollback"] = "ignore"
+    collapse_below: float = 0.05
     log_every: int = 10
     entropy_every: int = 20
     evaluate_every: int = 200
@@ -154,6 +160,8 @@ class Recipe:
             problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
         if not 0 <= self.warmup < 1:
             problems.append(f"warmup is {self.warmup}, a share of the steps in [0, 1) is needed")
+        if not 0 < self.collapse_below < 1:
+            problems.append(f"collapse_below is {self.collapse_below}, a share in (0, 1) is needed")
         if not 0 <= self.entropy_margin < 1:
             problems.append(f"entropy_margin is {self.entropy_margin}, a share in [0, 1) is needed")
         return problems

@@ -48,6 +48,8 @@ from entropi.model.decoder import EntropiForCausalLM
 from entropi.training import distributed
 from entropi.training.callbacks import (
     CheckpointSeal,
+    CollapseGuard,
+    Diverged,
     InterruptBetweenSteps,
     Live,
     LiveView,
@@ -67,6 +69,7 @@ except ImportError:  # Windows
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 ENVIRONMENT_FILE = "environment.json"
+ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 3
 
 
 def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool = False) -> Path:
@@ -110,7 +113,13 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
         model = _new_model(recipe, prepared)
         if distributed.is_main():
             _record_start(recipe, folder, model, prepared, architecture, checkpoint)
-        model = _optimize(recipe, folder, model, prepared, checkpoint, console, live, shard)
+        while True:
+            try:
+                model = _optimize(recipe, folder, model, prepared, checkpoint, console, live, shard)
+                break
+            except Diverged as event:
+                checkpoint = distributed.from_main(_go_back(folder, event, console) if distributed.is_main() else None)
+                model = _new_model(recipe, prepared)
 
         heldout = prepared.packed.heldout
         with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
@@ -127,6 +136,31 @@ def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
     set_seed(recipe.seed)
     architecture, regularised = split_training_name(recipe.architecture)
     return EntropiForCausalLM(_model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size()))
+
+
+def _go_back(folder: Path, event: Diverged, console: Console) -> Checkpoint | None:
+    """The last checkpoint before a divergence, or None for the start; noted in the records.
+
+    Raises:
+        UserError: it happened too often.
+    """
+    path = folder / records.RECORDS_FILE
+    factor = _rate_factor(folder) * ROLLBACK_FACTOR
+    if factor < ROLLBACK_FACTOR**MOST_ROLLBACKS:
+        raise UserError(f"{event.reason}; the run has gone back {MOST_ROLLBACKS} times already: it has diverged")
+    checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, console)
+    step = checkpoint.step if checkpoint else 0
+    records.forget_after(path, step)
+    back = records.RolledBack(step=step, from_step=event.step, reason=event.reason, rate_factor=factor)
+    records.append(path, back)
+    console.print(f"{event.reason}; going back to step {step}, on at {factor:g} of the learning rate", markup=False)
+    return checkpoint
+
+
+def _rate_factor(folder: Path) -> float:
+    """What the recipe's learning rates are multiplied by: 1, and less where the run has gone back."""
+    back = [r for r in records.read(folder / records.RECORDS_FILE) if isinstance(r, records.RolledBack)]
+    return back[-1].rate_factor if back else 1.0
 
 
 def _optimize(
@@ -158,10 +192,13 @@ def _optimize(
     )
     if checkpoint:
         recorder.restore(checkpoint.pending)
+    if recipe.collapse != "ignore":
+        recorder.on_entropy = CollapseGuard(recipe.collapse, recipe.collapse_below, recipe.context_length)
+    factor = distributed.from_main(_rate_factor(folder) if distributed.is_main() else 1.0)
     interrupt = InterruptBetweenSteps()
     trainer = EntropiTrainer(
         model=model,
-        args=_training_arguments(recipe, folder, live),
+        args=_training_arguments(recipe, folder, live, factor),
         train_dataset=BlockDataset(prepared.packed.train, _sequences_per_epoch(recipe, prepared)),
         callbacks=[
             recorder,
@@ -517,7 +554,9 @@ def _tokens_per_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
 
 
-def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) -> TrainingArguments:
+def _training_arguments(
+    recipe: Recipe, folder: Path, live: Live | None = None, factor: float = 1.0
+) -> TrainingArguments:
     # A tracker's own names, as far as this version of transformers knows them; nothing is ever put on a public page.
     tracking = {"project": "entropi", "trackio_space_id": None, "trackio_static_space_id": False}
     known = {field.name for field in fields(TrainingArguments)}
@@ -527,11 +566,11 @@ def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) 
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation // distributed.launched(),
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.learning_rate * factor,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.adam_beta2,
         warmup_steps=round(recipe.warmup * recipe.steps),
-        **_schedule(recipe),
+        **_schedule(recipe, factor),
         max_grad_norm=recipe.gradient_clip,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
@@ -556,9 +595,9 @@ def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) 
     )
 
 
-def _schedule(recipe: Recipe) -> dict[str, Any]:
+def _schedule(recipe: Recipe, factor: float) -> dict[str, Any]:
     """The names under which transformers knows a schedule with a warm-up and a floor."""
-    floor = recipe.learning_rate_floor
+    floor = recipe.learning_rate_floor * factor
     match recipe.schedule:
         case "linear" if floor:
             return {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1.0, "lr_end": floor}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from transformers import Trainer, TrainerControl
 from entropi import records
 from entropi.data.shards import Blocks
 from entropi.errors import UserError
-from entropi.training.callbacks import RunRecorder
+from entropi.training.callbacks import RunRecorder, or_without_it
 from entropi.training.distributed import (
     is_sharded,
     sharded_optimizer_state,
+    whole,
     whole_optimizer_state,
     whole_weights,
 )
@@ -51,6 +53,7 @@ class EntropiTrainer(Trainer):
     """
 
     optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self, *args: Any, recorder: RunRecorder, muon: bool = False, scalars: Collection[str] = (), **kwargs: Any
@@ -104,6 +107,29 @@ class EntropiTrainer(Trainer):
         made = self.optimizer = MuonWithAdamW(matrices, others, lr=self.args.learning_rate, betas=betas)
         return made
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self._norm_of_gradients(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._norm_of_gradients(model) if grad_norm is None else grad_norm
+
+    def _norm_of_gradients(self, model: nn.Module, largest: float | None = None) -> Tensor:
+        """The norm of all gradients, which are clipped to `largest`.
+
+        Gradients that are not finite are left as they are, where the Trainer would make all of them NaN: the guard can
+        then say where it began.
+        """
+        self.accelerator.unscale_gradients()
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if largest is not None and bool(torch.isfinite(whole(norm))):
+            torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return whole(norm)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with or_without_it(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer does; a sharded model is put together first."""
         assert self.model is not None
@@ -137,9 +163,22 @@ class EntropiTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert self.model is not None
-        if checkpoint is None or not is_sharded(self.model):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
+        if is_sharded(self.model):
+            self._load_sharded(checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        # The checkpoint has the learning rates of its time; after going back they are lower.
+        schedule = self.lr_scheduler
+        if schedule.base_lrs[0] != self.args.learning_rate:
+            schedule.base_lrs = [self.args.learning_rate for _ in schedule.base_lrs]
+            for group, share in zip(self.optimizer.param_groups, schedule.lr_lambdas):
+                group["initial_lr"] = self.args.learning_rate
+                group["lr"] = self.args.learning_rate * share(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_sharded(self, checkpoint: str) -> None:
         loaded = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(sharded_optimizer_state(loaded, self._ordered_parameters()))
         schedule = torch.load(os.path.join(checkpoint, SCHEDULER_FILE), map_location="cpu", weights_only=True)
