@@ -443,7 +443,7 @@ def test_nothing_is_written_for_a_recipe_that_cannot_be_trained(tmp_path: Path, 
     """A wrong corpus must not occupy the folder: the right one would be "another recipe" there."""
     for recipe, message in (
         (tiny(str(tmp_path / "nowhere")), "there is no file or folder"),
-        (tiny(corpus, batch_size=9999), "training sequences of 16 tokens, one batch needs 9999"),
+        (tiny(corpus, batch_size=9999), "training sequences of 16 tokens, one update needs 9999"),
         (tiny(corpus, architecture="SM+X"), "unknown architecture 'SM\\+X': 'X' is unknown; legal are SM or "),
         (tiny(corpus, context_length=50_000), "one block needs 50000"),
     ):
@@ -895,7 +895,7 @@ def test_learns_real_text(tmp_path: Path, architecture: str):
 
 def test_perplexity_equals_an_independent_computation(finished: tuple[Recipe, Path], corpus: str):
     model, _, _ = open_model(finished[1])
-    heldout = prepare(corpus, 300, 16).packed.heldout
+    heldout = prepare(corpus, 300, 16).packed.heldout[:]
     ids = torch.from_numpy(heldout.astype(np.int64))
     with torch.no_grad():
         out = model(ids)
@@ -917,7 +917,7 @@ def test_perplexity_equals_an_independent_computation(finished: tuple[Recipe, Pa
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
 def test_evaluation_does_not_depend_on_the_batch(finished: tuple[Recipe, Path], corpus: str, batch_size: int):
     model, _, _ = open_model(finished[1])
-    heldout = prepare(corpus, 300, 16).packed.heldout
+    heldout = prepare(corpus, 300, 16).packed.heldout[:]
     done: list[int] = []
     model.train()
     ours, whole = (

@@ -36,15 +36,24 @@ FOREIGN_CONTEXT = 1024
 MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 
-def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none") -> None:
+def train(
+    run: Path,
+    recipe: Recipe,
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none",
+    shard: bool = False,
+) -> None:
     """Train a model into the run folder RUN; run it again to continue after an interruption.
+
+    On several devices: torchrun --nproc-per-node N -m entropi train RUN ...
 
     Args:
         run: folder of the run: configuration, records, checkpoints, the trained model
         recipe: every other option
+        shard: share the model out between the processes (FSDP2) instead of giving each a copy (DDP)
         report_to: tracker to show the training in while it runs; TensorBoard's files go to the run folder, Trackio's
             stay on this machine
     """
+    from entropi.training import distributed
     from entropi.training.run import train as train_run
 
     live = None
@@ -59,9 +68,11 @@ def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "
 
         live = Live(report_to, draw)
     try:
-        folder = train_run(recipe, run, live)
+        folder = train_run(recipe, run, live, shard=shard)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
+    if not distributed.is_main():
+        return
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
     if found:
         print(f"held-out perplexity {found[-1].perplexity:.2f} ({found[-1].cross_entropy:.4f} nats a token)", end="; ")
@@ -585,9 +596,9 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         helps = {p.arg_name: p.description for p in doc.params}
         command = _Parser(description=doc.short_description)
         skipped = set()
-        if "json" in helps:  # a flag, where jsonargparse would want "true"
-            skipped.add("json")
-            command.add_argument("--json", action="store_true", help=helps["json"])
+        for flag in {"json", "shard"} & set(helps):  # jsonargparse would want "true"
+            skipped.add(flag)
+            command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
         if function is report:
             skipped.add("runs")
             command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
@@ -611,7 +622,7 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
     """Parsed values as the arguments of a command."""
     values = {k: v for k, v in given.as_dict().items() if k != "config"}
     if function is train:
-        own = {name: values.pop(name) for name in ("run", "report_to")}
+        own = {name: values.pop(name) for name in ("run", "report_to", "shard")}
         return {**own, "recipe": Recipe(**values)}
     return values
 
@@ -711,9 +722,8 @@ def _heldout(
     """A model and blocks `(N, T)` of the held-out part of a corpus, made with its own tokenizer."""
     import numpy as np
 
-    from entropi.data.corpus import load_corpus
-    from entropi.data.packing import pack
-    from entropi.data.tokenizer import END_OF_TEXT_ID
+    from entropi.data.packing import heldout_blocks
+    from entropi.data.tokenizer import end_of_text_id
     from entropi.training.run import model_type, open_causal_lm, open_model
 
     for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
@@ -721,7 +731,7 @@ def _heldout(
             raise UserError(f"{name} is {value}, at least {least} is needed")
     if model_type(model) in (None, "entropi"):
         loaded, tokenizer, _ = open_model(model)
-        end, begins = END_OF_TEXT_ID, False
+        end, begins = end_of_text_id(tokenizer), False
         longest = usual = loaded.config.max_position_embeddings
         if exp_iterations is not None:
             loaded.set_exp_iterations(exp_iterations or None)
@@ -736,9 +746,9 @@ def _heldout(
     if length > longest:
         raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
     if begins:  # such models expect it, and many heads rest on it
-        blocks = np.insert(pack(load_corpus(corpus).heldout, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
+        blocks = np.insert(heldout_blocks(corpus, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
     else:
-        blocks = pack(load_corpus(corpus).heldout, tokenizer, length, end)[:sequences]
+        blocks = heldout_blocks(corpus, tokenizer, length, end)[:sequences]
     if not len(blocks):
         raise UserError(f"the held-out part of {corpus} is shorter than one block of {length} tokens")
     return loaded, blocks

@@ -55,6 +55,7 @@ class RunStarted(Base, tag="run"):
     tokens_per_step: int
     total_steps: int
     precision: str
+    tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
 
 
@@ -70,7 +71,7 @@ class TrainingStep(Base, tag="step"):
 
 
 class EntropySnapshot(Base, tag="entropy"):
-    """Mean attention entropy of every head over the last micro-batch of a step (Eq. 5-7), before its update."""
+    """Mean attention entropy of every head over the sequences of a step (Eq. 5-7), before its update."""
 
     step: int
     entropy: Matrix  # (L, H), nats
@@ -93,6 +94,15 @@ class SkippedUpdate(Base, tag="skipped"):
 
     step: int
     reason: str
+
+
+class RolledBack(Base, tag="rollback"):
+    """The run went back to a checkpoint because it had diverged; later records were dropped."""
+
+    step: int  # of the checkpoint; 0 for the start
+    from_step: int  # at which it was noticed
+    reason: str
+    rate_factor: float  # by which the recipe's learning rates are multiplied from here on
 
 
 class DiagnosisRecord(Base, tag="diagnosis"):
@@ -291,6 +301,7 @@ Record: TypeAlias = (
     | EntropySnapshot
     | Evaluation
     | SkippedUpdate
+    | RolledBack
     | DiagnosisRecord
     | AttentionPattern
     | CostRecord

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from entropi.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>")  # of tokenizers that were not learnt here
+LEARN_CHARACTERS = 1 << 28  # enough for any vocabulary; learning holds every different word in memory
 FORMAT = 1  # raise it when the training or the file changes, so that old cache entries are not met
 
 PIECE_CHARACTERS = 1 << 20
@@ -36,7 +39,8 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
     Every byte is a token of its own, so no text is unknown and `decode(encode(text).ids) == text`. Id 0 is
     the end of text, `"<|endoftext|>"`; where text spells out those characters they are encoded as plain text.
-    A small corpus may not hold `vocab_size` tokens worth learning: ask the result's `get_vocab_size()`.
+    A small corpus may not hold `vocab_size` tokens worth learning: ask the result's `get_vocab_size()`. Of a large
+    one the first 2^28 characters are learnt from.
 
     Raises `UserError` if `vocab_size` is below 257.
     """
@@ -68,12 +72,51 @@ def load_or_train_tokenizer(
     if (tokenizer := _load(path, vocab_size)) is not None:
         return tokenizer
     if console is not None:
-        size = sum(len(document.text) for document in corpus.train)
-        console.print(f"training the tokenizer on {size:,} characters of {corpus.name}", markup=False)
+        at_hand = isinstance(corpus.train, list)
+        size = f"{sum(len(document.text) for document in corpus.train):,} characters of " if at_hand else ""
+        console.print(f"training the tokenizer on {size}{corpus.name}", markup=False)
     tokenizer = train_tokenizer(corpus, vocab_size)
     with written_whole(path) as file:
         file.write(tokenizer.to_str().encode())
     return tokenizer
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer somebody else made: a `tokenizer.json`, a folder with one, or the name of a repository of the hub.
+
+    Raises:
+        UserError: it cannot be found, reached or read.
+    """
+    path = Path(os.path.expanduser(source))
+    try:
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        elif not path.exists() and source.count("/") == 1 and path.suffix != ".json":
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(source, "tokenizer.json"))
+        if not path.exists():
+            raise UserError(f"there is no tokenizer {source}: give a tokenizer.json, its folder, or a name on the hub")
+        tokenizer = Tokenizer.from_file(str(path))
+    except UserError:
+        raise
+    except Exception as error:  # what the network and the tokenizers library raise has no common class
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot read the tokenizer {source}: {reason}") from None
+    end_of_text_id(tokenizer)
+    return _as_plain_text(tokenizer)
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a text.
+
+    Raises:
+        UserError: the tokenizer has none of the tokens that are known to mean it.
+    """
+    for token in ENDS_OF_TEXT:
+        if (found := tokenizer.token_to_id(token)) is not None:
+            return int(found)
+    raise UserError(f"this tokenizer has no token that ends a text: one of {', '.join(ENDS_OF_TEXT)} is needed")
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -96,8 +139,13 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def _all_pieces(documents: Iterable[Document]) -> Iterator[str]:
+    left = LEARN_CHARACTERS
     for document in documents:
-        yield from pieces(document.text)
+        for piece in pieces(document.text):
+            if left <= 0:
+                return
+            yield piece
+            left -= len(piece)
 
 
 def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
