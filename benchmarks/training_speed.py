@@ -85,7 +85,7 @@ class PlainGPT(nn.Module):
 class PlainLoop:
     """The loop around it: a batch, forward, backward, clip, step."""
 
-    def __init__(self, recipe: Recipe, vocabulary: int, blocks: np.ndarray, device: str) -> None:
+    def __init__(self, recipe: Recipe, vocabulary: int, blocks: Any, device: str) -> None:
         self.recipe, self.blocks, self.device = recipe, blocks, device
         shape = (recipe.context_length, recipe.layers, recipe.heads, recipe.hidden_size)
         self.model = PlainGPT(vocabulary, *shape).to(device)
@@ -102,7 +102,7 @@ class PlainLoop:
         autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bf16")
         for _ in range(steps):
             chosen = self.generator.integers(len(self.blocks), size=self.recipe.batch_size)
-            ids = torch.from_numpy(self.blocks[np.sort(chosen)].astype(np.int64))
+            ids = torch.from_numpy(np.stack([self.blocks[index] for index in chosen.tolist()]).astype(np.int64))
             if self.device == "cuda":
                 ids = ids.pin_memory().to("cuda", non_blocking=True)
             with autocast:

@@ -434,7 +434,7 @@ def test_a_run_that_fails_is_no_result(tmp_path: Path, corpus: Path, capsys: pyt
     assert main(["study", str(path), "--folder", str(tmp_path / "runs")]) == 2
     told = capsys.readouterr().err
     assert "1 of 2 runs failed, the same command tries them again: large, seed 0:" in told
-    assert "one batch needs 100000" in told
+    assert "a smaller batch_size" in told
     (row,) = read_study(tmp_path / "runs").rows
     assert row.name == "small"
 

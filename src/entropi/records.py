@@ -225,13 +225,13 @@ class StudyRun(Base, tag="study_run"):
     row: str
     seed: int
     folder: str  # of the run, below the study's
-    diverged: bool
-    step: int  # the last one; of a divergence, the one whose update was refused
+    diverged: bool  # or stopped because its attention had collapsed, where its recipe asks for that
+    step: int  # the last one; of a divergence, the one at which it was noticed
     cross_entropy: float  # held-out nats per token; NaN after a divergence
     perplexity: float
     tokens_per_second: float  # median over the records of the training
     reason: str = ""  # of a divergence, in words
-    layer: int | None = None  # where a divergence began: the first layer whose attention was not finite
+    layer: int | None = None  # where a divergence began, if it can be told
 
 
 class Spread(msgspec.Struct, kw_only=True):

@@ -233,7 +233,8 @@ def outcome(run: StudyRun) -> str:
     """How a run ended: "finished", or where it diverged."""
     if not run.diverged:
         return "finished"
-    return f"NaN at step {run.step}" + ("" if run.layer is None else f", began in layer {run.layer}")
+    what = "collapsed" if "collapsed" in run.reason else "NaN"
+    return f"{what} at step {run.step}" + ("" if run.layer is None else f", began in layer {run.layer}")
 
 
 def markdown(name: str, found: Sequence[Table]) -> str:

@@ -96,16 +96,9 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
     _check_processes(recipe, shard)
     _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
-    prepared = prepare(
-        recipe.corpus,
-        recipe.vocab_size,
-        recipe.context_length,
-        console=console,
-        tokenizer=recipe.tokenizer,
-        per_document=recipe.packing == "document",
-    )
+    prepared = prepare_corpus(recipe, console)
     _check_corpus(recipe, prepared)
-    with _alone_in(folder), _quiet_transformers(), distributed.connected():
+    with alone_in(folder), _quiet_transformers(), distributed.connected():
         recipe = distributed.from_main(_begin_folder(recipe, folder) if distributed.is_main() else recipe)
         checkpoint = distributed.from_main(
             _resume_point(recipe, folder, prepared, console) if distributed.is_main() else None
@@ -129,6 +122,18 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
             _save_model(model, prepared.tokenizer, recipe, result, model_folder)
         distributed.wait_for_all()
     return model_folder
+
+
+def prepare_corpus(recipe: Recipe, console: Console) -> Prepared:
+    """Tokenizer and blocks of a recipe's corpus; raises `UserError` as `prepare`."""
+    return prepare(
+        recipe.corpus,
+        recipe.vocab_size,
+        recipe.context_length,
+        console=console,
+        tokenizer=recipe.tokenizer,
+        per_document=recipe.packing == "document",
+    )
 
 
 def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
@@ -422,7 +427,7 @@ def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Create and hold the run folder; a second run in it would remove the first one's unfinished checkpoint.
 
     Of several processes of one run, the main one holds it.

@@ -37,19 +37,19 @@ import yaml
 
 from entropi import records
 from entropi.console import ProgressLine, make_console
-from entropi.data.packing import prepare
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.training.comparison import compare, finished_run, summarise
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, make_recipe, save_recipe
-from entropi.training.run import MODEL_FOLDER
-from entropi.training.run import _alone_in as alone_in
+from entropi.training.run import MODEL_FOLDER, alone_in, prepare_corpus
 
 STUDY_KEYS = ("recipe", "rows", "claims")
 MAX_FOLDER_NAME = 100
 MAX_SEEDS = 20  # of a row: a claim's test goes through all 2^n signs
 POLL_SECONDS = 0.2
-LAYER = re.compile(r"attention of layer (\d+)")  # in the reason of an update that was refused
+# The last words of a run that diverged, and where in them it says that it began.
+DIVERGED = re.compile(r"step (\d+): (?:the gradient is not finite|attention has collapsed)[^;]*")
+LAYER = re.compile(r"\blayers? (\d+)")
 INTERRUPT_SECONDS = 60.0  # that an interrupted run may take to finish its step
 
 Claim: TypeAlias = tuple[str, str]  # names of two rows: the one said to be lower, and the other
@@ -194,8 +194,10 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
     with alone_in(folder):
         ended = _ended(study, folder)
         waiting = [run for run in study.runs if (run.row, run.recipe.seed) not in ended]
-        for corpus in dict.fromkeys((r.recipe.corpus, r.recipe.vocab_size, r.recipe.context_length) for r in waiting):
-            prepare(*corpus, console=make_console())  # once, and not by all runs at the same time
+        recipes = [run.recipe for run in waiting]
+        corpora = {(r.corpus, r.tokenizer, r.vocab_size, r.context_length, r.packing): r for r in recipes}
+        for recipe in corpora.values():  # once, and not by all runs at the same time
+            prepare_corpus(recipe, make_console())
         failed: list[str] = []
         try:
             with contextlib.closing(_train_all(study, waiting, folder, parallel)) as trained:
@@ -365,17 +367,16 @@ def _outcome(run: PlannedRun, process: _Process) -> records.StudyRun:
         return finished_run(run.row, run.recipe.seed, place, run.path)
     lines = process.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = lines[-1].removeprefix("entropi: ") if lines else f"status {status}"
-    path = place / records.RECORDS_FILE
-    found = records.read(path) if status == 2 and path.exists() else []
-    if found and isinstance(refused := found[-1], records.SkippedUpdate) and refused.reason in last:
+    if status == 2 and (diverged := DIVERGED.match(last)):
+        layer = LAYER.search(diverged[0])
         return records.StudyRun(
             row=run.row,
             seed=run.recipe.seed,
             folder=run.path,
             diverged=True,
-            reason=refused.reason,
-            step=refused.step,
-            layer=int(layer[1]) if (layer := LAYER.search(refused.reason)) else None,
+            reason=diverged[0],
+            step=int(diverged[1]),
+            layer=int(layer[1]) if layer else None,
             cross_entropy=float("nan"),
             perplexity=float("nan"),
             tokens_per_second=float("nan"),
