@@ -36,6 +36,9 @@ def source_text(seed: int, lines: int) -> str:
 TEXTS = [source_text(n, n % 7 * 12 + 1) for n in range(40)]  # some shorter than a block
 HELD = [source_text(100 + n, 30) for n in range(6)]
 
+SYLLABLES = ("ba", "ke", "lo", "mi", "nu", "ra", "se", "to", "vi", "zu", "ing", "er", "an")
+PROSE = ["".join(random.Random(n).choices(SYLLABLES, k=1 + n % 4)) for n in range(200)]
+
 
 @contextmanager
 def refused(*words: str) -> Iterator[None]:
@@ -213,6 +216,32 @@ def test_text_of_other_kinds_of_tokenizers_is_not_cut(learnt: Tokenizer) -> None
     assert packing._may_be_cut(other)
     other.normalizer = normalizers.Prepend("x")
     assert not packing._may_be_cut(other)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("bytes_known", [True, False])
+def test_sentencepiece_models_give_sentencepiece_s_ids(tmp_path: Path, kind: str, bytes_known: bool) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    prose = [" ".join(random.Random(n).choices(PROSE, k=30)) for n in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=400,
+        model_type=kind,
+        byte_fallback=bytes_known,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    ours = load_tokenizer(str(tmp_path / "spm.model"))
+    assert ours.get_vocab_size() == theirs.get_piece_size()
+    assert packing.end_of_text_id(ours) == theirs.eos_id() == 2
+    texts = [*prose[:50], "  two  spaces ", "Unknown: ξ and 日本 words", "", "x", "ﬁne ligatures, ½"]
+    for text in texts:
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+        assert ours.decode(theirs.encode(text)).replace("<unk>", "⁇") == theirs.decode(theirs.encode(text)) or (
+            not bytes_known and theirs.unk_id() in theirs.encode(text)
+        ), text
 
 
 # --- Books

@@ -88,9 +88,9 @@ def test_two_processes_train_as_one(alone: tuple[Recipe, Path], tmp_path: Path, 
     ("options", "changes"),
     [
         (["--shard"], {"architecture": "EReg(SM(t)+ScFuFFN)", "optimizer": "muon"}),
-        ([], {"architecture": "SM+SNorm(QK+FFN)+LeakyR", "leaky_slope_learned": "global"}),
+        ([], {"architecture": "SM+WNorm(QK+FFN)+LeakyR", "leaky_slope_learned": "global"}),
     ],
-    ids=["Muon in shards", "spectral norms"],
+    ids=["Muon in shards", "no penalty"],
 )
 def test_checkpoints_serve_any_number_of_processes(
     tmp_path: Path, corpus: str, options: list[str], changes: dict[str, Any]

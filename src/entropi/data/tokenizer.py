@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from entropi.cache import default_cache_dir, written_whole
 from entropi.data.corpus import Corpus, Document
@@ -82,7 +82,8 @@ def load_or_train_tokenizer(
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """A tokenizer somebody else made: a `tokenizer.json`, a folder with one, or the name of a repository of the hub.
+    """A tokenizer somebody else made: a `tokenizer.json`, a folder with one, a SentencePiece `.model`, or the name of a
+    repository of the hub.
 
     Raises:
         UserError: it cannot be found, reached or read.
@@ -97,7 +98,7 @@ def load_tokenizer(source: str) -> Tokenizer:
             path = Path(hf_hub_download(source, "tokenizer.json"))
         if not path.exists():
             raise UserError(f"there is no tokenizer {source}: give a tokenizer.json, its folder, or a name on the hub")
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = _from_sentencepiece(path) if path.suffix == ".model" else Tokenizer.from_file(str(path))
     except UserError:
         raise
     except Exception as error:  # what the network and the tokenizers library raise has no common class
@@ -105,6 +106,52 @@ def load_tokenizer(source: str) -> Tokenizer:
         raise UserError(f"cannot read the tokenizer {source}: {reason}") from None
     end_of_text_id(tokenizer)
     return _as_plain_text(tokenizer)
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    """The tokenizer of a SentencePiece model of type BPE or unigram, with the model's own ids.
+
+    Raises:
+        UserError: sentencepiece is not installed, or the model is of another type or changes characters of the text.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    except ImportError:
+        raise UserError("sentencepiece is not installed: pip install 'entropi[corpora]'") from None
+    read = SentencePieceProcessor(model_file=str(path))
+    content = sentencepiece_model_pb2.ModelProto.FromString(read.serialized_model_proto())
+    names = [piece.piece for piece in content.pieces]
+    scores = {piece.piece: piece.score for piece in content.pieces}
+    unknown = content.trainer_spec.unk_id
+    bytes_known = bool(content.trainer_spec.byte_fallback)
+    model: models.Model
+    if content.trainer_spec.model_type == content.trainer_spec.UNIGRAM:
+        model = models.Unigram(list(scores.items()), unk_id=unknown, byte_fallback=bytes_known)
+    elif content.trainer_spec.model_type == content.trainer_spec.BPE:
+        # A piece is made by the merge of any two it consists of; SentencePiece merges the pair of the highest score.
+        pairs = [(name[:cut], name[cut:]) for name in names for cut in range(1, len(name))]
+        merges = [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+        merges.sort(key=lambda pair: -scores[pair[0] + pair[1]])
+        ids = {name: number for number, name in enumerate(names)}
+        model = models.BPE(ids, merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=bytes_known)
+    else:
+        raise UserError(f"{path} is a SentencePiece model of words or characters: BPE or unigram is needed")
+    tokenizer = Tokenizer(model)
+    rules = content.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(undo + [decoders.Strip(" ", 1, 0)] * rules.add_dummy_prefix)
+    control = [piece.piece for piece in content.pieces if piece.type in (piece.CONTROL, piece.USER_DEFINED)]
+    tokenizer.add_special_tokens(control)
+    return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
