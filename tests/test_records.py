@@ -21,6 +21,7 @@ from entropi.records import (
     PlaintextComparison,
     PrivateRun,
     Record,
+    RolledBack,
     RunStarted,
     SkippedUpdate,
     Spread,
@@ -132,6 +133,7 @@ EXAMPLES: list[Record] = [
         exp_iterations=8,
     ),
     PlaintextComparison(max_logit_error=[0.01], same_top1=[True], plaintext_tokens=[3]),
+    RolledBack(step=10, from_step=14, reason="step 14: the gradient is not finite", rate_factor=0.5),
     StudyRun(
         row="SM, a=1",
         seed=3,
