@@ -96,15 +96,7 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
     _check_processes(recipe, shard)
     _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
-    prepared = prepare(
-        recipe.corpus,
-        recipe.vocab_size,
-        recipe.context_length,
-        console=console,
-        tokenizer=recipe.tokenizer,
-        per_document=recipe.packing == "document",
-    )
-    _check_corpus(recipe, prepared)
+    prepared = prepare_corpus(recipe, console)
     with _alone_in(folder), _quiet_transformers(), distributed.connected():
         recipe = distributed.from_main(_begin_folder(recipe, folder) if distributed.is_main() else recipe)
         checkpoint = distributed.from_main(
@@ -129,6 +121,24 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
             _save_model(model, prepared.tokenizer, recipe, result, model_folder)
         distributed.wait_for_all()
     return model_folder
+
+
+def prepare_corpus(recipe: Recipe, console: Console) -> Prepared:
+    """The data of a recipe: read, tokenised and cut, or found in the cache.
+
+    Raises:
+        UserError: a corpus or tokenizer that cannot be used, or too little text for one update.
+    """
+    prepared = prepare(
+        recipe.corpus,
+        recipe.vocab_size,
+        recipe.context_length,
+        console=console,
+        tokenizer=recipe.tokenizer,
+        per_document=recipe.packing == "document",
+    )
+    _check_corpus(recipe, prepared)
+    return prepared
 
 
 def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
