@@ -76,6 +76,7 @@ EXAMPLES: list[Record] = [
     EntropySnapshot(step=1, entropy=[[1.0, 2.0], [0.1, 0.25]], threshold=[[0.5, 0.5], [0.5, 0.5]], temperature=None),
     evaluation(10),
     SkippedUpdate(step=4, reason='step 4: "quoted", with a\nline break'),
+    RolledBack(step=100, from_step=140, reason="step 140: the gradient is not finite", rate_factor=0.5),
     DiagnosisRecord(
         entropy=[[1.0, 2.0]],
         context_length=16,
@@ -320,7 +321,8 @@ def test_missing_file_is_one_line(path: Path):
 
 
 def test_forget_after_keeps_the_past(path: Path):
-    past = [started(), step(1), evaluation(4), SkippedUpdate(step=5, reason="r"), started(resumed_at=5), step(5)]
+    back = RolledBack(step=4, from_step=9, reason="r", rate_factor=0.5)
+    past = [started(), step(1), evaluation(4), SkippedUpdate(step=5, reason="r"), back, started(resumed_at=5), step(5)]
     lost = [step(6), evaluation(8), SkippedUpdate(step=7, reason="r"), EntropySnapshot(step=6, entropy=[[1.0]])]
     records.rewrite(path, [*past, *lost])
     records.forget_after(path, 5)

@@ -41,6 +41,7 @@ def train(
     recipe: Recipe,
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none",
     shard: bool = False,
+    prepare_only: bool = False,
 ) -> None:
     """Train a model into the run folder RUN; run it again to continue after an interruption.
 
@@ -50,12 +51,22 @@ def train(
         run: folder of the run: configuration, records, checkpoints, the trained model
         recipe: every other option
         shard: share the model out between the processes (FSDP2) instead of giving each a copy (DDP)
+        prepare_only: read and tokenise the corpus, say where the tokens are, and train nothing
         report_to: tracker to show the training in while it runs; TensorBoard's files go to the run folder, Trackio's
             stay on this machine
     """
     from entropi.training import distributed
+    from entropi.training.run import prepare_corpus
     from entropi.training.run import train as train_run
 
+    if prepare_only:
+        packed = prepare_corpus(recipe, make_console()).packed
+        place = packed.train.streams[0].path.parent
+        print(
+            f"{len(packed.train):,} sequences to train on and {len(packed.heldout):,} held out, of "
+            f"{packed.train_tokens + packed.heldout_tokens:,} tokens in {place}"
+        )
+        return
     live = None
     if report_to != "none":
         with _extra("report"):
@@ -596,7 +607,7 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         helps = {p.arg_name: p.description for p in doc.params}
         command = _Parser(description=doc.short_description)
         skipped = set()
-        for flag in {"json", "shard"} & set(helps):  # jsonargparse would want "true"
+        for flag in {"json", "shard", "prepare_only"} & set(helps):  # jsonargparse would want "true"
             skipped.add(flag)
             command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
         if function is report:
@@ -622,7 +633,7 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
     """Parsed values as the arguments of a command."""
     values = {k: v for k, v in given.as_dict().items() if k != "config"}
     if function is train:
-        own = {name: values.pop(name) for name in ("run", "report_to", "shard")}
+        own = {name: values.pop(name) for name in ("run", "report_to", "shard", "prepare_only")}
         return {**own, "recipe": Recipe(**values)}
     return values
 

@@ -23,6 +23,7 @@ from entropi.data.shards import Blocks, Manifest, Tokens
 from entropi.data.tokenizer import (
     END_OF_TEXT_ID,
     check_vocab_size,
+    encode_alike,
     end_of_text_id,
     load_or_train_tokenizer,
     load_tokenizer,
@@ -147,7 +148,7 @@ def heldout_blocks(source: str, tokenizer: Tokenizer, block_length: int, eos_id:
         return Blocks(books.heldout, block_length)[:]
     if (folder := Path(os.path.expanduser(source))) and (folder / shards.MANIFEST).is_file():
         prepared = _open_prepared(folder, "", block_length, per_document=False)
-        if tokenizer_hash(prepared.tokenizer) != tokenizer_hash(tokenizer):
+        if not encode_alike(prepared.tokenizer, tokenizer):
             raise UserError(f"the tokens in {folder} were made with another tokenizer than this model's")
         return prepared.packed.heldout[:]
     dataset = find_dataset(source)

@@ -233,14 +233,14 @@ def streams(folder: Path, part: Part) -> list[Stream]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create and hold a folder of shards; the processes of a training on several devices wait here for one of them."""
+    """Create and hold a folder of the cache; the processes of one training wait here for the one that fills it."""
     try:
         if not folder.is_dir():  # one that is complete may lie where nobody can write
             folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(
-            f"cannot write to the cache {folder.parent}: {error.strerror}; "
+            f"cannot write to the cache {folder}: {error.strerror}; "
             "set ENTROPI_CACHE to a folder with room that can be written"
         ) from None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from entropi.cache import default_cache_dir, written_whole
 from entropi.data.corpus import Corpus, Document
+from entropi.data.shards import locked
 from entropi.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,17 +70,21 @@ def load_or_train_tokenizer(
     """
     check_vocab_size(vocab_size)
     key = hashlib.sha256(f"{FORMAT} {corpus.content_hash} {vocab_size}".encode()).hexdigest()[:32]
-    path = (cache_dir or default_cache_dir()) / f"tokenizer-{key}.json"
-    if (tokenizer := _load(path, vocab_size)) is not None:
-        return tokenizer
-    if console is not None:
-        at_hand = isinstance(corpus.train, list)
-        size = f"{sum(len(document.text) for document in corpus.train):,} characters of " if at_hand else ""
-        console.print(f"training the tokenizer on {size}{corpus.name}", markup=False)
-    tokenizer = train_tokenizer(corpus, vocab_size)
-    with written_whole(path) as file:
-        file.write(tokenizer.to_str().encode())
-    return tokenizer
+    folder = cache_dir or default_cache_dir()
+    path = folder / f"tokenizer-{key}.json"
+    if (found := _load(path, vocab_size)) is not None:
+        return found
+    with locked(folder):
+        if (found := _load(path, vocab_size)) is not None:  # learnt by another process meanwhile
+            return found
+        if console is not None:
+            at_hand = isinstance(corpus.train, list)
+            size = f"{sum(len(document.text) for document in corpus.train):,} characters of " if at_hand else ""
+            console.print(f"training the tokenizer on {size}{corpus.name}", markup=False)
+        learnt = train_tokenizer(corpus, vocab_size)
+        with written_whole(path) as file:
+            file.write(learnt.to_str().encode())
+    return learnt
 
 
 def load_tokenizer(source: str) -> Tokenizer:
@@ -169,6 +175,13 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 (hexadecimal) of everything that decides how `tokenizer` encodes."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def encode_alike(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids to the same text, however their files say it."""
+    parts = ("model", "normalizer", "pre_tokenizer")
+    ours, theirs = (json.loads(tokenizer.to_str()) for tokenizer in (one, other))
+    return all(ours[part] == theirs[part] for part in parts)
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:

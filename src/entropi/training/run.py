@@ -97,8 +97,7 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
     _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
     prepared = prepare_corpus(recipe, console)
-    _check_corpus(recipe, prepared)
-    with alone_in(folder), _quiet_transformers(), distributed.connected():
+    with _alone_in(folder), _quiet_transformers(), distributed.connected():
         recipe = distributed.from_main(_begin_folder(recipe, folder) if distributed.is_main() else recipe)
         checkpoint = distributed.from_main(
             _resume_point(recipe, folder, prepared, console) if distributed.is_main() else None
@@ -125,8 +124,12 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
 
 
 def prepare_corpus(recipe: Recipe, console: Console) -> Prepared:
-    """Tokenizer and blocks of a recipe's corpus; raises `UserError` as `prepare`."""
-    return prepare(
+    """The data of a recipe: read, tokenised and cut, or found in the cache.
+
+    Raises:
+        UserError: a corpus or tokenizer that cannot be used, or too little text for one update.
+    """
+    prepared = prepare(
         recipe.corpus,
         recipe.vocab_size,
         recipe.context_length,
@@ -134,6 +137,8 @@ def prepare_corpus(recipe: Recipe, console: Console) -> Prepared:
         tokenizer=recipe.tokenizer,
         per_document=recipe.packing == "document",
     )
+    _check_corpus(recipe, prepared)
+    return prepared
 
 
 def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
@@ -427,7 +432,7 @@ def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path) -> Iterator[None]:
     """Create and hold the run folder; a second run in it would remove the first one's unfinished checkpoint.
 
     Of several processes of one run, the main one holds it.
