@@ -274,6 +274,7 @@ class StudyRow(Base, tag="study_row"):
     loss_steps: list[int]
     loss: list[float]  # training cross-entropy (Fig. 2b)
     loss_std: list[float]
+    folded_ffn_flops: int = 0  # what private inference computes of them
 
 
 class StudyClaim(Base, tag="study_claim"):

@@ -121,6 +121,11 @@ def _operations(row: StudyRow) -> str:
     return ", ".join(f"{o.operation} {o.count} x R^({o.shape[0]}x{o.shape[1]})" for o in row.nonlinear) or "–"
 
 
+def _flops(row: StudyRow) -> list[int]:
+    """Of the feed-forward networks as trained and as folded, and of attention; empty where nothing is recorded."""
+    return [row.ffn_flops, row.folded_ffn_flops, row.attention_flops] if row.nonlinear else []
+
+
 def _perplexity(row: StudyRow) -> str:
     if not row.diverged:
         return with_spread(row.perplexity)
@@ -140,7 +145,8 @@ def tables(study: StudyResult) -> list[Table]:
         Table(
             "Perplexity and cost",
             "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
-            "diverge; nonlinear operations and FLOPs are of one forward pass of the context length.",
+            "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
+            "of the feed-forward networks before and after folding.",
             [
                 "row",
                 "seeds",
@@ -158,7 +164,7 @@ def tables(study: StudyResult) -> list[Table]:
                     with_spread(row.cross_entropy, 4),
                     rounded(row.parameters),
                     _operations(row),
-                    f"{rounded(row.ffn_flops)} / {rounded(row.attention_flops)}" if row.nonlinear else "–",
+                    " / ".join(map(rounded, flops)) if (flops := _flops(row)) else "–",
                 ]
                 for row in study.rows
             ],

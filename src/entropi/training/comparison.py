@@ -49,6 +49,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     whole = [read[run.seed] for run in runs if not run.diverged]
     diagnoses = [r for found in whole for r in _of_kind(found, records.DiagnosisRecord)[-1:]]
     costs = [r for found in whole for r in _of_kind(found, records.CostRecord) if not r.folded]
+    folded = [r for found in whole for r in _of_kind(found, records.CostRecord) if r.folded]
     snapshots = [_of_kind(found, records.EntropySnapshot) for found in whole]
     steps = [_of_kind(found, records.TrainingStep) for found in whole]
     entropy_steps, heads = _series(snapshots, "entropy")
@@ -84,6 +85,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         loss_steps=loss_steps,
         loss=_mean(losses).tolist(),
         loss_std=_std(losses).tolist(),
+        folded_ffn_flops=folded[0].ffn_flops if folded else 0,
     )
 
 
