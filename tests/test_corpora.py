@@ -394,6 +394,7 @@ prepare(sys.argv[1], 0, 16, tokenizer=sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on(tmp_path: Path, cache: Path, learnt: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """Three kills while shards are written; what is there in the end is byte for byte what one go leaves."""
     folder, path = tmp_path / "rows", tmp_path / "tokenizer.json"

@@ -39,9 +39,12 @@ main(sys.argv[2:])
 """
 
 
-def in_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=300, check=False)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+
+
+def in_two_processes(*words: str, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=300, check=False)
 
 
 def of_two(corpus: str, **changes: Any) -> Recipe:
@@ -74,12 +77,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[Recipe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
-def test_two_processes_train_as_one(alone: tuple[Recipe, Path], tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [((*TORCHRUN, "-m"), []), ((*TORCHRUN, "-m"), ["--shard"]), ((*ACCELERATE, "--module"), [])],
+    ids=["DDP", "FSDP2", "DDP by accelerate"],
+)
+def test_two_processes_train_as_one(
+    alone: tuple[Recipe, Path], tmp_path: Path, launcher: tuple[str, ...], options: list[str]
+) -> None:
     recipe, folder = alone
-    done = in_two_processes("-m", "entropi", *command(recipe, tmp_path / "two"), *options)
+    words = command(recipe, tmp_path / "two")
+    done = in_two_processes("entropi", *words, *options, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("held-out perplexity") == 1  # one of them speaks
+    assert (tmp_path / "two" / "checkpoints" / "checkpoint-12" / "rng_state_1.pth").exists()
     assert_same_training(tmp_path / "two", folder)
 
 

@@ -154,7 +154,7 @@ def tables(study: StudyResult) -> list[Table]:
                 "nats",
                 "parameters",
                 "nonlinear operations",
-                "FLOPs FFN / attention",
+                "FLOPs FFN / folded / attention",
             ],
             [
                 [
