@@ -82,6 +82,7 @@ def train(
         folder = train_run(recipe, run, live, shard=shard)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
+    distributed.disconnect()
     if not distributed.is_main():
         return
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
