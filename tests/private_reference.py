@@ -42,13 +42,14 @@ VARIANTS = {
     "square": dict(activation="square", intermediate_size=40),
     "llama": dict(
         norm="rms",
-        activation="bilinear",
+        activation="swiglu",
         intermediate_size=20,
         position_embedding="rotary",
         rotary_dimensions=6,
         key_value_heads=2,
         centre=False,
     ),
+    "bilinear": dict(norm="rms", activation="bilinear", intermediate_size=20),
     "gpt-neox": dict(
         norm="rms",
         activation="gelu",
@@ -123,6 +124,8 @@ def reference_logits(model, weights, tokens):
                 return x * x
             case "bilinear":
                 return x[:m] * x[m:]
+            case "swiglu":
+                return x[:m] / (1 + np.exp(-x[:m])) * x[m:]
 
     def attention(x, layer, position):
         joint = x @ w[f"{layer}.qkv"] + w[f"{layer}.qkv_bias"]

@@ -71,6 +71,9 @@ def interpret(description, weights, ids):
             case "bilinear":
                 m = d["intermediate_size"]
                 return x[:, :m] * x[:, m:]
+            case "swiglu":
+                m = d["intermediate_size"]
+                return x[:, :m] / (1 + np.exp(-x[:, :m])) * x[:, m:]
 
     x = weights["embedding"][ids]
     if d["position_embedding"] == "learned":

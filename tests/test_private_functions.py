@@ -83,6 +83,7 @@ OPERATIONS = {
     ),
     "inverse_root of much": (functions.inverse_root, log_uniform(0, 12, 200), lambda x: x**-0.5, 8 * RESOLUTION, 0),
     "gelu": (functions.gelu, uniform(-12, 12, 400), exact_gelu, 0.0018, 1e-5),
+    "silu": (functions.silu, uniform(-20, 20, 400), lambda x: x / (1 + np.exp(-x)), 0.008, 1e-5),
     "scale_rows small": (
         lambda x: functions.scale_rows(x, x[..., 0]),
         uniform(-5, 5, 2, 3, 8),
@@ -92,7 +93,7 @@ OPERATIONS = {
     ),
     "scale_rows large": (
         lambda x: functions.scale_rows(x, x[..., 0]),
-        uniform(-5, 5, 2, 128, 64),
+        uniform(-5, 5, 128, 256),
         lambda x: x * x[..., :1],
         4 * RESOLUTION,
         1e-6,
@@ -166,7 +167,7 @@ def test_operation_in_plaintext(name):
     with jax.experimental.enable_x64():
         result = function(jnp.asarray(operand, jnp.float64))
     np.testing.assert_allclose(result, definition(operand.astype(np.float64)), atol=max(absolute, 1e-9), rtol=relative)
-    if name != "gelu" and "reciprocal" not in name:
+    if name not in ("gelu", "silu") and "reciprocal" not in name:
         np.testing.assert_allclose(result, definition(operand.astype(np.float64)), rtol=1e-9, atol=1e-12)
 
 
@@ -182,7 +183,7 @@ FULL = 2 * functions.CIPHERTEXT
         (functions.relu, (FULL,), 98),
         (lambda x: functions.exp_of_nonpositive(-x * x, 3), (FULL,), 168 + 98 + 3 + 330),
         (functions.gelu, (FULL,), 430),
-        (lambda x: functions.scale_rows(x, x[..., 0]), (2, 128, 64), 110),
+        (lambda x: functions.scale_rows(x, x[..., 0]), (2, 128, 64), 168),
         (lambda x: functions.scale_rows(x, x[..., 0]), (128, 256), 88),
         (functions.sums_of_squares, (128, 768), 56),
         (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1350),
@@ -202,6 +203,16 @@ def test_parts_save_a_ciphertext(simulations):
     _, whole = run(simulations("cheetah"), functions.square, odd)
     _, parts = run(simulations("cheetah"), lambda x: functions.in_full_ciphertexts(functions.square, x), odd)
     assert parts.bytes < 0.8 * whole.bytes
+
+
+def test_pieces_of_a_product_are_the_product():
+    x, matrix = uniform(-1, 1, 300, 40), uniform(-1, 1, 40, 8)
+    whole = functions.times_matrix(jnp.asarray(x), jnp.asarray(matrix))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "_POLYNOMIALS", 1)
+        pieces = str(jax.make_jaxpr(functions.times_matrix)(x, matrix))
+        np.testing.assert_allclose(functions.times_matrix(jnp.asarray(x), jnp.asarray(matrix)), whole, rtol=1e-6)
+    assert pieces.count("dot_general") == 3  # of 128, 128 and 44 rows
 
 
 @pytest.mark.parametrize("size", [5, 8192, 8193, FULL, FULL + 1, 2 * FULL - 1])

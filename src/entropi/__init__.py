@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropi.costs.operations import count as cost
+    from entropi.costs.prediction import cost
     from entropi.entropy.attention import entropy_attention
     from entropi.entropy.diagnosis import Diagnosis, diagnose
     from entropi.entropy.recording import record_entropy, register_attention
@@ -41,7 +41,7 @@ _HOMES = {
     "EntropiForCausalLM": ("entropi.model.decoder", "EntropiForCausalLM"),
     "EntropyRegularizer": ("entropi.entropy.regularizer", "EntropyRegularizer"),
     "UserError": ("entropi.errors", "UserError"),
-    "cost": ("entropi.costs.operations", "count"),
+    "cost": ("entropi.costs.prediction", "cost"),
     "diagnose": ("entropi.entropy.diagnosis", "diagnose"),
     "entropy_attention": ("entropi.entropy.attention", "entropy_attention"),
     "fold": ("entropi.model.folding", "fold"),

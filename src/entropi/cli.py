@@ -82,6 +82,7 @@ def train(
         folder = train_run(recipe, run, live, shard=shard)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
+    distributed.disconnect()
     if not distributed.is_main():
         return
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
@@ -188,51 +189,153 @@ def diagnose_heads(
 
 def cost_of(
     architecture: str = "SM(t)+ScFuFFN",
+    compare: list[str] | None = None,
     seq_len: int = 128,
     layers: int = 12,
     heads: int = 12,
     hidden_size: int = 768,
     vocab_size: int = 50257,
     bias: Literal["qk", "all", "none"] = "qk",
+    protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
+    network: str = "wan",
+    embedding: Literal["private", "public"] = "private",
+    exp_iterations: int = 8,
+    budget: str | None = None,
+    runs: list[Path] | None = None,
+    picture: Path | None = None,
+    calibration: Path | None = None,
+    calibrate: Path | None = None,
+    record: bool = False,
     json: bool = False,
 ) -> None:
-    """Exact parameters, nonlinear operations and FLOPs of an architecture; the defaults are GPT-2 small's.
+    """What a model costs: its operations exactly, and the bytes and time of its private inference predicted.
+
+    Nothing is run. The defaults are GPT-2 small's sizes.
 
     Args:
-        architecture: one of the paper's names
-        seq_len: tokens of one forward pass, T
+        architecture: one of the paper's names; or the config.json of a GPT-2, GPT-NeoX, Llama or entropi model, or a
+            folder that holds one, which brings its own sizes
+        compare: several of these side by side
+        seq_len: tokens of the prompt, T
         layers: number of layers, L
         heads: attention heads a layer, H
         hidden_size: width of the model, d
         vocab_size: entries of the tokenizer, V
         bias: linear layers with a bias
+        protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
+        network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
+        embedding: token table private to the server, or public
+        exp_iterations: t of the softmax kernel for models that were trained with the exact softmax
+        budget: list what answers the prompt within so much, such as 2GB or 30s
+        runs: run folders with measured perplexities, for a picture of cost against perplexity (needs --picture)
+        picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
+        calibration: file of prices measured by --calibrate, in place of those that come with the package
+        calibrate: measure this machine's prices (some minutes) and write them to this file
+        record: add the prediction to the records of the run folder that --architecture names, for its report
         json: print one JSON object
     """
-    from entropi.costs.operations import count
-    from entropi.model.architectures import split_training_name
-    from entropi.model.configuration import EntropiConfig
+    if picture is not None:
+        _check_parent(picture)
+    if calibrate is not None:
+        _check_parent(calibrate)
+    with _extra("private"):
+        from entropi import costing
+        from entropi.costs import calibration as prices
+        from entropi.costs.prediction import Options, line_of
+    from entropi.model.shape import Shape
 
-    config = EntropiConfig(
-        architecture=split_training_name(architecture)[0],
+    if calibrate is not None:
+        with ProgressLine(f"measuring {protocol}", 100) as progress:
+            measured = prices.calibrate(protocol, progress=lambda share: progress.update(round(100 * share), ""))
+        prices.write(measured, calibrate)
+        print(f"prices of {measured.protocol} on {measured.machine} in {calibrate}")
+        return
+    if not 1 <= exp_iterations <= 8:
+        raise UserError(f"exp_iterations is {exp_iterations}, 1 to 8 are possible")
+    line = line_of(network)
+    if calibration is None:
+        chosen = prices.shipped(protocol)
+    else:
+        chosen = prices.read(calibration.read_bytes(), str(calibration))
+        if chosen.protocol != protocol:
+            raise UserError(f"{calibration} holds prices of {chosen.protocol}, not of {protocol}")
+    options = Options(embedding=embedding, exp_iterations=exp_iterations, fraction_bits=chosen.fraction_bits)
+    base = Shape(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        max_position_embeddings=max(seq_len, 2),
+        max_position_embeddings=max(seq_len + 1, 1024),
         bias=bias,
     )
-    found = count(config, seq_len)
-    if json:
-        _print_json(found)
+    if runs:
+        _cost_against_perplexity(runs, seq_len, chosen, line, options, picture, json)
         return
-    print(f"{found.architecture}, {seq_len} tokens, {found.parameters:,} parameters")
-    for operation in found.nonlinear:
-        rows, columns = operation.shape
-        print(f"  {operation.operation:10} {operation.count:4} x R^({rows} x {columns})")
-    print(f"  FLOPs      FFN {found.ffn_flops / 1e9:.1f} G, attention {found.attention_flops / 1e9:.1f} G")
-    print(
-        f"  folded     FFN {count(config, seq_len, folded=True).ffn_flops / 1e9:.1f} G, what private inference computes"
-    )
+    if budget is not None:
+        fits = costing.within(budget, base, seq_len, chosen, line, options)
+        if json:
+            _print_json([{**msgspec.to_builtins(one.prediction), "parameters": one.parameters} for one in fits])
+        else:
+            costing.show_fitting(fits, budget, seq_len)
+        return
+    found = [
+        costing.costed(name, shape, seq_len, chosen, line, options)
+        for name, shape in (costing.shape_of(word, base) for word in compare or [architecture])
+    ]
+    if record:
+        folder = Path(architecture)
+        if compare or not (folder / records.RECORDS_FILE).is_file():
+            raise UserError(
+                "--record needs --architecture with one run folder, to whose records the prediction is added"
+            )
+        records.append(folder / records.RECORDS_FILE, found[0].prediction)
+    if picture is not None:
+        with _extra("report"):
+            from entropi.report import figures
+        figures.write_figure(figures.predicted_bytes({one.name: one.prediction for one in found}), picture)
+    if json:
+        _print_json([one.to_json() for one in found] if compare else found[0].to_json())
+    elif compare:
+        costing.compare(found)
+    else:
+        costing.show(found[0])
+    if picture is not None and not json:
+        print(f"picture in {picture}")
+
+
+def _cost_against_perplexity(
+    runs: list[Path], seq_len: int, prices: Any, line: Any, options: Any, picture: Path | None, json: bool
+) -> None:
+    """Predicted bytes and measured perplexity of run folders."""
+    from entropi.costs.prediction import predict
+    from entropi.model.shape import read_shape
+
+    with _extra("report"):
+        from entropi.report import figures
+        from entropi.report.folder import read_run
+    points = {}
+    for folder in runs:
+        run = read_run(folder)
+        if run.evaluation is None:
+            raise UserError(f"{folder} has no evaluation on held-out text: see entropi evaluate")
+        shape = read_shape(folder)
+        prediction = predict(shape, min(seq_len, shape.max_position_embeddings), prices, line, options)
+        points[run.name if run.name not in points else str(folder)] = (
+            prediction.prompt.bytes / 1e6,
+            run.evaluation.perplexity,
+        )
+    if picture is not None:
+        figures.write_figure(figures.pareto(points, "predicted bytes of the prompt's pass (MB)"), picture)
+    best = set(figures.frontier(points))
+    if json:
+        _print_json([{"run": n, "MB": mb, "perplexity": p, "on_frontier": n in best} for n, (mb, p) in points.items()])
+        return
+    for name, (megabytes, perplexity) in sorted(points.items(), key=lambda item: item[1]):
+        print(
+            f"{name}: {megabytes:,.1f} MB, perplexity {perplexity:.2f}{'' if name in best else ', another is better'}"
+        )
+    if picture is not None:
+        print(f"picture in {picture}")
 
 
 def fold_model(model: Path, output: Path) -> None:
@@ -607,12 +710,16 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         helps = {p.arg_name: p.description for p in doc.params}
         command = _Parser(description=doc.short_description)
         skipped = set()
-        for flag in {"json", "shard", "prepare_only"} & set(helps):  # jsonargparse would want "true"
+        for flag in {"json", "record", "shard", "prepare_only"} & set(helps):  # where jsonargparse would want "true"
             skipped.add(flag)
             command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
         if function is report:
             skipped.add("runs")
             command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
+        if function is cost_of:
+            skipped |= {"compare", "runs"}
+            command.add_argument("--compare", nargs="+", metavar="MODEL", help=helps["compare"])
+            command.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help=helps["runs"])
         if function is certificates:
             for option in ("server", "client"):
                 skipped.add(option)

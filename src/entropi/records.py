@@ -141,7 +141,7 @@ class AttentionPattern(Base, tag="attention"):
 class OperationCount(msgspec.Struct, kw_only=True):
     """`count` evaluations of a nonlinear operation on tensors of shape `shape`."""
 
-    operation: str  # "softmax", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear"
+    operation: str  # "softmax", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu"
     count: int
     shape: tuple[int, int]
 
@@ -156,6 +156,75 @@ class CostRecord(Base, tag="cost"):
     ffn_flops: int
     attention_flops: int
     folded: bool = False  # counted on the folded form
+
+
+class OperationCost(msgspec.Struct, kw_only=True):
+    """What one operation of one pass is predicted to cost all parties together."""
+
+    name: str  # "scores", "exp", ...
+    layer: int  # -1 outside the layers
+    bytes: float
+    messages: float  # asynchronous ones
+    trips: float  # messages, one way, that wait for each other
+    seconds: float  # computing, on the calibrated machine with all parties on it
+    latency: float  # seconds, the network's part included
+
+
+class PassCost(msgspec.Struct, kw_only=True):
+    """A pass through the model, by operation in the order in which they run."""
+
+    operations: list[OperationCost]
+
+    @property
+    def bytes(self) -> float:
+        return sum(operation.bytes for operation in self.operations)
+
+    @property
+    def messages(self) -> float:
+        return sum(operation.messages for operation in self.operations)
+
+    @property
+    def trips(self) -> float:
+        return sum(operation.trips for operation in self.operations)
+
+    @property
+    def seconds(self) -> float:
+        return sum(operation.seconds for operation in self.operations)
+
+    @property
+    def latency(self) -> float:
+        return sum(operation.latency for operation in self.operations)
+
+    def by_operation(self) -> dict[str, OperationCost]:
+        """Summed over layers, the operation with most bytes first."""
+        sums: dict[str, OperationCost] = {}
+        for o in self.operations:
+            s = sums.setdefault(
+                o.name, OperationCost(name=o.name, layer=-1, bytes=0, messages=0, trips=0, seconds=0, latency=0)
+            )
+            for field in ("bytes", "messages", "trips", "seconds", "latency"):
+                setattr(s, field, getattr(s, field) + getattr(o, field))
+        return dict(sorted(sums.items(), key=lambda item: item[1].bytes, reverse=True))
+
+
+class PredictionRecord(Base, tag="prediction"):
+    """What a session of private inference will cost by `entropi cost`; nothing was run."""
+
+    architecture: str
+    layers: int
+    heads: int
+    hidden_size: int
+    vocab_size: int
+    seq_len: int  # of the prompt
+    protocol: str
+    trust: str  # its trust model in words
+    network: str
+    embedding: str  # "private" or "public"
+    exp_iterations: int
+    calibrated_on: str  # machine
+    set_up: PassCost  # keys and first transfers, once a session
+    prompt: PassCost
+    further: PassCost | None  # one token after the prompt
 
 
 class StageTraffic(msgspec.Struct, kw_only=True):
@@ -306,6 +375,7 @@ Record: TypeAlias = (
     | DiagnosisRecord
     | AttentionPattern
     | CostRecord
+    | PredictionRecord
     | PrivateRun
     | PlaintextComparison
     | StudyRun

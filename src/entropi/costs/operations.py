@@ -20,7 +20,7 @@ class Parts(Protocol):
     @property
     def norm(self) -> str: ...  # "layernorm", "rmsnorm" or "none"
     @property
-    def activation(self) -> str: ...  # "gelu", "relu", "leaky_relu", "square", "bilinear" or "identity"
+    def activation(self) -> str: ...  # "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu", "identity"
     @property
     def ffn(self) -> str: ...  # "plain", "scaled" or "fused"
 
@@ -60,6 +60,9 @@ class Configuration(Protocol):
     def tie_word_embeddings(self) -> bool: ...
 
 
+_HALVES = ("bilinear", "swiglu")  # activations that multiply two halves of the inner width
+
+
 def _check_length(config: Configuration, seq_len: int) -> None:
     if not 1 <= seq_len <= config.max_position_embeddings:
         raise UserError(
@@ -87,7 +90,8 @@ def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = 
     """Nonlinear operations of one forward pass over `seq_len` tokens (2501.03489, Tables 2, 3, 5 and 6).
 
     Softmax L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`; the activation L times on `(T, m)`,
-    m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of two secrets.
+    m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of two secrets, and
+    SwiGLU as one function of its two halves.
     Folding turns LayerNorm into RMSNorm without parameters and leaky ReLU into ReLU. Like the paper, this leaves out
     the one norm before the language-model head. Raises `UserError` for a `seq_len` that the model has no positions for.
     """
@@ -107,12 +111,13 @@ def ffn_flops(config: Configuration, seq_len: int, *, folded: bool = False) -> i
     """FLOPs of all feed-forward blocks for `seq_len` tokens; a multiplication and an addition count as two.
 
     4 d m T L with two matrices, which is 16 d^2 T L at m = 4d, or 2 d^2 T L with the fused one; these give
-    the FFN figures of Tables 2, 3, 5 and 6. A bilinear network has three matrices. Folding leaves nothing of a linear
-    network, or one d x d matrix where a norm stands before it. Raises `UserError` as `nonlinear_operations`.
+    the FFN figures of Tables 2, 3, 5 and 6. A bilinear network and SwiGLU have three matrices. Folding leaves nothing
+    of a linear network, or one d x d matrix where a norm stands before it. Raises `UserError` as
+    `nonlinear_operations`.
     """
     _check_length(config, seq_len)
     width, parts = config.hidden_size, config.parts
-    matrices = 3 if parts.activation == "bilinear" else 2
+    matrices = 3 if parts.activation in _HALVES else 2
     per_token = 2 * width * width if parts.ffn == "fused" else 2 * matrices * width * _ffn_width(config)
     if folded:
         if parts.activation == "identity":
@@ -139,15 +144,15 @@ def parameters(config: Configuration) -> int:
     """Number of parameters inference needs, exactly as the model has them; a head tied to the embedding is free.
 
     V d + P d for the embeddings (V d with rotary positions) and 2d for the final LayerNorm; in each layer 2 d^2 +
-    2 d G k for attention with G heads of keys and values, 2 d m (bilinear: 3 d m, fused: d^2) for the FFN, 4d for two
-    LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, 1 for a leaky ReLU's
-    learned slope, and the biases that `config.bias` keeps. A normalised weight counts as the matrix it is; the
+    2 d G k for attention with G heads of keys and values, 2 d m (bilinear and SwiGLU: 3 d m, fused: d^2) for the FFN,
+    4d for two LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, 1 for a leaky
+    ReLU's learned slope, and the biases that `config.bias` keeps. A normalised weight counts as the matrix it is; the
     regulariser's thresholds take no part in inference and are left out.
     """
     parts = config.parts
     width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
     fused = parts.ffn == "fused"
-    up = 2 * inner if parts.activation == "bilinear" else inner
+    up = 2 * inner if parts.activation in _HALVES else inner
     layer = 2 * width * (width + shared) + (width * width if fused else width * (up + inner))
     if config.bias == "all":
         layer += 2 * width + 2 * shared + (width if fused else up + width)
@@ -181,7 +186,7 @@ def folded_parameters(config: Configuration) -> int:
     if parts.temperature and config.temperature_granularity == "position":
         layer += config.num_attention_heads * config.max_position_embeddings
     if parts.activation != "identity":
-        up = 2 * inner if parts.activation == "bilinear" else inner
+        up = 2 * inner if parts.activation in _HALVES else inner
         layer += (width + 1) * up + (inner + 1) * width
     if _has_linear_map(config):
         layer += (width + 1) * width

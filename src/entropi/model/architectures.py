@@ -34,7 +34,7 @@ class Parts:
     norm: Literal["layernorm", "rmsnorm", "none"] = "none"
     weight_norm: Literal["weight", "spectral", "none"] = "none"
     weight_norm_target: str = ""  # a key of WEIGHT_NORM_TARGETS, "" without weight norm
-    activation: Literal["gelu", "relu", "leaky_relu", "square", "bilinear", "identity"] = "identity"
+    activation: Literal["gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu", "identity"] = "identity"
     ffn: Literal["plain", "scaled", "fused"] = "plain"  # "ScFFN" and "ScFuFFN" are scaled as in Eq. 8
 
     @property
@@ -54,6 +54,7 @@ _FEED_FORWARDS = {
     "LeakyR": Parts(activation="leaky_relu"),
     "Square": Parts(activation="square"),
     "Bilinear": Parts(activation="bilinear"),
+    "SwiGLU": Parts(activation="swiglu"),
     "ScFFN": Parts(ffn="scaled"),
     "ScFuFFN": Parts(ffn="fused"),
 }
@@ -128,6 +129,7 @@ FURTHER_ARCHITECTURES = (
     "SM+LN+Square",
     "SM+RMS+Bilinear",
     "SM+Bilinear",
+    "SM+RMS+SwiGLU",
     "SM(t)+LN+G",
     "SM(t)+RMS+LeakyR",
     "SM(t)+ScFFN",

@@ -30,6 +30,7 @@ _PARTS = {
     "leaky_relu": "leaky ReLU",
     "square": "squared activations",
     "bilinear": "bilinear feed-forward networks",
+    "swiglu": "SwiGLU feed-forward networks",
 }
 
 

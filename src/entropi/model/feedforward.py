@@ -37,8 +37,8 @@ class PlainFeedForward(nn.Module):
 
     @property
     def branches(self) -> int:
-        """How many times the inner width `up` computes: a bilinear network multiplies two halves."""
-        return 2 if self.activation == "bilinear" else 1
+        """How many times the inner width `up` computes: bilinear networks and SwiGLU multiply two halves."""
+        return 2 if self.activation in ("bilinear", "swiglu") else 1
 
     def forward(self, hidden: Tensor, common_slope: Tensor | None = None) -> Tensor:
         return hidden + self.branch(self.norm(hidden), common_slope)
@@ -60,6 +60,9 @@ class PlainFeedForward(nn.Module):
             case "bilinear":
                 left, right = inner.chunk(2, dim=-1)
                 inner = left * right
+            case "swiglu":
+                left, right = inner.chunk(2, dim=-1)
+                inner = functional.silu(left) * right
             case "identity":
                 pass
         return self.down(inner)

@@ -42,8 +42,8 @@ from torch import nn
 from entropi.errors import UserError
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward
+from entropi.model.shape import describe
 
-FORMAT_VERSION = 2
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
 # Condition number of a basis beyond which the fixed-point arithmetic of private inference would lose accuracy: its 18
@@ -152,33 +152,9 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
             weights["centre"] = inverses[layers] @ centring
     else:
         weights["head"], weights["head_bias"] = inverses[layers] @ table, np.zeros(config.vocab_size)
-    norm = {"none": "none", "rmsnorm": "rms", "layernorm": "rms" if centred else "layer"}[parts.norm]
     activations = {index for index, f in enumerate(networks) if f.branch}
     assert activations in (set(), set(range(layers)))
-    description = {
-        "format": FORMAT_VERSION,
-        "architecture": config.architecture,
-        "layers": layers,
-        "heads": config.num_attention_heads,
-        "key_value_heads": config.num_key_value_heads,
-        "hidden_size": width,
-        "intermediate_size": config.intermediate_size if activations else 0,
-        "vocab_size": config.vocab_size,
-        "positions": config.max_position_embeddings,
-        "position_embedding": config.position_embedding,
-        "rotary_dimensions": config.rotary_dimensions,
-        "rotary_base": config.rotary_base,
-        "temperature": tempered,
-        "exp_iterations": config.exp_iterations,
-        "norm": norm,
-        "norm_epsilon": config.layer_norm_epsilon,
-        "parallel_residual": config.parallel_residual,
-        "activation": "relu" if parts.activation == "leaky_relu" else parts.activation,
-        "explicit_ffn": explicit,
-        "final_norm": "rms" if config.final_norm else "none",
-        "centre": "centre" in weights,
-        "end_of_text": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
-    }
+    description = describe(config, explicit_ffn=explicit, temperature=tempered)
     return Folded(description, weights, [float(np.linalg.cond(basis)) for basis in bases])
 
 

@@ -143,19 +143,24 @@ class Simulation:
 
     SEMI2K's dealer is played by the first party, as SPU's default is: its figures are those of the online phase, and
     two real parties must not be run like that.
+
+    Args:
+        links: where every rank finds every rank, "host:port", if they are to speak over sockets.
     """
 
-    def __init__(self, protocol: Protocol, settings: Settings) -> None:
+    def __init__(self, protocol: Protocol, settings: Settings, links: list[list[str]] | None = None) -> None:
         self._log = _start_log()
         config = _runtime_config(settings, protocol)
         self.parties = PARTIES[protocol]
-        desc = libspu.link.Desc()
-        for rank in range(self.parties):
-            desc.add_party(f"party {rank}", f"thread {rank}")
         self._runtimes: list[Any] = [None] * self.parties
 
         def join(rank: int) -> None:
-            self._runtimes[rank] = spu.Runtime(libspu.link.create_mem(desc, rank), config)
+            desc = libspu.link.Desc()
+            for other in range(self.parties):
+                desc.add_party(f"party {other}", f"thread {other}" if links is None else links[rank][other])
+            desc.recv_timeout_ms = desc.http_timeout_ms = RECEIVE_TIMEOUT_S * 1000
+            create = libspu.link.create_mem if links is None else libspu.link.create_brpc
+            self._runtimes[rank] = spu.Runtime(create(desc, rank), config)
 
         self._together(join)
         self._io = spu.Io(self.parties, config)

@@ -14,13 +14,10 @@ import sys
 import threading
 from typing import BinaryIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
 from entropi.private.engine import Engine, EngineError
-from entropi.private.functions import exp_of_nonpositive, reciprocal
 from entropi.private.messages import (
     CLIENT,
     SERVER,
@@ -35,7 +32,7 @@ from entropi.private.messages import (
     decode,
     encode,
 )
-from entropi.private.program import Stage, forward, one_hot
+from entropi.private.program import forward, one_hot, warm_up
 
 
 def main() -> int:
@@ -122,17 +119,12 @@ def _reveal(engine: Engine, settings: Settings) -> Revealed:
 
 
 def _warm_up(engine: Engine, events: BinaryIO) -> None:
-    """Keys and base oblivious transfers, which the first use of each kind of operation would otherwise pay."""
-
-    def operations(x: jax.Array, y: jax.Array) -> jax.Array:
-        product = x @ y  # private times private, then shared times shared, then shared times private
-        product = product @ product @ x[:, :4]
-        larger = jnp.maximum(product[:, :2], product[:, 2:])
-        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
-
-    engine.hold("x", (4, 8), np.zeros((4, 8)) if engine.rank == SERVER else None)
-    engine.hold("y", (8, 4), np.zeros((8, 4)) if engine.rank == CLIENT else None)
-    _emit(events, StageDone(engine.run(Stage("setup", -1, operations, ("x", "y"), ("z",)), 0)))
+    """Keys and base oblivious transfers, before anything is counted as the prompt's."""
+    stage, shapes = warm_up()
+    for name, (shape, owner) in shapes.items():
+        own = engine.rank == (SERVER if owner == "server" else CLIENT)
+        engine.hold(name, shape, np.zeros(shape) if own else None)
+    _emit(events, StageDone(engine.run(stage, 0)))
 
 
 def _emit(events: BinaryIO, event: Event) -> None:

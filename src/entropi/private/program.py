@@ -32,8 +32,11 @@ from entropi.private.functions import (
     relu,
     scale_rows,
     segment_max,
+    silu,
+    silu_exact,
     square,
     sums_of_squares,
+    times_matrix,
     top_k,
 )
 
@@ -71,7 +74,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     norm: Norm  # before attention and before the FFN; gains and biases are folded away
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
     parallel_residual: bool  # the FFN reads what attention reads
-    activation: Literal["identity", "relu", "gelu", "square", "bilinear"]
+    activation: Literal["identity", "relu", "gelu", "square", "bilinear", "swiglu"]
     explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers with a linear map in the FFN's place
     final_norm: Norm
     centre: bool  # a matrix multiplies the state before the final norm or the head
@@ -104,7 +107,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """Shapes of the server's weights; the client needs them to hold its empty shares."""
         d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
         joint = d + 2 * self.key_value_heads * self.head_size
-        up = 2 * m if self.activation == "bilinear" else m
+        up = 2 * m if self.activation in ("bilinear", "swiglu") else m
         shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
         if self.position_embedding == "learned":
             shapes["positions"] = (self.positions, d)
@@ -228,7 +231,7 @@ def forward(
                 yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
             yield from feed_forward(model, layer, rows, read, "state")
     if model.centre:
-        yield Stage("centre", -1, jnp.matmul, ("state", "centre"), ("state",))
+        yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
     if model.final_norm != "none":
         norm = partial(normalise_state, kind=model.final_norm, epsilon=model.norm_epsilon)
         yield Stage("norm", -1, norm, ("state",), ("state",))
@@ -245,8 +248,8 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
     if model.activation != "identity":
         up = partial(affine, rows=rows)
         yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
-        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear}
-        exact = gelu_tanh if model.activation == "gelu" else None
+        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear, "swiglu": swiglu}
+        exact = {"gelu": gelu_tanh, "swiglu": swiglu_exact}.get(model.activation)
         yield Stage("activation", layer, functions[model.activation], ("hidden",), ("hidden",), exact=exact)
     if layer in model.explicit_ffn:
         matrix = (w + "ffn", w + "ffn_bias")
@@ -258,6 +261,22 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
     if model.activation != "identity":
         down = partial(add_affine, rows=rows)
         yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
+
+
+def warm_up() -> tuple[Stage, dict[str, tuple[tuple[int, int], Literal["server", "client"]]]]:
+    """A small stage that makes the engine exchange keys and base oblivious transfers; its inputs' shapes and owners.
+
+    Without it the first use of each kind of operation would pay for them.
+    """
+
+    def operations(x: Array, y: Array) -> Array:
+        product = x @ y  # private times private, then shared times shared, then shared times private
+        product = product @ product @ x[:, :4]
+        larger = jnp.maximum(product[:, :2], product[:, 2:])
+        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
+
+    stage = Stage("setup", -1, operations, ("warm_x", "warm_y"), ("warm_z",))
+    return stage, {"warm_x": ((4, 8), "server"), "warm_y": ((8, 4), "client")}
 
 
 def embed(tokens: Array, table: Array, *positions: Array, past: int = 0) -> Array:
@@ -314,11 +333,11 @@ def project(
 
     new = state.shape[0]
     if rows == new:
-        joint = state @ matrix + bias
+        joint = times_matrix(state, matrix) + bias
         query, key, value = joint[:, :width], joint[:, width : width + shared], joint[:, width + shared :]
     else:
         query = state[-rows:] @ matrix[:, :width] + bias[:width]
-        joint = state @ matrix[:, width:] + bias[width:]
+        joint = times_matrix(state, matrix[:, width:]) + bias[width:]
         key, value = joint[:, :shared], joint[:, shared:]
     queries, keys, values = split(query), split(key), split(value)
     if model.position_embedding == "rotary":
@@ -429,23 +448,35 @@ def divide(heads: Array, totals: Array) -> Array:
 
 def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """Residual connection around the output projection, for the last `rows` tokens."""
-    return state[-rows:] + heads.transpose(1, 0, 2).reshape(rows, -1) @ matrix + bias
+    return state[-rows:] + times_matrix(heads.transpose(1, 0, 2).reshape(rows, -1), matrix) + bias
 
 
 def affine(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> Array:
     """x W + b, for the last `rows` rows of x or all."""
-    return (state if rows is None else state[-rows:]) @ matrix + bias
+    return times_matrix(state if rows is None else state[-rows:], matrix) + bias
 
 
 def add_affine(base: Array, state: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """base + x W + b, for the last `rows` rows."""
-    return base[-rows:] + state[-rows:] @ matrix + bias
+    return base[-rows:] + times_matrix(state[-rows:], matrix) + bias
 
 
 def bilinear(hidden: Array) -> Array:
     """Left half times right half, elementwise."""
     width = hidden.shape[1] // 2
     return hidden[:, :width] * hidden[:, width:]
+
+
+def swiglu(hidden: Array) -> Array:
+    """SiLU of the left half times the right half, elementwise (Llama)."""
+    width = hidden.shape[1] // 2
+    return silu(hidden[:, :width]) * hidden[:, width:]
+
+
+def swiglu_exact(hidden: Array) -> Array:
+    """What `swiglu` approximates."""
+    width = hidden.shape[1] // 2
+    return silu_exact(hidden[:, :width]) * hidden[:, width:]
 
 
 def likeliest(logits: Array) -> Array:

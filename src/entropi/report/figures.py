@@ -22,7 +22,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from PIL import Image
 
 from entropi.errors import UserError
-from entropi.records import AttentionPattern, CostRecord, EntropySnapshot, Evaluation, StageTraffic, TrainingStep
+from entropi.records import (
+    AttentionPattern,
+    CostRecord,
+    EntropySnapshot,
+    Evaluation,
+    PredictionRecord,
+    StageTraffic,
+    TrainingStep,
+)
 from entropi.report.traffic import by_operation
 
 # Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out as too pale for white.
@@ -512,6 +520,45 @@ def bytes_per_operation(stages: Iterable[StageTraffic]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * ((prompt + further).max(initial=0.0) or 1.0))  # room for the labels
     axes.set_xlabel("sent and received (MB)")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower right", fontsize=8.5)
+    return figure
+
+
+@_styled
+def predicted_bytes(predictions: Mapping[str, PredictionRecord]) -> Figure:
+    """Predicted bytes of the pass over a prompt by operation, a group of bars an operation, a colour a model."""
+    sums = {name: record.prompt.by_operation() for name, record in predictions.items()}
+    operations = sorted(
+        {name for found in sums.values() for name in found},
+        key=lambda name: -max(found[name].bytes for found in sums.values() if name in found),
+    )
+    figure = Figure(figsize=(7.6, 1.5 + 0.22 * max(len(operations) * len(sums), 3)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(operations))
+    height = 0.8 / len(sums)
+    for index, (name, found) in enumerate(sums.items()):
+        sizes = [found[operation].bytes / 1e6 if operation in found else 0.0 for operation in operations]
+        y = places + (index - (len(sums) - 1) / 2) * height
+        total = sum(sizes)
+        label = f"{_name(name)}, {total:,.0f} MB"
+        axes.barh(y, sizes, height=0.92 * height, color=PALETTE[index % len(PALETTE)], label=label)
+        for place, size in zip(y, sizes):
+            if size:
+                axes.annotate(
+                    f"{size:,.{0 if size >= 100 else 1}f}",
+                    (size, place),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                )
+    axes.set_yticks(places, [_name(operation) for operation in operations])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("predicted, both directions (MB)")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.set_axisbelow(True)

@@ -23,6 +23,7 @@ from entropi.records import (
     EntropySnapshot,
     Evaluation,
     PlaintextComparison,
+    PredictionRecord,
     PrivateRun,
     Record,
     RunStarted,
@@ -52,6 +53,7 @@ class Run:
     pattern: AttentionPattern | None = None
     cost: CostRecord | None = None  # before folding
     folded_cost: CostRecord | None = None
+    prediction: PredictionRecord | None = None
     private: PrivateRun | None = None
     comparison: PlaintextComparison | None = None
     config: str | None = None  # config.yaml as it stands
@@ -162,6 +164,8 @@ def read_run(folder: Path) -> Run:
                 run.diagnosis = record
             case AttentionPattern():
                 run.pattern = record
+            case PredictionRecord():
+                run.prediction = record
             case CostRecord(folded=True):
                 run.folded_cost = record
             case CostRecord():

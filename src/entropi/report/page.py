@@ -203,15 +203,42 @@ def _folding(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.folding(before, after), alt, note, dpi)
 
 
+def _prediction(run: Run, dpi: float) -> Panel:
+    title = "Predicted private inference"
+    record = run.prediction
+    if record is None:
+        return Panel(title, missing="No prediction is recorded; entropi cost --architecture RUN --record makes one.")
+    prompt = record.prompt
+    whole, top = size(round(prompt.bytes)), next(iter(prompt.by_operation().values()))
+    alt = f"Bars of predicted bytes by operation; the longest is {top.name} with {size(round(top.bytes))} of {whole}."
+    note = (
+        f"Not run: {record.seq_len} tokens under {record.protocol} ({record.trust}), {record.embedding} token table, "
+        f"softmax kernel t={record.exp_iterations}. {whole}, {rounded(prompt.messages)} messages, "
+        f"{rounded(prompt.trips)} trips; with the network {record.network} {duration(prompt.latency)}, of which "
+        f"computing {duration(prompt.seconds)} by the prices of {record.calibrated_on}."
+    )
+    if record.further is not None:
+        note += f" Each further token {size(round(record.further.bytes))} and {duration(record.further.latency)}."
+    if run.private is not None and len(run.private.prompt_tokens) == record.seq_len:
+        metered = sum(stage.bytes for stage in run.private.stages if stage.token == 0)
+        note += f" The run below metered {size(metered)} for its prompt of as many tokens."
+    return _panel(title, figures.predicted_bytes({run.name: record}), alt, note, dpi)
+
+
 def _pareto(runs: Sequence[Run], dpi: float) -> Panel:
     title = "Cost against perplexity"
     evaluated = [run for run in runs if run.evaluation is not None]
     asked = [run for run in evaluated if run.private is not None and run.private.new_tokens]
     counted = [run for run in evaluated if run.cost is not None]
+    predicted = [run for run in evaluated if run.prediction is not None]
     if len(asked) >= 2:
         label = "private inference, both directions (MB a generated token)"
         cost = {run.name: run.private_bytes / 1e6 / len(run.private.new_tokens) for run in asked if run.private}
         chosen = asked
+    elif len(predicted) >= 2:
+        label = "private inference of a prompt, predicted (MB)"
+        cost = {run.name: run.prediction.prompt.bytes / 1e6 for run in predicted if run.prediction is not None}
+        chosen = predicted
     elif len(counted) >= 2:
         label = "one forward pass after folding (FLOPs)"
         records_of = {run.name: run.folded_cost or run.cost for run in counted}
@@ -298,6 +325,7 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
             [_losses([run], dpi), _layerwise(run, dpi), _positions(run, dpi), _thresholds(run, dpi)] for run in runs
         ],
         folding=[_folding(run, dpi) for run in runs],
+        predictions=[_prediction(run, dpi) for run in runs],
         private_runs=private_runs,
         traffic=[_bytes(run, dpi) for run in private_runs],
         quartiles=_quartiles(runs, dpi),

@@ -49,7 +49,7 @@ def is_main() -> bool:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes of this run: NCCL between GPUs, gloo between CPUs.
+    """Connect the processes of this run: NCCL between GPUs, gloo between CPUs. They stay so until `disconnect`.
 
     Raises:
         LostProcess: another process died while this one waited for it.
@@ -68,7 +68,12 @@ def connected() -> Iterator[None]:
             f"another process of this run has stopped ({reason[:120]}); what it said is above, and the same command "
             "continues the run after its last checkpoint"
         ) from None
-    PartialState().destroy_process_group()
+
+
+def disconnect() -> None:
+    """The processes part; for the end of a program, as they cannot be connected again."""
+    if processes() > 1:
+        PartialState().destroy_process_group()
 
 
 def wait_for_all() -> None:

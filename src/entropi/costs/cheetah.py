@@ -1,0 +1,214 @@
+"""What SPU's CHEETAH exchanges for one call of a protocol: its bookkeeping, replayed on public sizes.
+
+SPU decides by size alone how matrices are cut into ciphertexts, when prepared triples are made and when oblivious
+transfers run out, so that the number of everything it sends can be known before. This module counts; what each counted
+thing costs is measured (`calibration`). The rules are those of SPU 0.9.5 (`mpc/cheetah`), ring of 64 bits.
+
+Counted things are named for people, for they stand in the calibration file. "by server" and "by client" say which
+party encrypts; the other one computes on the ciphertexts and answers. "calls" are what trips are attributed to: the
+pieces of one call travel together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from entropi.costs.tracing import Use
+
+SLOTS = 8192  # numbers in a ciphertext, of matrix products and of products of numbers
+_TILE = 2048  # least numbers for another worker with oblivious transfers of its own
+_RESERVED = 452_000 + 13 * 1280  # transfers that an extension keeps for the next one
+_FIRST, _EXTENSION = 470_016 - _RESERVED, 10_485_760 - _RESERVED  # transfers from the set-up, from every extension
+# Transfers a number takes, where the server's side sends and where the client's does: a comparison has 16 digits of 4
+# bits with four transfers each, and 15 conjunctions with one each way.
+_TRANSFERS = {
+    "compare": (64 + 15, 15),
+    "select": (1, 1),
+    "truncate": (1, 0),
+    "truncate with sign": (1, 0),
+    "inverse_root": (1217, 1158),
+}
+_TRIPLES = 4096  # products that one ciphertext each way prepares
+_DIRECT = 2 * SLOTS  # from so many numbers on products are made directly, without prepared ones
+_ROOT_PRODUCTS = 6  # products inside an inverse root
+
+CALLS = " calls"  # how names of counted things end that only trips are attributed to
+
+
+class Cheetah:
+    """The parties' state: what is set up, and what is left of prepared triples and transfers.
+
+    Args:
+        workers: instances of oblivious transfer a party runs side by side, one a processor core.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._triples = 0
+        self._transfers: list[list[int]] = []  # left, by worker: sent by the server, sent by the client
+        self._keys: set[str] = set()
+
+    def count(self, use: Use) -> Counter[str]:
+        """Everything that one call exchanges, set-up and refills included."""
+        counted: Counter[str] = Counter()
+        if use.kind == "product":
+            self._product(use, counted)
+        elif use.kind == "multiply":
+            self._multiply(use.size, {use.left, use.right} - {"shared"}, counted)
+        elif use.kind == "square":
+            self._square(use.size, counted)
+        elif use.kind == "inverse_root":
+            counted["inverse_root numbers"] += use.size
+            counted["inverse_root tiles"] += self._transfer("inverse_root", use.size, counted)
+            counted["inverse_root calls"] += 1
+            for _ in range(_ROOT_PRODUCTS):
+                self._multiply(use.size, set(), counted)
+        else:
+            self._transferred(use.kind, use.size, counted)
+        return counted
+
+    def _transferred(self, kind: str, size: int, counted: Counter[str]) -> None:
+        """A protocol of oblivious transfers on `size` numbers."""
+        tiles = self._transfer(kind, size, counted)
+        counted[f"{kind} numbers"] += size
+        counted[f"{kind} tiles"] += tiles
+        counted[f"{kind}{CALLS}"] += 1
+
+    def _transfer(self, kind: str, size: int, counted: Counter[str]) -> int:
+        """Take transfers, extend them where they run out; returns the number of workers that share the numbers."""
+        tiles = min(self.workers, -(-size // _TILE))
+        while len(self._transfers) < tiles:
+            self._transfers.append([_FIRST, _FIRST])
+            counted["transfer set-ups"] += 1
+        share = -(-size // tiles)
+        waited = False
+        for worker in range(tiles):
+            numbers = min(share, size - worker * share)
+            for way, each in enumerate(_TRANSFERS[kind]):
+                left = self._transfers[worker][way] - each * numbers
+                while left < 0:
+                    left += _EXTENSION
+                    counted["transfer extensions"] += 1
+                    waited = True
+                self._transfers[worker][way] = left
+        counted["transfer extension calls"] += waited
+        return tiles
+
+    def _key(self, name: str, counted: Counter[str]) -> None:
+        if name not in self._keys:
+            self._keys.add(name)
+            counted[name] += 1
+
+    def _product(self, use: Use, counted: Counter[str]) -> None:
+        cut = tiling(*use.shape)
+        self._key("matrix keys", counted)
+        if use.left == use.right == "shared":
+            # Each party's share of the smaller operand with the other's share of the larger.
+            encrypting = ["server", "client"]
+        else:
+            # A share of what one party knows is held by the other one.
+            left = use.left if use.left != "shared" else _other(use.right)
+            right = use.right if use.right != "shared" else _other(use.left)
+            encrypting = [left if cut.left <= cut.right else right]
+        for party in encrypting:
+            counted[f"operand ciphertexts by {party}"] += min(cut.left, cut.right)
+            counted[f"{'answer' if cut.packed else 'bare answer'} ciphertexts by {party}"] += cut.answers
+            counted["polynomial products"] += cut.products
+            counted["rotations"] += cut.rotations
+        counted["matrix product calls"] += 1
+
+    def _multiply(self, size: int, known: Collection[str], counted: Counter[str]) -> None:
+        self._key("number keys", counted)
+        if known:
+            counted[f"blocks by {'server' if 'server' in known else 'client'}"] += -(-size // SLOTS)
+            counted["multiply calls"] += 1
+        elif size >= _DIRECT:
+            counted["shared blocks"] += -(-(size // 2) // SLOTS) + -(-(size - size // 2) // SLOTS)
+            counted["multiply calls"] += 1
+        else:
+            if self._triples < size:
+                blocks = -(-2 * size // SLOTS)
+                counted["blocks by client"] += blocks
+                counted["triple calls"] += 1
+                self._triples += blocks * _TRIPLES
+            self._triples -= size
+            counted["opened numbers"] += size
+            counted["opening calls"] += 1
+
+    def _square(self, size: int, counted: Counter[str]) -> None:
+        """An exponential of one squaring: half, of known sign, then the square; both truncated."""
+        self._key("number keys", counted)
+        first = size if size <= SLOTS else size // 2
+        counted["blocks by client"] += -(-first // SLOTS)
+        counted["blocks by server"] += -(-(size - first) // SLOTS)
+        counted["multiply calls"] += 1
+        for kind in ("truncate with sign", "truncate"):
+            self._transferred(kind, size, counted)
+
+
+def _other(party: str) -> str:
+    return "client" if party == "server" else "server"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a matrix product is cut: ciphertexts or polynomials of either operand, and of the answer."""
+
+    left: int
+    right: int
+    answers: int
+    packed: bool  # several results were rotated into one ciphertext
+    rotations: int
+    products: int  # of a ciphertext and a polynomial
+
+
+@functools.cache
+def tiling(rows: int, inner: int, columns: int) -> Tiling:
+    """SPU's choice for `(rows, inner)` times `(inner, columns)`: fewest ciphertexts, then least work.
+
+    A tile of d0 rows, d1 inner and d2 columns fits one polynomial, d0 d1 d2 <= 8,192; its product holds d0 d2 results
+    in places d1 apart, and d1 such products are packed into one answer.
+    """
+    tile = _cheapest_tile(rows, inner, columns, packed=True)
+    blocks = [-(-size // side) for size, side in zip((rows, inner, columns), tile)]
+    if packed := blocks[0] * blocks[2] > 1:
+        answers = -(-blocks[0] * blocks[2] // tile[1])
+        rotations = answers * tile[1]
+        if tile[1] >= rows * columns:
+            answers, rotations = -(-rows * columns // SLOTS), rows * columns
+    else:
+        tile = _cheapest_tile(rows, inner, columns, packed=False)
+        blocks = [-(-size // side) for size, side in zip((rows, inner, columns), tile)]
+        answers, rotations = blocks[0] * blocks[2], 0
+    return Tiling(
+        left=blocks[0] * blocks[1],
+        right=blocks[1] * blocks[2],
+        answers=answers,
+        packed=packed,
+        rotations=rotations,
+        products=blocks[0] * blocks[1] * blocks[2],
+    )
+
+
+def _cheapest_tile(rows: int, inner: int, columns: int, *, packed: bool) -> tuple[int, int, int]:
+    d0 = np.arange(1, min(SLOTS, rows) + 1)[:, None]
+    if packed:
+        d1 = 2 ** np.arange(min(inner, SLOTS).bit_length())[None]
+    else:
+        d1 = np.arange(1, min(inner, SLOTS) + 1)[None]
+    d2 = np.minimum(columns, SLOTS // (d0 * d1))
+    fits = d2 > 0
+    d2 = np.maximum(d2, 1)
+    b0, b1, b2 = -(-rows // d0), -(-inner // d1), -(-columns // d2)
+    ciphertexts = np.minimum(b0, b2) * b1 + -(-b0 * b2 // d1)
+    rotations = -(-rows * columns // SLOTS) * d1 if packed else 0
+    cost = np.where(fits, ciphertexts * 1000.0 + rotations + b0 * b1 * b2 / 10.0, np.inf)
+    # The last of equals, as SPU walks through them.
+    place = cost.size - 1 - int(np.argmin(cost.reshape(-1)[::-1]))
+    row, column = divmod(place, cost.shape[1])
+    return int(d0[row, 0]), int(d1[0, column]), int(d2[row, column])

@@ -1,0 +1,148 @@
+"""Predictions against the meter of the engine itself, on shapes and architectures that no price was measured on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import msgspec
+import numpy as np
+import pytest
+
+pytest.importorskip("spu")
+
+from entropi.costs import cheetah
+from entropi.costs.calibration import shipped, trials, workers
+from entropi.costs.prediction import NETWORKS, Options, Predictor
+from entropi.costs.tracing import Use, Value, uses
+from entropi.private.engine import Simulation
+from entropi.private.messages import CLIENT, SERVER, Settings
+from entropi.private.program import Description, forward, one_hot, warm_up
+from private_reference import FIELDS
+
+MODELS = {
+    "SM+LN+G": dict(layers=3, heads=3, key_value_heads=3, hidden_size=96, norm="rms", activation="gelu",
+                    intermediate_size=384, centre=False),
+    "SM(t)+ScFuFFN": dict(layers=2, heads=5, key_value_heads=5, hidden_size=160, temperature=True, exp_iterations=3),
+    "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
+                          intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
+}  # fmt: skip
+RUNS = [
+    ("cheetah", "SM+LN+G", 72, {}),
+    ("cheetah", "SM(t)+ScFuFFN", 150, {"embedding": "public"}),
+    ("cheetah", "SM+RMS+SwiGLU", 40, {"embedding": "public", "output": "argmax"}),
+    ("semi2k", "SM+LN+G", 40, {}),
+    ("aby3", "SM(t)+ScFuFFN", 40, {"embedding": "public"}),
+]
+
+
+def describe(name: str) -> Description:
+    fields = {**FIELDS, **MODELS[name], "architecture": name, "vocab_size": 700, "positions": 200}
+    return msgspec.convert(fields, Description)
+
+
+def metered(protocol: str, model: Description, tokens: int, options: Options) -> list[list]:
+    """Traffic of the set-up, a prompt and one more token, by the engine's own count."""
+    engine = Simulation(protocol, Settings(fraction_bits=options.fraction_bits))
+    random = np.random.default_rng(0)
+    for name, shape in model.weight_shapes().items():
+        engine.hold(name, 0.05 * random.standard_normal(shape), SERVER)
+    stage, shapes = warm_up()
+    for name, (shape, owner) in shapes.items():
+        engine.hold(name, np.zeros(shape), SERVER if owner == "server" else CLIENT)
+    passes = [[engine.run(stage)]]
+    paired = options.embedding == "private" and protocol == "cheetah"
+    for new, past in ((tokens, 0), (1, tokens)):
+        if options.embedding == "public":
+            engine.hold("embedded", 0.5 * random.standard_normal((new, model.hidden_size)), CLIENT)
+        else:
+            engine.hold("tokens", one_hot([1] * new, model.vocab_size, paired=paired), CLIENT)
+        stages = forward(
+            model,
+            new,
+            past,
+            options.exp_iterations,
+            embedding=options.embedding,
+            paired=paired,
+            output=options.output,
+            choices=options.choices,
+        )
+        passes.append([engine.run(stage) for stage in stages])
+    return passes
+
+
+def sums(stages: list, what: str, key=lambda stage: stage.name) -> Counter:
+    total: Counter = Counter()
+    for stage in stages:
+        total[key(stage)] += getattr(stage, what)
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("protocol", "name", "tokens", "chosen"), RUNS)
+def test_prediction_equals_the_meter(protocol, name, tokens, chosen):
+    """Bytes within 3 % for layers and 10 % for operations, messages within 5 %."""
+    prices = msgspec.structs.replace(shipped(protocol), workers=workers())
+    options = Options(exp_iterations=4, **chosen)
+    model = describe(name)
+    predictor = Predictor(model, prices, NETWORKS["lan"], options)
+    predicted = [predictor.set_up(), predictor.run(tokens), predictor.run(1)]
+    measured = metered(protocol, model, tokens, options)
+    for guess, stages in zip(predicted, measured):
+        assert guess.bytes == pytest.approx(sum(stage.bytes for stage in stages), rel=0.03, abs=2_000)
+        assert guess.messages == pytest.approx(sum(stage.messages for stage in stages), rel=0.05, abs=4)
+        layers = sums(guess.operations, "bytes", key=lambda stage: stage.layer)
+        for layer, size in sums(stages, "bytes", key=lambda stage: stage.layer).items():
+            assert layers[layer] == pytest.approx(size, rel=0.03, abs=2_000), layer
+        operations = sums(guess.operations, "bytes")
+        for operation, size in sums(stages, "bytes").items():
+            assert operations[operation] == pytest.approx(size, rel=0.1, abs=2_000), operation
+
+
+def test_shapes_of_the_check_were_not_calibrated_on():
+    """Matrix products of the checked models, against those whose prices were measured."""
+    calibrated = {(*left, right[1]) for left, right in (pair_of_matrices(trial) for trial in trials()) if right}
+    for _, name, tokens, chosen in RUNS:
+        model = describe(name)
+        values = {weight: Value(shape, "server") for weight, shape in model.weight_shapes().items()}
+        values["embedded"] = Value((tokens, model.hidden_size), "client")
+        stages = forward(model, tokens, 0, 4, embedding="public")
+        products = {use.shape for stage in stages for use in uses(stage, values) if use.kind == "product"}
+        assert products
+        assert not products & calibrated
+
+
+def pair_of_matrices(trial) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(shape for shape, _ in trial.operands) if trial.name.startswith("product") else ((), ())
+
+
+# What SPU's log says of its cuts: rows x inner x columns => tile.
+LOGGED = {
+    (128, 768, 2304): (128, 64, 1),
+    (128, 64, 128): (128, 64, 1),
+    (128, 128, 64): (1, 128, 64),
+    (64, 128, 64): (64, 128, 1),
+    (64, 64, 128): (64, 64, 2),
+    (128, 128, 768): (128, 64, 1),
+}
+
+
+@pytest.mark.parametrize("shape", LOGGED)
+def test_tiles_are_those_that_the_engine_logs(shape):
+    assert cheetah._cheapest_tile(*shape, packed=True) == LOGGED[shape]
+
+
+def test_transfers_run_out_where_the_engine_s_did():
+    """Places of extensions in sequences of calls that were metered (two workers, both extend at the same call)."""
+    books = cheetah.Cheetah(workers=2)
+
+    def extended(kinds: tuple[str, ...], size: int, calls: int) -> list[int]:
+        found = []
+        for call in range(calls):
+            if sum(books.count(Use(kind, size))["transfer extensions"] for kind in kinds):  # type: ignore[arg-type]
+                found.append(call)
+        return found
+
+    assert extended(("compare",), 4096, 140) == [0, 61, 123]
+    assert extended(("compare", "select"), 4096, 140) == [45, 106]
+    assert extended(("compare", "select"), 4096, 70) == [27, 34]
+    assert extended(("truncate",), 1_048_576, 25) == [5, 24]
