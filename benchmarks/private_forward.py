@@ -457,7 +457,11 @@ def main() -> None:
     extra = ["embedding", "straightforward", "protocols"]
     parser.add_argument("--out", type=Path, required=True, help="folder of results; what is there is not run again")
     parser.add_argument("--rows", nargs="*", default=[*ROWS, *extra], choices=[*ROWS, *extra], metavar="ROW")
-    parser.add_argument("--layers", type=int, help="execute only so many layers of every row")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="execute only so many layers of every row, 2 or more: the last computes one query only",
+    )
     parser.add_argument("--iterations", type=int, default=3, help="t of the softmax kernel")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -470,6 +474,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1, help="how often the two layers are run, in turn")
     parser.add_argument("--model", type=Path, help="also the accuracy of this trained run folder's model")
     options = parser.parse_args()
+    if options.layers is not None and options.layers < 2:
+        parser.error("--layers must be at least 2: a whole one, which stands for those left out, and the last")
     options.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"machine": machine()}
 

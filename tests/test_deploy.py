@@ -30,7 +30,7 @@ from rich.console import Console
 from entropi import cli
 from entropi.console import ProgressLine
 from entropi.errors import UserError
-from entropi.private import certificates, client, connect, monitoring, server
+from entropi.private import admission, certificates, channel, connect, monitoring
 from entropi.private.certificates import Tls, issue, tls_files
 from entropi.private.client import Sampling, Watcher
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
@@ -244,27 +244,27 @@ def test_impossible_sampling(options):
 
 
 def test_quota_of_a_client():
-    quota = server.Quota(server.Limits(client_sessions=2, client_tokens=10))
+    quota = admission.Quota(admission.Limits(client_sessions=2, client_tokens=10))
     with quota.session("alice", 4), quota.session("alice", 4):
-        with pytest.raises(server.Refusal, match="2 sessions already"), quota.session("alice", 1):
+        with pytest.raises(admission.Refusal, match="2 sessions already"), quota.session("alice", 1):
             pass
         with quota.session("bob", 10), quota.session("", 1000), quota.session("", 1000), quota.session("", 1000):
             pass
         for _ in range(3):
             quota.count_token("alice")
-    with pytest.raises(server.Refusal, match="7 more tokens"), quota.session("alice", 8):
+    with pytest.raises(admission.Refusal, match="7 more tokens"), quota.session("alice", 8):
         pass
     with quota.session("alice", 7):
         pass
 
 
 def test_quota_forgets_after_a_day(monkeypatch):
-    quota = server.Quota(server.Limits(client_tokens=1))
+    quota = admission.Quota(admission.Limits(client_tokens=1))
     quota.count_token("alice")
-    with pytest.raises(server.Refusal), quota.session("alice", 1):
+    with pytest.raises(admission.Refusal), quota.session("alice", 1):
         pass
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + server.DAY_SECONDS + 1)
+    monkeypatch.setattr(time, "monotonic", lambda: now + admission.DAY_SECONDS + 1)
     with quota.session("alice", 1):
         pass
 
@@ -284,7 +284,7 @@ class Line:
 
 
 def test_the_queue_is_first_come_first_served(monkeypatch):
-    monkeypatch.setattr(server, "QUEUE_SECONDS", 0.01)
+    monkeypatch.setattr(admission, "QUEUE_SECONDS", 0.01)
     counters = monitoring.Counters()
     order = []
 
@@ -294,17 +294,17 @@ def test_the_queue_is_first_come_first_served(monkeypatch):
             await done.wait()
 
     async def scenario():
-        slots = server.Slots(server.Limits(max_sessions=1, max_queue=2), counters)
+        slots = admission.Slots(admission.Limits(max_sessions=1, max_queue=2), counters)
         lines, dones = [Line() for _ in range(4)], [asyncio.Event() for _ in range(4)]
         tasks = []
         for index in range(4):
             tasks.append(asyncio.create_task(enter(slots, index, lines[index], dones[index])))
             await asyncio.sleep(0.03)
         assert (counters.sessions, counters.waiting) == (1, 2)
-        with pytest.raises(server.Refusal, match="busy"):
+        with pytest.raises(admission.Refusal, match="busy"):
             await tasks[3]
         lines[1].leaves.set()  # the first in the queue gives up
-        with pytest.raises(server.ClientLeft):
+        with pytest.raises(admission.ClientLeft):
             await tasks[1]
         await asyncio.sleep(0.05)
         assert [line.told for line in lines] == [[], [0], [1, 0], []]
@@ -320,9 +320,9 @@ def test_the_queue_is_first_come_first_served(monkeypatch):
 
 def test_waiting_has_an_end():
     async def scenario():
-        slots = server.Slots(server.Limits(queue_seconds=0.01), monitoring.Counters())
+        slots = admission.Slots(admission.Limits(queue_seconds=0.01), monitoring.Counters())
         async with slots.slot(Line()):
-            with pytest.raises(server.Refusal, match="too long"):
+            with pytest.raises(admission.Refusal, match="too long"):
                 async with slots.slot(Line()):
                     pass
         async with slots.slot(Line()):
@@ -386,7 +386,7 @@ def test_log_lines_for_programs():
 @pytest.mark.parametrize("name", ["max_queue", "queue_seconds", "stall_seconds", "memory_gb", "client_tokens"])
 def test_limits_that_let_nobody_in(name):
     with pytest.raises(UserError, match=name):
-        server.Limits(**{name: -1})
+        admission.Limits(**{name: -1})
 
 
 def test_metrics_know_no_certificates_and_stay_at_home(tmp_path, capfd):
@@ -729,7 +729,7 @@ def test_a_line_that_goes_silent_is_noticed_by_both(secured, authority, capfd, m
     with pytest.raises(UserError, match=r"went away in the middle|closed the connection") as caught:
         connect(line.address, tls).ask(PROMPT, 2, watcher=Watcher(stage=stage))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - frozen[0] < 2.5 * client.HEARTBEAT_SECONDS
+    assert time.monotonic() - frozen[0] < 2.5 * channel.HEARTBEAT_SECONDS
     assert no_parties_left(scratch)
     line.close()
 

@@ -254,3 +254,18 @@ def test_kernel_error_against_exp_is_the_documented_one(iterations):
         assert (relative <= 1.2 * x**2 / 2 ** (iterations + 1) + 1e-9).all()  # 1.2: higher terms, at most x = -2^t / 5
         far = functions.exp_of_nonpositive(jnp.asarray([-1e3, -1e6]), iterations)
         assert (far < 0.11 ** (2**iterations) + 1e-300).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "products"),
+    [(128, 768, 2304, 1), (512, 768, 2304, 4), (500, 768, 2304, 4), (129, 768, 2304, 2), (512, 128, 128, 1)],
+)
+def test_products_with_private_matrices_come_in_blocks_of_rows_where_bytes_allow(rows, inner, columns, products):
+    """Not where the matrix is the smaller operand, which every block would send again."""
+    x, matrix = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
+    equations = jax.make_jaxpr(functions.times_private)(x, matrix).eqns
+    assert [equation.primitive.name for equation in equations].count("dot_general") == products
+    if rows <= 129:
+        a, b = np.ones((rows, inner), np.float32), uniform(-1, 1, inner, columns)
+        a *= np.arange(rows)[:, None]
+        np.testing.assert_allclose(functions.times_private(a, b), a @ b, rtol=1e-5, atol=1e-3)

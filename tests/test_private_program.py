@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import secrets
 
 import numpy as np
@@ -15,11 +16,13 @@ from safetensors.numpy import save_file  # noqa: E402
 from entropi.errors import UserError  # noqa: E402
 from entropi.private import program  # noqa: E402
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
-from entropi.private.program import Description, forward, one_hot, run_plain  # noqa: E402
-from entropi.private.ranges import can_pair, check_ranges, fitting_fraction_bits, measure_ranges, problems, settle  # noqa: E402
+from entropi.private.program import Description, forward, one_hot, pair_limit, run_plain  # noqa: E402
+from entropi.private.ranges import Ranges, can_pair, measure_ranges, problems, safe_fraction_bits, settle  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+SETTINGS = Settings(exp_iterations=6)
+FEWER_BITS = 14
 
 
 @pytest.fixture
@@ -84,12 +87,13 @@ SIMULATED = {
 }
 
 
-def simulate(protocol, model, weights, passes, **options):
+def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     """Values after a pass over each list of tokens, and the stages' traffic."""
     pytest.importorskip("spu")
     from entropi.private.engine import Simulation
 
-    engine = Simulation(protocol, Settings())
+    engine = Simulation(protocol, settings)
+    options = dict(paired=settings.paired, fraction_bits=settings.fraction_bits) | options
     for name, weight in weights.items():
         engine.hold(name, weight, 0)
     past, found, traffic = 0, [], []
@@ -97,8 +101,8 @@ def simulate(protocol, model, weights, passes, **options):
         if options.get("embedding") == "public":
             engine.hold("embedded", weights["embedding"][tokens], 1)
         else:
-            engine.hold("tokens", one_hot(tokens, model.vocab_size, options.get("paired", False)), 1)
-        for stage in forward(model, len(tokens), past, 6, **options):
+            engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), 1)
+        for stage in forward(model, len(tokens), past, settings.exp_iterations, **options):
             traffic.append(engine.run(stage))
         past += len(tokens)
         found.append({name: engine.reveal(name) for name in ("logits", *stage.outputs)})
@@ -226,35 +230,65 @@ def test_options_of_embedding_and_output(embedding, output):
 
 
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
+@pytest.mark.parametrize("fraction_bits", [18, 19, 22])
 @pytest.mark.parametrize("tokens", [[7], [7, 7], [3, 50, 3, 0, 52], [1, 2, 1, 1]])
-def test_pairs_of_tokens_are_told_apart(protocol, tokens):
+def test_pairs_of_tokens_are_told_apart(protocol, fraction_bits, tokens):
     """With values up to the bound; the smaller of a pair must survive next to the larger, in either place."""
     pytest.importorskip("spu")
     from entropi.private.engine import Simulation
 
-    table = np.random.default_rng(1).uniform(-3.99, 3.99, (53, 24)).astype(np.float32)
-    table[7], table[3] = 3.99, -3.99
+    largest = 0.998 * pair_limit(fraction_bits)
+    table = np.random.default_rng(1).uniform(-largest, largest, (53, 24)).astype(np.float32)
+    table[7], table[3] = largest, -largest
     table[1] *= 1e-3
-    assert can_pair({"embedding": table}, Settings())
-    engine = Simulation(protocol, Settings())
-    engine.hold("tokens", one_hot(tokens, 53, paired=True), 1)
+    settings = Settings(fraction_bits=fraction_bits, paired=True)
+    assert can_pair({"embedding": table}, settings)
+    engine = Simulation(protocol, settings)
+    engine.hold("tokens", one_hot(tokens, 53, True, fraction_bits), 1)
     engine.hold("embedding", table, 0)
-    for stage in forward(describe(position_embedding="rotary", rotary_dimensions=2), len(tokens), 0, 5, paired=True):
+    model = describe(position_embedding="rotary", rotary_dimensions=2)
+    stages = list(forward(model, len(tokens), 0, 5, paired=True, fraction_bits=fraction_bits))
+    for stage in stages:
         if stage.name == "embedding":
             engine.run(stage)
-    np.testing.assert_allclose(engine.reveal("state"), table[tokens], atol=4 * 2.0**-18)
+    np.testing.assert_allclose(engine.reveal("state"), table[tokens], atol=4 * 2.0**-fraction_bits)
+    assert sum(stage.name == "embedding" for stage in stages) == (3 if len(tokens) > 1 else 1)
 
 
 def test_pairs_only_where_they_fit():
     model = describe()
     weights = random_weights(model)
-    assert settle(weights, Settings()).paired
-    assert not settle(weights, Settings(embedding="public")).paired
-    assert not settle(weights, Settings(fraction_bits=19)).paired
+
+    def pairs(**changes):
+        settings, lines = settle(model, weights, Settings(**changes), [PROMPT])
+        return settings.paired, lines[1:]
+
+    assert pairs() == (True, [])
+    assert pairs(embedding="public") == (False, [])
+    assert pairs(fraction_bits=17) == (False, ["tokens are looked up one by one: pairs need 18 fraction bits or more"])
+    paired, (line,) = pairs(fraction_bits=19)
+    assert not paired
+    assert re.fullmatch(r"tokens .* one by one: the table reaches 2\.\d+, and pairs need it below 1", line)
     weights["embedding"][5, 5] = 4.5
-    assert not settle(weights, Settings()).paired
-    with pytest.raises(UserError, match=r"do not fit one row: the table reaches 4\.5 with 18 .*below 4 with 18"):
-        check_ranges(model, weights, Settings(paired=True), [PROMPT])
+    assert pairs() == (False, ["tokens are looked up one by one: the table reaches 4.5, and pairs need it below 4"])
+    weights["embedding"] *= 0.2
+    assert pairs(fraction_bits=19) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (dict(embedding="public"), "the embedding is public"),
+        (dict(fraction_bits=17), "fewer than 18 fraction bits"),
+        (dict(fraction_bits=11), "fraction_bits"),
+        (dict(fraction_bits=23), "fraction_bits"),
+        (dict(ring_bits=32), "ring_bits"),
+    ],
+)
+def test_settings_that_no_engine_can_run_are_refused(changes, complaint):
+    settings = {**msgspec.to_builtins(Settings(paired=True)), **changes}
+    with pytest.raises(msgspec.ValidationError, match=complaint):
+        msgspec.json.decode(json.dumps(settings), type=Settings)
 
 
 def test_trust_says_what_is_learnt():
@@ -289,7 +323,7 @@ def test_all_problems_of_a_description_are_named():
 # --- Ranges -----------------------------------------------------------------------------------------------------------
 
 
-def test_check_ranges_names_the_largest_value_and_it_is_the_programs():
+def test_the_largest_value_is_named_and_is_the_programs():
     model = describe(temperature=True)
     weights = random_weights(model)
     tokens = [[1, 2, 3, 4], [50, 49]]
@@ -297,12 +331,17 @@ def test_check_ranges_names_the_largest_value_and_it_is_the_programs():
     expected = max(np.abs(run_plain(model, weights, t, 1, 8)[1][0]).max() for t in tokens)
     assert largest["head"] == pytest.approx(expected, rel=1e-6)
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
-    name, value = check_ranges(model, weights, Settings(), tokens)
-    assert largest[name] == value == max(largest.values())
+    name = max(largest, key=largest.get)
+    settings, (line,) = settle(model, weights, Settings(), tokens)
+    assert settings == Settings(paired=True)
+    assert line == (
+        f"18 fraction bits, as given; the calibration text's largest value is {largest[name]:.3g} in {name}, and "
+        "6.71e+07 would be too large"
+    )
 
 
 @pytest.mark.parametrize(("fraction_bits", "limit"), [(18, 2.0**26), (22, 2.0**18), (12, 2.0**38)])
-def test_check_ranges_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit):
+def test_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit):
     settings = Settings(fraction_bits=fraction_bits)
     model = describe()
     weights = random_weights(model)
@@ -312,31 +351,31 @@ def test_check_ranges_refuses_what_the_ring_cannot_hold_with_the_numbers(fractio
         for name in ("head", "head_bias"):
             changed[name] = weights[name] * np.float32(factor * limit / size)
         if factor < 1:
-            assert check_ranges(model, changed, settings, [[1, 2, 3]])[0] == "head"
+            assert "in head" in settle(model, changed, settings, [[1, 2, 3]])[1][0]
         else:
             match = rf"head reaches {2 * limit:.3g}, .*ring of 64 bits with {fraction_bits} .* below {limit:.3g}"
             with pytest.raises(UserError, match=match.replace("+", r"\+")):
-                check_ranges(model, changed, settings, [[1, 2, 3]])
+                settle(model, changed, settings, [[1, 2, 3]])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("factor", [1e30, np.inf])
-def test_check_ranges_refuses_values_that_are_not_finite(factor):
+def test_refuses_values_that_are_not_finite(factor):
     model = describe()
     weights = random_weights(model)
     weights["0.qkv"] *= np.float32(factor)
     with pytest.raises(UserError, match="overflow"):
-        check_ranges(model, weights, Settings())
+        settle(model, weights, Settings())
 
 
-def test_check_ranges_looks_at_rare_tokens_with_large_embeddings():
+def test_looks_at_rare_tokens_with_large_embeddings():
     model = describe()
     weights = random_weights(model)
     sampled = np.random.default_rng(0).integers(0, model.vocab_size, model.positions)
     rare = next(token for token in range(model.vocab_size) if token not in sampled)
     weights["embedding"][rare] *= 1e7
     with pytest.raises(UserError, match="overflow"):
-        check_ranges(model, weights, Settings())
+        settle(model, weights, Settings())
 
 
 def test_norms_of_small_rows_are_refused_with_the_numbers():
@@ -352,7 +391,7 @@ def test_norms_of_small_rows_are_refused_with_the_numbers():
     assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
     match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 0\.000977"
     with pytest.raises(UserError, match=match):
-        check_ranges(model, weights, Settings(), [PROMPT])
+        settle(model, weights, Settings(), [PROMPT])
 
 
 def test_values_below_the_resolution_are_refused():
@@ -361,18 +400,122 @@ def test_values_below_the_resolution_are_refused():
     weights["1.qkv"][:, -24:] *= np.float32(1e-5)  # the columns of v
     weights["1.qkv_bias"][-24:] = 0
     with pytest.raises(UserError, match=r"typical value in layer 1 (values|normalise) is .*at least 0\.000122"):
-        check_ranges(model, weights, Settings(), [PROMPT])
+        settle(model, weights, Settings(), [PROMPT])
 
 
-def test_fraction_bits_that_fit_are_found_and_named():
+def ranges_of(largest=1.0, typical=1.0, mean_square=1.0):
+    return Ranges({"head": largest}, {"norm": mean_square}, {"norm": mean_square}, {"head": typical})
+
+
+@pytest.mark.parametrize(
+    ("ranges", "bits"),
+    [
+        (ranges_of(), 18),
+        (ranges_of(largest=2.0**25.9), 18),  # 2^26 is the limit of 18 bits
+        (ranges_of(largest=2.0**26), 17),
+        (ranges_of(largest=2.0**33.9), 14),
+        (ranges_of(largest=2.0**34), None),
+        (ranges_of(typical=2.0**-13), 18),
+        (ranges_of(typical=2.0**-13.1), 19),
+        (ranges_of(mean_square=2.0**-14), 22),
+        (ranges_of(mean_square=2.0**-14.1), None),
+        (ranges_of(mean_square=2.0**15.9), 18),
+        (ranges_of(mean_square=2.0**16), 20),
+        (ranges_of(mean_square=2.0**20), None),
+        (ranges_of(largest=2.0**32, mean_square=2.0**9.9), 14),
+        (ranges_of(largest=2.0**32, mean_square=2.0**10), None),
+        (ranges_of(largest=2.0**24, typical=2.0**-14), None),  # below 2^24 with 19 bits
+        (ranges_of(largest=2.0**23.9, typical=2.0**-14), 19),
+        (ranges_of(largest=np.inf), None),
+        (ranges_of(largest=np.nan), None),
+    ],
+)
+def test_the_nearest_safe_fraction_bits_are_found(ranges, bits):
+    assert safe_fraction_bits(ranges, Settings()) == bits
+    assert safe_fraction_bits(ranges, Settings(fraction_bits=20)) == bits
+
+
+def enlarged_head(model, weights, size):
+    """Weights whose logits on PROMPT reach `size`."""
+    reach = measure_ranges(model, weights, [PROMPT], 6).largest["head"]
+    return {**weights, **{name: weights[name] * np.float32(size / reach) for name in ("head", "head_bias")}}
+
+
+def test_fraction_bits_are_chosen_with_room_to_spare_where_there_is():
     model = describe()
     weights = random_weights(model)
-    ranges = measure_ranges(model, weights, [PROMPT], 8)
-    assert fitting_fraction_bits(ranges, Settings()) == 20
-    ranges.largest["head"] = 2.0**29
-    assert fitting_fraction_bits(ranges, Settings()) == 16
-    ranges.largest["head"] = 2.0**39
-    assert fitting_fraction_bits(ranges, Settings()) is None
-    weights["head"] *= np.float32(2.0**27)
-    with pytest.raises(UserError, match=r"overflow: head reaches .*; 1[567] fraction bits would fit"):
-        check_ranges(model, weights, Settings(), [PROMPT])
+
+    def chosen(weights):
+        settings, (line, *_) = settle(model, weights, SETTINGS, [PROMPT], choose=True)
+        assert line.startswith(f"{settings.fraction_bits} fraction bits, ")
+        return settings.fraction_bits, line
+
+    assert chosen(weights)[0] == 18
+    assert chosen(enlarged_head(model, weights, 2.0**23.9))[0] == 18
+    bits, line = chosen(enlarged_head(model, weights, 2.0**25))
+    assert bits == 17
+    assert "the nearest to 18, because fixed point could overflow on other text: head reaches 3.36e+07" in line
+    bits, line = chosen(enlarged_head(model, weights, 2.0**29))
+    assert bits == 15
+    assert "because fixed point would overflow: head reaches 5.37e+08" in line
+    # Without room to spare nothing is left to choose but what just holds.
+    assert chosen(enlarged_head(model, weights, 2.0**33))[0] == 14
+    small = dict(weights)
+    small["1.qkv"], small["1.qkv_bias"] = weights["1.qkv"].copy(), weights["1.qkv_bias"].copy()
+    small["1.qkv"][:, -24:] *= np.float32(0.8e-4)  # the columns of v
+    small["1.qkv_bias"][-24:] = 0
+    bits, line = chosen(small)
+    assert bits == 19
+    assert "because fixed point would lose what is small: the typical value in layer 1" in line
+    with pytest.raises(
+        UserError, match=r"head reaches 5.5e\+11, .*with 14 .*with 22 .*no number .* 14 to 22, would do"
+    ):
+        chosen(enlarged_head(model, weights, 2.0**39))
+
+
+def test_unsafe_fraction_bits_are_refused_and_safe_ones_named():
+    model = describe()
+    weights = enlarged_head(model, random_weights(model), 2.0**29)
+    with pytest.raises(UserError, match=r"would overflow: head reaches 5\.37e\+08, .*; 16 fraction bits would fit"):
+        settle(model, weights, SETTINGS, [PROMPT])
+    settings, _ = settle(model, weights, Settings(exp_iterations=6, fraction_bits=16), [PROMPT])
+    assert settings.fraction_bits == 16
+
+
+@pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
+def test_models_that_need_fewer_fraction_bits_are_computed_right(protocol):
+    """Logits of attention far beyond what 18 bits hold; with those, the answer is nonsense: the check has a reason."""
+    model = describe(**{**VARIANTS["llama"], "layers": 2})
+    weights = random_weights(model)
+    weights["1.qkv"][:, : -2 * 6] *= np.float32(2.0**14)  # queries and keys; the columns of two heads' v stay
+    settings, _ = settle(model, weights, SETTINGS, choose=True)
+    assert settings.fraction_bits == FEWER_BITS
+    generated, expected = run_plain(model, weights, PROMPT, 2, 6)
+    found, _ = simulate(protocol, model, weights, [PROMPT, generated[:1]], settings)
+    for got, plain in zip(found, expected):
+        np.testing.assert_allclose(got["logits"][0], plain, atol=0.01)
+    if protocol == "ref2k":
+        (nonsense,), _ = simulate(protocol, model, weights, [PROMPT], SETTINGS)
+        assert np.abs(nonsense["logits"][0] - expected[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(("mean_square", "bits"), [(0.98 * 2.0**16, 18), (2.1 * 2.0**16, 20)])
+def test_norms_of_large_rows_are_computed_right(mean_square, bits):
+    """From 2^17 on the engine's inverse root is 0 with 18 fraction bits."""
+    model = describe(norm="rms", layers=1, activation="relu", intermediate_size=40)
+    weights = random_weights(model)
+    weights["embedding"][PROMPT] /= np.sqrt(np.mean(np.square(weights["embedding"][PROMPT]), axis=1, keepdims=True))
+    for name in ("embedding", "positions"):
+        weights[name] *= np.float32(np.sqrt(mean_square) if name == "embedding" else 0)
+    for name in ("0.output", "0.down", "0.output_bias", "0.down_bias"):
+        weights[name] *= np.float32(256)
+    ranges = measure_ranges(model, weights, [PROMPT], 6)
+    assert ranges.largest_mean_square["layer 0 norm"] >= mean_square * 0.999
+    settings = settle(model, weights, SETTINGS, [PROMPT], choose=True)[0]
+    assert settings.fraction_bits == bits
+    _, (expected,) = run_plain(model, weights, PROMPT, 1, 6)
+    (found,), _ = simulate("ref2k", model, weights, [PROMPT], settings)
+    np.testing.assert_allclose(found["logits"][0], expected, atol=0.02)
+    if bits > 18:
+        (nonsense,), _ = simulate("ref2k", model, weights, [PROMPT], SETTINGS)
+        assert np.abs(nonsense["logits"][0] - expected).max() > 0.1

@@ -17,8 +17,11 @@ from entropi.records import (
     DiagnosisRecord,
     EntropySnapshot,
     Evaluation,
+    OperationCost,
     OperationCount,
+    PassCost,
     PlaintextComparison,
+    PredictionRecord,
     PrivateRun,
     Record,
     RolledBack,
@@ -134,6 +137,27 @@ EXAMPLES: list[Record] = [
         exp_iterations=8,
     ),
     PlaintextComparison(max_logit_error=[0.01], same_top1=[True], plaintext_tokens=[3]),
+    PredictionRecord(
+        architecture="SM",
+        layers=1,
+        heads=2,
+        hidden_size=4,
+        vocab_size=300,
+        seq_len=16,
+        protocol="cheetah",
+        trust="semi-honest",
+        network="wan",
+        embedding="private",
+        exp_iterations=2,
+        calibrated_on="a machine",
+        set_up=PassCost(operations=[]),
+        prompt=PassCost(
+            operations=[
+                OperationCost(name="exp", layer=0, bytes=1e6, messages=12.0, trips=3.0, seconds=0.5, latency=0.75)
+            ]
+        ),
+        further=None,
+    ),
     RolledBack(step=10, from_step=14, reason="step 14: the gradient is not finite", rate_factor=0.5),
     StudyRun(
         row="SM, a=1",

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from entropi import cli, records
 from entropi.errors import UserError
-from entropi.private import client, server
+from entropi.private import admission, channel, client, server
 from entropi.private.messages import Accepted, Settings, Start, Welcome, decode_from_server, encode
 from entropi.private.program import Description, forward
 from entropi.private.tunnel import Tunnel
@@ -37,6 +37,7 @@ from serving import (
     MOST_TOKENS,
     POSITIONS,
     PROMPT,
+    TEXT,
     TOLERANCE,
     Server,
     ThreadedApp,
@@ -214,7 +215,7 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
     description = msgspec.json.decode((folded / "folded.json").read_bytes(), type=Description)
     expected, past, new = [], 0, len(record.prompt_tokens)
     for token in range(NEW_TOKENS):
-        expected += [(s.name, s.layer, token) for s in forward(description, new, past, 8)]
+        expected += [(s.name, s.layer, token) for s in forward(description, new, past, 8, paired=True)]
         past, new = past + new, 1
     assert [(s.name, s.layer, s.token) for s in record.stages] == expected
     for stage in record.stages:
@@ -246,6 +247,30 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
     # With keys and values kept, one more token costs less than the prompt did.
     per_token = [sum(s.bytes for s in record.stages if s.token == token) for token in range(NEW_TOKENS)]
     assert max(per_token[1:]) < per_token[0]
+
+
+def embedding_stages(record):
+    """How many operations every token's pass needs to look tokens up."""
+    stages = [stage.token for stage in record.stages if stage.name == "embedding"]
+    return [stages.count(token) for token in range(len(record.new_tokens))]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_tokens_are_looked_up_in_pairs(running, model, length):
+    """One row, a whole pair, an odd number; then tokens that come one by one."""
+    _, plain, tokenizer = model
+    ids = tokenizer.encode(TEXT).ids[:length]
+    prompt = tokenizer.decode(ids)
+    assert tokenizer.encode(prompt).ids == ids
+    server = client.connect(running.address())
+    assert server.settings == Settings(paired=True)
+    begun, done = [], []
+    answer = server.ask(prompt, 2, watcher=client.Watcher(begun.append, lambda number, traffic: done.append(number)))
+    for logits, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        assert np.abs(logits - plain_logits(plain, ids)).max() < TOLERANCE
+        ids.append(token)
+    assert embedding_stages(answer.record) == [3 if length > 1 else 1, 1]
+    assert begun == [len(done)]  # every operation was counted in advance
 
 
 # --- Nothing readable on the wire -------------------------------------------------------------------------------------
@@ -554,7 +579,7 @@ def test_questions_that_cannot_be_asked(capfd, running, prompt, options, complai
 
 
 def test_another_protocol_version(capfd, running, monkeypatch):
-    monkeypatch.setattr(client, "PROTOCOL_VERSION", 99)
+    monkeypatch.setattr(channel, "PROTOCOL_VERSION", 99)
     status, line = run_cli(capfd, "ask", "hello", "--server", running.address())
     assert status == 2
     assert "versions differ" in line
@@ -630,15 +655,40 @@ def test_models_with_norms_and_activations_are_served(scratch, tmp_path):
         started.process.wait()
 
 
-def test_models_that_would_overflow_are_refused_with_the_numbers(capfd, tmp_path):
-    def enlarge(model):
-        model.model.blocks[1].attention.query.weight.mul_(1e5)
-        model.model.blocks[1].attention.key.weight.mul_(1e4)
+def enlarge_scores(model, factor):
+    model.model.blocks[1].attention.query.weight.mul_(factor)
+    model.model.blocks[1].attention.key.weight.mul_(factor)
 
-    save_model(tmp_path / "model", change=enlarge)
+
+def test_a_model_that_needs_fewer_fraction_bits_is_given_them(capfd, scratch, tmp_path):
+    """What 18 would not hold: refused if they are asked for, otherwise served with those that do, in single rows."""
+    folder = tmp_path / "model"
+    served = folder, *save_model(folder, change=lambda model: enlarge_scores(model, 5e4))
+    status, line = run_cli(capfd, "serve", folder, "--listen", "127.0.0.1:0", "--fraction-bits=18")
+    assert status == 2
+    found = re.search(r"overflow: layer 1 \w+ reaches (\S+), .* with 18 .* below 6\.71e\+07; (\d+) fraction bits", line)
+    assert found
+    started = Server(folder, scratch / "fewer.log")
+    try:
+        address = started.address()
+        assert f"reaches {found[1]}, " in started.log
+        bits = int(
+            re.search(r"(\d+) fraction bits, the nearest to 18, because fixed point would overflow", started.log)[1]
+        )
+        assert bits in (int(found[2]) - 1, int(found[2]))  # a choice leaves room, a given number need not
+        assert "one by one: pairs need 18 fraction bits or more" in started.log
+        assert client.connect(address).settings == Settings(fraction_bits=bits)
+        assert honest_answer(address, served)
+    finally:
+        started.process.terminate()
+        started.process.wait()
+
+
+def test_models_that_no_fraction_bits_hold_are_refused_with_the_numbers(capfd, tmp_path):
+    save_model(tmp_path / "model", change=lambda model: enlarge_scores(model, 1e7))
     status, line = run_cli(capfd, "serve", tmp_path / "model", "--listen", "127.0.0.1:0")
     assert status == 2
-    assert re.search(r"overflow: layer 1 \w+ reaches \d\S+, .* 64 bits with 18 .* below 6\.71e\+07", line)
+    assert re.search(r"overflow: layer 1 \w+ reaches \d\S+, .*; no number of fraction bits, 14 to 22, would do", line)
 
 
 @pytest.mark.parametrize(
@@ -802,7 +852,7 @@ def test_web_pages_may_not_talk_to_the_server(running):
 def test_connections_are_limited(running):
     async def crowd():
         async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as open_channels:
-            for _ in range(server.Limits(max_queue=1).max_connections + 1):
+            for _ in range(admission.Limits(max_queue=1).max_connections + 1):
                 connecting = http.ws_connect(f"http://{running.address()}/v1/session")
                 channel = await open_channels.enter_async_context(connecting)
             return json.loads((await channel.receive(HANGING)).data)
@@ -816,8 +866,8 @@ def test_sessions_in_which_nothing_happens_end():
         async def event(self):
             await asyncio.sleep(HANGING)
 
-    host = SimpleNamespace(limits=server.Limits(stall_seconds=0.1))
-    with pytest.raises(server.SessionError, match=r"nothing happened for 0\.1 s"):
+    host = SimpleNamespace(limits=admission.Limits(stall_seconds=0.1))
+    with pytest.raises(admission.SessionError, match=r"nothing happened for 0\.1 s"):
         asyncio.run(server._watch_party(Stalled(), server.log, host, "", server._Progress()))
 
 

@@ -383,7 +383,7 @@ def serve(
     choices: int = 8,
     embedding: Literal["private", "public"] = "private",
     exp_iterations: int = 8,
-    fraction_bits: int = 18,
+    fraction_bits: int | None = None,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
 
@@ -408,13 +408,14 @@ def serve(
         choices: how many tokens top_k reveals, 1 to 16
         embedding: public gives the token embeddings to every client and saves their part of the computation
         exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
-        fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; the range is checked at the start
+        fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
+            otherwise checked, and refused with the numbers if values could overflow or get lost
     """
     with _extra("private"):
+        from entropi.private.admission import Limits
         from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
         from entropi.private.monitoring import JsonLines
-        from entropi.private.server import Limits
         from entropi.private.server import serve as serve_folder
         from entropi.private.session import parse_address
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -423,7 +424,7 @@ def serve(
             handler.setFormatter(JsonLines())
     chosen = {
         "exp_iterations": exp_iterations,
-        "fraction_bits": fraction_bits,
+        **({} if fraction_bits is None else {"fraction_bits": fraction_bits}),
         "embedding": embedding,
         "output": output,
         "choices": choices,
@@ -457,7 +458,8 @@ def serve(
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
-        serve_folder(folder, tokenizer, listen, settings, limits, tls, metrics)
+        choose = fraction_bits is None
+        serve_folder(folder, tokenizer, listen, settings, limits, tls, metrics, choose_fraction_bits=choose)
 
 
 def ask(

@@ -23,7 +23,7 @@ from entropi.errors import UserError
 from entropi.model.shape import expected_description
 from entropi.private.messages import TRUST
 from entropi.private.program import (
-    PAIR_FRACTION_BITS,
+    LEAST_PAIR_FRACTION_BITS,
     Description,
     Embedding,
     Output,
@@ -131,7 +131,7 @@ class Predictor:
         paired = (
             options.embedding == "private"
             and self._calibration.protocol == "cheetah"
-            and options.fraction_bits <= PAIR_FRACTION_BITS
+            and options.fraction_bits >= LEAST_PAIR_FRACTION_BITS
         )
         if options.embedding == "public":
             self._values["embedded"] = Value((tokens, model.hidden_size), "client")
@@ -145,6 +145,7 @@ class Predictor:
             options.exp_iterations,
             embedding=options.embedding,
             paired=paired,
+            fraction_bits=options.fraction_bits,
             output=options.output,
             choices=options.choices,
             every_row=every_row,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import queue
-import ssl
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import numpy as np
@@ -24,15 +21,21 @@ from tokenizers import Tokenizer
 
 from entropi.errors import UserError
 from entropi.private.certificates import Tls
+from entropi.private.channel import (
+    HANDSHAKE_SECONDS,
+    LAST_WORDS_SECONDS,
+    LostServer,
+    ServerAddress,
+    decode,
+    greet,
+    open_channel,
+    receive,
+    welcome_from,
+)
 from entropi.private.messages import (
     CLIENT,
-    MAX_SERVER_MESSAGE,
-    PROTOCOL_VERSION,
     Accepted,
-    BadMessage,
     Failed,
-    FromServer,
-    Hello,
     Job,
     Linked,
     Next,
@@ -43,29 +46,17 @@ from entropi.private.messages import (
     StageDone,
     Start,
     Welcome,
-    decode_from_server,
     encode,
     trust,
 )
-from entropi.private.program import Description, forward
-from entropi.private.session import Party, parse_address, sha256_of
+from entropi.private.program import Description
+from entropi.private.session import Party, sha256_of, stages_of_pass
 from entropi.private.tunnel import LinkBroken, Tunnel
-from entropi.private.versions import engine_version
 from entropi.records import PrivateRun, StageTraffic
 
-CONNECT_SECONDS = 10
-HANDSHAKE_SECONDS = 15
 LINK_SECONDS = 60
-HEARTBEAT_SECONDS = 10.0  # a server that says nothing for one and a half of these is gone
-LAST_WORDS_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for a party to say why its link broke
 RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one
-# Of a description: shares of the weights are this large on the client's side too, eight bytes each.
-MAX_PARAMETERS = 1 << 31
-
-
-class LostServer(UserError):
-    """The server or the way to it failed in the middle; the same question may be continued in a new session."""
 
 
 @dataclass
@@ -143,14 +134,14 @@ def connect(server: str, tls: Tls | None = None) -> Connection:
     Raises:
         UserError: nobody there, not an entropi server, a certificate that is not accepted; one line.
     """
-    where = _Server.at(server, tls)
-    return Connection(where, asyncio.run(_greet(where)))
+    where = ServerAddress.at(server, tls)
+    return Connection(where, asyncio.run(greet(where)))
 
 
 class Connection:
     """A server that can be asked; every question is a session of its own."""
 
-    def __init__(self, server: _Server, welcome: Welcome) -> None:
+    def __init__(self, server: ServerAddress, welcome: Welcome) -> None:
         self._server, self._welcome = server, welcome
 
     @property
@@ -243,132 +234,7 @@ def ask(
         UserError: as for these.
     """
     question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
-    return asyncio.run(_ask(_Server.at(server, tls), question))
-
-
-# --- The way to a server ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Server:
-    """Where a server is, and how to recognise it."""
-
-    name: str  # as the user wrote it
-    url: str
-    context: ssl.SSLContext | None
-
-    @classmethod
-    def at(cls, server: str, tls: Tls | None) -> _Server:
-        host, port = parse_address(server, tls=tls is not None)
-        spelt = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        context = tls.client_context() if tls is not None else None
-        return cls(spelt, f"{'https' if context else 'http'}://{spelt}", context)
-
-
-@contextlib.asynccontextmanager
-async def _channel(server: _Server) -> AsyncIterator[tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]]:
-    """An open control channel; what goes wrong with it becomes one line."""
-    where = server.name
-    not_a_server = f"{where} is not an entropi server, or it closed the connection"
-    if server.context is None:
-        not_a_server += "; does it want TLS?"
-    else:
-        not_a_server += ", perhaps because it does not accept this client's certificate"
-
-    async def refuse_redirect(*_: Any) -> None:  # it could lead to another machine
-        raise UserError(not_a_server)
-
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(refuse_redirect)
-    # Time limits are set around the steps; aiohttp's own would end a long generation.
-    connector = aiohttp.TCPConnector(ssl=server.context or True)
-    async with aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(), trace_configs=[trace], connector=connector
-    ) as http:
-        try:
-            socket = await asyncio.wait_for(
-                http.ws_connect(
-                    f"{server.url}/v1/session",
-                    max_msg_size=MAX_SERVER_MESSAGE,
-                    heartbeat=HEARTBEAT_SECONDS,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=LAST_WORDS_SECONDS),
-                ),
-                CONNECT_SECONDS,
-            )
-            try:
-                yield http, socket
-            finally:
-                await socket.close()
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise UserError(_certificate_complaint(where, error.certificate_error)) from None
-        except aiohttp.ClientConnectorSSLError as error:
-            if isinstance(error.os_error, ssl.SSLCertVerificationError):
-                raise UserError(_certificate_complaint(where, error.os_error)) from None
-            raise UserError(f"{where} does not speak TLS 1.3") from None
-        except aiohttp.ClientConnectorError as error:
-            number = error.os_error.errno
-            reason = os.strerror(number) if number and number > 0 else error.os_error.strerror or str(error.os_error)
-            raise LostServer(f"cannot reach a server at {where}: {reason}") from None
-        except asyncio.TimeoutError:
-            raise UserError(f"{where} accepts connections but does not answer as an entropi server") from None
-        except (ssl.SSLError, aiohttp.ClientOSError) as error:
-            cause = error if isinstance(error, ssl.SSLError) else error.__cause__ or error
-            if "ALERT" in str(cause).upper():  # in TLS 1.3 the server looks at our certificate after the handshake
-                raise UserError(f"{where} does not accept this client's certificate") from None
-            raise UserError(not_a_server) from None
-        except (aiohttp.ClientError, ConnectionResetError):
-            raise UserError(not_a_server) from None
-
-
-def _certificate_complaint(where: str, error: Exception) -> str:
-    reason = getattr(error, "verify_message", "") or str(error)
-    return f"{where} is not who it should be: {reason}"
-
-
-async def _greet(server: _Server) -> Welcome:
-    async with _channel(server) as (_, socket):
-        return await _welcome(socket, server.name)
-
-
-async def _welcome(socket: aiohttp.ClientWebSocketResponse, where: str) -> Welcome:
-    """What the server makes public, if this side can use it."""
-    await socket.send_str(encode(Hello(PROTOCOL_VERSION, engine_version())).decode())
-    welcome = await _receive(socket, where, Welcome, HANDSHAKE_SECONDS)
-    parameters = sum(int(np.prod(shape, dtype=object)) for shape in welcome.description.weight_shapes().values())
-    if parameters > MAX_PARAMETERS:
-        raise UserError(
-            f"{where} describes a model of {parameters:.2g} parameters, which is more than this client takes"
-        )
-    if (welcome.table is None) != (welcome.settings.embedding == "private"):
-        raise UserError(f"{where} does not follow the protocol: a private embedding is shared, or a public one is not")
-    return welcome
-
-
-async def _receive(  # type: ignore[no-untyped-def]
-    socket: aiohttp.ClientWebSocketResponse, where: str, kind, timeout: float | None
-):
-    """The next message of the handshake, which must be of `kind`."""
-    try:
-        message = await asyncio.wait_for(socket.receive(), timeout)
-    except asyncio.TimeoutError:
-        raise UserError(f"{where} does not answer as an entropi server") from None
-    if message.type == aiohttp.WSMsgType.BINARY:
-        raise UserError(f"{where} does not follow the protocol")
-    if message.type != aiohttp.WSMsgType.TEXT:
-        raise UserError(f"{where} closed the connection during the handshake")
-    decoded = _decode(message.data, where)
-    if isinstance(decoded, Refused):
-        raise UserError(f"{where} refused: {decoded.reason}")
-    if not isinstance(decoded, kind):
-        raise UserError(f"{where} does not follow the protocol")
-    return decoded
-
-
-def _decode(data: str, where: str) -> FromServer:
-    try:
-        return decode_from_server(data)
-    except BadMessage as error:
-        raise UserError(f"{where} does not follow the protocol: {error}") from None
+    return asyncio.run(_ask(ServerAddress.at(server, tls), question))
 
 
 # --- One question -----------------------------------------------------------------------------------------------------
@@ -406,11 +272,11 @@ class _Question:
         return len(self.new_tokens) == self.max_new_tokens or self.new_tokens[-1:] == [end_of_text]
 
 
-async def _ask(server: _Server, question: _Question) -> Answer:
+async def _ask(server: ServerAddress, question: _Question) -> Answer:
     started = time.monotonic()
     for attempt in itertools.count():
         try:
-            async with _channel(server) as (http, socket):
+            async with open_channel(server) as (http, socket):
                 session = _Session(server, http, socket, question)
                 await session.run()
                 return session.answer(time.monotonic() - started)
@@ -427,7 +293,7 @@ class _Session:
 
     def __init__(
         self,
-        server: _Server,
+        server: ServerAddress,
         http: aiohttp.ClientSession,
         socket: aiohttp.ClientWebSocketResponse,
         question: _Question,
@@ -440,7 +306,7 @@ class _Session:
     async def run(self) -> None:
         """Ask, and receive tokens into the question until there are no more to come."""
         question = self.question
-        welcome = self.welcome = await _welcome(self.socket, self.where)
+        welcome = self.welcome = await welcome_from(self.socket, self.where)
         if question.digest not in (None, welcome.digest()):
             raise UserError(f"{self.where} serves another model than when the question was begun")
         question.digest = welcome.digest()
@@ -552,11 +418,11 @@ class _Session:
         return path
 
     async def _wait_for_slot(self) -> Accepted:
-        message = await _receive(self.socket, self.where, Queued | Accepted, HANDSHAKE_SECONDS)
+        message = await receive(self.socket, self.where, Queued | Accepted, HANDSHAKE_SECONDS)
         while isinstance(message, Queued):
             before = f", {message.ahead} before this one" if message.ahead else ""
             self.question.watcher.status(f"{self.where} is busy; waiting in its queue{before}")
-            message = await _receive(self.socket, self.where, Queued | Accepted, None)
+            message = await receive(self.socket, self.where, Queued | Accepted, None)
         return message
 
     async def _generate(self, party: Party, length: int, left: int) -> None:
@@ -628,16 +494,7 @@ class _Session:
         model, settings = self.welcome.description, self.welcome.settings
         total, past, new = 1, 0, length
         for _ in range(left):
-            stages = forward(
-                model,
-                new,
-                past,
-                settings.exp_iterations,
-                embedding=settings.embedding,
-                output=settings.output,
-                choices=settings.choices,
-            )
-            total += sum(1 for _ in stages)
+            total += sum(1 for _ in stages_of_pass(model, settings, new, past))
             past, new = past + new, 1
         return total
 
@@ -655,7 +512,7 @@ class _Session:
             except LinkBroken as error:
                 raise LostServer(f"the private computation with {self.where} failed: {error}") from None
         if message.type == aiohttp.WSMsgType.TEXT:
-            refused = _decode(message.data, self.where)
+            refused = decode(message.data, self.where)
             if isinstance(refused, Refused):
                 raise LostServer(f"{self.where} ended the session: {refused.reason}")
             raise UserError(f"{self.where} does not follow the protocol")

@@ -156,9 +156,9 @@ def reciprocal(x: Array, spread: np.ndarray) -> Array:
 
 
 def inverse_root(x: Array) -> Array:
-    """1 / sqrt(x) for x in [2^-10, 2^12], error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 2,530 bytes.
+    """1 / sqrt(x) for x in [2^-10, 2^16), error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 2,530 bytes.
 
-    The engine's is right to three digits; a Newton step doubles them.
+    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x, `ranges` knows from where.
     """
     guess = jax.lax.rsqrt(x)
     return guess * (1.5 - (x * guess) * (0.5 * guess))

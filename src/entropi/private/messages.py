@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from entropi.private.program import Description
+from entropi.private.program import LEAST_PAIR_FRACTION_BITS, Description
 from entropi.records import StageTraffic
 
 PROTOCOL_VERSION = 2
@@ -27,10 +27,15 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How the secure engine computes; both parties must agree."""
+    """How the secure engine computes; both parties must agree.
+
+    The ring has 64 bits: a product carries twice the fraction bits until it is truncated, so that in 32 bits, with the
+    12 fraction bits that our functions need at least, it would have to stay below 2^6; 128 bits would double the bytes.
+    """
 
     protocol: Literal["cheetah"] = "cheetah"
     ring_bits: Literal[64] = 64
+    # More resolve smaller numbers and hold less large ones; `ranges.settle` chooses or checks them for a model.
     fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
     # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 110 bytes a score and halves the kernel's error. A model
     # that was trained with the kernel brings its own t.
@@ -42,6 +47,12 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
     output: Literal["logits", "top_k", "argmax"] = "logits"
     choices: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8
+
+    def __post_init__(self) -> None:
+        if self.paired and self.embedding == "public":
+            raise ValueError("tokens are paired in the product with a private table, and the embedding is public")
+        if self.paired and self.fraction_bits < LEAST_PAIR_FRACTION_BITS:
+            raise ValueError(f"tokens cannot be paired with fewer than {LEAST_PAIR_FRACTION_BITS} fraction bits")
 
 
 TRUST = {

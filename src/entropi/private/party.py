@@ -32,7 +32,8 @@ from entropi.private.messages import (
     decode,
     encode,
 )
-from entropi.private.program import forward, one_hot, warm_up
+from entropi.private.program import one_hot, warm_up
+from entropi.private.session import stages_of_pass
 
 
 def main() -> int:
@@ -84,18 +85,11 @@ def _serve_session(engine: Engine, job: Job, lines: queue.SimpleQueue[bytes], ev
         if public:
             engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
         else:
-            tokens = one_hot(fresh, model.vocab_size, settings.paired) if fresh is not None else None
+            tokens = None
+            if fresh is not None:
+                tokens = one_hot(fresh, model.vocab_size, settings.paired, settings.fraction_bits)
             engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
-        for stage in forward(
-            model,
-            count,
-            past,
-            settings.exp_iterations,
-            embedding=settings.embedding,
-            paired=settings.paired,
-            output=settings.output,
-            choices=settings.choices,
-        ):
+        for stage in stages_of_pass(model, settings, count, past):
             _emit(events, StageDone(engine.run(stage, token)))
         _emit(events, _reveal(engine, settings))
         past += count

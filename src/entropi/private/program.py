@@ -46,8 +46,7 @@ Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
 
 _TABLE_ROWS = 4096  # of the embedding in one product
-_PAIR = 2.0**23  # what the second token of a pair is multiplied by
-PAIR_FRACTION_BITS, PAIR_LARGEST = 18, 4.0  # most fraction bits and least upper bound of the table that allow pairs
+LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
@@ -142,14 +141,24 @@ class Stage:
     exact: Callable[..., Any] | None = None
 
 
-def one_hot(token_ids: list[int], vocab_size: int, paired: bool = False) -> np.ndarray:
+def pair_shift(fraction_bits: int) -> int:
+    """By how many binary digits the second token of a pair is moved, so that twice the shift leaves a 64-bit ring."""
+    return (65 - fraction_bits) // 2
+
+
+def pair_limit(fraction_bits: int) -> float:
+    """Magnitude below which all entries of a table must stay for `pair_products`."""
+    return 2.0 ** (61 - pair_shift(fraction_bits) - 2 * fraction_bits)
+
+
+def one_hot(token_ids: list[int], vocab_size: int, paired: bool = False, fraction_bits: int = 18) -> np.ndarray:
     """The client's input, a table look-up that does not show the row: float32 `(m, V)`, in pairs `(ceil(m / 2), V)`."""
     ids = np.asarray(token_ids)
     share = 2 if paired else 1
     rows = np.zeros((-(-len(ids) // share), vocab_size), np.float32)
     for place, row in enumerate(ids):
-        # Exact: 24 bits even where both of a pair are the same token.
-        rows[place // share, row] += _PAIR if place % share else 1.0
+        # Exact: 24 digits even where both of a pair are the same token.
+        rows[place // share, row] += 2.0 ** pair_shift(fraction_bits) if place % share else 1.0
     return rows
 
 
@@ -161,18 +170,19 @@ def forward(
     *,
     embedding: Embedding = "private",
     paired: bool = False,
+    fraction_bits: int = 18,
     output: Output = "logits",
     choices: int = 1,
     every_row: bool = False,
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
-    The input is "tokens", `one_hot`, for a private table, in pairs if `paired` (see `pair_products`); or "embedded"
-    `(m, d)`, rows of a public table, looked up by the client. The result is "logits" `(1, V)`; or "tokens_out"
-    `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or "tokens_out" `(1,)` alone. With `every_row`
-    the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of all tokens seen
-    stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel has the model's own t, or
-    `exp_iterations` for a model that was trained with the exact exponential.
+    The input is "tokens", `one_hot`, for a private table, in pairs if `paired` (see `pair_products`, which depends on
+    the engine's fraction bits); or "embedded" `(m, d)`, rows of a public table, looked up by the client. The result is
+    "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or "tokens_out"
+    `(1,)` alone. With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and
+    values of all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel
+    has the model's own t, or `exp_iterations` for a model that was trained with the exact exponential.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
 
@@ -189,10 +199,12 @@ def forward(
     position = ("positions",) if model.position_embedding == "learned" else ()
     if embedding == "public":
         yield Stage("embedding", -1, partial(add_positions, past=past), ("embedded", *position), ("state",))
-    elif paired:
-        yield Stage("embedding", -1, pair_products, ("tokens", "embedding"), ("pairs", "raised"))
-        yield Stage("embedding", -1, lower, ("pairs", "raised"), ("pairs", "raised"))
-        unpaired = partial(separate, tokens=new, past=past)
+    elif paired and new > 1:
+        shift = pair_shift(fraction_bits)
+        products = partial(pair_products, shift=shift)
+        yield Stage("embedding", -1, products, ("tokens", "embedding"), ("pairs", "raised"))
+        yield Stage("embedding", -1, partial(lower, shift=shift // 2), ("pairs", "raised"), ("pairs", "raised"))
+        unpaired = partial(separate, shift=shift - shift // 2, tokens=new, past=past)
         yield Stage("embedding", -1, unpaired, ("pairs", "raised", *position), ("state",))
     else:
         yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
@@ -288,24 +300,28 @@ def embed(tokens: Array, table: Array, *positions: Array, past: int = 0) -> Arra
     return add_positions(sum(tokens[:, piece] @ table[piece] for piece in pieces), *positions, past=past)
 
 
-def pair_products(tokens: Array, table: Array) -> tuple[Array, Array]:
-    """Pairs of rows of the table, a + 2^23 b, and that times 2^23: half the ciphertexts and work of single rows.
+def pair_products(tokens: Array, table: Array, *, shift: int) -> tuple[Array, Array]:
+    """Pairs of rows of the table, a + 2^s b with s = `shift`, and that times 2^s: half the ciphertexts of single rows.
 
-    This relies on the ring: with 18 fraction bits and |a|, |b| < 4 there are bits enough for both, and in the second
-    result 2^46 b is a multiple of 2^64 last digits and vanishes. What remains is 2^23 a. In plaintext it would not.
+    This relies on the ring of 64 bits. With f fraction bits 2^s is held as 2^(s + f), so that in the second result b's
+    part is a multiple of 2^(2 s + f), at least 2^64, and vanishes: what remains is 2^s a. In plaintext it would not.
+    Products must stay below 2^61 last digits, of which there are 2 f in a unit: that limits the table's entries.
     """
     pairs = embed(tokens, table)
-    return pairs, pairs * _PAIR
+    return pairs, pairs * 2.0**shift
 
 
-def lower(pairs: Array, raised: Array) -> tuple[Array, Array]:
-    """Both divided by 2^12. In a stage of its own, or the compiler would multiply the constants with each other."""
-    return pairs * 2.0**-12, raised * 2.0**-12
+def lower(pairs: Array, raised: Array, *, shift: int) -> tuple[Array, Array]:
+    """Both divided by 2^`shift`; a stage of its own, or the compiler would multiply the constants with each other."""
+    return pairs * 2.0**-shift, raised * 2.0**-shift
 
 
-def separate(pairs: Array, raised: Array, *positions: Array, tokens: int, past: int) -> Array:
-    """Rows `(m, d)` of the tokens: the second of each pair in what is left of `pairs`, the first of `raised`."""
-    both = jnp.stack([raised, pairs], axis=1) * 2.0**-11
+def separate(pairs: Array, raised: Array, *positions: Array, shift: int, tokens: int, past: int) -> Array:
+    """Rows `(m, d)` of the tokens: the second of each pair in what is left of `pairs`, the first of `raised`.
+
+    `lower` has divided by half of the pairs' shift; this divides by the rest.
+    """
+    both = jnp.stack([raised, pairs], axis=1) * 2.0**-shift
     return add_positions(both.reshape(-1, pairs.shape[1])[:tokens], *positions, past=past)
 
 

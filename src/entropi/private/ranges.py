@@ -1,4 +1,8 @@
-"""Fixed point overflows silently and loses what is small: find in plaintext, before a secure run, where values lie."""
+"""Fixed point overflows silently and loses what is small: find in plaintext, before a secure run, where values lie.
+
+`settle` chooses the fraction bits from what it finds, or refuses them with the numbers. The ring is always that of 64
+bits, see `Settings`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,12 @@ from jax import Array
 
 from entropi.errors import UserError
 from entropi.private.messages import Settings
-from entropi.private.program import PAIR_FRACTION_BITS, PAIR_LARGEST, Description, Stage, run_plain
+from entropi.private.program import LEAST_PAIR_FRACTION_BITS, Description, Stage, pair_limit, run_plain
 
-MOST_FRACTION_BITS = 20  # beyond, products lose range and nothing measurable is won
-LEAST_FRACTION_BITS = 12
+# What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
+LEAST_FRACTION_BITS, MOST_FRACTION_BITS = 14, 22
+PREFERRED_FRACTION_BITS = 18  # logits wrong by 0.0015, less than by the kernel; the fewest that let tokens be paired
+HEADROOM = 4.0  # times the calibration text's largest value should fit where the choice is ours
 # Below so many units of the last digit a mean square makes its root wrong by more than 0.2 %.
 _MEAN_SQUARE_BITS = 8
 # An operation whose typical value has fewer bits than this is mostly rounding.
@@ -26,12 +32,13 @@ class Ranges:
     """What a model's values reach on some text. Keys read "layer 3 scores" or "head".
 
     `largest`: largest magnitude of any product or sum; not finite even in float32 counts as infinite.
-    `smallest_mean_square`: of the rows that norms divide by the root of it.
+    `smallest_mean_square`, `largest_mean_square`: of the rows that norms divide by the root of it.
     `smallest_typical`: smallest root mean square of an operation's results, over sequences.
     """
 
     largest: dict[str, float] = field(default_factory=dict)
     smallest_mean_square: dict[str, float] = field(default_factory=dict)
+    largest_mean_square: dict[str, float] = field(default_factory=dict)
     smallest_typical: dict[str, float] = field(default_factory=dict)
 
 
@@ -50,6 +57,7 @@ def measure_ranges(
             kind = model.final_norm if stage.layer < 0 else model.norm
             mean = np.var(operands[0], axis=-1) if kind == "layer" else squares.mean(axis=-1)
             _keep(ranges.smallest_mean_square, name, float(mean.min()) + model.norm_epsilon, min)
+            _keep(ranges.largest_mean_square, name, float(mean.max()) + model.norm_epsilon, max)
         if stage.name == "normalise":  # multiplies by up to the root of the keys before it divides by it
             magnitude = magnitude * np.sqrt(len(sequence))
         _keep(ranges.largest, name, float(magnitude) if np.isfinite(magnitude) else np.inf, max)
@@ -83,16 +91,36 @@ def largest_product(settings: Settings) -> float:
     return 2.0 ** (settings.ring_bits - 2 * settings.fraction_bits - 2)
 
 
-def problems(ranges: Ranges, settings: Settings) -> list[str]:
-    """What of these ranges the settings cannot hold, with the numbers; empty if everything fits."""
+def largest_mean_square(settings: Settings) -> float:
+    """Mean square of a row below which its inverse root, a small number, is right to 0.2 %.
+
+    The engine's root of larger ones is simply 0, from twice this on with even fraction bits and from this on with odd.
+    """
+    bits = settings.fraction_bits
+    return 2.0 ** min(bits // 2 * 2 - 2, 2 * (bits - 9))
+
+
+def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[str]:
+    """What of these ranges the settings cannot hold, with the numbers; empty if everything fits.
+
+    `headroom` times the largest result has to fit.
+    """
     found = []
     bits, limit = settings.fraction_bits, largest_product(settings)
     name, value = max(ranges.largest.items(), key=lambda item: item[1])
-    if not value < limit:
+    if not value * headroom < limit:
+        danger = "could overflow on other text" if value < limit else "would overflow"
         found.append(
-            f"fixed point would overflow: {name} reaches {value:.3g}, and products in a ring of {settings.ring_bits} "
+            f"fixed point {danger}: {name} reaches {value:.3g}, and products in a ring of {settings.ring_bits} "
             f"bits with {bits} fraction bits must stay below {limit:.3g}"
         )
+    if ranges.largest_mean_square:
+        name, value = max(ranges.largest_mean_square.items(), key=lambda item: item[1])
+        if not value < (most := largest_mean_square(settings)):
+            found.append(
+                f"fixed point would lose what is small: the mean square of a row in {name} is {value:.3g}, and its "
+                f"inverse root needs it below {most:.3g} with {bits} fraction bits"
+            )
     for what, smallest, spare in (
         ("the mean square of a row", ranges.smallest_mean_square, _MEAN_SQUARE_BITS),
         ("the typical value", ranges.smallest_typical, _TYPICAL_BITS),
@@ -107,23 +135,38 @@ def problems(ranges: Ranges, settings: Settings) -> list[str]:
     return found
 
 
+def safe_fraction_bits(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> int | None:
+    """The fraction bits nearest to 18 with which these ranges fit the ring; None if there are none.
+
+    Overflow forbids all above some number, rounding all below another: what is safe is one run of numbers.
+    """
+    safe = [
+        bits
+        for bits in range(LEAST_FRACTION_BITS, MOST_FRACTION_BITS + 1)
+        if not problems(ranges, _with_bits(settings, bits), headroom)
+    ]
+    return min(safe, key=lambda bits: abs(bits - PREFERRED_FRACTION_BITS), default=None)
+
+
 def can_pair(weights: Mapping[str, np.ndarray], settings: Settings) -> bool:
     """Whether two tokens can share a row of the private table's product, `program.pair_products`."""
-    return settings.fraction_bits <= PAIR_FRACTION_BITS and bool(np.abs(weights["embedding"]).max() < PAIR_LARGEST)
+    bits = settings.fraction_bits
+    return bits >= LEAST_PAIR_FRACTION_BITS and bool(np.abs(weights["embedding"]).max() < pair_limit(bits))
 
 
-def settle(weights: Mapping[str, np.ndarray], settings: Settings) -> Settings:
-    """The settings with what these weights allow to save."""
-    return msgspec.structs.replace(settings, paired=settings.embedding == "private" and can_pair(weights, settings))
-
-
-def check_ranges(
+def settle(
     model: Description,
     weights: Mapping[str, np.ndarray],
     settings: Settings,
     sequences: list[list[int]] | None = None,
-) -> tuple[str, float]:
-    """The operation with the largest values and that value, once it is known that everything fits.
+    *,
+    choose: bool = False,
+) -> tuple[Settings, list[str]]:
+    """The settings that sessions with this model can rely on, and lines that say why these.
+
+    Fraction bits: those of `settings` are checked; with `choose` they are ours to choose, 18 if these hold the values
+    of the calibration text with room for four times the largest, or else the nearest that do; if none leave that room,
+    the nearest that hold the values. Tokens are paired where the private table allows it with these bits.
 
     Without `sequences` of calibration text, `calibration_text` is used.
 
@@ -134,23 +177,43 @@ def check_ranges(
     if sequences is None:
         sequences = calibration_text(model, weights)
     ranges = measure_ranges(model, weights, sequences, settings.exp_iterations)
-    found = problems(ranges, settings)
-    if settings.paired and not can_pair(weights, settings):
-        found.append(
-            f"two tokens do not fit one row: the table reaches {np.abs(weights['embedding']).max():.3g} with "
-            f"{settings.fraction_bits} fraction bits, and must stay below {PAIR_LARGEST:g} with {PAIR_FRACTION_BITS}"
+    if choose:
+        settings, why = _choose(ranges, settings)
+    else:
+        if found := problems(ranges, settings):
+            fitting = safe_fraction_bits(ranges, settings)
+            advice = "no number of fraction bits would do" if fitting is None else f"{fitting} fraction bits would fit"
+            raise UserError("; ".join([*found, advice]))
+        why = "as given"
+    name, value = max(ranges.largest.items(), key=lambda item: item[1])
+    lines = [
+        f"{settings.fraction_bits} fraction bits, {why}; the calibration text's largest value is {value:.3g} in "
+        f"{name}, and {largest_product(settings):.3g} would be too large"
+    ]
+    settings = msgspec.structs.replace(settings, paired=settings.embedding == "private" and can_pair(weights, settings))
+    if settings.embedding == "private" and not settings.paired:
+        reach, limit = np.abs(weights["embedding"]).max(), pair_limit(settings.fraction_bits)
+        lines.append(
+            f"tokens are looked up one by one: pairs need {LEAST_PAIR_FRACTION_BITS} fraction bits or more"
+            if settings.fraction_bits < LEAST_PAIR_FRACTION_BITS
+            else f"tokens are looked up one by one: the table reaches {reach:.3g}, and pairs need it below {limit:.3g}"
         )
-    if found:
-        fitting = fitting_fraction_bits(ranges, settings)
-        advice = "no number of fraction bits would do" if fitting is None else f"{fitting} fraction bits would fit"
-        raise UserError("; ".join([*found, advice]))
-    return max(ranges.largest.items(), key=lambda item: item[1])
+    return settings, lines
 
 
-def fitting_fraction_bits(ranges: Ranges, settings: Settings) -> int | None:
-    """The most fraction bits, 12 to 20, with which these ranges fit the ring; None if there are none."""
-    for bits in range(MOST_FRACTION_BITS, LEAST_FRACTION_BITS - 1, -1):
-        changed = Settings(ring_bits=settings.ring_bits, fraction_bits=bits)
-        if not problems(ranges, changed):
-            return bits
-    return None
+def _choose(ranges: Ranges, settings: Settings) -> tuple[Settings, str]:
+    """The settings with the fraction bits of our choice, and why these."""
+    for headroom in (HEADROOM, 1.0):
+        bits = safe_fraction_bits(ranges, settings, headroom)
+        if bits == PREFERRED_FRACTION_BITS:
+            return _with_bits(settings, bits), "the usual"
+        if bits is not None:
+            against = problems(ranges, _with_bits(settings, PREFERRED_FRACTION_BITS), headroom)
+            return _with_bits(settings, bits), f"the nearest to {PREFERRED_FRACTION_BITS}, because {'; '.join(against)}"
+    ends = LEAST_FRACTION_BITS, MOST_FRACTION_BITS
+    found = dict.fromkeys(problem for bits in ends for problem in problems(ranges, _with_bits(settings, bits)))
+    raise UserError("; ".join([*found, f"no number of fraction bits, {ends[0]} to {ends[1]}, would do"]))
+
+
+def _with_bits(settings: Settings, bits: int) -> Settings:
+    return msgspec.structs.replace(settings, fraction_bits=bits, paired=False)

@@ -11,11 +11,9 @@ import signal
 import ssl
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import aiohttp
 import jax
@@ -24,32 +22,39 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from entropi.errors import UserError
+from entropi.private.admission import (
+    SPARE_CONNECTIONS,
+    ClientLeft,
+    Limits,
+    Quota,
+    Refusal,
+    SessionError,
+    Slots,
+    expect,
+    receive,
+)
 from entropi.private.certificates import Tls, name_of_peer
 from entropi.private.messages import (
-    MAX_CLIENT_MESSAGE,
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
     SERVER,
     Accepted,
-    BadMessage,
     Failed,
     Hello,
     Job,
     Linked,
     Next,
-    Queued,
     Refused,
     Revealed,
     Settings,
     StageDone,
     Start,
     Welcome,
-    decode_from_client,
     encode,
 )
 from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
 from entropi.private.program import Description
-from entropi.private.ranges import check_ranges
+from entropi.private.ranges import settle
 from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
@@ -60,164 +65,8 @@ HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 GRACE_SECONDS = 3.0  # for a party to end after its link
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
-QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
-SPARE_CONNECTIONS = 32  # open control channels beyond those that compute or wait in the queue
-DAY_SECONDS = 86400.0
 log = logging.getLogger("entropi.server")
 request_log = logging.getLogger("entropi.server.requests")  # aiohttp's, for what is not even HTTP
-
-
-class SessionError(Exception):
-    """Something that ends one session; the text is sent to the client."""
-
-
-class Refusal(SessionError):
-    """A session that does not begin."""
-
-
-class ClientLeft(SessionError):
-    """The client closed the connection, or it broke."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server allows.
-
-    Attributes:
-        max_sessions: computing at a time.
-        max_queue: clients waiting for one of these; 0 refuses whoever finds all slots taken.
-        queue_seconds: the longest wait.
-        max_new_tokens: that a session may ask for.
-        session_seconds: from the end of the queue on.
-        stall_seconds: that may pass without any operation finished or token asked for.
-        memory_gb: address space that a session's process may write to, in 10^9 bytes; None for no limit.
-        client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
-        client_tokens: generated within a day, of one client certificate; None for no limit.
-
-    Raises:
-        UserError: a limit that would let nobody in.
-    """
-
-    max_sessions: int = 1
-    max_queue: int = 8
-    queue_seconds: float = 600.0
-    max_new_tokens: int = 64
-    session_seconds: float = 3600.0
-    stall_seconds: float = 600.0
-    memory_gb: float | None = None
-    client_sessions: int | None = None
-    client_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not (value > 0 or (name == "max_queue" and value == 0)):
-                raise UserError(f"{name} is {value} but must be positive")
-
-    @property
-    def max_connections(self) -> int:
-        return self.max_sessions + self.max_queue + SPARE_CONNECTIONS
-
-
-class Quota:
-    """What every client's certificate has used; clients without one are on this machine, and free."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._sessions: Counter[str] = Counter()
-        self._promised: Counter[str] = Counter()  # tokens that sessions under way may still generate, at most
-        self._generated: dict[str, deque[float]] = {}  # when
-
-    @contextlib.contextmanager
-    def session(self, name: str, new_tokens: int) -> Iterator[None]:
-        """Count a session while it waits and computes; `Refusal` if the client has no right to it."""
-        limits = self._limits
-        if name and limits.client_sessions is not None and self._sessions[name] >= limits.client_sessions:
-            raise Refusal(f"this client has {limits.client_sessions} sessions already")
-        if name and limits.client_tokens is not None:
-            left = limits.client_tokens - self._promised[name] - self._generated_today(name)
-            if new_tokens > left:
-                raise Refusal(f"this client may ask for {max(left, 0)} more tokens within 24 hours")
-        self._sessions[name] += 1
-        self._promised[name] += new_tokens
-        try:
-            yield
-        finally:
-            self._sessions[name] -= 1
-            self._promised[name] -= new_tokens
-
-    def count_token(self, name: str) -> None:
-        """Note that a token was generated just now."""
-        if name and self._limits.client_tokens is not None:
-            self._generated.setdefault(name, deque()).append(time.monotonic())
-
-    def _generated_today(self, name: str) -> int:
-        times = self._generated.get(name, deque())
-        while times and times[0] < time.monotonic() - DAY_SECONDS:
-            times.popleft()
-        return len(times)
-
-
-class Slots:
-    """Sessions that may compute at a time, first come, first served."""
-
-    def __init__(self, limits: Limits, counters: Counters) -> None:
-        self._limits, self._counters = limits, counters
-        self._free = limits.max_sessions
-        self._waiting: list[asyncio.Future[None]] = []
-
-    @contextlib.asynccontextmanager
-    async def slot(self, socket: web.WebSocketResponse) -> AsyncIterator[None]:
-        """One slot; the client is told how many are before it, and `Refusal` if there is no room to wait."""
-        if self._free and not self._waiting:
-            self._free -= 1
-        else:
-            await self._wait(socket)
-        self._counters.sessions += 1
-        try:
-            yield
-        finally:
-            self._counters.sessions -= 1
-            self._free += 1
-            self._call_next()
-
-    def _call_next(self) -> None:
-        for turn in self._waiting:
-            if self._free and not turn.done():
-                self._free -= 1
-                turn.set_result(None)
-
-    async def _wait(self, socket: web.WebSocketResponse) -> None:
-        if len(self._waiting) >= self._limits.max_queue:
-            raise Refusal("the server is busy with other sessions; try again later")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        self._counters.waiting += 1
-        leaves = asyncio.create_task(socket.receive())
-        # A session that is just ending may make room before the client needs to be told that there is none.
-        deadline, told = time.monotonic() + self._limits.queue_seconds, -1
-        try:
-            while not turn.done():
-                if leaves.done():
-                    _decode(leaves.result(), Next)  # nothing is expected but that the client leaves
-                    raise Refusal("this is not the time for a Next message")
-                if time.monotonic() > deadline:
-                    raise Refusal("the server was busy with other sessions for too long; try again later")
-                pending: set[asyncio.Future[Any]] = {turn, leaves}
-                patience = min(QUEUE_SECONDS, max(deadline - time.monotonic(), 0.0))
-                await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-                if not (turn.done() or leaves.done()) and told != (told := self._waiting.index(turn)):
-                    await socket.send_str(encode(Queued(told)).decode())
-        except BaseException:
-            if turn.done():  # it came just now, and somebody else may have it
-                self._free += 1
-            turn.cancel()
-            raise
-        finally:
-            self._waiting.remove(turn)
-            self._counters.waiting -= 1
-            leaves.cancel()
-            await asyncio.gather(leaves, return_exceptions=True)
-            self._call_next()
 
 
 @dataclass(frozen=True)
@@ -244,6 +93,8 @@ def serve(
     limits: Limits,
     tls: Tls | None = None,
     metrics: str = "127.0.0.1:0",
+    *,
+    choose_fraction_bits: bool = False,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -253,10 +104,11 @@ def serve(
         listen: "HOST:PORT"; port 0 takes a free one, which the log names.
         tls: only clients with a certificate of its authority are answered; needed unless `listen` is loopback.
         metrics: "HOST:PORT" for `/health` and `/metrics`, which know no certificates: loopback only.
+        choose_fraction_bits: by the range check, instead of checking those of `settings`.
 
     Raises:
-        UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values would
-            overflow.
+        UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
+            point would not hold.
     """
     address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
     where = address, watched, tls.server_context() if tls is not None else None
@@ -265,8 +117,9 @@ def serve(
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
-    name, value = check_ranges(description, weights, settings)
-    log.info("largest value on random text: %.3g in %s", value, name)
+    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits)
+    for line in reasons:
+        log.info("%s", line)
     counters = Counters()
     with tempfile.TemporaryDirectory(prefix="entropi-table-") as temporary:
         table = None
@@ -452,11 +305,11 @@ async def _dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> 
 
 async def _talk(socket: web.WebSocketResponse, name: str, session_log: SessionLog, host: Host) -> None:
     """Handshake, then the session itself once there is room for it."""
-    hello = await _receive(socket, Hello, HANDSHAKE_SECONDS)
+    hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
     await socket.send_str(encode(host.welcome).decode())
-    start = await _receive(socket, Start, HANDSHAKE_SECONDS)
+    start = await receive(socket, Start, HANDSHAKE_SECONDS)
     if start.digest != host.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
     if start.max_new_tokens > host.limits.max_new_tokens:
@@ -591,36 +444,8 @@ async def _listen_to_client(
                 except LinkBroken as error:
                     raise SessionError(str(error)) from None
                 continue
-            _decode(message, Next)
+            expect(message, Next)
             if progress.asked == max_new_tokens:
                 raise SessionError("all tokens were asked for already")
             progress.asked += 1
             await party.proceed()
-
-
-M = TypeVar("M", Hello, Start, Next)
-
-
-async def _receive(socket: web.WebSocketResponse, kind: type[M], timeout: float) -> M:
-    """The next message, which must be of `kind`."""
-    try:
-        return _decode(await asyncio.wait_for(socket.receive(), timeout), kind)
-    except asyncio.TimeoutError:
-        raise Refusal(f"no {kind.__name__} message within {timeout} s") from None
-
-
-def _decode(message: aiohttp.WSMessage, kind: type[M]) -> M:
-    """A control message, which must be of `kind`."""
-    if message.type == aiohttp.WSMsgType.BINARY:
-        raise Refusal("that message is not of this protocol")
-    if message.type != aiohttp.WSMsgType.TEXT:
-        raise ClientLeft("the client left")
-    try:
-        if len(message.data) > MAX_CLIENT_MESSAGE:
-            raise BadMessage("too long")
-        decoded = decode_from_client(message.data)
-    except BadMessage:
-        raise Refusal("that message is not of this protocol") from None
-    if not isinstance(decoded, kind):
-        raise Refusal(f"expected a {kind.__name__} message")
-    return decoded

@@ -1,4 +1,4 @@
-"""What server and client share: addresses, folded models, and the child process that is their party."""
+"""What server and client share: addresses, folded models, the program, and the child process that is their party."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
-from entropi.private.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
-from entropi.private.program import Description
+from entropi.private.messages import BadMessage, Event, Failed, Job, Proceed, Settings, decode, decode_event, encode
+from entropi.private.program import Description, Stage, forward
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
@@ -85,6 +86,21 @@ def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
     if broken := [name for name, weight in weights.items() if not np.isfinite(weight).all()]:
         raise UserError(f"the folded model in {folder} is damaged: {broken[0]} is not finite")
     return description, weights
+
+
+def stages_of_pass(model: Description, settings: Settings, new: int, past: int) -> Iterator[Stage]:
+    """`forward` as these settings have it: what both parties run, and what the client counts."""
+    return forward(
+        model,
+        new,
+        past,
+        settings.exp_iterations,
+        embedding=settings.embedding,
+        paired=settings.paired,
+        fraction_bits=settings.fraction_bits,
+        output=settings.output,
+        choices=settings.choices,
+    )
 
 
 class Party:

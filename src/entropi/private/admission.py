@@ -1,0 +1,212 @@
+"""Which clients a server lets in, when, and what it takes from them: limits, quotas, the queue, messages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+from aiohttp import web
+
+from entropi.errors import UserError
+from entropi.private.messages import (
+    MAX_CLIENT_MESSAGE,
+    BadMessage,
+    Hello,
+    Next,
+    Queued,
+    Start,
+    decode_from_client,
+    encode,
+)
+from entropi.private.monitoring import Counters
+
+QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
+SPARE_CONNECTIONS = 32  # open control channels beyond those that compute or wait in the queue
+DAY_SECONDS = 86400.0
+
+
+class SessionError(Exception):
+    """Something that ends one session; the text is sent to the client."""
+
+
+class Refusal(SessionError):
+    """A session that does not begin."""
+
+
+class ClientLeft(SessionError):
+    """The client closed the connection, or it broke."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server allows.
+
+    Attributes:
+        max_sessions: computing at a time.
+        max_queue: clients waiting for one of these; 0 refuses whoever finds all slots taken.
+        queue_seconds: the longest wait.
+        max_new_tokens: that a session may ask for.
+        session_seconds: from the end of the queue on.
+        stall_seconds: that may pass without any operation finished or token asked for.
+        memory_gb: address space that a session's process may write to, in 10^9 bytes; None for no limit.
+        client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
+        client_tokens: generated within a day, of one client certificate; None for no limit.
+
+    Raises:
+        UserError: a limit that would let nobody in.
+    """
+
+    max_sessions: int = 1
+    max_queue: int = 8
+    queue_seconds: float = 600.0
+    max_new_tokens: int = 64
+    session_seconds: float = 3600.0
+    stall_seconds: float = 600.0
+    memory_gb: float | None = None
+    client_sessions: int | None = None
+    client_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (value > 0 or (name == "max_queue" and value == 0)):
+                raise UserError(f"{name} is {value} but must be positive")
+
+    @property
+    def max_connections(self) -> int:
+        return self.max_sessions + self.max_queue + SPARE_CONNECTIONS
+
+
+class Quota:
+    """What every client's certificate has used; clients without one are on this machine, and free."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._sessions: Counter[str] = Counter()
+        self._promised: Counter[str] = Counter()  # tokens that sessions under way may still generate, at most
+        self._generated: dict[str, deque[float]] = {}  # when
+
+    @contextlib.contextmanager
+    def session(self, name: str, new_tokens: int) -> Iterator[None]:
+        """Count a session while it waits and computes; `Refusal` if the client has no right to it."""
+        limits = self._limits
+        if name and limits.client_sessions is not None and self._sessions[name] >= limits.client_sessions:
+            raise Refusal(f"this client has {limits.client_sessions} sessions already")
+        if name and limits.client_tokens is not None:
+            left = limits.client_tokens - self._promised[name] - self._generated_today(name)
+            if new_tokens > left:
+                raise Refusal(f"this client may ask for {max(left, 0)} more tokens within 24 hours")
+        self._sessions[name] += 1
+        self._promised[name] += new_tokens
+        try:
+            yield
+        finally:
+            self._sessions[name] -= 1
+            self._promised[name] -= new_tokens
+
+    def count_token(self, name: str) -> None:
+        """Note that a token was generated just now."""
+        if name and self._limits.client_tokens is not None:
+            self._generated.setdefault(name, deque()).append(time.monotonic())
+
+    def _generated_today(self, name: str) -> int:
+        times = self._generated.get(name, deque())
+        while times and times[0] < time.monotonic() - DAY_SECONDS:
+            times.popleft()
+        return len(times)
+
+
+class Slots:
+    """Sessions that may compute at a time, first come, first served."""
+
+    def __init__(self, limits: Limits, counters: Counters) -> None:
+        self._limits, self._counters = limits, counters
+        self._free = limits.max_sessions
+        self._waiting: list[asyncio.Future[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def slot(self, socket: web.WebSocketResponse) -> AsyncIterator[None]:
+        """One slot; the client is told how many are before it, and `Refusal` if there is no room to wait."""
+        if self._free and not self._waiting:
+            self._free -= 1
+        else:
+            await self._wait(socket)
+        self._counters.sessions += 1
+        try:
+            yield
+        finally:
+            self._counters.sessions -= 1
+            self._free += 1
+            self._call_next()
+
+    def _call_next(self) -> None:
+        for turn in self._waiting:
+            if self._free and not turn.done():
+                self._free -= 1
+                turn.set_result(None)
+
+    async def _wait(self, socket: web.WebSocketResponse) -> None:
+        if len(self._waiting) >= self._limits.max_queue:
+            raise Refusal("the server is busy with other sessions; try again later")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._counters.waiting += 1
+        leaves = asyncio.create_task(socket.receive())
+        # A session that is just ending may make room before the client needs to be told that there is none.
+        deadline, told = time.monotonic() + self._limits.queue_seconds, -1
+        try:
+            while not turn.done():
+                if leaves.done():
+                    expect(leaves.result(), Next)  # nothing is expected but that the client leaves
+                    raise Refusal("this is not the time for a Next message")
+                if time.monotonic() > deadline:
+                    raise Refusal("the server was busy with other sessions for too long; try again later")
+                pending: set[asyncio.Future[Any]] = {turn, leaves}
+                patience = min(QUEUE_SECONDS, max(deadline - time.monotonic(), 0.0))
+                await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not (turn.done() or leaves.done()) and told != (told := self._waiting.index(turn)):
+                    await socket.send_str(encode(Queued(told)).decode())
+        except BaseException:
+            if turn.done():  # it came just now, and somebody else may have it
+                self._free += 1
+            turn.cancel()
+            raise
+        finally:
+            self._waiting.remove(turn)
+            self._counters.waiting -= 1
+            leaves.cancel()
+            await asyncio.gather(leaves, return_exceptions=True)
+            self._call_next()
+
+
+M = TypeVar("M", Hello, Start, Next)
+
+
+async def receive(socket: web.WebSocketResponse, kind: type[M], timeout: float) -> M:
+    """The next message, which must be of `kind`."""
+    try:
+        return expect(await asyncio.wait_for(socket.receive(), timeout), kind)
+    except asyncio.TimeoutError:
+        raise Refusal(f"no {kind.__name__} message within {timeout} s") from None
+
+
+def expect(message: aiohttp.WSMessage, kind: type[M]) -> M:
+    """A control message, which must be of `kind`."""
+    if message.type == aiohttp.WSMsgType.BINARY:
+        raise Refusal("that message is not of this protocol")
+    if message.type != aiohttp.WSMsgType.TEXT:
+        raise ClientLeft("the client left")
+    try:
+        if len(message.data) > MAX_CLIENT_MESSAGE:
+            raise BadMessage("too long")
+        decoded = decode_from_client(message.data)
+    except BadMessage:
+        raise Refusal("that message is not of this protocol") from None
+    if not isinstance(decoded, kind):
+        raise Refusal(f"expected a {kind.__name__} message")
+    return decoded
