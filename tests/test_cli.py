@@ -119,6 +119,17 @@ def model(tmp_path: Path, trained: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+def test_a_prepared_corpus_is_trained_and_measured_on(entropi: Callable[..., Done], tmp_path: Path, corpus: Path):
+    done = entropi("train", tmp_path / "run", "--corpus", corpus, *TINY, "--prepare-only")
+    assert done.status == 0, done
+    place = done.out.rpartition(" in ")[2].strip()
+    assert not (tmp_path / "run").exists()
+    trained = entropi("train", tmp_path / "run", "--corpus", place, *TINY)
+    assert trained.status == 0, trained
+    measured = entropi("evaluate", tmp_path / "run", "--corpus", place)
+    assert trained.out.split(";")[0].removeprefix("held-out perplexity ")[:4] in measured.out
+
+
 # --- Help -------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from entropi import cache
-from entropi.data import corpus, packing, tokenizer
+from entropi.data import corpus, packing, shards, tokenizer
 from entropi.data.corpus import Corpus, Document, load_corpus
 from entropi.data.packing import encode, load_or_pack, pack, prepare
 from entropi.data.tokenizer import END_OF_TEXT, load_or_train_tokenizer, pieces, train_tokenizer
@@ -146,7 +146,7 @@ def test_hash_sees_the_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("position", [0.0, 0.01, 0.99])
 def test_neither_part_stays_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, position: float) -> None:
-    monkeypatch.setattr(corpus, "_position", lambda path: position)
+    monkeypatch.setattr(corpus, "position", lambda path: position)
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text(f"text number {number}\n")
     loaded = load_corpus(str(tmp_path))
@@ -461,18 +461,18 @@ def test_too_little_text_is_refused(small: Corpus, small_tokenizer: Tokenizer, t
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was trained and encoded, in order; empty when all came from the cache."""
     done: list[str] = []
-    train, encode_all = tokenizer.train_tokenizer, packing.encode
+    train, encode_all = tokenizer.train_tokenizer, packing.encoded
 
     def train_tokenizer(*arguments: object, **options: object) -> Tokenizer:
         done.append("train")
         return train(*arguments, **options)  # type: ignore[arg-type]
 
-    def encode(*arguments: object, **options: object) -> packing.Tokens:
+    def encoded(*arguments: object, **options: object) -> Iterator[tuple[packing.Tokens, int]]:
         done.append("encode")
         return encode_all(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tokenizer, "train_tokenizer", train_tokenizer)
-    monkeypatch.setattr(packing, "encode", encode)
+    monkeypatch.setattr(packing, "encoded", encoded)
     return done
 
 
@@ -480,13 +480,15 @@ def test_prepare_works_once(folder: Path, tmp_path: Path, work: list[str]) -> No
     kept = tmp_path / "cache"
     first = prepare(str(folder), 300, 32, kept)
     assert work == ["train", "encode", "encode"]
-    written = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
-    assert len(written) == 3
+    written = {path: path.stat().st_mtime_ns for path in kept.rglob("*") if path.is_file()}
+    names = {path.name for path in written if not path.name.startswith("tokenizer-")}
+    shards_of = {f"{part}-00000{ending}" for part in ("train", "held-out") for ending in (".npy", ".ends.npy")}
+    assert names == {"manifest.json", "tokenizer.json", *shards_of}
 
     work.clear()
     again = prepare(str(folder), 300, 32, kept)
     assert work == []
-    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == written
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     assert again.corpus == first.corpus
     assert again.tokenizer.to_str() == first.tokenizer.to_str()
     assert again.tokenizer.encode(END_OF_TEXT).ids == first.tokenizer.encode(END_OF_TEXT).ids != [0]
@@ -496,8 +498,10 @@ def test_prepare_works_once(folder: Path, tmp_path: Path, work: list[str]) -> No
     loaded = load_corpus(str(folder))
     np.testing.assert_array_equal(again.packed.train, pack(loaded.train, again.tokenizer, 32))
     np.testing.assert_array_equal(again.packed.heldout, pack(loaded.heldout, again.tokenizer, 32))
-    assert isinstance(again.packed.train, np.memmap)
-    assert not again.packed.train.flags.writeable
+    ids = shards.open_stream(again.packed.train.streams[0].path)
+    assert isinstance(ids, np.memmap)
+    assert not ids.flags.writeable
+    assert ids.dtype == np.uint16
     assert again.packed.train_tokens == len(encode(loaded.train, again.tokenizer))
     assert again.packed.train_tokens // 32 == len(again.packed.train)
     assert again.corpus.train_documents == len(loaded.train)
@@ -527,7 +531,9 @@ def test_damaged_cache_is_mended(folder: Path, tmp_path: Path, work: list[str], 
     good = prepare(str(folder), 300, 32, kept)
     train, heldout = np.array(good.packed.train), np.array(good.packed.heldout)
     del good
-    for path in kept.iterdir():
+    files = [path for path in kept.rglob("*") if path.is_file() and path.name != "tokenizer.json"]
+    assert len(files) == 6
+    for path in files:
         content = path.read_bytes()
         if damage == "garbage":
             path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((" + random.Random(0).randbytes(500))
@@ -536,8 +542,8 @@ def test_damaged_cache_is_mended(folder: Path, tmp_path: Path, work: list[str], 
         elif damage == "empty":
             path.write_bytes(b"")
         elif path.suffix == ".npy":
-            np.save(path, np.array([7, 100_000, 0], dtype=np.int32))
-        else:
+            np.save(path, np.array([7, 65_000, 0], dtype=np.uint16))
+        elif path.name.startswith("tokenizer-"):
             path.write_text(train_tokenizer(load_corpus(str(folder)), 400).to_str())
     work.clear()
     mended = prepare(str(folder), 300, 32, kept)
@@ -547,26 +553,22 @@ def test_damaged_cache_is_mended(folder: Path, tmp_path: Path, work: list[str], 
     work.clear()
     prepare(str(folder), 300, 32, kept)
     assert work == []
-    assert len(list(kept.iterdir())) == 3  # no partial files are left
+    assert len([path for path in kept.rglob("*") if path.is_file()]) == 7  # no partial files are left
 
 
 @pytest.mark.parametrize(
-    "stream",
-    [
-        np.array([1, 2, 0], dtype=np.int64),
-        np.array([[1, 0]], dtype=np.int32),
-        np.array([1, 2, 3], dtype=np.int32),
-        np.array([-1, 0], dtype=np.int32),
-        np.array([400, 0], dtype=np.int32),
-        np.array([], dtype=np.int32),
-    ],
+    "stream", [np.array([1, 2, 0], dtype=np.int64), np.array([[1, 0]], dtype=np.int32), np.array([0.5])]
 )
-def test_streams_are_checked(small_tokenizer: Tokenizer, tmp_path: Path, stream: np.ndarray) -> None:
+def test_streams_are_checked(tmp_path: Path, stream: np.ndarray) -> None:
     path = tmp_path / "stream.npy"
     np.save(path, stream)
-    assert packing._load_stream(path, small_tokenizer, 0) is None
+    with _refused("stream.npy", "no token ids"):
+        shards.open_stream(path)
+    path.write_bytes(b"no numbers")
+    with _refused("stream.npy", "cannot read"):
+        shards.open_stream(path)
     np.save(path, np.array([1, 2, 0], dtype=np.int32))
-    assert packing._load_stream(path, small_tokenizer, 0) is not None
+    assert shards.open_stream(path).tolist() == [1, 2, 0]
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_the_picture_is_that_of_the_report(tmp_path: Path, monkeypatch: pytest.M
     """The command hands the training a function that draws; what it gets back are pixels."""
     taken: list[Any] = []
     monkeypatch.setattr("entropi.training.callbacks.find_spec", lambda name: name)
-    monkeypatch.setattr("entropi.training.run.train", lambda recipe, run, live: taken.append(live) or tmp_path)
+    monkeypatch.setattr(
+        "entropi.training.run.train", lambda recipe, run, live, **options: taken.append(live) or tmp_path
+    )
     (tmp_path / records.RECORDS_FILE).touch()
     assert main(["train", str(tmp_path), "--report-to", "wandb"]) == 0
     (live,) = taken

@@ -17,13 +17,21 @@ from entropi.records import (
     DiagnosisRecord,
     EntropySnapshot,
     Evaluation,
+    OperationCost,
     OperationCount,
+    PassCost,
     PlaintextComparison,
+    PredictionRecord,
     PrivateRun,
     Record,
+    RolledBack,
     RunStarted,
     SkippedUpdate,
+    Spread,
     StageTraffic,
+    StudyClaim,
+    StudyRow,
+    StudyRun,
     TrainingStep,
 )
 
@@ -71,6 +79,7 @@ EXAMPLES: list[Record] = [
     EntropySnapshot(step=1, entropy=[[1.0, 2.0], [0.1, 0.25]], threshold=[[0.5, 0.5], [0.5, 0.5]], temperature=None),
     evaluation(10),
     SkippedUpdate(step=4, reason='step 4: "quoted", with a\nline break'),
+    RolledBack(step=100, from_step=140, reason="step 140: the gradient is not finite", rate_factor=0.5),
     DiagnosisRecord(
         entropy=[[1.0, 2.0]],
         context_length=16,
@@ -128,6 +137,79 @@ EXAMPLES: list[Record] = [
         exp_iterations=8,
     ),
     PlaintextComparison(max_logit_error=[0.01], same_top1=[True], plaintext_tokens=[3]),
+    PredictionRecord(
+        architecture="SM",
+        layers=1,
+        heads=2,
+        hidden_size=4,
+        vocab_size=300,
+        seq_len=16,
+        protocol="cheetah",
+        trust="semi-honest",
+        network="wan",
+        embedding="private",
+        exp_iterations=2,
+        calibrated_on="a machine",
+        set_up=PassCost(operations=[]),
+        prompt=PassCost(
+            operations=[
+                OperationCost(name="exp", layer=0, bytes=1e6, messages=12.0, trips=3.0, seconds=0.5, latency=0.75)
+            ]
+        ),
+        further=None,
+    ),
+    RolledBack(step=10, from_step=14, reason="step 14: the gradient is not finite", rate_factor=0.5),
+    StudyRun(
+        row="SM, a=1",
+        seed=3,
+        folder="SM,a=1/seed-3",
+        diverged=True,
+        step=7,
+        cross_entropy=0.0,
+        perplexity=1.0,
+        tokens_per_second=10.0,
+        reason="step 7: the gradient is not finite",
+        layer=1,
+    ),
+    StudyRow(
+        name="SM",
+        settings={"architecture": "SM", "entropy_margin": "0.2"},
+        seeds=[0, 1],
+        diverged=[1],
+        cross_entropy=Spread(mean=1.5, std=0.1, n=2),
+        perplexity=Spread(mean=4.5, std=0.2, n=2),
+        layers=1,
+        heads=2,
+        hidden_size=4,
+        context_length=16,
+        tokens=1000,
+        parameters=10,
+        nonlinear=[OperationCount(operation="softmax", count=2, shape=(16, 16))],
+        ffn_flops=1,
+        attention_flops=2,
+        quartile_shares=[Spread(mean=0.25, std=0.0, n=2)] * 4,
+        overloaded=[0.5],
+        collapsed=[0.0],
+        entropy=[[1.0, 2.0]],
+        threshold=[],
+        entropy_steps=[1, 2],
+        layer_entropy=[[1.0], [1.5]],
+        layer_entropy_std=[[0.1], [0.1]],
+        loss_steps=[1],
+        loss=[3.0],
+        loss_std=[0.1],
+    ),
+    StudyClaim(
+        lower="SM",
+        higher="SM+G",
+        seeds=[0, 1],
+        differences=[math.inf, 0.5],
+        mean=0.0,
+        std=0.1,
+        test="signs",
+        p=0.25,
+        least_p=0.25,
+    ),
 ]
 
 
@@ -263,7 +345,8 @@ def test_missing_file_is_one_line(path: Path):
 
 
 def test_forget_after_keeps_the_past(path: Path):
-    past = [started(), step(1), evaluation(4), SkippedUpdate(step=5, reason="r"), started(resumed_at=5), step(5)]
+    back = RolledBack(step=4, from_step=9, reason="r", rate_factor=0.5)
+    past = [started(), step(1), evaluation(4), SkippedUpdate(step=5, reason="r"), back, started(resumed_at=5), step(5)]
     lost = [step(6), evaluation(8), SkippedUpdate(step=7, reason="r"), EntropySnapshot(step=6, entropy=[[1.0]])]
     records.rewrite(path, [*past, *lost])
     records.forget_after(path, 5)

@@ -30,6 +30,7 @@ from transformers import TrainerControl
 from entropi import records
 from entropi.console import ProgressLine
 from entropi.data.packing import prepare
+from entropi.entropy.regularizer import entropy_penalty
 from entropi.errors import UserError
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training import callbacks, run
@@ -443,7 +444,7 @@ def test_nothing_is_written_for_a_recipe_that_cannot_be_trained(tmp_path: Path, 
     """A wrong corpus must not occupy the folder: the right one would be "another recipe" there."""
     for recipe, message in (
         (tiny(str(tmp_path / "nowhere")), "there is no file or folder"),
-        (tiny(corpus, batch_size=9999), "training sequences of 16 tokens, one batch needs 9999"),
+        (tiny(corpus, batch_size=9999), "training sequences of 16 tokens, one update needs 9999"),
         (tiny(corpus, architecture="SM+X"), "unknown architecture 'SM\\+X': 'X' is unknown; legal are SM or "),
         (tiny(corpus, context_length=50_000), "one block needs 50000"),
     ):
@@ -859,10 +860,112 @@ def test_gradients_are_clipped(tmp_path: Path, corpus: str, monkeypatch: pytest.
         ("cosine", [0.0, 0.5, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]),
     ],
 )
-def test_schedules(tmp_path: Path, corpus: str, schedule: str, expected: list[float]):
-    train(tiny(corpus, steps=6, warmup=1 / 3, schedule=schedule, learning_rate=0.5), tmp_path / "run")
+@pytest.mark.parametrize("floor", [0.0, 0.05])
+def test_schedules(tmp_path: Path, corpus: str, schedule: str, expected: list[float], floor: float):
+    if schedule == "constant" and floor:
+        with pytest.raises(UserError, match="learning_rate_floor is for schedules that fall"):
+            tiny(corpus, schedule=schedule, learning_rate_floor=floor)
+        return
+    settings = {"warmup": 1 / 3, "schedule": schedule, "learning_rate": 0.5, "learning_rate_floor": floor}
+    train(tiny(corpus, steps=6, **settings), tmp_path / "run")
     found = [r.learning_rate for r in of_kind(tmp_path / "run", records.TrainingStep)]
-    assert found == pytest.approx([0.5 * rate for rate in expected], abs=1e-9)
+    above = [0.5 * rate for rate in expected]
+    falling = [floor + (rate - floor * rate / 0.5) for rate in above[2:]]  # the part above the floor shrinks
+    assert found == pytest.approx(above[:2] + falling, abs=1e-9)
+
+
+def test_muon_turns_matrices_of_the_layers_and_nothing_else(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Their first update is orthogonal, of AdamW's size; embeddings and gains are updated as AdamW does."""
+    weights_at: list[dict[str, Tensor]] = []
+    original = EntropiTrainer.training_step
+
+    def training_step(trainer: EntropiTrainer, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        weights_at.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return original(trainer, model, *args, **kwargs)
+
+    monkeypatch.setattr(EntropiTrainer, "training_step", training_step)
+    common: dict[str, Any] = {"steps": 2, "warmup": 0.0, "weight_decay": 0.0, "schedule": "constant", "hidden_size": 32}
+    train(tiny(corpus, optimizer="muon", **common), tmp_path / "muon")
+    train(tiny(corpus, **common), tmp_path / "adamw")
+    muon, adamw = (
+        {name: after[name] - before[name] for name in before} for before, after in (weights_at[:2], weights_at[2:])
+    )
+    of_layers = {name for name in muon if ".blocks." in name and name.endswith("weight") and muon[name].dim() == 2}
+    assert {name.rsplit(".", 2)[1] for name in of_layers} == {"query", "key", "value", "output", "fused"}
+    for name, update in muon.items():
+        if name in of_layers:
+            singular = torch.linalg.svdvals(update / (1e-2 * 0.2 * math.sqrt(max(update.shape))))
+            assert singular.median() > 0.7, name  # Newton-Schulz brings nearly all to about 1
+            assert singular.max() < 1.3, name
+        else:
+            assert torch.allclose(update, adamw[name], rtol=1e-5, atol=1e-9), name
+
+
+def test_muon_resumes_as_if_nothing_had_happened(tmp_path: Path, corpus: str):
+    recipe = tiny(corpus, optimizer="muon", architecture="SM+LN+G", schedule="cosine", keep_checkpoints=2)
+    train(recipe, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    rewind(tmp_path / "again", to=5)
+    train(recipe, tmp_path / "again")
+    assert of_kind(tmp_path / "again", records.RunStarted)[-1].resumed_at == 5
+    assert_same_run(tmp_path / "again", tmp_path / "run")
+
+
+def test_a_mean_penalty_feels_neither_batch_nor_length_nor_accumulation(corpus: str):
+    """The published sum grows with all three but accumulation; the mean, and the penalty by heads, with none."""
+    torch.manual_seed(0)
+    one = torch.rand(2, 1, 2, 16)
+    batch, long = one.repeat(1, 6, 1, 1), one.repeat(1, 1, 1, 3)
+    threshold = torch.full((2, 2), 0.2)
+
+    def penalty(entropies: Tensor, **options: Any) -> float:
+        # In units of the maximum entropy, which grows with the length by itself.
+        return float(entropy_penalty(entropies * math.log(entropies.shape[-1]), threshold, margin=0.1, **options)) / (
+            math.log(entropies.shape[-1]) ** 2
+        )
+
+    assert penalty(batch, reduction="sum") == pytest.approx(6 * penalty(one, reduction="sum"))
+    assert penalty(long, reduction="sum") == pytest.approx(3 * penalty(one, reduction="sum"))
+    for options in ({"reduction": "mean"}, {"granularity": "head"}):
+        assert penalty(one, **options) > 0
+        assert penalty(batch, **options) == pytest.approx(penalty(one, **options))
+        assert penalty(long, **options) == pytest.approx(penalty(one, **options))
+
+
+def test_an_update_s_penalty_is_that_of_its_sequences(tmp_path: Path, corpus: str):
+    """Eight sequences in one, two or eight micro-batches: the mean is the same, the sum that of a micro-batch."""
+    found = {}
+    for reduction in ("mean", "sum"):
+        for parts in (1, 2, 8):
+            recipe = tiny(
+                corpus,
+                **REGULARISED | {"entropy_reduction": reduction},
+                steps=1,
+                batch_size=8 // parts,
+                gradient_accumulation=parts,
+            )
+            train(recipe, tmp_path / f"{reduction}{parts}")
+            (step,) = of_kind(tmp_path / f"{reduction}{parts}", records.TrainingStep)
+            found[reduction, parts] = step.entropy_penalty
+    assert found["mean", 2] == pytest.approx(found["mean", 1], rel=1e-4)
+    assert found["mean", 8] == pytest.approx(found["mean", 1], rel=1e-4)
+    assert found["sum", 1] == pytest.approx(found["mean", 1] * 8 * 16, rel=1e-4)
+    assert found["sum", 8] == pytest.approx(found["mean", 1] * 16, rel=1e-4)
+
+
+def test_a_tokenizer_that_changed_is_refused(tmp_path: Path, corpus: str):
+    path = tmp_path / "tokenizer.json"
+    prepare(corpus, 300, 16).tokenizer.save(str(path))
+    recipe = tiny(corpus, tokenizer=str(path), steps=4, save_every=2)
+    train(recipe, tmp_path / "run")
+    rewind(tmp_path / "run", to=2)
+    prepare(corpus, 290, 16).tokenizer.save(str(path))
+    with pytest.raises(UserError, match="the tokenizer has changed since"):
+        train(recipe, tmp_path / "run")
+    prepare(corpus, 300, 16).tokenizer.save(str(path))
+    train(recipe, tmp_path / "run")
 
 
 # --- Learning and measuring -------------------------------------------------------------------------------------------
@@ -895,7 +998,7 @@ def test_learns_real_text(tmp_path: Path, architecture: str):
 
 def test_perplexity_equals_an_independent_computation(finished: tuple[Recipe, Path], corpus: str):
     model, _, _ = open_model(finished[1])
-    heldout = prepare(corpus, 300, 16).packed.heldout
+    heldout = prepare(corpus, 300, 16).packed.heldout[:]
     ids = torch.from_numpy(heldout.astype(np.int64))
     with torch.no_grad():
         out = model(ids)
@@ -917,7 +1020,7 @@ def test_perplexity_equals_an_independent_computation(finished: tuple[Recipe, Pa
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
 def test_evaluation_does_not_depend_on_the_batch(finished: tuple[Recipe, Path], corpus: str, batch_size: int):
     model, _, _ = open_model(finished[1])
-    heldout = prepare(corpus, 300, 16).packed.heldout
+    heldout = prepare(corpus, 300, 16).packed.heldout[:]
     done: list[int] = []
     model.train()
     ours, whole = (
@@ -1215,7 +1318,22 @@ def test_shipped_recipes_parse(path: Path):
 
 
 def test_recipes_are_shipped():
-    assert [path.name for path in SHIPPED] == ["laptop.yaml", "paper.yaml"]
+    names = {path.stem for path in SHIPPED}
+    assert {"laptop", "one_gpu", "several_gpus", "languini_12_layers_512_tokens"} <= names
+    assert {
+        f"codeparrot_{layers}_layers_{length}_tokens" for layers, length in ((12, 128), (12, 256), (18, 128))
+    } <= names
+
+
+@pytest.mark.parametrize("name", ["codeparrot_12_layers_128_tokens", "codeparrot_12_layers_256_tokens"])
+def test_codeparrot_recipe_is_the_paper_s(name: str):
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
+    assert (recipe.corpus, recipe.packing) == ("codeparrot", "document")
+    assert recipe.batch_size * recipe.gradient_accumulation == 512
+    assert (recipe.optimizer, recipe.learning_rate, recipe.weight_decay) == ("adamw", 1e-3, 0.1)
+    assert (recipe.warmup, recipe.schedule, recipe.gradient_clip) == (0.05, "linear", 1.0)
+    assert (recipe.entropy_weight, recipe.entropy_margin, recipe.entropy_reduction) == (1e-5, 0.2, "sum")
+    assert (recipe.hidden_size, recipe.heads, recipe.bias, recipe.adam_beta2) == (768, 12, "qk", 0.999)
 
 
 def test_every_setting_is_explained():

@@ -36,17 +36,37 @@ FOREIGN_CONTEXT = 1024
 MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 
-def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none") -> None:
+def train(
+    run: Path,
+    recipe: Recipe,
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none",
+    shard: bool = False,
+    prepare_only: bool = False,
+) -> None:
     """Train a model into the run folder RUN; run it again to continue after an interruption.
+
+    On several devices: torchrun --nproc-per-node N -m entropi train RUN ...
 
     Args:
         run: folder of the run: configuration, records, checkpoints, the trained model
         recipe: every other option
+        shard: share the model out between the processes (FSDP2) instead of giving each a copy (DDP)
+        prepare_only: read and tokenise the corpus, say where the tokens are, and train nothing
         report_to: tracker to show the training in while it runs; TensorBoard's files go to the run folder, Trackio's
             stay on this machine
     """
+    from entropi.training import distributed
+    from entropi.training.run import prepare_corpus
     from entropi.training.run import train as train_run
 
+    if prepare_only:
+        packed = prepare_corpus(recipe, make_console()).packed
+        place = packed.train.streams[0].path.parent
+        print(
+            f"{len(packed.train):,} sequences to train on and {len(packed.heldout):,} held out, of "
+            f"{packed.train_tokens + packed.heldout_tokens:,} tokens in {place}"
+        )
+        return
     live = None
     if report_to != "none":
         with _extra("report"):
@@ -59,9 +79,12 @@ def train(run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "
 
         live = Live(report_to, draw)
     try:
-        folder = train_run(recipe, run, live)
+        folder = train_run(recipe, run, live, shard=shard)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the run") from None
+    distributed.disconnect()
+    if not distributed.is_main():
+        return
     found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
     if found:
         print(f"held-out perplexity {found[-1].perplexity:.2f} ({found[-1].cross_entropy:.4f} nats a token)", end="; ")
@@ -569,15 +592,51 @@ def summary_of_private_run(run: records.PrivateRun) -> str:
     )
 
 
-def report(runs: list[Path], output: Path | None = None) -> None:
-    """One self-contained HTML page of one or more run folders.
+def study(file: Path, folder: Path | None = None, parallel: int = 0, json: bool = False) -> None:
+    """Train every run of the study FILE and compare them; run it again to continue after an interruption.
 
     Args:
-        runs: run folders
-        output: file to write; by default report.html in the first run folder
+        file: YAML file with the settings of all runs, the rows to compare and the claims to test
+        folder: where the run folders, the tables and the page go; by default runs/NAME for a file NAME.yaml
+        parallel: runs at a time, which share the processor's cores or take the GPUs in turn; by default one for each
+            GPU, or one
+        json: print one JSON object
+    """
+    with _extra("report"):
+        from entropi.report.study import in_words, write_study
+    from entropi.training.study import load_study, run_study
+
+    if parallel < 0:
+        raise UserError(f"parallel is {parallel}, it cannot be negative")
+    planned, folder = load_study(file), folder or Path("runs") / file.stem
+    try:
+        with _terminated_like_interrupted():
+            found = run_study(planned, folder, parallel)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the study") from None
+    page = write_study(folder)
+    if json:
+        rows = [r for r in found if isinstance(r, records.StudyRow)]
+        claims = [r for r in found if isinstance(r, records.StudyClaim)]
+        _print_json({"folder": str(folder), "rows": rows, "claims": claims})
+        return
+    print(in_words(found))
+    print(f"page in {page}")
+
+
+def report(runs: list[Path], output: Path | None = None) -> None:
+    """One self-contained HTML page of one or more run folders, or of a study.
+
+    Args:
+        runs: run folders, or the folder of one study
+        output: file to write; by default report.html in the first folder
     """
     with _extra("report"):
         from entropi.report.page import write_report
+        from entropi.report.study import is_study, write_study
+    if len(runs) == 1 and is_study(runs[0]):
+        print(f"report in {write_study(runs[0], output)}")
+        return
     path = write_report(runs, output or runs[0] / "report.html")
     print(f"report in {path}")
 
@@ -611,6 +670,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "ask": ask,
     "certificates": certificates,
+    "study": study,
     "report": report,
 }
 
@@ -652,7 +712,7 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         helps = {p.arg_name: p.description for p in doc.params}
         command = _Parser(description=doc.short_description)
         skipped = set()
-        for flag in {"json", "record"} & set(helps):  # where jsonargparse would want "true"
+        for flag in {"json", "record", "shard", "prepare_only"} & set(helps):  # where jsonargparse would want "true"
             skipped.add(flag)
             command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
         if function is report:
@@ -682,7 +742,7 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
     """Parsed values as the arguments of a command."""
     values = {k: v for k, v in given.as_dict().items() if k != "config"}
     if function is train:
-        own = {name: values.pop(name) for name in ("run", "report_to")}
+        own = {name: values.pop(name) for name in ("run", "report_to", "shard", "prepare_only")}
         return {**own, "recipe": Recipe(**values)}
     return values
 
@@ -782,9 +842,8 @@ def _heldout(
     """A model and blocks `(N, T)` of the held-out part of a corpus, made with its own tokenizer."""
     import numpy as np
 
-    from entropi.data.corpus import load_corpus
-    from entropi.data.packing import pack
-    from entropi.data.tokenizer import END_OF_TEXT_ID
+    from entropi.data.packing import heldout_blocks
+    from entropi.data.tokenizer import end_of_text_id
     from entropi.training.run import model_type, open_causal_lm, open_model
 
     for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
@@ -792,7 +851,7 @@ def _heldout(
             raise UserError(f"{name} is {value}, at least {least} is needed")
     if model_type(model) in (None, "entropi"):
         loaded, tokenizer, _ = open_model(model)
-        end, begins = END_OF_TEXT_ID, False
+        end, begins = end_of_text_id(tokenizer), False
         longest = usual = loaded.config.max_position_embeddings
         if exp_iterations is not None:
             loaded.set_exp_iterations(exp_iterations or None)
@@ -807,9 +866,9 @@ def _heldout(
     if length > longest:
         raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
     if begins:  # such models expect it, and many heads rest on it
-        blocks = np.insert(pack(load_corpus(corpus).heldout, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
+        blocks = np.insert(heldout_blocks(corpus, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
     else:
-        blocks = pack(load_corpus(corpus).heldout, tokenizer, length, end)[:sequences]
+        blocks = heldout_blocks(corpus, tokenizer, length, end)[:sequences]
     if not len(blocks):
         raise UserError(f"the held-out part of {corpus} is shorter than one block of {length} tokens")
     return loaded, blocks

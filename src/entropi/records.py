@@ -19,6 +19,7 @@ from entropi.errors import UserError
 
 SCHEMA_VERSION = 1
 RECORDS_FILE = "records.jsonl"
+STUDY_FILE = "study.jsonl"  # in the folder of a study, which holds run folders
 
 Matrix: TypeAlias = list[list[float]]
 
@@ -54,6 +55,7 @@ class RunStarted(Base, tag="run"):
     tokens_per_step: int
     total_steps: int
     precision: str
+    tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
 
 
@@ -69,7 +71,7 @@ class TrainingStep(Base, tag="step"):
 
 
 class EntropySnapshot(Base, tag="entropy"):
-    """Mean attention entropy of every head over the last micro-batch of a step (Eq. 5-7), before its update."""
+    """Mean attention entropy of every head over the sequences of a step (Eq. 5-7), before its update."""
 
     step: int
     entropy: Matrix  # (L, H), nats
@@ -92,6 +94,15 @@ class SkippedUpdate(Base, tag="skipped"):
 
     step: int
     reason: str
+
+
+class RolledBack(Base, tag="rollback"):
+    """The run went back to a checkpoint because it had diverged; later records were dropped."""
+
+    step: int  # of the checkpoint; 0 for the start
+    from_step: int  # at which it was noticed
+    reason: str
+    rate_factor: float  # by which the recipe's learning rates are multiplied from here on
 
 
 class DiagnosisRecord(Base, tag="diagnosis"):
@@ -277,18 +288,99 @@ class PlaintextComparison(Base, tag="comparison"):
     plaintext_tokens: list[int]
 
 
+class StudyRun(Base, tag="study_run"):
+    """One training of a study that has come to an end, be it a divergence."""
+
+    row: str
+    seed: int
+    folder: str  # of the run, below the study's
+    diverged: bool  # or stopped because its attention had collapsed, where its recipe asks for that
+    step: int  # the last one; of a divergence, the one at which it was noticed
+    cross_entropy: float  # held-out nats per token; NaN after a divergence
+    perplexity: float
+    tokens_per_second: float  # median over the records of the training
+    reason: str = ""  # of a divergence, in words
+    layer: int | None = None  # where a divergence began, if it can be told
+
+
+class Spread(msgspec.Struct, kw_only=True):
+    """Mean and sample standard deviation over the `n` seeds that did not diverge; NaN where there are too few."""
+
+    mean: float
+    std: float
+    n: int
+
+
+class StudyRow(Base, tag="study_row"):
+    """A row of a study's tables: one recipe over its seeds (Tables 2, 3, 5 and 6), and the data of its figures.
+
+    Means are over seeds that did not diverge; where there is none, series and matrices are empty.
+    """
+
+    name: str
+    settings: dict[str, str]  # those in which the rows of the study differ
+    seeds: list[int]
+    diverged: list[int]  # of these seeds
+    cross_entropy: Spread  # held-out nats per token
+    perplexity: Spread
+    layers: int
+    heads: int
+    hidden_size: int
+    context_length: int
+    tokens: int  # seen in training
+    parameters: int
+    nonlinear: list[OperationCount]
+    ffn_flops: int
+    attention_flops: int
+    quartile_shares: list[Spread]  # of heads in [0,M/4), [M/4,M/2), [M/2,3M/4), [3M/4,M] (Fig. 2a and 7)
+    overloaded: list[float]  # share of each layer's heads
+    collapsed: list[float]
+    entropy: Matrix  # (L, H), nats, on held-out text (Fig. 3)
+    threshold: Matrix  # (L, H), learned theta at the end; empty without the regulariser (Fig. 6)
+    entropy_steps: list[int]
+    layer_entropy: Matrix  # (steps, L), nats, mean over heads (Fig. 5 and 8)
+    layer_entropy_std: Matrix  # over seeds
+    loss_steps: list[int]
+    loss: list[float]  # training cross-entropy (Fig. 2b)
+    loss_std: list[float]
+    folded_ffn_flops: int = 0  # what private inference computes of them
+
+
+class StudyClaim(Base, tag="study_claim"):
+    """Whether row `lower` has a lower perplexity than row `higher`, tested over the seeds that both have.
+
+    The test is exact and one-sided. "sign flips": of all 2^n ways to give the differences signs, the share whose mean
+    is at least the observed one. "signs": where a run diverged and has no difference, the same for the number of
+    seeds that speak for the claim.
+    """
+
+    lower: str
+    higher: str
+    seeds: list[int]
+    differences: list[float]  # cross-entropy of `higher` minus that of `lower`, nats; infinite if only one diverged
+    mean: float  # of the differences; NaN if a run diverged
+    std: float
+    test: str
+    p: float
+    least_p: float  # what so many seeds can attain at best
+
+
 Record: TypeAlias = (
     RunStarted
     | TrainingStep
     | EntropySnapshot
     | Evaluation
     | SkippedUpdate
+    | RolledBack
     | DiagnosisRecord
     | AttentionPattern
     | CostRecord
     | PredictionRecord
     | PrivateRun
     | PlaintextComparison
+    | StudyRun
+    | StudyRow
+    | StudyClaim
 )
 
 R = TypeVar("R", bound=Base)

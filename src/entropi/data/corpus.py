@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +31,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Texts to train on and texts to measure on.
+    """Texts to train on and texts to measure on: lists, or for large data sets what reads them one by one.
 
     `content_hash` is the SHA-256 (hexadecimal) of the paths and texts of all documents and of the part each is
     in; `skipped` counts the files that are not UTF-8 text, `duplicates` those left out because another has the
@@ -39,8 +39,8 @@ class Corpus:
     """
 
     name: str
-    train: list[Document]
-    heldout: list[Document]
+    train: Collection[Document]
+    heldout: Collection[Document]
     content_hash: str
     skipped: int = 0
     duplicates: int = 0
@@ -172,7 +172,7 @@ def _read_all(root: Path, paths: Iterator[Path]) -> tuple[list[Document], int, i
     return documents, skipped, duplicates
 
 
-def _position(path: str) -> float:
+def position(path: str) -> float:
     """A number in [0, 1) that depends on the relative path alone."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
@@ -184,8 +184,8 @@ def _split(name: str, documents: list[Document], skipped: int, duplicates: int) 
     else:
         half = sum(len(document.text) for document in documents) / 2
         candidates = [document for document in documents if len(document.text) <= half]
-        first = min(candidates, key=lambda document: _position(document.path))
-        held = {first.path} | {d.path for d in candidates if _position(d.path) < HELDOUT_SHARE}
+        first = min(candidates, key=lambda document: position(document.path))
+        held = {first.path} | {d.path for d in candidates if position(d.path) < HELDOUT_SHARE}
         if len(held) == len(documents):  # a few files whose hashes are all small
             held = {first.path}
         train = [document for document in documents if document.path not in held]

@@ -252,9 +252,10 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = cross_entropy = penalty = None
         if labels is not None:
-            loss = cross_entropy = self.loss_function(
+            cross_entropy = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
+            loss = cross_entropy.clone()  # the Trainer of several processes scales a loss in place
             if self.entropy_regularizer is not None and self.training:
                 share: Tensor | float = 1.0
                 if num_items_in_batch is not None:

@@ -320,6 +320,26 @@ def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[flo
 
 
 @_styled
+def perplexity_by_row(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Held-out perplexity of every run of a study, a ring a seed, and the mean of each row (Tables 2, 3, 5 and 6)."""
+    figure = Figure(figsize=(7.2, 1.3 + 0.36 * max(len(values), 1)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(values.values()):
+        finite = [value for value in row if math.isfinite(value)]
+        rings: dict[str, Any] = dict(markersize=5, markerfacecolor="none", markeredgecolor=PALETTE[0])
+        axes.plot(finite, [place] * len(finite), linestyle="none", marker="o", **rings)
+        if finite:
+            axes.plot(np.mean(finite), place, "o", markersize=6, color=PALETTE[1])
+    axes.set_yticks(np.arange(len(values)), [_name(name) for name in values])
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel("held-out perplexity")
+    axes.tick_params(axis="y", length=0)
+    axes.grid()
+    axes.set_axisbelow(True)
+    return figure
+
+
+@_styled
 def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
     """Cost against held-out perplexity, a point a run, and the staircase of runs that no other beats in both.
 

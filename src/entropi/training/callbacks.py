@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -22,14 +25,28 @@ from transformers.integrations import TensorBoardCallback
 from entropi import records
 from entropi.console import ProgressLine
 from entropi.entropy.diagnosis import diagnose
+from entropi.entropy.regularizer import maximum_entropy
 from entropi.errors import UserError
-from entropi.training.checkpoints import remove_oldest, seal
+from entropi.training.checkpoints import newest_sealed, remove_oldest, seal
+from entropi.training.distributed import is_main, least, processes, total, wait_for_all, whole
 
 MOST_SKIPPED_IN_A_ROW = 10
 
 
 class NonFiniteUpdate(UserError):
     """A gradient was not finite; the update was refused, the weights are those of the step before."""
+
+
+class CollapsedAttention(UserError):
+    """The attention of a layer has collapsed, and the recipe says to stop."""
+
+
+class Diverged(Exception):
+    """The run has to go back to a checkpoint; raised in all processes at the same step."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step, self.reason = step, reason
 
 
 class RunRecorder(TrainerCallback):
@@ -51,10 +68,18 @@ class RunRecorder(TrainerCallback):
         self._status = ""
         self._heads = ""
         self.watchers: list[Callable[[records.Record], None]] = []  # of the records as they are written
+        self.on_entropy: Callable[[int, Tensor], None] | None = None  # is told (L, H) nats, and may raise
 
     def write(self, record: records.Record) -> None:
-        """Add a record to the run's, and show it to whoever watches."""
-        records.append(self.path, record)
+        """Add a record to the run's, and show it to whoever watches; of several processes, one does."""
+        if not is_main():
+            return
+        try:
+            records.append(self.path, record)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room, and the same command continues the run"
+            ) from None
         for watch in self.watchers:
             watch(record)
 
@@ -70,8 +95,9 @@ class RunRecorder(TrainerCallback):
         self._refused = True
 
     def losses_are_finite(self) -> bool:
-        """Whether the losses of the update in progress are finite; waits for the device."""
-        return all(math.isfinite(float(loss)) for loss, _ in self._losses)
+        """Whether the losses of the update in progress are finite, in all processes; waits for the device."""
+        losses = torch.stack([loss.float() for loss, _ in self._losses])
+        return bool(least(torch.isfinite(losses).all().int()))
 
     def pending(self) -> dict[str, list[float]]:
         """Losses of the updates since the last record, to be kept with a checkpoint."""
@@ -101,9 +127,13 @@ class RunRecorder(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         if not self._refused:
             # With losses scaled for accumulation, the micro-batches of an update add up to the update's loss.
-            self._cross_entropy.append(torch.stack([loss for loss, _ in self._losses]).sum())
+            losses = [torch.stack([loss for loss, _ in self._losses]).sum().float()]
             if penalties := [penalty for _, penalty in self._losses if penalty is not None]:
-                self._penalty.append(torch.stack(penalties).sum())
+                losses.append(torch.stack(penalties).sum().float())
+            sums = total(torch.stack(losses))
+            self._cross_entropy.append(sums[0])
+            if penalties:
+                self._penalty.append(sums[1])
         if step % self.entropy_every == 0 or step == 1 or last:
             self._record_entropy(step, model)
         self._refused, self._losses, self.entropies = False, [], []
@@ -113,9 +143,9 @@ class RunRecorder(TrainerCallback):
         self.progress.update(step, f"{self._status}{self._heads}")
 
     def _record_entropy(self, step: int, model: Any) -> None:
-        entropy = self.entropies[-1]
+        entropy = total(torch.stack(self.entropies).mean(dim=0)) / processes()
         model = getattr(model, "module", model)
-        threshold = model.entropy_regularizer.threshold if model.entropy_regularizer is not None else None
+        threshold = whole(model.entropy_regularizer.threshold) if model.entropy_regularizer is not None else None
         temperatures = [block.attention.temperature for block in model.model.blocks]
         self.write(
             records.EntropySnapshot(
@@ -124,12 +154,14 @@ class RunRecorder(TrainerCallback):
                 threshold=None if threshold is None else threshold.detach().tolist(),
                 temperature=None
                 if temperatures[0] is None
-                else [t.values().detach().mean(dim=1).tolist() for t in temperatures],
+                else [whole(t.values().detach()).mean(dim=1).tolist() for t in temperatures],
             )
         )
         if bool(torch.isfinite(entropy).all()):
             shares = diagnose(entropy).quartile_shares
             self._heads = f"  heads overloaded {shares[3]:.0%}, collapsed {shares[0]:.0%}"
+            if self.on_entropy is not None:
+                self.on_entropy(step, entropy)
 
     def on_log(
         self,
@@ -237,7 +269,7 @@ class LiveView:
 
 
 class InterruptBetweenSteps(TrainerCallback):
-    """Lets Ctrl-C end a run between two steps; a second one ends it at once.
+    """Lets Ctrl-C or SIGTERM end a run between two steps; a second one ends it at once.
 
     Raised wherever the interpreter happens to be, a KeyboardInterrupt can land in a finalizer, which swallows it: the
     run would go on as if nobody had asked.
@@ -248,16 +280,17 @@ class InterruptBetweenSteps(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over Ctrl-C from Python's own handler; any other handler, and other threads, are left alone."""
+        """Take over the two signals from Python's own handlers; others' handlers, and other threads, are left alone."""
+        own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._ask)
+        taken = {s: handler for s, handler in own.items() if in_main_thread and signal.getsignal(s) is handler}
+        for number in taken:
+            signal.signal(number, self._ask)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, handler in taken.items():
+                signal.signal(number, handler)
         if self._asked:  # after the last step
             raise KeyboardInterrupt
 
@@ -287,34 +320,80 @@ class NonFiniteGuard(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients.values())))):
             self._in_a_row = 0
             return
         step = state.global_step + 1
-        reason = f"step {step}: the gradient is not finite{self._where()}"
+        reason = f"step {step}: the gradient is not finite{self._where(gradients)}"
         self._in_a_row += 1
         self.recorder.refuse()
-        records.append(self.recorder.path, records.SkippedUpdate(step=step, reason=reason))
+        self.recorder.write(records.SkippedUpdate(step=step, reason=reason))
         # In float16 a gradient overflows whenever the loss scale is too large, as it is at first: no divergence.
         overflow = args.fp16 and self.recorder.losses_are_finite()
+        if self.policy == "rollback" and not overflow:
+            raise Diverged(step, reason)
         if self.policy == "stop" and not overflow:
             raise NonFiniteUpdate(
                 f"{reason}; the update was refused and the run stopped. Start again in another folder with a lower "
-                "learning rate or precision fp32, or with nonfinite skip to go on past such steps"
+                "learning rate or precision fp32, with nonfinite skip to go on past such steps, or nonfinite rollback"
             )
         if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise NonFiniteUpdate(f"{reason}, for the {self._in_a_row}th time in a row: the run has diverged")
         if not args.fp16:  # there the scaler passes over the update, and needs the gradients to lower its scale
             model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
 
-    def _where(self) -> str:
-        """The first layer whose attention is no longer finite, if that is what happened."""
-        for entropy in self.recorder.entropies:
-            broken = (~torch.isfinite(entropy)).any(dim=1).nonzero().flatten()
-            if len(broken):
-                return f", beginning in the attention of layer {int(broken[0])}"
-        return ""
+    def _where(self, gradients: dict[str, Tensor]) -> str:
+        """Where it began, in any process: the first layer with broken attention, the loss, or the last with a broken
+        gradient, for gradients are made from the last layer to the first.
+        """
+        if layers := [(~torch.isfinite(entropy)).any(dim=1) for entropy in self.recorder.entropies]:
+            broken = torch.stack(layers).any(dim=0)
+            numbers = torch.arange(len(broken), device=broken.device)
+            first = int(least(torch.where(broken, numbers, len(broken)).min()))
+            if first < len(broken):
+                return f", beginning in the attention of layer {first}"
+        if not self.recorder.losses_are_finite():
+            return ", beginning in the loss"
+        numbered = {name: re.search(r"\bblocks\.(\d+)\.", name) for name in gradients}
+        of_layers = [
+            int(found[1])
+            for name, found in numbered.items()
+            if found and not torch.isfinite(whole(gradients[name])).all()
+        ]
+        return f", beginning in the gradient of layer {max(of_layers)}" if of_layers else ""
+
+
+class CollapseGuard:
+    """Watches for layers whose attention has collapsed: mean entropy below a share of what a causal mask allows."""
+
+    def __init__(self, policy: str, below: float, context_length: int) -> None:
+        self.policy = policy
+        self.allowed = float(maximum_entropy(context_length, "causal").mean())
+        self.least = below * self.allowed
+
+    def __call__(self, step: int, entropy: Tensor) -> None:
+        """Look at the entropies `(L, H)` of a step.
+
+        Raises:
+            CollapsedAttention: a layer has collapsed, and the policy is to stop.
+            Diverged: likewise, and the policy is to go back.
+        """
+        means = entropy.mean(dim=1).tolist()
+        collapsed = [layer for layer, mean in enumerate(means) if mean < self.least]
+        if not collapsed:
+            return
+        named = ", ".join(f"{layer} ({means[layer]:.3f} nats)" for layer in collapsed)
+        reason = (
+            f"step {step}: attention has collapsed, beginning in layer{'s' * (len(collapsed) > 1)} {named}, "
+            f"of {self.allowed:.2f} nats that a causal mask allows"
+        )
+        if self.policy == "rollback":
+            raise Diverged(step, reason)
+        raise CollapsedAttention(
+            f"{reason}; the run stopped. The same command would come here again: start in another folder with a lower "
+            "learning rate, the entropy regulariser, or collapse rollback"
+        )
 
 
 class CheckpointSeal(TrainerCallback):
@@ -325,6 +404,32 @@ class CheckpointSeal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir))
-        if state.is_world_process_zero:
-            seal(folder / f"checkpoint-{state.global_step}", self.recorder.pending())
+        wait_for_all()  # every process has a file of its own in the checkpoint
+        if is_main():
+            path = folder / f"checkpoint-{state.global_step}"
+            with or_without_it(path):
+                seal(path, self.recorder.pending())
             remove_oldest(folder, self.keep)
+
+
+@contextmanager
+def or_without_it(path: Path) -> Iterator[None]:
+    """Write the checkpoint `path`; what there is no room for is removed again.
+
+    Raises:
+        UserError: it could not be written; says why, and which one the run can be continued from.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:150]
+        if not isinstance(error, OSError):  # torch and safetensors have no class of their own for this
+            if not re.search(r"PytorchStreamWriter|inline_container|I/?O ?[Ee]rror", reason):
+                raise
+            reason = f"no room, or a limit on the size of files ({reason})"
+        shutil.rmtree(path, ignore_errors=True)
+        before = newest_sealed(path.parent)
+        raise UserError(
+            f"{path.name} could not be written to {path.parent}: {reason}; it was removed. Once there is room, "
+            f"the same command continues the run from {before or 'its start'}"
+        ) from None

@@ -25,11 +25,31 @@ class Checkpoint:
 
 
 def seal(folder: Path, pending: dict[str, Any]) -> None:
-    """Declare the checkpoint in `folder` whole; `pending` is kept for whoever resumes from it."""
+    """Declare the checkpoint in `folder` whole; `pending` is kept for whoever resumes from it.
+
+    Everything is on the disk when this returns: the checkpoint before may then be removed.
+    """
     files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != SEAL}
+    for name in files:
+        _to_disk(folder / name)
     partial = folder / (SEAL + ".partial")
     partial.write_text(json.dumps({"files": files, "pending": pending}, indent=2) + "\n", encoding="utf-8")
+    _to_disk(partial)
     os.replace(partial, folder / SEAL)
+    _to_disk(folder)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def newest_sealed(folder: Path) -> str | None:
+    """Name of the newest checkpoint below `folder` that has a seal."""
+    return next((path.name for _, path in _by_step(folder) if (path / SEAL).exists()), None)
 
 
 def remove_oldest(folder: Path, keep: int) -> None:

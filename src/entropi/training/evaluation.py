@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from entropi import records
+from entropi.data.shards import Blocks
 from entropi.entropy.recording import record_entropy
+from entropi.training.distributed import processes, rank, total
 
 PATTERN_SEQUENCES = 8
 MAX_STRETCHES = 64  # of positions: enough for a line in a figure
@@ -35,37 +37,58 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate_blocks(
-    model: nn.Module, blocks: np.ndarray, batch_size: int = 32, progress: Callable[[int], None] | None = None
+    model: nn.Module, blocks: Blocks | np.ndarray, batch_size: int = 32, progress: Callable[[int], None] | None = None
 ) -> HeldOut:
     """Evaluate on `blocks` `(N, T)`; every token after the first of a block is predicted.
 
     `model` is ours or any causal LM that `record_entropy` takes. Float32 whatever the training precision, so that
-    figures of different runs can be compared. `progress` is called with the number of blocks done.
+    figures of different runs can be compared. `progress` is called with the number of blocks done. The processes of
+    a run share the batches out, and all get the result of all.
     """
-    # The class's own forward: mixed-precision training replaces the instance's by one under autocast.
-    forward = type(model).forward
     was_training = model.training
     model.eval()
-    total, tokens, entropy = 0.0, 0, torch.zeros(0)
     ours = getattr(model.config, "model_type", None) == "entropi"  # whose output holds the entropies
-    for start in range(0, len(blocks), batch_size):
+    starts = list(range(0, len(blocks), batch_size))
+    # Every process runs as many batches as the others, since a sharded model is put together by all of them.
+    rounds = math.ceil(len(starts) / processes())
+    loss_sum, tokens, entropy = 0.0, 0, torch.zeros(())
+    for turn in range(rounds):
+        number = turn * processes() + rank()
+        start = starts[number % len(starts)]
         ids = _ids(model, blocks[start : start + batch_size])
-        with nullcontext() if ours else record_entropy(model) as recorded:
-            out = forward(model, ids, use_cache=False)
+        with _own_forward(model), nullcontext() if ours else record_entropy(model) as recorded:
+            out = model(ids, use_cache=False)
+        counts = float(number < len(starts))  # 0 for a batch that another process has already
         losses = nn.functional.cross_entropy(
             out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
         )
-        total += float(losses)
-        tokens += ids.shape[0] * (ids.shape[1] - 1)
+        loss_sum += counts * float(losses)
+        tokens += int(counts) * ids.shape[0] * (ids.shape[1] - 1)
         if recorded is None:
-            heads = torch.stack([e.double().mean(dim=-1).sum(dim=0) for e in out.entropies]).cpu()
+            heads = torch.stack([e.double().mean(dim=-1).sum(dim=0) for e in out.entropies])
         else:
-            heads = recorded.mean().double().cpu() * len(ids)
-        entropy = heads if start == 0 else entropy + heads
+            heads = recorded.mean().double() * len(ids)
+        entropy = entropy.to(heads.device) + counts * heads
         if progress is not None:
-            progress(min(start + batch_size, len(blocks)))
+            progress(min((turn + 1) * processes() * batch_size, len(blocks)))
     model.train(was_training)
-    return HeldOut(cross_entropy=total / tokens, tokens=tokens, entropy=entropy / len(blocks))
+    sums = total(torch.cat([entropy.new_tensor([loss_sum, tokens], dtype=torch.float64), entropy.flatten()])).cpu()
+    return HeldOut(
+        cross_entropy=float(sums[0] / sums[1]),
+        tokens=int(sums[1]),
+        entropy=sums[2:].reshape(entropy.shape) / len(blocks),
+    )
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """With the class's own forward: mixed-precision training replaces the instance's by one under autocast."""
+    replaced = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            model.__dict__["forward"] = replaced
 
 
 def _ids(model: nn.Module, blocks: np.ndarray) -> Tensor:
@@ -74,7 +97,7 @@ def _ids(model: nn.Module, blocks: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def observe_patterns(
-    model: nn.Module, blocks: np.ndarray, progress: Callable[[int], None] | None = None
+    model: nn.Module, blocks: Blocks | np.ndarray, progress: Callable[[int], None] | None = None
 ) -> records.AttentionPattern:
     """Where the heads of `model` look on `blocks` `(N, T)`, one at a time, and their entropy by position.
 

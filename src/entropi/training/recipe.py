@@ -24,8 +24,11 @@ class Recipe:
     Args:
         architecture: in the paper's notation, such as SM+LN+G, SM+SNorm(FFN), SM(t)+ScFuFFN; wrapped as EReg(...) it
             is trained with the entropy regulariser
-        corpus: "stdlib" (the source code of this Python's standard library) or a text file or folder
-        vocab_size: entries of the byte-level BPE tokenizer trained on the corpus
+        corpus: "stdlib" (the source code of this Python's standard library), "codeparrot" or "pg19" (from the Hugging
+            Face hub), a text file, or a folder of texts, of Parquet or Arrow files, or of tokenised books
+        tokenizer: a tokenizer.json, its folder, or a name on the hub; by default one is learnt from the corpus
+        vocab_size: entries of the byte-level BPE tokenizer learnt from the corpus
+        packing: cut sequences from one "stream" of all texts, or from each "document" (the paper's CodeParrot)
         context_length: tokens a sequence, T
         layers: number of layers, L
         heads: attention heads a layer, H
@@ -38,9 +41,13 @@ class Recipe:
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
         bias: linear layers with a bias: "qk" (the paper's code), "all" or "none"
         steps: optimizer updates
-        batch_size: sequences a device and micro-batch
-        gradient_accumulation: micro-batches an update
-        learning_rate: peak learning rate of AdamW
+        batch_size: sequences a micro-batch, of one process
+        gradient_accumulation: micro-batches an update; several processes share them out, so that a recipe is the same
+            training with any number of them
+        optimizer: "adamw", or "muon" for the matrices in the layers and AdamW for the rest
+        adam_beta2: decay of AdamW's mean of squares
+        learning_rate: peak learning rate
+        learning_rate_floor: where a linear or cosine schedule ends
         weight_decay: on matrices; never on biases, gains, scales, temperatures and thresholds
         warmup: share of the steps over which the learning rate rises
         schedule: how the learning rate falls after warm-up
@@ -56,7 +63,11 @@ class Recipe:
         temperature_init: initial softmax temperature t of SM(t)
         temperature_granularity: one temperature per head and query "position" (the paper) or per "head"
         temperature_parametrization: learn t itself ("literal", the paper) or log t ("exp"), which keeps t positive
-        nonfinite: what a non-finite gradient does: "stop" the run, or "skip" the update (at most 10 in a row)
+        nonfinite: what a non-finite gradient does: "stop" the run, "skip" the update (at most 10 in a row), or go back
+            to the last checkpoint and on at half the learning rate ("rollback", at most 3 times)
+        collapse: what collapsed attention does, looked for at every entropy record: nothing ("ignore"), "stop" or
+            "rollback"
+        collapse_below: a layer has collapsed whose mean entropy is below this share of what a causal mask allows
         log_every: steps between loss records
         entropy_every: steps between entropy records
         evaluate_every: steps between evaluations on held-out text (0: at the end only)
@@ -67,7 +78,9 @@ class Recipe:
 
     architecture: str = "EReg(SM(t)+ScFuFFN)"
     corpus: str = "stdlib"
+    tokenizer: str = ""
     vocab_size: int = 2048
+    packing: Literal["stream", "document"] = "stream"
     context_length: int = 128
     layers: int = 4
     heads: int = 4
@@ -82,7 +95,10 @@ class Recipe:
     steps: int = 600
     batch_size: int = 32
     gradient_accumulation: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    adam_beta2: float = 0.999
     learning_rate: float = 1e-3
+    learning_rate_floor: float = 0.0
     weight_decay: float = 0.1
     warmup: float = 0.05
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -98,7 +114,9 @@ class Recipe:
     temperature_init: float = 1.0
     temperature_granularity: Literal["position", "head"] = "position"
     temperature_parametrization: Literal["literal", "exp"] = "literal"
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    collapse: Literal["ignore", "stop", "rollback"] = "ignore"
+    collapse_below: float = 0.05
     log_every: int = 10
     entropy_every: int = 20
     evaluate_every: int = 200
@@ -131,8 +149,19 @@ class Recipe:
         for name in ("learning_rate", "temperature_init"):
             if getattr(self, name) <= 0:
                 problems.append(f"{name} is {getattr(self, name)}, it must be positive")
+        if not 0 <= self.learning_rate_floor < self.learning_rate:
+            problems.append(
+                f"learning_rate_floor is {self.learning_rate_floor}, it must be below learning_rate, "
+                f"{self.learning_rate}, and not negative"
+            )
+        if self.learning_rate_floor > 0 and self.schedule == "constant":
+            problems.append("learning_rate_floor is for schedules that fall: linear and cosine")
+        if not 0 <= self.adam_beta2 < 1:
+            problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
         if not 0 <= self.warmup < 1:
             problems.append(f"warmup is {self.warmup}, a share of the steps in [0, 1) is needed")
+        if not 0 < self.collapse_below < 1:
+            problems.append(f"collapse_below is {self.collapse_below}, a share in (0, 1) is needed")
         if not 0 <= self.entropy_margin < 1:
             problems.append(f"entropy_margin is {self.entropy_margin}, a share in [0, 1) is needed")
         return problems
@@ -175,6 +204,11 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not a training recipe: lines such as 'steps: 600' are expected")
+    return make_recipe(settings, str(path))
+
+
+def make_recipe(settings: dict[str, Any], source: str) -> Recipe:
+    """A recipe from settings as YAML gives them; raises `UserError` as `load_recipe`, naming `source`."""
     types = get_type_hints(Recipe)
     problems = [f"unknown setting {name}" for name in sorted(str(name) for name in settings if name not in types)]
     known = {name: _as_float(value, types[name]) for name, value in settings.items() if name in types}
@@ -185,7 +219,7 @@ def load_recipe(path: Path) -> Recipe:
     except UserError as error:
         problems.append(str(error))
     if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{source}: {'; '.join(problems)}")
     return recipe
 
 

@@ -37,14 +37,19 @@ from entropi import records
 from entropi.console import ProgressLine, make_console
 from entropi.costs.operations import count
 from entropi.data.packing import Prepared, prepare
+from entropi.data.shards import Blocks
+from entropi.data.tokenizer import end_of_text_id, tokenizer_hash
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.training import distributed
 from entropi.training.callbacks import (
     CheckpointSeal,
+    CollapseGuard,
+    Diverged,
     InterruptBetweenSteps,
     Live,
     LiveView,
@@ -64,20 +69,23 @@ except ImportError:  # Windows
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 ENVIRONMENT_FILE = "environment.json"
+ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 3
 
 
-def train(recipe: Recipe, folder: Path, live: Live | None = None) -> Path:
+def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool = False) -> Path:
     """Train as `recipe` says into the run folder `folder`; continue there if it holds an unfinished run of it.
 
-    The records are written in any case; `live` shows them in a tracker as well.
+    The records are written in any case; `live` shows them in a tracker as well. Called in every process that torchrun
+    or accelerate started, it is one run on all of them: every process has the model, or with `shard` a part of it
+    (FSDP2). A run may be continued with another number of processes, sharded or not.
 
     Returns:
         The folder of the trained model, ready for `from_pretrained`.
 
     Raises:
-        UserError: a recipe that cannot be trained, or a folder that holds something else.
+        UserError: a recipe that cannot be trained, a folder that holds something else, or another process that died.
     """
-    console = make_console()
+    console = make_console() if distributed.is_main() else Console(quiet=True)
     architecture, regularised = split_training_name(recipe.architecture)
     recipe = _check_folder(recipe, folder)
     model_folder = folder / MODEL_FOLDER
@@ -85,24 +93,84 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None) -> Path:
         console.print(f"{folder} holds the finished run of this recipe; nothing to do.", markup=False)
         return model_folder
     _check_precision(recipe)
+    _check_processes(recipe, shard)
     _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
-    prepared = prepare(recipe.corpus, recipe.vocab_size, recipe.context_length, console=console)
-    _check_corpus(recipe, prepared)
-    with _alone_in(folder), _quiet_transformers():
-        recipe = _begin_folder(recipe, folder)
-        set_seed(recipe.seed)
-        entries = prepared.tokenizer.get_vocab_size()
-        model = EntropiForCausalLM(_model_config(recipe, architecture, regularised, entries))
-        checkpoint = _resume_point(recipe, folder, prepared, console)
-        _record_start(recipe, folder, model, prepared, architecture, checkpoint)
-        _optimize(recipe, folder, model, prepared, checkpoint, console, live)
+    # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
+    prepared = prepare_corpus(recipe, console)
+    with _alone_in(folder), _quiet_transformers(), distributed.connected():
+        recipe = distributed.from_main(_begin_folder(recipe, folder) if distributed.is_main() else recipe)
+        checkpoint = distributed.from_main(
+            _resume_point(recipe, folder, prepared, console) if distributed.is_main() else None
+        )
+        model = _new_model(recipe, prepared)
+        if distributed.is_main():
+            _record_start(recipe, folder, model, prepared, architecture, checkpoint)
+        while True:
+            try:
+                model = _optimize(recipe, folder, model, prepared, checkpoint, console, live, shard)
+                break
+            except Diverged as event:
+                checkpoint = distributed.from_main(_go_back(folder, event, console) if distributed.is_main() else None)
+                model = _new_model(recipe, prepared)
 
         heldout = prepared.packed.heldout
         with ProgressLine("evaluating on held-out text", len(heldout), console=console) as line:
             result = evaluate_blocks(model, heldout, recipe.batch_size, line.update)
-        _record_result(folder, recipe, model, result, heldout)
-        _save_model(model, prepared.tokenizer, recipe, result, model_folder)
+        if distributed.is_main():
+            _record_result(folder, recipe, model, result, heldout)
+            _save_model(model, prepared.tokenizer, recipe, result, model_folder)
+        distributed.wait_for_all()
     return model_folder
+
+
+def prepare_corpus(recipe: Recipe, console: Console) -> Prepared:
+    """The data of a recipe: read, tokenised and cut, or found in the cache.
+
+    Raises:
+        UserError: a corpus or tokenizer that cannot be used, or too little text for one update.
+    """
+    prepared = prepare(
+        recipe.corpus,
+        recipe.vocab_size,
+        recipe.context_length,
+        console=console,
+        tokenizer=recipe.tokenizer,
+        per_document=recipe.packing == "document",
+    )
+    _check_corpus(recipe, prepared)
+    return prepared
+
+
+def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
+    """The model before its first step: the same in every process."""
+    set_seed(recipe.seed)
+    architecture, regularised = split_training_name(recipe.architecture)
+    return EntropiForCausalLM(_model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size()))
+
+
+def _go_back(folder: Path, event: Diverged, console: Console) -> Checkpoint | None:
+    """The last checkpoint before a divergence, or None for the start; noted in the records.
+
+    Raises:
+        UserError: it happened too often.
+    """
+    path = folder / records.RECORDS_FILE
+    factor = _rate_factor(folder) * ROLLBACK_FACTOR
+    if factor < ROLLBACK_FACTOR**MOST_ROLLBACKS:
+        raise UserError(f"{event.reason}; the run has gone back {MOST_ROLLBACKS} times already: it has diverged")
+    checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, console)
+    step = checkpoint.step if checkpoint else 0
+    records.forget_after(path, step)
+    back = records.RolledBack(step=step, from_step=event.step, reason=event.reason, rate_factor=factor)
+    records.append(path, back)
+    console.print(f"{event.reason}; going back to step {step}, on at {factor:g} of the learning rate", markup=False)
+    return checkpoint
+
+
+def _rate_factor(folder: Path) -> float:
+    """What the recipe's learning rates are multiplied by: 1, and less where the run has gone back."""
+    back = [r for r in records.read(folder / records.RECORDS_FILE) if isinstance(r, records.RolledBack)]
+    return back[-1].rate_factor if back else 1.0
 
 
 def _optimize(
@@ -113,13 +181,17 @@ def _optimize(
     checkpoint: Checkpoint | None,
     console: Console,
     live: Live | None,
-) -> None:
-    """Bring `model` from `checkpoint`, or from the start, to the last step."""
+    shard: bool,
+) -> EntropiForCausalLM:
+    """The model brought from `checkpoint`, or from the start, to the last step."""
     done = checkpoint.step if checkpoint else 0
-    if checkpoint and done >= recipe.steps:  # interrupted in the last evaluation; the Trainer would take a step more
+    if checkpoint and (shard or done >= recipe.steps):
         load_model(model, checkpoint.path / "model.safetensors")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return
+    if done >= recipe.steps:  # interrupted in the last evaluation; the Trainer would take a step more
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scalars = {name for name, p in model.named_parameters() if p.dim() == 0}
+    if shard:
+        distributed.shard(model)
     progress = ProgressLine(f"training {recipe.architecture}", recipe.steps, done=done, console=console)
     recorder = RunRecorder(
         folder / records.RECORDS_FILE,
@@ -130,11 +202,14 @@ def _optimize(
     )
     if checkpoint:
         recorder.restore(checkpoint.pending)
+    if recipe.collapse != "ignore":
+        recorder.on_entropy = CollapseGuard(recipe.collapse, recipe.collapse_below, recipe.context_length)
+    factor = distributed.from_main(_rate_factor(folder) if distributed.is_main() else 1.0)
     interrupt = InterruptBetweenSteps()
     trainer = EntropiTrainer(
         model=model,
-        args=_training_arguments(recipe, folder, live),
-        train_dataset=BlockDataset(prepared.packed.train),
+        args=_training_arguments(recipe, folder, live, factor),
+        train_dataset=BlockDataset(prepared.packed.train, _sequences_per_epoch(recipe, prepared)),
         callbacks=[
             recorder,
             NonFiniteGuard(recipe.nonfinite, recorder),
@@ -143,12 +218,19 @@ def _optimize(
         ],
         eval_dataset=BlockDataset(prepared.packed.heldout[: recipe.evaluation_blocks]),
         recorder=recorder,
+        muon=recipe.optimizer == "muon",
+        scalars=scalars,
     )
     trainer.remove_callback(PrinterCallback)
     if live is not None:
         recorder.watchers.append(LiveView(live, trainer, folder))
     with progress, interrupt.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    if shard:  # the rest is done with a plain model: that of the last checkpoint
+        model = _new_model(recipe, prepared)
+        load_model(model, folder / CHECKPOINTS_FOLDER / f"checkpoint-{recipe.steps}" / "model.safetensors")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> records.DiagnosisRecord:
@@ -319,23 +401,48 @@ def _check_precision(recipe: Recipe) -> None:
         raise UserError("this GPU has no bfloat16; use precision fp16 or fp32")
 
 
-def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
-    """Refuse a corpus without a single batch: the Trainer would end without a step."""
-    found = len(prepared.packed.train)
-    if found < recipe.batch_size:
+def _check_processes(recipe: Recipe, shard: bool) -> None:
+    """Refuse a number of processes that would change the training, or what cannot be sharded."""
+    count = distributed.launched()
+    if recipe.gradient_accumulation % count:
         raise UserError(
-            f"{recipe.corpus} gives {found} training sequences of {recipe.context_length} tokens, one batch needs "
-            f"{recipe.batch_size}: give more text or a smaller batch_size"
+            f"{count} processes share out the micro-batches of an update, and gradient_accumulation is "
+            f"{recipe.gradient_accumulation}: a multiple of {count} is needed (and batch_size smaller by as much)"
+        )
+    if shard and count == 1:
+        raise UserError("one process has nothing to shard: start several, torchrun --nproc-per-node 2 -m entropi train")
+    if shard and recipe.precision == "fp16":
+        raise UserError("a sharded model cannot be trained in fp16: use bf16 or fp32")
+
+
+def _sequences_per_epoch(recipe: Recipe, prepared: Prepared) -> int:
+    """Whole updates only, so that an epoch has as many of them in any number of processes."""
+    an_update = recipe.batch_size * recipe.gradient_accumulation
+    return len(prepared.packed.train) // an_update * an_update
+
+
+def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse a corpus without a single update: the Trainer would end without a step."""
+    if not _sequences_per_epoch(recipe, prepared):
+        raise UserError(
+            f"{recipe.corpus} gives {len(prepared.packed.train)} training sequences of {recipe.context_length} tokens, "
+            f"one update needs {recipe.batch_size * recipe.gradient_accumulation}: give more text or a smaller "
+            "batch_size"
         )
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Create and hold the run folder; a second process in it would remove the first one's unfinished checkpoint.
+    """Create and hold the run folder; a second run in it would remove the first one's unfinished checkpoint.
+
+    Of several processes of one run, the main one holds it.
 
     Raises:
         UserError: it cannot be created, or another process holds it.
     """
+    if not distributed.is_main():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -410,6 +517,8 @@ def _resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Con
         starts = [r for r in records.read(path) if isinstance(r, records.RunStarted)]
         if starts and starts[-1].corpus_hash != prepared.corpus.content_hash:
             raise UserError(f"the corpus {recipe.corpus} has changed since {folder} was begun; choose another folder")
+        if starts and starts[-1].tokenizer_hash not in ("", tokenizer_hash(prepared.tokenizer)):
+            raise UserError(f"the tokenizer has changed since {folder} was begun; choose another folder")
     checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, console)
     if begun:
         step = checkpoint.step if checkpoint else 0
@@ -442,6 +551,7 @@ def _record_start(
             heldout_tokens=prepared.packed.heldout.size,
             corpus=recipe.corpus,
             corpus_hash=prepared.corpus.content_hash,
+            tokenizer_hash=tokenizer_hash(prepared.tokenizer),
             tokens_per_step=_tokens_per_step(recipe),
             total_steps=recipe.steps,
             precision=recipe.precision,
@@ -454,7 +564,9 @@ def _tokens_per_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation * recipe.context_length
 
 
-def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) -> TrainingArguments:
+def _training_arguments(
+    recipe: Recipe, folder: Path, live: Live | None = None, factor: float = 1.0
+) -> TrainingArguments:
     # A tracker's own names, as far as this version of transformers knows them; nothing is ever put on a public page.
     tracking = {"project": "entropi", "trackio_space_id": None, "trackio_static_space_id": False}
     known = {field.name for field in fields(TrainingArguments)}
@@ -463,12 +575,12 @@ def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) 
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=recipe.learning_rate,
+        gradient_accumulation_steps=recipe.gradient_accumulation // distributed.launched(),
+        learning_rate=recipe.learning_rate * factor,
         weight_decay=recipe.weight_decay,
-        adam_beta2=0.999,
+        adam_beta2=recipe.adam_beta2,
         warmup_steps=round(recipe.warmup * recipe.steps),
-        lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+        **_schedule(recipe, factor),
         max_grad_norm=recipe.gradient_clip,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
@@ -483,6 +595,7 @@ def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) 
         save_steps=recipe.save_every or recipe.steps,
         save_total_limit=None,  # CheckpointSeal removes old ones, after the new one is sealed
         dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=[live.tracker] if live is not None else "none",
@@ -492,9 +605,20 @@ def _training_arguments(recipe: Recipe, folder: Path, live: Live | None = None) 
     )
 
 
-def _record_result(
-    folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut, heldout: np.ndarray
-) -> None:
+def _schedule(recipe: Recipe, factor: float) -> dict[str, Any]:
+    """The names under which transformers knows a schedule with a warm-up and a floor."""
+    floor = recipe.learning_rate_floor * factor
+    match recipe.schedule:
+        case "linear" if floor:
+            return {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1.0, "lr_end": floor}}
+        case "cosine" if floor:
+            return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": floor}}
+        case "constant":
+            return {"lr_scheduler_type": "constant_with_warmup"}
+    return {"lr_scheduler_type": recipe.schedule}
+
+
+def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut, heldout: Blocks) -> None:
     path = folder / records.RECORDS_FILE
     records.append(
         path,
@@ -526,10 +650,11 @@ def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe,
         "perplexity on held-out text": f"{result.perplexity:.2f} ({result.tokens:,} tokens)",
     }
     write_card(partial, model_card(model.config, model.inference_parameters(), facts))
+    end = tokenizer.id_to_token(end_of_text_id(tokenizer))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        bos_token="<|endoftext|>",
+        eos_token=end,
+        bos_token=end,
         model_max_length=recipe.context_length,
     ).save_pretrained(partial)
     os.replace(partial, folder)
