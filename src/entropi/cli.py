@@ -712,7 +712,9 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
         helps = {p.arg_name: p.description for p in doc.params}
         command = _Parser(description=doc.short_description)
         skipped = set()
-        for flag in {"json", "record", "shard", "prepare_only"} & set(helps):  # where jsonargparse would want "true"
+        for flag, kind in function.__annotations__.items():
+            if kind not in (bool, "bool"):  # these are flags, where jsonargparse would want "true"
+                continue
             skipped.add(flag)
             command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
         if function is report:
