@@ -81,12 +81,13 @@ def costed(
     advise: bool = True,
 ) -> Costed:
     """Counts, prediction and advice for one configuration."""
+    counts, folded = count(shape, seq_len), count(shape, seq_len, folded=True)  # they refuse impossible lengths
     prediction = predict(shape, seq_len, calibration, line, options)
     return Costed(
         name=name,
         shape=shape,
-        counts=count(shape, seq_len),
-        folded=count(shape, seq_len, folded=True),
+        counts=counts,
+        folded=folded,
         prediction=prediction,
         paper=advice.paper_figures(shape, seq_len),
         changes=advice.changes(shape, seq_len, calibration, line, options, prediction) if advise else [],

@@ -344,6 +344,7 @@ class StudyRow(Base, tag="study_row"):
     loss: list[float]  # training cross-entropy (Fig. 2b)
     loss_std: list[float]
     folded_ffn_flops: int = 0  # what private inference computes of them
+    predicted_bytes: float | None = None  # of a private prompt of the context length (`entropi cost`), where known
 
 
 class StudyClaim(Base, tag="study_claim"):

@@ -124,6 +124,8 @@ class Predictor:
     def run(self, tokens: int, *, every_row: bool = False) -> PassCost:
         """A pass over `tokens` more tokens after those before it."""
         model, options = self._model, self._options
+        if tokens < 1:
+            raise UserError(f"{tokens} tokens cannot be a pass; at least 1 is needed")
         if self._past + tokens > model.positions:
             raise UserError(
                 f"{self._past + tokens} tokens are more than the {model.positions} positions that this model has"

@@ -146,13 +146,15 @@ def tables(study: StudyResult) -> list[Table]:
             "Perplexity and cost",
             "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
             "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
-            "of the feed-forward networks before and after folding.",
+            "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
+            "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8.",
             [
                 "row",
                 "seeds",
                 "perplexity",
                 "nats",
                 "parameters",
+                "MB in private",
                 "nonlinear operations",
                 "FLOPs FFN / folded / attention",
             ],
@@ -163,6 +165,7 @@ def tables(study: StudyResult) -> list[Table]:
                     _perplexity(row),
                     with_spread(row.cross_entropy, 4),
                     rounded(row.parameters),
+                    "–" if row.predicted_bytes is None else f"{row.predicted_bytes / 1e6:,.1f}",
                     _operations(row),
                     " / ".join(map(rounded, flops)) if (flops := _flops(row)) else "–",
                 ]

@@ -86,7 +86,23 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         loss=_mean(losses).tolist(),
         loss_std=_std(losses).tolist(),
         folded_ffn_flops=folded[0].ffn_flops if folded else 0,
+        predicted_bytes=_predicted_bytes(folder / runs[0].folder, started.context_length),
     )
+
+
+def _predicted_bytes(run: Path, seq_len: int) -> float | None:
+    """What a private prompt of `seq_len` tokens moves; None where that cannot be predicted."""
+    from entropi.model.shape import read_shape
+
+    try:
+        from entropi.costs.calibration import shipped
+        from entropi.costs.prediction import line_of, predict
+    except ImportError:  # the extra "private"
+        return None
+    try:
+        return predict(read_shape(run), seq_len, shipped("cheetah"), line_of("wan")).prompt.bytes
+    except UserError:
+        return None
 
 
 def compare(lower: str, higher: str, runs: Sequence[records.StudyRun]) -> records.StudyClaim | None:
