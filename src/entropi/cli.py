@@ -265,7 +265,7 @@ def cost_of(
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        max_position_embeddings=max(seq_len + 1, 1024),
+        max_position_embeddings=max(seq_len, 1024),
         bias=bias,
     )
     if runs:
