@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("jax")
 
-from entropi import costing
+from entropi import costing, records
+from entropi.cli import main
 from entropi.costs import advice
 from entropi.costs.calibration import Calibration, Price, read, shipped, solve, write
 from entropi.costs.operations import parameters
@@ -240,3 +241,75 @@ def test_json_and_tables_say_the_same(capsys: pytest.CaptureFixture[str]):
         for operation in one.prediction.prompt.by_operation().values():
             assert f"{operation.bytes / 1e6:,.1f}" in shown
         assert data["changes"] == [asdict(change) for change in one.changes]
+
+
+def run_folder(folder: Path, perplexity: float, architecture: str) -> Path:
+    """What `entropi cost` reads of a trained run: its model's configuration and its evaluation."""
+    (folder / "model").mkdir(parents=True)
+    config = {**asdict(replace(SMALL, architecture=architecture)), "model_type": "entropi"}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    entropy = [[1.0] * 4] * 2
+    loss = math.log(perplexity)
+    evaluation = records.Evaluation(step=1, cross_entropy=loss, perplexity=perplexity, tokens=10, entropy=entropy)
+    records.append(folder / records.RECORDS_FILE, evaluation)
+    return folder
+
+
+def test_runs_are_placed_by_cost_and_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    good = run_folder(tmp_path / "good", 20.0, "SM+ScFuFFN")
+    dear = run_folder(tmp_path / "dear", 30.0, "SM+LN+G")
+    picture = tmp_path / "pareto.png"
+    assert main(["cost", "--seq-len", "32", "--runs", str(good), str(dear), "--picture", str(picture), "--json"]) == 0
+    found = {one["run"]: one for one in json.loads(capsys.readouterr().out)}
+    assert found["good"]["MB"] < found["dear"]["MB"]
+    assert (found["good"]["on_frontier"], found["dear"]["on_frontier"]) == (True, False)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recorded_prediction_is_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    run = run_folder(tmp_path / "run", 20.0, "SM+LN+R")
+    assert main(["cost", "--architecture", str(run), "--seq-len", "32", "--record"]) == 0
+    prediction = records.read(run / records.RECORDS_FILE)[-1]
+    assert isinstance(prediction, records.PredictionRecord)
+    assert (prediction.architecture, prediction.seq_len) == ("SM+LN+R", 32)
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Predicted private inference" in page
+    assert prediction.trust in page
+
+
+def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "bytes.svg"
+    words = [
+        "cost",
+        "--compare",
+        "SM+LN+G",
+        "SM+ScFuFFN",
+        "--layers",
+        "2",
+        "--seq-len",
+        "32",
+        "--picture",
+        str(picture),
+    ]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "*" in shown
+    assert "of the bytes;" in shown
+    assert "<svg" in picture.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_calibration_finds_the_shipped_bytes_and_messages(tmp_path: Path):
+    pytest.importorskip("spu")
+    assert main(["cost", "--protocol", "semi2k", "--calibrate", str(tmp_path / "prices.json")]) == 0
+    found, known = read((tmp_path / "prices.json").read_bytes(), "prices.json"), shipped("semi2k")
+    assert found.prices.keys() == known.prices.keys()
+    for name, price in known.prices.items():
+        assert found.prices[name].bytes == pytest.approx(price.bytes, rel=0.01, abs=0.01), name
+        assert found.prices[name].messages == pytest.approx(price.messages, rel=0.01, abs=0.01), name
+    record = predict(SMALL, 16, found, NETWORKS["lan"], Options(embedding="public"))
+    assert record.calibrated_on == found.machine
