@@ -330,7 +330,7 @@ def take(channel: Any, processes: list[Any]) -> StageTraffic | str | None:
 
 def simulate(protocol: str, task: Task) -> list[StageTraffic]:
     """One layer and the last one under another protocol, all parties in this process."""
-    model = msgspec.structs.replace(description(task.architecture, 2), exp_iterations=task.iterations, vocab_size=1000)
+    model = msgspec.structs.replace(description(task.architecture, 2), exp_iterations=task.iterations)
     engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
     random = np.random.default_rng(task.seed)
     for name, shape in model.weight_shapes().items():
