@@ -169,6 +169,18 @@ class OperationCost(msgspec.Struct, kw_only=True):
     seconds: float  # computing, on the calibrated machine with all parties on it
     latency: float  # seconds, the network's part included
 
+    def __add__(self, other: OperationCost) -> OperationCost:
+        """Both together, under the first one's name."""
+        return OperationCost(
+            name=self.name,
+            layer=self.layer if self.layer == other.layer else -1,
+            bytes=self.bytes + other.bytes,
+            messages=self.messages + other.messages,
+            trips=self.trips + other.trips,
+            seconds=self.seconds + other.seconds,
+            latency=self.latency + other.latency,
+        )
+
 
 class PassCost(msgspec.Struct, kw_only=True):
     """A pass through the model, by operation in the order in which they run."""
@@ -198,12 +210,9 @@ class PassCost(msgspec.Struct, kw_only=True):
     def by_operation(self) -> dict[str, OperationCost]:
         """Summed over layers, the operation with most bytes first."""
         sums: dict[str, OperationCost] = {}
-        for o in self.operations:
-            s = sums.setdefault(
-                o.name, OperationCost(name=o.name, layer=-1, bytes=0, messages=0, trips=0, seconds=0, latency=0)
-            )
-            for field in ("bytes", "messages", "trips", "seconds", "latency"):
-                setattr(s, field, getattr(s, field) + getattr(o, field))
+        for operation in self.operations:
+            name = operation.name
+            sums[name] = sums[name] + operation if name in sums else operation
         return dict(sorted(sums.items(), key=lambda item: item[1].bytes, reverse=True))
 
 

@@ -163,7 +163,7 @@ class Predictor:
                 counted.update(self._books.count(use))
             cost = self._cost(stage, counted)
             key = (stage.name, stage.layer)
-            operations[key] = cost if key not in operations else _added(operations[key], cost)
+            operations[key] = operations[key] + cost if key in operations else cost
         return PassCost(operations=list(operations.values()))
 
     def _cost(self, stage: Stage, counted: Counter[str]) -> OperationCost:
@@ -190,18 +190,6 @@ class Predictor:
             seconds=seconds,
             latency=latency,
         )
-
-
-def _added(one: OperationCost, other: OperationCost) -> OperationCost:
-    return OperationCost(
-        name=one.name,
-        layer=one.layer,
-        bytes=one.bytes + other.bytes,
-        messages=one.messages + other.messages,
-        trips=one.trips + other.trips,
-        seconds=one.seconds + other.seconds,
-        latency=one.latency + other.latency,
-    )
 
 
 def predict(
