@@ -423,6 +423,26 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
     assert {log: log.read_bytes() for log in logs} == logs
 
 
+def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_path: Path):
+    """At any length that the new file may have reached before it is looked at again."""
+    path = tmp_path / records.RECORDS_FILE
+
+    def write_steps(*steps: int) -> None:
+        lines = [f'{{"kind":"skipped","step":{step},"reason":"{"x" * (step % 7)}"}}\n' for step in steps]
+        path.write_text("".join(lines), encoding="utf-8")
+
+    for length in range(1, 12):
+        run = study_module._Process(run=None, place=tmp_path, log=path, popen=None, slot=0)  # type: ignore[arg-type]
+        write_steps(1, 2, 3, 4, 5)
+        assert run.progress() == 5
+        assert run.progress() == 5
+        write_steps(*range(3, 3 + length))
+        assert run.progress() == max(5, 2 + length)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write('{"kind":"skipped","step":40,"reason":""}\n{"kind":"skip')
+        assert run.progress() == 40
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_no_result(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):
     """Too little text for a batch is the user's mistake: the others are trained, and it is said."""

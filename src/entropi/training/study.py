@@ -273,12 +273,17 @@ class _Process:
         path = self.place / records.RECORDS_FILE
         try:
             with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self.offset:  # a run that resumes forgets
-                    self.offset = 0
                 file.seek(self.offset)
-                whole = file.read().rpartition(b"\n")[0]
+                new = file.read()
+                # A run that resumes puts a shorter file in this one's place, which may have grown again since: what was
+                # read last then no longer ends where a line does.
+                if self.offset and not new.startswith(b"\n"):
+                    self.offset = 0
+                    file.seek(0)
+                    new = file.read()
         except OSError:
             return self.step
+        whole = new.rpartition(b"\n")[0]
         self.offset += len(whole)
         for line in whole.split(b"\n"):
             if line.strip():
