@@ -19,7 +19,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import secrets
 import socket
 import statistics
@@ -40,6 +39,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
+from entropi.costs.calibration import machine
 from entropi.private.engine import PARTIES, Engine, Simulation
 from entropi.private.messages import CLIENT, SERVER, Settings
 from entropi.private.program import Description, Stage, forward, one_hot
@@ -409,14 +409,6 @@ class Result(msgspec.Struct):
     machine: str
     turns: int = 0  # of the direction between the parties in the last pass: an upper bound of its dependent trips
     simulated: str | None = None  # the protocol, where the parties were threads of one process
-
-
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        name = next((line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line), name)
-    return f"{os.cpu_count()} x {name}"
 
 
 def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> Result:

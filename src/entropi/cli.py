@@ -227,7 +227,7 @@ def cost_of(
         embedding: token table private to the server, or public
         exp_iterations: t of the softmax kernel for models that were trained with the exact softmax
         budget: list what answers the prompt within so much, such as 2GB or 30s
-        runs: run folders with measured perplexities, for a picture of cost against perplexity (needs --picture)
+        runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
         calibration: file of prices measured by --calibrate, in place of those that come with the package
         calibrate: measure this machine's prices (some minutes) and write them to this file
@@ -238,6 +238,9 @@ def cost_of(
         _check_parent(picture)
     if calibrate is not None:
         _check_parent(calibrate)
+    recorded = Path(architecture) / records.RECORDS_FILE
+    if record and (compare or not recorded.is_file()):
+        raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
     with _extra("private"):
         from entropi import costing
         from entropi.costs import calibration as prices
@@ -283,12 +286,7 @@ def cost_of(
         for name, shape in (costing.shape_of(word, base) for word in compare or [architecture])
     ]
     if record:
-        folder = Path(architecture)
-        if compare or not (folder / records.RECORDS_FILE).is_file():
-            raise UserError(
-                "--record needs --architecture with one run folder, to whose records the prediction is added"
-            )
-        records.append(folder / records.RECORDS_FILE, found[0].prediction)
+        records.append(recorded, found[0].prediction)
     if picture is not None:
         with _extra("report"):
             from entropi.report import figures

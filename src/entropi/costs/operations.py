@@ -22,6 +22,8 @@ class Parts(Protocol):
     @property
     def activation(self) -> str: ...  # "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu", "identity"
     @property
+    def gated(self) -> bool: ...  # two halves of the inner width are multiplied
+    @property
     def ffn(self) -> str: ...  # "plain", "scaled" or "fused"
 
 
@@ -58,9 +60,6 @@ class Configuration(Protocol):
     def final_norm(self) -> bool: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
-
-
-_HALVES = ("bilinear", "swiglu")  # activations that multiply two halves of the inner width
 
 
 def _check_length(config: Configuration, seq_len: int) -> None:
@@ -117,7 +116,7 @@ def ffn_flops(config: Configuration, seq_len: int, *, folded: bool = False) -> i
     """
     _check_length(config, seq_len)
     width, parts = config.hidden_size, config.parts
-    matrices = 3 if parts.activation in _HALVES else 2
+    matrices = 3 if parts.gated else 2
     per_token = 2 * width * width if parts.ffn == "fused" else 2 * matrices * width * _ffn_width(config)
     if folded:
         if parts.activation == "identity":
@@ -152,7 +151,7 @@ def parameters(config: Configuration) -> int:
     parts = config.parts
     width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
     fused = parts.ffn == "fused"
-    up = 2 * inner if parts.activation in _HALVES else inner
+    up = 2 * inner if parts.gated else inner
     layer = 2 * width * (width + shared) + (width * width if fused else width * (up + inner))
     if config.bias == "all":
         layer += 2 * width + 2 * shared + (width if fused else up + width)
@@ -186,7 +185,7 @@ def folded_parameters(config: Configuration) -> int:
     if parts.temperature and config.temperature_granularity == "position":
         layer += config.num_attention_heads * config.max_position_embeddings
     if parts.activation != "identity":
-        up = 2 * inner if parts.activation in _HALVES else inner
+        up = 2 * inner if parts.gated else inner
         layer += (width + 1) * up + (inner + 1) * width
     if _has_linear_map(config):
         layer += (width + 1) * width

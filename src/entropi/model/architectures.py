@@ -38,6 +38,11 @@ class Parts:
     ffn: Literal["plain", "scaled", "fused"] = "plain"  # "ScFFN" and "ScFuFFN" are scaled as in Eq. 8
 
     @property
+    def gated(self) -> bool:
+        """The feed-forward network multiplies two halves of what its first matrix computes."""
+        return self.activation in ("bilinear", "swiglu")
+
+    @property
     def softmax_only(self) -> bool:
         """Softmax is the only nonlinear operation in the layers."""
         return self.norm == "none" and self.activation == "identity"

@@ -27,6 +27,7 @@ class PlainFeedForward(nn.Module):
         # torch's one kernel for the tanh form; "gelu_new", the same formula in eight, took a tenth of a training step.
         gelu = "gelu_pytorch_tanh" if config.activation_function == "gelu_new" else config.activation_function
         self.activation, self.gelu = config.parts.activation, ACT2FN[gelu]
+        self.gated = config.parts.gated
         self.up = make_linear(config, "ffn", config.hidden_size, self.branches * inner, bias)
         self.down = make_linear(config, "ffn", inner, config.hidden_size, bias)
         self.leaky_slope: nn.Parameter | float | None = None  # None: the model's, common to all layers
@@ -38,7 +39,7 @@ class PlainFeedForward(nn.Module):
     @property
     def branches(self) -> int:
         """How many times the inner width `up` computes: bilinear networks and SwiGLU multiply two halves."""
-        return 2 if self.activation in ("bilinear", "swiglu") else 1
+        return 2 if self.gated else 1
 
     def forward(self, hidden: Tensor, common_slope: Tensor | None = None) -> Tensor:
         return hidden + self.branch(self.norm(hidden), common_slope)
