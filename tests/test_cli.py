@@ -119,6 +119,23 @@ def model(tmp_path: Path, trained: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+def test_evaluate_cuts_as_the_run_was_trained(entropi: Callable[..., Done], model: Path, tmp_path: Path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.py").write_text(f"def f{number}(x):\n    return x\n" * (3 + number))
+
+    def tokens(*options: str) -> int:
+        return int(json.loads(entropi("evaluate", model, "--corpus", texts, "--json", *options).out)["tokens"])
+
+    stream, documents = tokens(), tokens("--packing", "document")
+    assert 0 < documents < stream  # the rest of every document is dropped
+    config = model / "config.yaml"
+    config.write_text(config.read_text().replace("packing: stream", "packing: document"))
+    assert tokens() == documents
+    assert tokens("--packing", "stream") == stream
+
+
 def test_a_prepared_corpus_is_trained_and_measured_on(entropi: Callable[..., Done], tmp_path: Path, corpus: Path):
     done = entropi("train", tmp_path / "run", "--corpus", corpus, *TINY, "--prepare-only")
     assert done.status == 0, done

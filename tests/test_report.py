@@ -34,6 +34,7 @@ from entropi.records import (
     PlaintextComparison,
     PrivateRun,
     Record,
+    RolledBack,
     RunStarted,
     SkippedUpdate,
     StageTraffic,
@@ -721,6 +722,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
         EntropySnapshot(step=1, entropy=holes, threshold=holes, temperature=holes),
         Evaluation(step=1, cross_entropy=NAN, perplexity=math.inf, tokens=1, entropy=holes),
         SkippedUpdate(step=2, reason="the loss is not finite"),
+        RolledBack(step=0, from_step=2, reason="<b>the loss</b>", rate_factor=0.5),
         DiagnosisRecord(
             entropy=holes,
             context_length=0,
@@ -741,6 +743,8 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     page = report([path], tmp_path / "report.html")
     assert "not finite" in page.text
     assert "1 update was refused" in page.text
+    assert "It diverged once and went on from a checkpoint, in the end at 50.0 % of the recipe" in page.text
+    assert "from step 2 to 0: <b>the loss</b>" in page.text
     assert "nan" not in page.text.lower()
 
 

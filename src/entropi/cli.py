@@ -94,6 +94,7 @@ def train(
 def evaluate(
     model: Path,
     corpus: str = "stdlib",
+    packing: Literal["stream", "document"] | None = None,
     batch_size: int = 32,
     exp_iterations: int | None = None,
     json: bool = False,
@@ -103,12 +104,14 @@ def evaluate(
     Args:
         model: run folder or saved model
         corpus: "stdlib" or a text file or folder; its held-out part is used
+        packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run
+            folder was trained, and else from a stream
         batch_size: sequences at a time
         exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
             softmax; by default what the model was trained with
         json: print one JSON object
     """
-    result = _evaluate(*_heldout(model, corpus, exp_iterations), batch_size)
+    result = _evaluate(*_heldout(model, corpus, exp_iterations, packing=packing), batch_size)
     if json:
         _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
     else:
@@ -838,12 +841,14 @@ def _heldout(
     exp_iterations: int | None,
     sequences: int | None = None,
     context_length: int | None = None,
+    packing: Literal["stream", "document"] | None = None,
 ) -> tuple[Any, Any]:
     """A model and blocks `(N, T)` of the held-out part of a corpus, made with its own tokenizer."""
     import numpy as np
 
     from entropi.data.packing import heldout_blocks
     from entropi.data.tokenizer import end_of_text_id
+    from entropi.training.recipe import CONFIG_FILE, load_recipe
     from entropi.training.run import model_type, open_causal_lm, open_model
 
     for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
@@ -853,6 +858,8 @@ def _heldout(
         loaded, tokenizer, _ = open_model(model)
         end, begins = end_of_text_id(tokenizer), False
         longest = usual = loaded.config.max_position_embeddings
+        if packing is None and (model / CONFIG_FILE).is_file():  # a run folder
+            packing = load_recipe(model / CONFIG_FILE).packing
         if exp_iterations is not None:
             loaded.set_exp_iterations(exp_iterations or None)
     else:
@@ -865,10 +872,9 @@ def _heldout(
     length = context_length or usual
     if length > longest:
         raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
-    if begins:  # such models expect it, and many heads rest on it
-        blocks = np.insert(heldout_blocks(corpus, tokenizer, length - 1, end)[:sequences], 0, end, axis=1)
-    else:
-        blocks = heldout_blocks(corpus, tokenizer, length, end)[:sequences]
+    # Models with a token that begins every text expect it, and many heads rest on it.
+    cut = heldout_blocks(corpus, tokenizer, length - begins, end, per_document=packing == "document")[:sequences]
+    blocks = np.insert(cut, 0, end, axis=1) if begins else cut
     if not len(blocks):
         raise UserError(f"the held-out part of {corpus} is shorter than one block of {length} tokens")
     return loaded, blocks

@@ -136,8 +136,10 @@ def pack(
     return np.concatenate([np.empty((0, block_length), np.int32), *cut])
 
 
-def heldout_blocks(source: str, tokenizer: Tokenizer, block_length: int, eos_id: int) -> Tokens:
-    """Blocks `(N, block_length)` int32 of the held-out part of what `prepare` takes, in memory.
+def heldout_blocks(
+    source: str, tokenizer: Tokenizer, block_length: int, eos_id: int, *, per_document: bool = False
+) -> Tokens:
+    """Blocks `(N, block_length)` int32 of the held-out part of what `prepare` takes, in memory, cut as `pack` does.
 
     Raises `UserError` for what cannot be read, and for tokens that another tokenizer made.
     """
@@ -147,13 +149,13 @@ def heldout_blocks(source: str, tokenizer: Tokenizer, block_length: int, eos_id:
             raise UserError(f"the tokenizer of this model has no token {books.largest}, which is in {folder}")
         return Blocks(books.heldout, block_length)[:]
     if (folder := Path(os.path.expanduser(source))) and (folder / shards.MANIFEST).is_file():
-        prepared = _open_prepared(folder, "", block_length, per_document=False)
+        prepared = _open_prepared(folder, "", block_length, per_document)
         if not encode_alike(prepared.tokenizer, tokenizer):
             raise UserError(f"the tokens in {folder} were made with another tokenizer than this model's")
         return prepared.packed.heldout[:]
     dataset = find_dataset(source)
     corpus = load_corpus(source) if dataset is None else open_dataset(dataset)
-    return pack(corpus.heldout, tokenizer, block_length, eos_id)
+    return pack(corpus.heldout, tokenizer, block_length, eos_id, per_document=per_document)
 
 
 def load_or_pack(

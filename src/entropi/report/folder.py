@@ -26,6 +26,7 @@ from entropi.records import (
     PredictionRecord,
     PrivateRun,
     Record,
+    RolledBack,
     RunStarted,
     SkippedUpdate,
     TrainingStep,
@@ -49,6 +50,7 @@ class Run:
     snapshots: list[EntropySnapshot] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     skipped: list[SkippedUpdate] = field(default_factory=list)
+    rolled_back: list[RolledBack] = field(default_factory=list)
     diagnosis: DiagnosisRecord | None = None
     pattern: AttentionPattern | None = None
     cost: CostRecord | None = None  # before folding
@@ -160,6 +162,8 @@ def read_run(folder: Path) -> Run:
                 run.evaluations.append(record)
             case SkippedUpdate():
                 run.skipped.append(record)
+            case RolledBack():
+                run.rolled_back.append(record)
             case DiagnosisRecord():
                 run.diagnosis = record
             case AttentionPattern():
