@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from entropi.entropy.attention import available_implementations, entropy_attention
+from entropi.machine import processor
 
 BATCH, HEADS, WIDTH = 4, 12, 64
 Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -105,12 +105,6 @@ def peak_memory() -> float:
     """Most megabytes this process has held. Not getrusage's figure: a child inherits that from its parent."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [x.partition(":")[2].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

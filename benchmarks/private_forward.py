@@ -39,7 +39,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
-from entropi.costs.calibration import machine
+from entropi.machine import machine
 from entropi.private.engine import PARTIES, Engine, Simulation
 from entropi.private.messages import CLIENT, SERVER, Settings
 from entropi.private.program import Description, Stage, forward, one_hot

@@ -21,8 +21,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropi.entropy.regularizer import EntropyRegularizer
+from entropi.machine import processor
 from entropi.model.decoder import EntropiForCausalLM
-from entropy_attention import peak_memory, processor
+from entropy_attention import peak_memory
 
 
 def make_step(

@@ -681,7 +681,7 @@ class _Parser(ArgumentParser):
 
     def format_help(self) -> str:
         text = re.sub(r"--[a-z_]+", lambda match: match[0].replace("_", "-"), super().format_help())
-        return text.replace("<class 'Path'>", "Path")
+        return re.sub(r"<class\s+'Path'>", "Path", text)  # with a line break in it, as the help is wrapped
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         command = self.prog.replace(" [options]", "")

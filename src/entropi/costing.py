@@ -16,24 +16,21 @@ from entropi.console import ProgressLine
 from entropi.costs import advice
 from entropi.costs.calibration import Calibration
 from entropi.costs.operations import count
-from entropi.costs.prediction import Network, Options, predict
+from entropi.costs.prediction import Cost, Network, Options, predict
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
-from entropi.records import CostRecord, PassCost, PredictionRecord
+from entropi.records import PassCost, PredictionRecord
 
 _BAR = 24  # characters of the longest bar
 _FILE_WIDTH = 120  # columns
 
 
 @dataclass(frozen=True)
-class Costed:
-    """Everything known of one configuration."""
+class Costed(Cost):
+    """What one configuration costs, and what is said beside it."""
 
     name: str
     shape: Shape
-    counts: CostRecord
-    folded: CostRecord
-    prediction: PredictionRecord
     paper: tuple[float, float] | None  # GB, minutes
     changes: list[advice.Change]
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import importlib.resources
 import os
-import platform
 import socket
 import statistics
 import threading
@@ -27,6 +26,7 @@ import numpy as np
 from entropi.costs.cheetah import CALLS, Cheetah
 from entropi.costs.tracing import Known, Use, Value, uses
 from entropi.errors import UserError
+from entropi.machine import machine
 from entropi.private.program import Stage
 
 ProtocolName: TypeAlias = Literal["cheetah", "semi2k", "aby3"]
@@ -273,16 +273,6 @@ def _free_port() -> int:
 def workers() -> int:
     """Processor cores that SPU finds on this machine, at most as many as it uses for oblivious transfers."""
     return min(48, os.cpu_count() or 1)
-
-
-def machine() -> str:
-    """This machine in words."""
-    name = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = cpu.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    return f"{os.cpu_count()} x {name}"
 
 
 # --- Solving for prices -----------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from entropi.data.shards import Blocks
 from entropi.data.tokenizer import end_of_text_id, tokenizer_hash
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
+from entropi.machine import processor
 from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.configuration import EntropiConfig
@@ -687,18 +688,13 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
     return {
         "command": ["entropi", *sys.argv[1:]],
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
