@@ -198,6 +198,23 @@ def test_prices_under_cheetah(simulations, function, shape, claimed):
 
 
 @pytest.mark.slow
+def test_a_few_factors_of_one_party_cost_no_ciphertext(simulations):
+    """The server's factors for one row of queries: a ciphertext each way is 0.87 MB."""
+    engine, rows, factors = simulations("cheetah"), uniform(-2, 2, 4, 1, 64), uniform(0.5, 2, 4, 1)
+    run(engine, functions.relu, rows)  # leaves the rows behind as "x0", shared
+    engine.hold("factors", factors, 0)
+
+    def cost(name, function):
+        stage = Stage(name, -1, function, ("x0", "factors"), ("result",))
+        least = min(engine.run(stage).bytes for _ in range(3))  # one of them may prepare products for the next
+        np.testing.assert_allclose(engine.reveal("result"), rows * factors[..., None], atol=4 * RESOLUTION)
+        return least
+
+    assert cost("ours", lambda x, f: functions.scale_rows(x, f, private=True)) < rows.size * 240
+    assert cost("the engine's", lambda x, f: x * f[..., None]) > 800_000
+
+
+@pytest.mark.slow
 def test_parts_save_a_ciphertext(simulations):
     odd = uniform(-1, 1, FULL + 200)
     _, whole = run(simulations("cheetah"), functions.square, odd)
@@ -258,3 +275,25 @@ def test_products_with_private_matrices_come_in_pieces_where_memory_asks_for_it(
         a, b = np.ones((rows, inner), np.float32), uniform(-1, 1, inner, columns)
         a *= np.arange(rows)[:, None]
         np.testing.assert_allclose(functions.times_matrix(a, b), a @ b, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "entries", "width", "products"),
+    # one further token; 16 and 128 tokens in pairs: blocks of 8 rows; a small table; nothing to choose
+    [(1, 50257, 768, 1), (8, 50257, 768, 2), (64, 50257, 768, 16), (64, 2048, 128, 1), (3, 53, 24, 1)],
+)
+def test_the_table_comes_in_pieces_that_memory_holds(rows, entries, width, products):
+    chosen, table = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((rows, entries), (entries, width)))
+    found = [e for e in jax.make_jaxpr(functions.times_table)(chosen, table).eqns if e.primitive.name == "dot_general"]
+    assert len(found) == products
+    for product in found:
+        (block, inner), (_, columns) = (operand.aval.shape for operand in product.invars)
+        assert block * inner * columns <= functions._POLYNOMIALS * functions.CIPHERTEXT
+
+
+@pytest.mark.parametrize(("polynomials", "rows"), [(1, 5), (1, 64), (2, 7), (30_000, 7)])
+def test_the_table_in_pieces_is_the_whole(monkeypatch, polynomials, rows):
+    monkeypatch.setattr(functions, "_POLYNOMIALS", polynomials)
+    table = uniform(-1, 1, 603, 40)
+    ids = random.integers(0, 603, rows)
+    np.testing.assert_array_equal(functions.times_table(np.eye(603, dtype=np.float32)[ids], table), table[ids])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax")
-import jax.numpy as jnp  # noqa: E402
 import msgspec  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
@@ -54,13 +53,6 @@ def test_long_prompts_are_scored_in_blocks(monkeypatch):
         for step, got in enumerate(logits):
             expected = reference_logits(model, weights, prompt + generated[:step])
             np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.usefixtures("_double_precision")
-def test_large_tables_are_read_in_pieces(monkeypatch):
-    monkeypatch.setattr(program, "_TABLE_ROWS", 10)
-    table = np.random.default_rng(0).normal(size=(53, 24))
-    np.testing.assert_allclose(program.embed(jnp.asarray(one_hot(PROMPT, 53)), jnp.asarray(table)), table[PROMPT])
 
 
 @pytest.mark.usefixtures("_double_precision")

@@ -24,7 +24,7 @@ _SENT_BYTES, _ANSWER_BYTES = 175_000, 262_000  # of a matrix product's ciphertex
 _PRODUCT_BYTES = 165  # of one number times another, without the truncation
 _PRIVATE_PRODUCT_BYTES = 106  # of a shared number times one that one party knows
 _POLYNOMIALS = 30_000  # that one product may hold at the server, 6 GB
-_FEW = 3700  # numbers whose products, made of prepared ones, cost less than a ciphertext of squares
+_FEW = 3700  # numbers whose products, made of prepared ones, cost less than a ciphertext each way
 
 
 def product_bytes(rows: int, inner: int, columns: int) -> int:
@@ -47,6 +47,32 @@ def times_matrix(x: Array, matrix: Array) -> Array:
     if rows <= most:
         return x @ matrix
     return jnp.concatenate([x[start : start + most] @ matrix for start in range(0, rows, most)])
+
+
+def times_table(chosen: Array, table: Array) -> Array:
+    """One-hot rows `(n, V)` times the server's `(V, d)`, cut to fit its memory in the way that sends least.
+
+    What fits is limited as in `times_matrix`, and every piece of the table sends answers of its own. Fewer rows at a
+    time leave room for larger pieces, until their answers no longer fill ciphertexts.
+    """
+    rows, (entries, width) = chosen.shape[0], table.shape
+
+    def pieces(block: int) -> int:
+        return -(-block * entries * width // (_POLYNOMIALS * CIPHERTEXT))
+
+    def price(block: int) -> int:
+        return -(-rows // block) * pieces(block) * product_bytes(block, -(-entries // pieces(block)), width)
+
+    block = min((-(-rows >> halvings) for halvings in range(rows.bit_length())), key=price)
+    size = -(-entries // pieces(block))
+    parts = [
+        sum(
+            chosen[start : start + block, first : first + size] @ table[first : first + size]
+            for first in range(0, entries, size)
+        )
+        for start in range(0, rows, block)
+    ]
+    return jnp.concatenate(parts)
 
 
 # SPU's exponential with one squaring is (1 + x / 2)^2, and the only way to its multiplication of a number with itself,
@@ -211,8 +237,10 @@ def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
 
     168 bytes an element as products of numbers, 109 with private factors; as a product with a diagonal matrix 73 for
     128 rows of 768, and half of it with private ones. That takes ten times the processor's time, so it has to save
-    two fifths of the bytes.
+    two fifths of the bytes. A few numbers: 240.
     """
+    if private and x.size < _FEW:
+        factor = shared(factor, x)
     rows, width = x.shape[-2:]
     block = min(rows, 128)
     numbers = block * width * (_PRIVATE_PRODUCT_BYTES if private else _PRODUCT_BYTES)
@@ -224,6 +252,16 @@ def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
     # Chosen by a public mask, the server's factors stay the server's, and its product with them costs half.
     diagonal = jnp.where(np.eye(block, dtype=bool), factors[..., None], 0.0)
     return (diagonal @ blocks).reshape(x.shape)
+
+
+def shared(x: Array, other: Array) -> Array:
+    """`x`, which one party knows, as a value that neither knows, as `other` is: without traffic.
+
+    For such values alone the engine prepares products in advance; others cost a ciphertext each way however few they
+    are. The gather keeps the compiler from seeing that nothing of `other` remains.
+    """
+    joint = jnp.concatenate([x.reshape(-1), other.reshape(-1)[:1]])
+    return joint[np.arange(x.size)].reshape(x.shape)
 
 
 def sums_of_squares(x: Array) -> Array:

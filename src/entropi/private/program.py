@@ -37,6 +37,7 @@ from entropi.private.functions import (
     square,
     sums_of_squares,
     times_matrix,
+    times_table,
     top_k,
 )
 
@@ -45,7 +46,6 @@ Norm: TypeAlias = Literal["none", "rms", "layer"]
 Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
 
-_TABLE_ROWS = 4096  # of the embedding in one product
 LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
@@ -292,12 +292,8 @@ def warm_up() -> tuple[Stage, dict[str, tuple[tuple[int, int], Literal["server",
 
 
 def embed(tokens: Array, table: Array, *positions: Array, past: int = 0) -> Array:
-    """`(m, V)` one-hot rows -> `(m, d)`, with the rows of their positions where these are learned.
-
-    In pieces of the vocabulary: the engine holds 3 KB a table entry in a product of 128 rows.
-    """
-    pieces = [slice(start, start + _TABLE_ROWS) for start in range(0, table.shape[0], _TABLE_ROWS)]
-    return add_positions(sum(tokens[:, piece] @ table[piece] for piece in pieces), *positions, past=past)
+    """`(m, V)` one-hot rows -> `(m, d)`, with the rows of their positions where these are learned."""
+    return add_positions(times_table(tokens, table), *positions, past=past)
 
 
 def pair_products(tokens: Array, table: Array, *, shift: int) -> tuple[Array, Array]:
@@ -307,7 +303,7 @@ def pair_products(tokens: Array, table: Array, *, shift: int) -> tuple[Array, Ar
     part is a multiple of 2^(2 s + f), at least 2^64, and vanishes: what remains is 2^s a. In plaintext it would not.
     Products must stay below 2^61 last digits, of which there are 2 f in a unit: that limits the table's entries.
     """
-    pairs = embed(tokens, table)
+    pairs = times_table(tokens, table)
     return pairs, pairs * 2.0**shift
 
 
