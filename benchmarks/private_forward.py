@@ -85,7 +85,7 @@ ROWS: dict[str, tuple[str, int, int, float, float]] = {
     "SM(t)+ScFuFFN T=256": ("SM(t)+ScFuFFN", 256, 12, 20.72, 4.5),
     "SM(t)+ScFuFFN T=512": ("SM(t)+ScFuFFN", 512, 2, 69.68, 15.0),
 }
-GENERATING = "SM+ScFuFFN T=128"  # this row also runs one token more
+GENERATING = ("SM+ScFuFFN T=128", "SM(t)+ScFuFFN T=128")  # these rows also run one token more
 
 
 def description(architecture: str, layers: int) -> Description:
@@ -215,12 +215,12 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
 
     inputs = np.random.default_rng(task.seed + 1)
     if task.kind == "embedding":
-        for length in (1, task.tokens):
+        for number, length in enumerate((1, task.tokens, 1)):  # the first exchanges keys
             ids = inputs.integers(0, model.vocab_size, length).tolist()
             shape = (-(-length // 2), model.vocab_size)
             hold("tokens", shape, CLIENT, partial(one_hot, ids, model.vocab_size, paired=True))
             stages = forward(model, length, 0, 8, paired=True)
-            run((stage for stage in stages if stage.name == "embedding"), 0, length == task.tokens)
+            run((stage for stage in stages if stage.name == "embedding"), number - 1, number > 0)
     else:
         lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
         state = "state" if plain else "embedded"
@@ -476,20 +476,23 @@ def main() -> None:
         for tokens in sorted({ROWS[row][1] for row in options.rows if row in ROWS} or {128}):
             task = Task("embedding", "SM+ScFuFFN", tokens, 2, options.seed)
             result = measured(options.out, f"embedding T={tokens}", task)
-            embeddings[tokens] = sum(stage.bytes for stage in result.stages) / 1e9
-            summary[f"embedding T={tokens}"] = {"GB": embeddings[tokens], "seconds": result.stages[-1].seconds}
+            prompt, token = (sum(s.bytes for s in result.stages if s.token == n) for n in (0, 1))
+            seconds = sum(stage.seconds for stage in result.stages if stage.token == 0)
+            embeddings[tokens] = prompt / 1e9
+            summary[f"embedding T={tokens}"] = {"GB": prompt / 1e9, "seconds": seconds, "token_MB": token / 1e6}
+            print(f"private table: {prompt / 1e6:.1f} MB for {tokens} tokens, {token / 1e6:.1f} MB for one more")
 
     lines = []
     for row in [name for name in ROWS if name in options.rows]:
         architecture, tokens, layers, paper, goal = ROWS[row]
         layers = min(layers, options.layers or layers)
-        further = int(row == GENERATING and layers == 12)
+        further = int(row in GENERATING and layers == 12)
         task = Task("forward", architecture, tokens, layers, options.seed, further, options.iterations)
         result = measured(options.out, row, task)
         if further:
             prompt, token = (sum(s.bytes for s in result.stages if s.token == n) / 1e6 for n in (0, 1))
-            summary["generation"] = {"prompt_MB": prompt, "token_MB": token, "ratio": prompt / token}
-            print(f"\ngeneration: prompt of {tokens} tokens {prompt:.1f} MB, one more {token:.1f} MB")
+            summary[f"generation {architecture}"] = {"prompt_MB": prompt, "token_MB": token, "ratio": prompt / token}
+            print(f"\n{architecture}: prompt of {tokens} tokens {prompt:.1f} MB, one more {token:.1f} MB")
         print_operations(row, result)
         gigabytes, messages, seconds = whole(result.stages, layers)
         with_table = gigabytes + embeddings[tokens] if tokens in embeddings else None
