@@ -43,6 +43,7 @@ from entropi.machine import machine
 from entropi.private.engine import PARTIES, Engine, Simulation
 from entropi.private.messages import CLIENT, SERVER, Settings
 from entropi.private.program import Description, Stage, forward, one_hot
+from entropi.private.session import load_folded
 from entropi.records import StageTraffic
 from entropi.report.traffic import by_operation
 
@@ -173,21 +174,29 @@ def plain_settings(config: Any) -> None:
 class Task(msgspec.Struct, frozen=True):
     """What both parties run: a row's program over `tokens` tokens, then `further` single ones."""
 
-    kind: str  # "forward", "layer" (the first of it), "straightforward" (the same layer) or "embedding"
+    kind: str  # "forward", "layer" (the first of it), "straightforward" (the same layer), "embedding" or "trained"
     architecture: str
     tokens: int
     layers: int
     seed: int
     further: int = 0
     iterations: int = 3
+    folded: str = ""  # folder of a trained model, folded; then `ids` are the tokens, and the table is private
+    ids: list[int] = []
 
 
 WARM_UP = 8  # tokens of the pass that exchanges keys
 
 
 def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: Any) -> None:
-    """One of the two processes; puts a word before every pass, every stage's traffic, and None into `channel`."""
+    """One of the two processes; puts a word before every pass, every stage's traffic, and None into `channel`.
+
+    A trained model's logits stand before the None, at the client.
+    """
+    trained: dict[str, np.ndarray] = {}
     model = msgspec.structs.replace(description(task.architecture, task.layers), exp_iterations=task.iterations)
+    if task.kind == "trained":
+        model, trained = load_folded(Path(task.folded))
     plain = task.kind == "straightforward"
     engine = Engine(rank, session, links, Settings(), plain_settings if plain else None)
     random = np.random.default_rng(task.seed)
@@ -203,9 +212,10 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
         if task.kind == "embedding":
             wanted = name in ("embedding", "positions")
         else:
-            wanted = name.startswith("0.") if plain else name != "embedding"
+            wanted = name.startswith("0.") if plain else name != "embedding" or task.kind == "trained"
         if wanted:
-            hold(name, shape, SERVER, partial(random_weight, name, shape, model, random))
+            value = partial(trained.get, name) if trained else partial(random_weight, name, shape, model, random)
+            hold(name, shape, SERVER, value)
 
     def run(stages: Iterator[Stage], token: int, counted: bool) -> None:
         for stage in stages:
@@ -221,6 +231,14 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
             hold("tokens", shape, CLIENT, partial(one_hot, ids, model.vocab_size, paired=True))
             stages = forward(model, length, 0, 8, paired=True)
             run((stage for stage in stages if stage.name == "embedding"), number - 1, number > 0)
+    elif task.kind == "trained":
+        for number, ids in enumerate((task.ids[:WARM_UP], task.ids)):
+            hold("tokens", (len(ids), model.vocab_size), CLIENT, partial(one_hot, ids, model.vocab_size))
+            channel.put("a pass begins")
+            run(forward(model, len(ids), 0, 8), number - 1, number > 0)
+        logits, _ = engine.reveal_to_client("logits")
+        if rank == CLIENT:
+            channel.put(logits)
     else:
         lengths = [(task.tokens, 0)] + [(1, task.tokens + number) for number in range(task.further)]
         state = "state" if plain else "embedded"
@@ -287,8 +305,8 @@ class Turns:
             sink.shutdown(socket.SHUT_WR)
 
 
-def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int]:
-    """The client's view of a task's stages, and the turns between the parties in its last pass."""
+def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int, list[float]]:
+    """The client's view of a task's stages, the turns of its last pass, and the logits of a trained model."""
     context = multiprocessing.get_context("spawn")
     links, session, channels = free_links(), secrets.token_hex(16), [context.Queue(), context.Queue()]
     turns = Turns(links)
@@ -301,10 +319,14 @@ def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int]:
     for process in processes:
         process.start()
     found: list[StageTraffic] = []
+    logits: list[float] = []
     before = 0
     while (traffic := take(channels[CLIENT], processes)) is not None:
         if isinstance(traffic, str):
             before = turns.count
+            continue
+        if isinstance(traffic, np.ndarray):
+            logits = traffic[-1].tolist()
             continue
         found.append(traffic)
         total = sum(stage.bytes for stage in found)
@@ -313,10 +335,10 @@ def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int]:
     print(file=sys.stderr)
     for process in processes:
         process.join()
-    return found, turns.count - before
+    return found, turns.count - before, logits
 
 
-def take(channel: Any, processes: list[Any]) -> StageTraffic | str | None:
+def take(channel: Any, processes: list[Any]) -> StageTraffic | str | np.ndarray | None:
     """The next reading; fails when a party has died instead of waiting for it."""
     while True:
         try:
@@ -346,6 +368,39 @@ def simulate(protocol: str, task: Task) -> list[StageTraffic]:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
+def trained_run(run: Path, out: Path) -> tuple[Result, float, bool]:
+    """Two processes over one block of a trained run folder's held-out text, as a session with a private table runs it.
+
+    Returns the readings, the largest error of the last logits against torch, and whether the likeliest token agrees.
+    """
+    import torch
+
+    from entropi.model.folding import fold
+
+    model, heldout = opened(run)
+    folder = out / f"folded-{run.name}"
+    fold(model).save(folder)
+    ids = heldout[0].tolist()
+    config = model.config
+    task = Task("trained", config.architecture, len(ids), config.num_hidden_layers, 0, folded=str(folder), ids=ids)
+    result = measured(out, f"trained {run.name}", task)
+    with torch.no_grad():
+        plain = model.eval()(torch.tensor([ids])).logits[0, -1].double().numpy()
+    secure = np.array(result.logits)
+    return result, float(np.abs(secure - plain).max()), bool(secure.argmax() == plain.argmax())
+
+
+def opened(run: Path) -> tuple[Any, Any]:
+    """The model of a run folder, and blocks of its held-out text."""
+    from entropi.data.packing import prepare
+    from entropi.training.run import open_model
+
+    recipe = msgspec.yaml.decode((run / "config.yaml").read_bytes())
+    known = {field: recipe[field] for field in ("corpus", "vocab_size", "context_length")}
+    model, _, _ = open_model(run)
+    return model, prepare(known["corpus"], known["vocab_size"], known["context_length"]).packed.heldout
+
+
 class Accuracy(msgspec.Struct):
     """Logits of a secure run against the model's own in torch, on held-out text."""
 
@@ -361,14 +416,10 @@ def accuracy(run: Path, protocol: str, blocks: int) -> Accuracy:
     """Of a trained run folder's model, over all positions of `blocks` blocks of its held-out text."""
     import torch
 
-    from entropi.data.packing import prepare
     from entropi.model.folding import fold
-    from entropi.training.run import open_model
 
-    recipe = msgspec.yaml.decode((run / "config.yaml").read_bytes())
-    known = {field: recipe[field] for field in ("corpus", "vocab_size", "context_length")}
-    heldout = prepare(known["corpus"], known["vocab_size"], known["context_length"]).packed.heldout[:blocks]
-    model, _, _ = open_model(run)
+    model, heldout = opened(run)
+    heldout = heldout[:blocks]
     folded = fold(model)
     shape = msgspec.convert(folded.description, Description)
     engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
@@ -409,6 +460,7 @@ class Result(msgspec.Struct):
     machine: str
     turns: int = 0  # of the direction between the parties in the last pass: an upper bound of its dependent trips
     simulated: str | None = None  # the protocol, where the parties were threads of one process
+    logits: list[float] = []  # after the last token, of a trained model
 
 
 def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> Result:
@@ -419,8 +471,8 @@ def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> 
         if result.task == task:
             return result
     started = time.perf_counter()
-    stages, turns = run_two(task, label) if protocol is None else (simulate(protocol, task), 0)
-    result = Result(task, stages, time.perf_counter() - started, machine(), turns, protocol)
+    stages, turns, logits = run_two(task, label) if protocol is None else (simulate(protocol, task), 0, [])
+    result = Result(task, stages, time.perf_counter() - started, machine(), turns, protocol, logits)
     file.write_bytes(msgspec.json.encode(result))
     return result
 
@@ -547,6 +599,13 @@ def main() -> None:
             print(f"\n{protocol} ({trust}): {gigabytes:.3f} GB over all {PARTIES[protocol]}, SM+ScFuFFN T=128")  # type: ignore[index]
             summary[protocol] = {"GB": gigabytes, "messages": messages, "seconds": seconds}
     if options.model is not None:
+        result, error, agrees = trained_run(options.model, options.out)
+        print_operations(options.model.name, result)
+        gigabytes = sum(stage.bytes for stage in result.stages) / 1e9
+        print(
+            f"  {gigabytes * 1e3:.1f} MB in all; largest error of the last logits {error:.4f}, the same token: {agrees}"
+        )
+        summary["trained"] = {"GB": gigabytes, "largest_error": error, "same_likeliest": agrees}
         for protocol, blocks in (("ref2k", 12), ("cheetah", 1)):
             found = accuracy(options.model, protocol, blocks)
             change = found.secure_perplexity / found.perplexity - 1
