@@ -345,7 +345,8 @@ class NonFiniteGuard(TrainerCallback):
 
     def _where(self, gradients: dict[str, Tensor]) -> str:
         """Where it began, in any process: the first layer with broken attention, the loss, or the last with a broken
-        gradient, for gradients are made from the last layer to the first.
+        gradient, for gradients are made from the last layer to the first. Where each is finite and their norm is not,
+        the parameter with the largest.
         """
         if layers := [(~torch.isfinite(entropy)).any(dim=1) for entropy in self.recorder.entropies]:
             broken = torch.stack(layers).any(dim=0)
@@ -355,13 +356,14 @@ class NonFiniteGuard(TrainerCallback):
                 return f", beginning in the attention of layer {first}"
         if not self.recorder.losses_are_finite():
             return ", beginning in the loss"
-        numbered = {name: re.search(r"\bblocks\.(\d+)\.", name) for name in gradients}
-        of_layers = [
-            int(found[1])
-            for name, found in numbered.items()
-            if found and not torch.isfinite(whole(gradients[name])).all()
-        ]
-        return f", beginning in the gradient of layer {max(of_layers)}" if of_layers else ""
+        largest = {name: float(whole(gradient).abs().max()) for name, gradient in gradients.items()}
+        bad = [name for name in gradients if not math.isfinite(largest[name])]
+        if of_layers := [int(found[1]) for name in bad if (found := re.search(r"\bblocks\.(\d+)\.", name))]:
+            return f", beginning in the gradient of layer {max(of_layers)}"
+        if bad:
+            return f", beginning in that of {bad[-1]}"
+        most = max(largest, key=lambda name: largest[name])
+        return f", as the squares of {most} overflow, up to {largest[most]:.0e}"
 
 
 class CollapseGuard:
