@@ -250,6 +250,37 @@ def test_shapes_that_do_not_fit_are_named():
         entropy_attention(query, key, value, implementation="fused")
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])
+@pytest.mark.parametrize("odd", range(3))
+def test_dtypes_and_devices_that_do_not_fit_are_refused(implementation, odd):
+    """Compiled code that reads float32 as bfloat16 reads, and writes, beyond the end of a tensor."""
+    for change, message in ((torch.bfloat16, "different dtypes: .*bfloat16"), ("meta", "different devices: .*meta")):
+        mixed = [x.detach().float() for x in make_qkv()]
+        mixed[odd] = mixed[odd].to(change)
+        with pytest.raises(ValueError, match=message):
+            entropy_attention(*mixed, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])
+def test_under_autocast_the_three_are_taken_in_its_dtype(implementation):
+    """Rotary positions leave queries and keys in float32 there, beside values in bfloat16."""
+    query, key, value = (x.detach().float().requires_grad_() for x in make_qkv(queries=33, width=16))
+    low = [x.detach().bfloat16() for x in (query, key, value)]
+    expected = entropy_attention(*low, implementation=implementation)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, entropy = entropy_attention(query, key, value.bfloat16(), implementation=implementation)
+        double = entropy_attention(*[x.double() for x in (query, key, value)], implementation=implementation)
+    assert output.dtype == torch.bfloat16
+    assert double[0].dtype == double[1].dtype == torch.float64
+    for found, wanted in zip((output, entropy), expected):
+        torch.testing.assert_close(found, wanted)
+    (output.sum() + entropy.sum()).backward()
+    for x in (query, key, value):
+        assert x.grad is not None
+        assert x.grad.dtype == torch.float32
+        assert bool(torch.isfinite(x.grad).all())
+
+
 # The regulariser against a scalar double-precision evaluation of Algorithm 1, written as loops.
 
 

@@ -236,6 +236,17 @@ def test_rotary_positions_are_relative():
     assert not any("position" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("architecture", ["SM+LN+R", "SM(t)+ScFFN"])
+def test_rotary_models_train_under_autocast(architecture):
+    model = make_model(architecture, position_embedding="rotary").train()
+    expected = model(tokens(), labels=tokens()).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
 def test_a_kernel_of_many_iterations_is_the_exact_softmax():
     exact, close, far = (make_model("SM(t)+ScFuFFN", exp_iterations=t) for t in (None, 8, 2))
     expected = exact(tokens()).logits

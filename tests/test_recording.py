@@ -74,6 +74,24 @@ def test_rows_chosen_layers_and_gradients():
     assert model.model.layers[2].self_attn.q_proj.weight.grad is None
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_models_train_under_autocast(kind):
+    """With rotary positions their queries and keys are float32 there, their values bfloat16."""
+    entropi.register_attention()
+    model, plain = make(kind, "entropi"), make(kind)
+    ids = torch.randint(1, 71, (2, 19), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for each in (model, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(each(ids, labels=ids, use_cache=False).loss)
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        if theirs.grad is not None:
+            assert ours.grad is not None, name
+            assert (ours.grad - theirs.grad).norm() <= 0.1 * theirs.grad.norm() + 1e-3, name
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 def test_generation_with_a_cache_is_unchanged(kind):
     model = make(kind)

@@ -56,15 +56,18 @@ def entropy_attention(
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`.
 
+    Under autocast the three are taken in its dtype, as `scaled_dot_product_attention` takes them; float64 stays.
+
     Returns:
-        output `(B, H, T, D)` in the dtype of `query`, entropy `(B, H, T)` in nats, float32 (float64 for float64
+        output `(B, H, T, D)` in the dtype they have, entropy `(B, H, T)` in nats, float32 (float64 for float64
         input). A row that sees nothing has output 0 and entropy 0.
 
     Raises:
-        ValueError: shapes that do not fit, naming them; `exp_iterations` out of range; an implementation that cannot
-            run, saying why.
+        ValueError: shapes, dtypes or devices that do not fit, naming them; `exp_iterations` out of range; an
+            implementation that cannot run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
+    query, key, value = _of_one_kind(query, key, value)
     check_iterations(exp_iterations)
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
@@ -122,6 +125,19 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(f"query (B, H, T, D) and key, value (B, H, S, D) do not fit: {q}, {k}, {v}")
     if q[1] != k[1] and not (enable_gqa and q[1] % k[1] == 0):
         raise ValueError(f"{q[1]} query heads over {k[1]} key heads: enable_gqa needs a whole multiple")
+
+
+def _of_one_kind(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype on one device: compiled code that reads float32 as bfloat16 reads beyond its end."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"query, key and value are on different devices: {', '.join(str(t.device) for t in tensors)}")
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and all(tensor.dtype != torch.float64 for tensor in tensors):
+        tensors = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise ValueError(f"query, key and value have different dtypes: {', '.join(str(t.dtype) for t in tensors)}")
+    return tensors
 
 
 def _logits(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:

@@ -106,8 +106,8 @@ def rotation_of(position_ids: Tensor, dimensions: int, base: float, dtype: torch
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the first columns of `(B, H, T, k)`, as many as `cosine` has."""
+    """Turn the first columns of `(B, H, T, k)`, as many as `cosine` has; in the dtype of `heads`."""
     turning, rest = heads[..., : cosine.shape[-1]], heads[..., cosine.shape[-1] :]
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cosine + torch.cat([-second, first], dim=-1) * sine
-    return torch.cat([turned, rest], dim=-1)
+    return torch.cat([turned.to(heads.dtype), rest], dim=-1)  # under autocast the angles are wider
