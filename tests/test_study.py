@@ -26,7 +26,7 @@ from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
 from entropi.report.study import read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
-from entropi.training.comparison import compare, sign_flip_p, sign_p, spread
+from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
 from entropi.training.recipe import save_recipe
 from entropi.training.run import train
 from entropi.training.study import load_study, run_study
@@ -323,6 +323,18 @@ def written(tmp_path: Path, trained: tuple[Path, Path]) -> tuple[Path, Path]:
     folder = Path(shutil.copytree(trained[1], tmp_path / "runs"))
     run_study(load_study(trained[0]), folder)
     return trained[0], folder
+
+
+def test_a_row_is_priced_by_a_run_that_did_not_diverge(written: tuple[Path, Path]):
+    """One that did left no model whose shape could be read."""
+    pytest.importorskip("spu")
+    folder = written[1]
+    found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
+    shutil.rmtree(folder / found[0].folder / "model")
+    found[0].diverged = True
+    row = summarise("base", {}, found, folder)
+    assert row.predicted_bytes is not None
+    assert row.perplexity.mean == found[1].perplexity
 
 
 def test_tables_figures_and_page(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -46,7 +46,8 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     """The row of all `runs` of one recipe, read from their folders below `folder`."""
     read = {run.seed: records.read(folder / run.folder / records.RECORDS_FILE) for run in runs}
     started = next(_of_kind(found, records.RunStarted)[-1] for found in read.values())
-    whole = [read[run.seed] for run in runs if not run.diverged]
+    finished = [run for run in runs if not run.diverged]  # the others left no model
+    whole = [read[run.seed] for run in finished]
     diagnoses = [r for found in whole for r in _of_kind(found, records.DiagnosisRecord)[-1:]]
     costs = [r for found in whole for r in _of_kind(found, records.CostRecord) if not r.folded]
     folded = [r for found in whole for r in _of_kind(found, records.CostRecord) if r.folded]
@@ -63,8 +64,8 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         settings=settings,
         seeds=[run.seed for run in runs],
         diverged=[run.seed for run in runs if run.diverged],
-        cross_entropy=spread([run.cross_entropy for run in runs if not run.diverged]),
-        perplexity=spread([run.perplexity for run in runs if not run.diverged]),
+        cross_entropy=spread([run.cross_entropy for run in finished]),
+        perplexity=spread([run.perplexity for run in finished]),
         layers=started.layers,
         heads=started.heads,
         hidden_size=started.hidden_size,
@@ -86,7 +87,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         loss=_mean(losses).tolist(),
         loss_std=_std(losses).tolist(),
         folded_ffn_flops=folded[0].ffn_flops if folded else 0,
-        predicted_bytes=_predicted_bytes(folder / runs[0].folder, started.context_length),
+        predicted_bytes=_predicted_bytes(folder / finished[0].folder, started.context_length) if finished else None,
     )
 
 
