@@ -204,14 +204,14 @@ def test_a_few_factors_of_one_party_cost_no_ciphertext(simulations):
     run(engine, functions.relu, rows)  # leaves the rows behind as "x0", shared
     engine.hold("factors", factors, 0)
 
-    def cost(name, function):
-        stage = Stage(name, -1, function, ("x0", "factors"), ("result",))
+    def cost(function):
+        stage = Stage("operation", -1, function, ("x0", "factors"), ("result",))
         least = min(engine.run(stage).bytes for _ in range(3))  # one of them may prepare products for the next
         np.testing.assert_allclose(engine.reveal("result"), rows * factors[..., None], atol=4 * RESOLUTION)
         return least
 
-    assert cost("ours", lambda x, f: functions.scale_rows(x, f, private=True)) < rows.size * 240
-    assert cost("the engine's", lambda x, f: x * f[..., None]) > 800_000
+    assert cost(lambda x, f: functions.scale_rows(x, f, private=True)) < rows.size * 240
+    assert cost(lambda x, f: x * f[..., None]) > 800_000
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ class _Tracer:
 
     def __init__(self) -> None:
         self.shapes: dict[str, Any] = {}
-        self._compiled: dict[Any, tuple[bytes, list[Any]]] = {}
+        self._compiled: dict[Any, tuple[bytes, list[Any], Any]] = {}
 
     def compile(self, stage: Stage) -> Any:
         """Trace and compile once for every function and shapes; layers share the code under other names."""
@@ -241,8 +241,9 @@ class _Tracer:
                 secret,
                 lambda flat: list(stage.outputs),
             )
-            self._compiled[key] = executable.code, jax.tree_util.tree_leaves(shapes)
-        code, outputs = self._compiled[key]
+            # With the function, as no other one may come to stand at its address, which is part of the key.
+            self._compiled[key] = executable.code, jax.tree_util.tree_leaves(shapes), stage.function
+        code, outputs, _ = self._compiled[key]
         for name, shape in zip(stage.outputs, outputs):
             self.shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype)
         return libspu.Executable(
