@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import multiprocessing
@@ -214,7 +215,9 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
         else:
             wanted = name.startswith("0.") if plain else name != "embedding" or task.kind == "trained"
         if wanted:
-            value = partial(trained.get, name) if trained else partial(random_weight, name, shape, model, random)
+            value = (
+                partial(trained.__getitem__, name) if trained else partial(random_weight, name, shape, model, random)
+            )
             hold(name, shape, SERVER, value)
 
     def run(stages: Iterator[Stage], token: int, counted: bool) -> None:
@@ -375,30 +378,30 @@ def trained_run(run: Path, out: Path) -> tuple[Result, float, bool]:
     """
     import torch
 
-    from entropi.model.folding import fold
-
-    model, heldout = opened(run)
+    model, folded, heldout = opened(run)
     folder = out / f"folded-{run.name}"
-    fold(model).save(folder)
+    folded.save(folder)
     ids = heldout[0].tolist()
     config = model.config
     task = Task("trained", config.architecture, len(ids), config.num_hidden_layers, 0, folded=str(folder), ids=ids)
     result = measured(out, f"trained {run.name}", task)
     with torch.no_grad():
-        plain = model.eval()(torch.tensor([ids])).logits[0, -1].double().numpy()
+        plain = model(torch.tensor([ids])).logits[0, -1].double().numpy()
     secure = np.array(result.logits)
     return result, float(np.abs(secure - plain).max()), bool(secure.argmax() == plain.argmax())
 
 
-def opened(run: Path) -> tuple[Any, Any]:
-    """The model of a run folder, and blocks of its held-out text."""
+@functools.cache
+def opened(run: Path) -> tuple[Any, Any, Any]:
+    """The model of a run folder, the same folded, and blocks of its held-out text."""
     from entropi.data.packing import prepare
+    from entropi.model.folding import fold
     from entropi.training.run import open_model
 
     recipe = msgspec.yaml.decode((run / "config.yaml").read_bytes())
     known = {field: recipe[field] for field in ("corpus", "vocab_size", "context_length")}
     model, _, _ = open_model(run)
-    return model, prepare(known["corpus"], known["vocab_size"], known["context_length"]).packed.heldout
+    return model, fold(model), prepare(known["corpus"], known["vocab_size"], known["context_length"]).packed.heldout
 
 
 class Accuracy(msgspec.Struct):
@@ -416,11 +419,8 @@ def accuracy(run: Path, protocol: str, blocks: int) -> Accuracy:
     """Of a trained run folder's model, over all positions of `blocks` blocks of its held-out text."""
     import torch
 
-    from entropi.model.folding import fold
-
-    model, heldout = opened(run)
+    model, folded, heldout = opened(run)
     heldout = heldout[:blocks]
-    folded = fold(model)
     shape = msgspec.convert(folded.description, Description)
     engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
     for name, weight in folded.weights.items():
@@ -432,7 +432,7 @@ def accuracy(run: Path, protocol: str, blocks: int) -> Accuracy:
             engine.run(stage)
         secure = engine.reveal("logits").astype(np.float64)
         with torch.no_grad():
-            plain = model.eval()(torch.from_numpy(block)[None]).logits[0].double().numpy()
+            plain = model(torch.from_numpy(block)[None]).logits[0].double().numpy()
         errors.append(np.abs(secure - plain).max(axis=1))
         same.append(secure.argmax(axis=1) == plain.argmax(axis=1))
         for logits in (plain, secure):
@@ -516,10 +516,12 @@ def main() -> None:
         help="architectures of the straightforward layer; those with an FFN take 15 GB of memory",
     )
     parser.add_argument("--pairs", type=int, default=1, help="how often the two layers are run, in turn")
-    parser.add_argument("--model", type=Path, help="also the accuracy of this trained run folder's model")
+    parser.add_argument("--model", type=Path, help="run folder whose model also runs, and how accurately")
     options = parser.parse_args()
     if options.layers is not None and options.layers < 2:
         parser.error("--layers must be at least 2: a whole one, which stands for those left out, and the last")
+    if options.model is not None and not (options.model / "config.yaml").is_file():
+        parser.error(f"--model: {options.model} is no run folder")
     options.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"machine": machine()}
 

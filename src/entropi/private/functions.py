@@ -240,7 +240,7 @@ def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
     two fifths of the bytes. A few numbers: 240.
     """
     if private and x.size < _FEW:
-        factor = shared(factor, x)
+        return x * shared(factor, x)[..., None]
     rows, width = x.shape[-2:]
     block = min(rows, 128)
     numbers = block * width * (_PRIVATE_PRODUCT_BYTES if private else _PRODUCT_BYTES)
