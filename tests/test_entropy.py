@@ -261,6 +261,13 @@ def test_dtypes_and_devices_that_do_not_fit_are_refused(implementation, odd):
             entropy_attention(*mixed, implementation=implementation)
 
 
+def test_the_definition_gives_shapes_alone():
+    """On the meta device, which knows no autocast."""
+    query, key, value = (x.detach().to("meta") for x in make_qkv())
+    output, entropy = entropy_attention(query, key, value, implementation="reference")
+    assert (output.shape, entropy.shape) == (query.shape, query.shape[:3])
+
+
 @pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])
 def test_under_autocast_the_three_are_taken_in_its_dtype(implementation):
     """Rotary positions leave queries and keys in float32 there, beside values in bfloat16."""
