@@ -216,6 +216,8 @@ def test_no_command():
         (["train", "run", "--architecture", "SM+BN"], ["unknown architecture 'SM+BN'", "SM(t)+ScFuFFN", "SM+LN+G"]),
         (["train", "run", "--config", "none.yaml"], ["cannot read the recipe none.yaml: No such file"]),
         (["train", "run", "--config"], ["--config: expected one argument"]),
+        (["evaluate", "run", "--exp-iterations", "few"], ["exp_iterations: expected int, got few"]),
+        (["evaluate", "run", "--packing", "tight"], ["packing: expected one of 'stream', 'document', got tight"]),
         (["evaluate", "nowhere"], ["there is no model at nowhere"]),
         (["evaluate", "nowhere", "--json", "3"], ["unrecognized arguments: 3"]),
         (["diagnose", "nowhere"], ["there is no model at nowhere"]),

@@ -691,6 +691,8 @@ class _Parser(ArgumentParser):
             text = f"{match[2].upper()} is missing"
         text = re.sub(r"--\w+", lambda match: match[0].replace("_", "-"), text)
         text = re.sub(r"Parser key \"(\w+)\": ", r"\1: ", text)
+        # An option that may be left out says so at length, and what it may be otherwise in the same words.
+        text = re.sub(r"Does not validate .*? Errors: - (Expected .*?) - .* Given value:", r"\1. Got value:", text)
         text = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\. Got value:", _expectation, text)
         raise UserError(f"{text} (see {command} --help)")
 
