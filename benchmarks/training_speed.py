@@ -31,8 +31,8 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from entropi.training import run
+from entropi.training.environment import describe_environment
 from entropi.training.recipe import Recipe
-from entropi.training.run import describe_environment
 from entropi.training.trainer import BlockDataset, EntropiTrainer
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from entropi.training.recipe import Recipe
-from entropi.training.run import open_model, train
+from entropi.training.run import train
+from entropi.training.saved import open_model
 
 SOURCES = Path(__file__).parents[1] / "src"
 TEXTS = [

@@ -33,11 +33,13 @@ from entropi.data.packing import prepare
 from entropi.entropy.regularizer import entropy_penalty
 from entropi.errors import UserError
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.training import callbacks, run
+from entropi.training import callbacks, environment, run
 from entropi.training.callbacks import InterruptBetweenSteps, NonFiniteGuard, NonFiniteUpdate, RunRecorder
-from entropi.training.evaluation import HeldOut, evaluate_blocks
+from entropi.training.evaluation import HeldOut, diagnose_heldout, evaluate_blocks
 from entropi.training.recipe import Recipe, differences, load_recipe, save_recipe
-from entropi.training.run import open_model, train
+from entropi.training.run import train
+from entropi.training.saved import open_model
+from entropi.training.study import DIVERGED, LAYER
 from entropi.training.trainer import EntropiTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -629,7 +631,9 @@ def guarded(
     recorder = RunRecorder(
         tmp_path / "records.jsonl", ProgressLine("", 1), log_every=1, entropy_every=1, tokens_per_step=1
     )
-    model = nn.Linear(2, 2)
+    model: nn.Module = nn.Linear(2, 2)
+    for name in reversed(arguments.pop("below", "").split()):  # the names of the modules that hold it
+        model = nn.ModuleDict({name: model})
     guard = NonFiniteGuard(arguments.pop("policy"), recorder)
     args, state = SimpleNamespace(**arguments), SimpleNamespace(global_step=0)
 
@@ -655,10 +659,18 @@ def test_an_overflow_of_the_loss_scale_is_left_to_the_scaler(tmp_path: Path, pol
         update()
 
 
-def test_gradients_whose_squares_overflow_are_named(tmp_path: Path):
-    _, _, update = guarded(tmp_path, loss=5.0, gradient=2e30, policy="stop", fp16=False)
-    with pytest.raises(NonFiniteUpdate, match=r"not finite, as the squares of weight overflow, up to 2e\+30; the upd"):
+@pytest.mark.parametrize(
+    ("below", "where"),
+    [("", "as the squares of weight"), ("blocks 6", "in layer 6, as the squares of blocks.6.weight")],
+)
+def test_gradients_whose_squares_overflow_are_named(tmp_path: Path, below: str, where: str):
+    _, _, update = guarded(tmp_path, loss=5.0, gradient=2e30, below=below, policy="stop", fp16=False)
+    with pytest.raises(NonFiniteUpdate) as raised:
         update()
+    assert f"the gradient is not finite, {where} overflow, up to 2e+30; the update" in str(raised.value)
+    found = DIVERGED.match(str(raised.value))
+    assert found is not None
+    assert (found[1], LAYER.findall(found[0])) == ("1", ["6"] if below else [])
 
 
 def test_a_loss_that_is_not_finite_stops_float16_too(tmp_path: Path):
@@ -679,7 +691,7 @@ def test_a_model_that_diverged_in_its_last_step_is_kept_without_a_diagnosis(
     assert math.isnan(found.perplexity)
     assert of_kind(tmp_path / "run", records.DiagnosisRecord) == []
     with pytest.raises(UserError, match="the model has diverged"):
-        run.diagnose_heldout(diverged(), 16)
+        diagnose_heldout(diverged(), 16)
 
 
 # --- Precision --------------------------------------------------------------------------------------------------------
@@ -717,7 +729,7 @@ def test_precision_auto_is_resolved_once(tmp_path: Path, corpus: str, monkeypatc
 
 
 def test_bf16_is_fast_answers(corpus: str):
-    assert run.bf16_is_fast(tiny(corpus)) in (True, False)
+    assert environment.bf16_is_fast(tiny(corpus)) in (True, False)
 
 
 # --- The regulariser through the Trainer ------------------------------------------------------------------------------
@@ -1143,7 +1155,7 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert run.describe_environment()["commit"] is None
+    assert environment.describe_environment()["commit"] is None
 
 
 def test_loads_with_transformers_alone(finished: tuple[Recipe, Path]):

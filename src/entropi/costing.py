@@ -1,4 +1,4 @@
-"""What `entropi cost` shows: counts, predictions, comparisons, advice, and what fits a budget."""
+"""What `entropi cost` shows: counts, predictions, comparisons, advice, what fits a budget, cost against perplexity."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from entropi.costs import advice
 from entropi.costs.calibration import Calibration
 from entropi.costs.operations import count
 from entropi.costs.prediction import Cost, Network, Options, predict
+from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
 from entropi.records import PassCost, PredictionRecord
@@ -236,6 +237,29 @@ def show_fitting(found: Sequence[advice.Fitting], text: str, seq_len: int) -> No
             _further(one.prediction),
         )
     console.print(table)
+
+
+def against_perplexity(
+    runs: Sequence[Path], seq_len: int, calibration: Calibration, line: Network, options: Options
+) -> dict[str, tuple[float, float]]:
+    """Predicted MB of a prompt's pass and measured perplexity of run folders, by name.
+
+    Raises:
+        UserError: a folder without a run, or a run that was not evaluated.
+        ModuleNotFoundError: the report's packages, which nothing else here needs, are not installed.
+    """
+    from entropi.report.folder import read_run
+
+    points = {}
+    for folder in runs:
+        run = read_run(folder)
+        if run.evaluation is None:
+            raise UserError(f"{folder} has no evaluation on held-out text: see entropi evaluate")
+        shape = read_shape(folder)
+        prediction = predict(shape, min(seq_len, shape.max_position_embeddings), calibration, line, options)
+        name = run.name if run.name not in points else str(folder)
+        points[name] = (prediction.prompt.bytes / 1e6, run.evaluation.perplexity)
+    return points
 
 
 def _further(prediction: PredictionRecord) -> str:

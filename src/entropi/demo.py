@@ -24,7 +24,8 @@ from entropi.errors import UserError
 from entropi.report import figures
 from entropi.report.page import write_report
 from entropi.training.recipe import Recipe
-from entropi.training.run import open_model, train
+from entropi.training.run import train
+from entropi.training.saved import open_model
 
 BASELINE = "SM+LN+G"
 SOFTMAX_ONLY = "EReg(SM(t)+ScFuFFN)"

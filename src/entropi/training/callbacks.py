@@ -358,12 +358,20 @@ class NonFiniteGuard(TrainerCallback):
             return ", beginning in the loss"
         largest = {name: float(whole(gradient).abs().max()) for name, gradient in gradients.items()}
         bad = [name for name in gradients if not math.isfinite(largest[name])]
-        if of_layers := [int(found[1]) for name in bad if (found := re.search(r"\bblocks\.(\d+)\.", name))]:
+        if of_layers := [layer for name in bad if (layer := _layer_of(name)) is not None]:
             return f", beginning in the gradient of layer {max(of_layers)}"
         if bad:
             return f", beginning in that of {bad[-1]}"
         most = max(largest, key=lambda name: largest[name])
-        return f", as the squares of {most} overflow, up to {largest[most]:.0e}"
+        layer = _layer_of(most)
+        where = "" if layer is None else f"in layer {layer}, "
+        return f", {where}as the squares of {most} overflow, up to {largest[most]:.0e}"
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a parameter of the decoder belongs to."""
+    found = re.search(r"\bblocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 class CollapseGuard:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from entropi import records
 from entropi.data.shards import Blocks
+from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.recording import record_entropy
+from entropi.errors import UserError
 from entropi.training.distributed import processes, rank, total
 
 PATTERN_SEQUENCES = 8
@@ -77,6 +79,29 @@ def evaluate_blocks(
         cross_entropy=float(sums[0] / sums[1]),
         tokens=int(sums[1]),
         entropy=sums[2:].reshape(entropy.shape) / len(blocks),
+    )
+
+
+def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> records.DiagnosisRecord:
+    """The diagnosis of an evaluation on the text that `source` describes.
+
+    Raises:
+        UserError: entropies that are not finite: the model has diverged.
+    """
+    try:
+        found = diagnose(result.entropy, context_length)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return records.DiagnosisRecord(
+        entropy=found.entropy,
+        context_length=context_length,
+        max_observed=found.max_observed,
+        max_possible=found.max_possible,
+        quartile_shares=list(found.quartile_shares),
+        overloaded=found.overloaded,
+        collapsed=found.collapsed,
+        verdict=found.verdict,
+        source=source,
     )
 
 

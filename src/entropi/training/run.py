@@ -1,37 +1,22 @@
-"""A training run from a recipe to a run folder: start, resume, finish; and how to open what it left."""
+"""A training run from a recipe to a run folder: start, resume, finish."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_model
 from tokenizers import Tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 
 from entropi import records
 from entropi.console import ProgressLine, make_console
@@ -39,9 +24,7 @@ from entropi.costs.operations import count
 from entropi.data.packing import Prepared, prepare
 from entropi.data.shards import Blocks
 from entropi.data.tokenizer import end_of_text_id, tokenizer_hash
-from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
-from entropi.machine import processor
 from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.configuration import EntropiConfig
@@ -58,8 +41,16 @@ from entropi.training.callbacks import (
     RunRecorder,
 )
 from entropi.training.checkpoints import Checkpoint, newest_whole
-from entropi.training.evaluation import PATTERN_SEQUENCES, HeldOut, evaluate_blocks, observe_patterns
+from entropi.training.environment import bf16_is_fast, check_precision, describe_environment
+from entropi.training.evaluation import (
+    PATTERN_SEQUENCES,
+    HeldOut,
+    diagnose_heldout,
+    evaluate_blocks,
+    observe_patterns,
+)
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
+from entropi.training.saved import MODEL_FOLDER, quiet_transformers
 from entropi.training.trainer import BlockDataset, EntropiTrainer
 
 try:
@@ -67,7 +58,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 ENVIRONMENT_FILE = "environment.json"
 ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 3
@@ -93,12 +83,12 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
     if model_folder.exists():
         console.print(f"{folder} holds the finished run of this recipe; nothing to do.", markup=False)
         return model_folder
-    _check_precision(recipe)
+    check_precision(recipe)
     _check_processes(recipe, shard)
     _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
     prepared = prepare_corpus(recipe, console)
-    with _alone_in(folder), _quiet_transformers(), distributed.connected():
+    with alone_in(folder), quiet_transformers(), distributed.connected():
         recipe = distributed.from_main(_begin_folder(recipe, folder) if distributed.is_main() else recipe)
         checkpoint = distributed.from_main(
             _resume_point(recipe, folder, prepared, console) if distributed.is_main() else None
@@ -234,144 +224,6 @@ def _optimize(
     return model
 
 
-def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> records.DiagnosisRecord:
-    """The diagnosis of an evaluation on the text that `source` describes.
-
-    Raises:
-        UserError: entropies that are not finite: the model has diverged.
-    """
-    try:
-        found = diagnose(result.entropy, context_length)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return records.DiagnosisRecord(
-        entropy=found.entropy,
-        context_length=context_length,
-        max_observed=found.max_observed,
-        max_possible=found.max_possible,
-        quartile_shares=list(found.quartile_shares),
-        overloaded=found.overloaded,
-        collapsed=found.collapsed,
-        verdict=found.verdict,
-        source=source,
-    )
-
-
-def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
-    """Model, tokenizer and model folder of a run folder or a saved model.
-
-    Raises:
-        UserError: nothing there, unfinished, or damaged; one line that says which.
-    """
-    folder = _model_folder(path)
-    if not folder.is_dir():
-        raise UserError(f"there is no model at {path}" + (": a folder is needed" if folder.exists() else ""))
-    if not (folder / "config.json").exists():
-        hint = "its training has not finished" if (path / CONFIG_FILE).exists() else "config.json is missing"
-        raise UserError(f"{path} holds no model: {hint}")
-    try:
-        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the model in {folder} is damaged: config.json cannot be read") from None
-    if kind != EntropiConfig.model_type:
-        raise UserError(f"the model in {folder} is of type {kind!r}; only entropi models can be opened here")
-    for name in ("model.safetensors", "tokenizer.json"):
-        if not (folder / name).exists():
-            raise UserError(f"the model in {folder} is damaged: {name} is missing")
-    try:
-        with _quiet_transformers():
-            model, loading = EntropiForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # and then refuse them below, by name
-                output_loading_info=True,
-            )
-    except Exception as error:
-        # from_pretrained raises whatever its parsers raise; the user needs the folder and the first reason.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the model in {folder} is damaged: {reason}") from None
-    # Without this, weights that are not in the file would silently be random ones.
-    if astray := sorted(name if isinstance(name, str) else name[0] for names in loading.values() for name in names):
-        raise UserError(f"the model in {folder} is damaged: {astray[0]} does not fit its config.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the model in {folder} is damaged: tokenizer.json cannot be read: {error}") from None
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise UserError(
-            f"the model in {folder} is damaged: its tokenizer has {tokenizer.get_vocab_size()} entries, "
-            f"the model {model.config.vocab_size}"
-        )
-    return model.eval(), tokenizer, folder
-
-
-def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
-    """Any causal LM that transformers saved in a folder, without running code of the folder's.
-
-    Returns:
-        The model in float32, its tokenizer, the id that ends a text, and whether that id also begins every sequence.
-
-    Raises:
-        UserError: what cannot be opened, in one line.
-    """
-    path = _model_folder(path)
-    settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
-    opened = []
-    for part in ("model", "tokenizer"):
-        try:
-            with _quiet_transformers():
-                if part == "model":
-                    weights = dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-                    opened += AutoModelForCausalLM.from_pretrained(path, **weights, **settings)
-                else:
-                    opened.append(AutoTokenizer.from_pretrained(path, **settings))
-        except Exception as error:  # whatever its parsers raise; the user needs the folder and the reason
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"the {part} in {path} cannot be opened: {reason}") from None
-    model, loading, tokenizer = opened
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"the model in {path} is damaged: {missing[0]} is missing")
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer in {path} cannot be used: tokenizer.json is missing")
-    begins = bool(ids := tokenizer("a").input_ids) and ids[0] == tokenizer.bos_token_id
-    end = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
-    if end is None:
-        raise UserError(f"the tokenizer in {path} cannot be used: it has no token that ends a text")
-    entries = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > entries:
-        raise UserError(f"the model in {path} is damaged: its tokenizer has {len(tokenizer)} entries, it has {entries}")
-    return model.eval(), tokenizer.backend_tokenizer, int(end), begins
-
-
-def _model_folder(path: Path) -> Path:
-    """Where the model of a run folder lies; a saved model is its own."""
-    return path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
-
-
-def model_type(path: Path) -> str | None:
-    """What kind of model a run folder or a saved model holds, as far as its config.json says."""
-    folder = _model_folder(path)
-    try:
-        return str(json.loads((folder / "config.json").read_bytes())["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the progress bars and advice of transformers; its settings are restored afterwards."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _check_folder(recipe: Recipe, folder: Path) -> Recipe:
     """Check that `folder` can hold a run of `recipe`; returns the recipe, as resolved by an earlier start of it."""
     config = folder / CONFIG_FILE
@@ -392,14 +244,6 @@ def _check_folder(recipe: Recipe, folder: Path) -> Recipe:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {there}: choose another run folder")
     return recipe
-
-
-def _check_precision(recipe: Recipe) -> None:
-    """Refuse arithmetic that this machine does not have."""
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision fp16 needs a GPU; use bf16 or fp32")
-    if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError("this GPU has no bfloat16; use precision fp16 or fp32")
 
 
 def _check_processes(recipe: Recipe, shard: bool) -> None:
@@ -433,7 +277,7 @@ def _check_corpus(recipe: Recipe, prepared: Prepared) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Create and hold the run folder; a second run in it would remove the first one's unfinished checkpoint.
 
     Of several processes of one run, the main one holds it.
@@ -659,57 +503,3 @@ def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe,
         model_max_length=recipe.context_length,
     ).save_pretrained(partial)
     os.replace(partial, folder)
-
-
-def bf16_is_fast(recipe: Recipe) -> bool:
-    """Whether bfloat16 matrix products of this model's size run at least 1.5 times as fast as float32 ones here."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    rows = min(recipe.batch_size * recipe.context_length, 4096)
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(rows, recipe.hidden_size, dtype=dtype)
-        b = torch.ones(recipe.hidden_size, 4 * recipe.hidden_size, dtype=dtype)
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        return float(np.median(times))
-
-    return seconds(torch.bfloat16) * 1.5 < seconds(torch.float32)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine and command of this process, for the run folder."""
-    versions: dict[str, str | None] = {}
-    for package in ("entropi", "torch", "transformers", "accelerate", "tokenizers", "numpy", "jax", "spu"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": ["entropi", *sys.argv[1:]],
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _commit(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it does."""
-    root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None
