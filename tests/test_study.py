@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn import functional
 
 from entropi import records
 from entropi.cli import main
@@ -493,3 +494,21 @@ def test_the_benchmark_of_speed_trains_both(corpus: Path):
     assert set(found["tokens_per_second"]) == {"ours", "plain"}
     assert min(found["tokens_per_second"].values()) > 0
     assert done.stderr.count("turn ") == 3
+
+
+def test_float16_products_round_once(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: float16 factors and results, wide sums; and infinity beyond 65,504, which is how such models end."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from number_formats import WideSums
+
+    torch.manual_seed(0)
+    a, b = torch.randn(33, 500).half().requires_grad_(), torch.randn(500, 7).half()
+    with WideSums():
+        found = functional.linear(a, b.T, bias=torch.ones(7).half())
+        huge = torch.full((1, 2), 200.0).half() @ torch.full((2, 1), 200.0).half()
+        found.sum().backward()
+    exact = a.detach().double() @ b.double() + 1
+    assert ((found.double() - exact).abs() <= 1.01 * 2**-11 * exact.abs() + 1e-5).all()
+    assert found.dtype == huge.dtype == a.grad.dtype == torch.float16  # type: ignore[union-attr]
+    assert torch.allclose(a.grad.double(), b.double().sum(1).expand(33, -1), rtol=2**-10)  # type: ignore[union-attr]
+    assert torch.isinf(huge).all()
