@@ -25,7 +25,7 @@ from entropi import records
 from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
-from entropi.report.study import read_study, tables, with_spread, write_study
+from entropi.report.study import outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
 from entropi.training.recipe import save_recipe
@@ -199,6 +199,14 @@ def run_of(row: str, seed: int, cross_entropy: float) -> StudyRun:
 
 def runs_of(**rows: list[float]) -> list[StudyRun]:
     return [run_of(row, seed, value) for row, values in rows.items() for seed, value in enumerate(values)]
+
+
+def test_the_outcome_of_a_divergence_names_its_layer():
+    assert outcome(run_of("a", 0, 1.0)) == "finished"
+    diverged = run_of("a", 0, math.nan)
+    assert outcome(diverged) == "NaN at step 10"
+    diverged.layer = 6
+    assert outcome(diverged) == "NaN at step 10, layer 6"
 
 
 def test_three_seeds_cannot_prove_much():

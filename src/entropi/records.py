@@ -309,7 +309,7 @@ class StudyRun(Base, tag="study_run"):
     perplexity: float
     tokens_per_second: float  # median over the records of the training
     reason: str = ""  # of a divergence, in words
-    layer: int | None = None  # where a divergence began, if it can be told
+    layer: int | None = None  # where a divergence began or its gradient was largest, if it can be told
 
 
 class Spread(msgspec.Struct, kw_only=True):

@@ -243,7 +243,7 @@ def outcome(run: StudyRun) -> str:
     if not run.diverged:
         return "finished"
     what = "collapsed" if "collapsed" in run.reason else "NaN"
-    return f"{what} at step {run.step}" + ("" if run.layer is None else f", began in layer {run.layer}")
+    return f"{what} at step {run.step}" + ("" if run.layer is None else f", layer {run.layer}")
 
 
 def markdown(name: str, found: Sequence[Table]) -> str:
