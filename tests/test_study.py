@@ -25,7 +25,7 @@ from entropi import records
 from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
-from entropi.report.study import outcome, read_study, tables, with_spread, write_study
+from entropi.report.study import markdown, outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
 from entropi.training.recipe import save_recipe
@@ -207,6 +207,18 @@ def test_the_outcome_of_a_divergence_names_its_layer():
     assert outcome(diverged) == "NaN at step 10"
     diverged.layer = 6
     assert outcome(diverged) == "NaN at step 10, layer 6"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "benchmarks" / "results" / "studies").iterdir()), ids=lambda f: f.name
+)
+def test_committed_studies_say_what_their_tables_say(folder: Path):
+    """Anybody can draw them again; their files are ours, and their rows are those of the file that was run."""
+    study = read_study(folder)
+    assert (folder / "tables.md").read_text(encoding="utf-8") == markdown(folder.name, tables(study))
+    planned = load_study(ROOT / "configs" / "studies" / f"{folder.name}.yaml")
+    assert [row.name for row in study.rows] == list(planned.rows)
+    assert {(run.row, run.seed) for run in study.runs} == {(run.row, run.recipe.seed) for run in planned.runs}
 
 
 def test_three_seeds_cannot_prove_much():
