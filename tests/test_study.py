@@ -25,6 +25,7 @@ from entropi import records
 from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
+from entropi.report import study as report_study
 from entropi.report.study import markdown, outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
@@ -244,10 +245,21 @@ def test_only_common_seeds_are_paired():
 def test_a_divergence_counts_as_infinitely_high():
     claim = compare("a", "b", runs_of(a=[1.0, 1.0, math.nan, math.nan], b=[math.nan, 1.5, 1.5, math.nan]))
     assert claim is not None
-    assert claim.differences == [math.inf, 0.5, -math.inf, 0.0]
+    assert claim.differences == pytest.approx([math.inf, 0.5, -math.inf, math.nan], nan_ok=True)
     assert claim.test == "signs"
     assert claim.p == sum(math.comb(4, k) for k in (2, 3, 4)) / 16
     assert math.isnan(claim.mean)
+
+
+def test_two_divergences_are_no_draw():
+    """A difference of 0 would halve the mean of the other seed."""
+    half = compare("a", "b", runs_of(a=[1.0, math.nan], b=[1.5, math.nan]))
+    none = compare("a", "b", runs_of(a=[math.nan], b=[math.nan]))
+    assert half is not None
+    assert none is not None
+    assert math.isnan(half.mean)
+    assert (half.test, half.p, none.p) == ("signs", 0.75, 1.0)
+    assert (report_study._difference(half), report_study._difference(none)) == ("a run diverged", "both diverged")
 
 
 def test_sign_flips_are_all_enumerated():

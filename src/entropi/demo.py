@@ -29,10 +29,27 @@ from entropi.training.saved import open_model
 
 BASELINE = "SM+LN+G"
 SOFTMAX_ONLY = "EReg(SM(t)+ScFuFFN)"
-EXP_ITERATIONS = 4  # of the softmax kernel it is trained with, which is then exact in private and cheap
 PROMPT = "    def __init__(self, name, value):\n        self.name ="
 NEW_TOKENS = 6
 SERVER_START_SECONDS = 120
+
+
+def recipes(steps: int) -> dict[str, Recipe]:
+    """The paper's baseline, and the softmax-only model as our studies found it to train best.
+
+    That is the recipe of configs/softmax_only.yaml: rotary positions, a regulariser against collapse alone, and the
+    softmax kernel of private inference from the start, which is then exact and cheap.
+    """
+    softmax_only = Recipe(
+        architecture=SOFTMAX_ONLY,
+        steps=steps,
+        position_embedding="rotary",
+        exp_iterations=2,
+        entropy_maximum="causal",
+        threshold_init=0.8,
+        entropy_weight=4e-5,
+    )
+    return {BASELINE: Recipe(architecture=BASELINE, steps=steps), SOFTMAX_ONLY: softmax_only}
 
 
 def run_demo(folder: Path, steps: int) -> None:
@@ -40,10 +57,10 @@ def run_demo(folder: Path, steps: int) -> None:
     console = make_console()
     started = time.monotonic()
     runs = {BASELINE: folder / "baseline", SOFTMAX_ONLY: folder / "softmax-only"}
-    for number, (name, run) in enumerate(runs.items(), start=1):
+    for number, (name, recipe) in enumerate(recipes(steps).items(), start=1):
         console.print(f"\n[bold]{number}/4  Train {name}[/bold]")
-        kernel = EXP_ITERATIONS if name == SOFTMAX_ONLY else 0
-        train(Recipe(architecture=name, steps=steps, exp_iterations=kernel), run)
+        run = runs[name]
+        train(recipe, run)
         found = last(run, records.DiagnosisRecord)
         figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
         console.print(

@@ -367,7 +367,8 @@ class StudyClaim(Base, tag="study_claim"):
     lower: str
     higher: str
     seeds: list[int]
-    differences: list[float]  # cross-entropy of `higher` minus that of `lower`, nats; infinite if only one diverged
+    # Cross-entropy of `higher` minus that of `lower`, nats; infinite where one diverged, NaN where both did.
+    differences: list[float]
     mean: float  # of the differences; NaN if a run diverged
     std: float
     test: str

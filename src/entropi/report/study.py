@@ -235,7 +235,7 @@ def tables(study: StudyResult) -> list[Table]:
 def _difference(claim: StudyClaim) -> str:
     if math.isfinite(claim.mean):
         return with_spread(Spread(mean=claim.mean, std=claim.std, n=len(claim.seeds)), 4)
-    return "a run diverged"
+    return "both diverged" if all(map(math.isnan, claim.differences)) else "a run diverged"
 
 
 def outcome(run: StudyRun) -> str:

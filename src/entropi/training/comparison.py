@@ -131,9 +131,11 @@ def compare(lower: str, higher: str, runs: Sequence[records.StudyRun]) -> record
 
 
 def _difference(ours: records.StudyRun, theirs: records.StudyRun) -> float:
-    """Nats by which `ours` is lower; a run that diverged counts as infinitely high, two of them as equal."""
+    """Nats by which `ours` is lower; a run that diverged counts as infinitely high, and between two there is none."""
+    if ours.diverged and theirs.diverged:
+        return math.nan
     if ours.diverged or theirs.diverged:
-        return 0.0 if ours.diverged and theirs.diverged else math.copysign(math.inf, -1 if ours.diverged else 1)
+        return -math.inf if ours.diverged else math.inf
     return theirs.cross_entropy - ours.cross_entropy
 
 
@@ -151,7 +153,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 
 def sign_p(differences: Sequence[float]) -> float:
-    """Exact one-sided p of the number of differences above 0, under even odds; zeros count as against the claim."""
+    """Exact one-sided p of the number of differences above 0, under even odds; zeros and NaN are against the claim."""
     n, wins = len(differences), sum(d > 0 for d in differences)
     return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
 
