@@ -35,10 +35,10 @@ SERVER_START_SECONDS = 120
 
 
 def recipes(steps: int) -> dict[str, Recipe]:
-    """The paper's baseline, and the softmax-only model as our studies found it to train best.
+    """The paper's baseline, and a softmax-only model with what our studies found to help.
 
-    That is the recipe of configs/softmax_only.yaml: rotary positions, a regulariser against collapse alone, and the
-    softmax kernel of private inference from the start, which is then exact and cheap.
+    Rotary positions, the softmax kernel of private inference from the start, which is then exact and cheap, and a
+    regulariser against collapse alone.
     """
     softmax_only = Recipe(
         architecture=SOFTMAX_ONLY,
