@@ -369,6 +369,22 @@ def test_a_row_is_priced_by_a_run_that_did_not_diverge(written: tuple[Path, Path
     assert row.perplexity.mean == found[1].perplexity
 
 
+def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path, Path]):
+    """The picture of the paper that readers look for first."""
+    folder = written[1]
+    found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
+    survived = summarise("base", {}, found, folder)
+    for run in found:
+        run.diverged = True
+    row = summarise("base", {}, found, folder)
+    assert (row.perplexity.n, row.entropy, row.threshold) == (0, [], [])
+    assert row.layer_entropy == survived.layer_entropy != []
+    assert row.loss == survived.loss
+    drawn = {d.name: d.note for d in report_study.draw(report_study.StudyResult("x", found, [row], []))}
+    assert drawn.keys() == {"loss", "layers-base"}
+    assert drawn["layers-base"].endswith("up to the first divergence.")
+
+
 def test_tables_figures_and_page(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
     path, folder = written
     assert main(["study", str(path), "--folder", str(folder)]) == 0

@@ -323,7 +323,8 @@ class Spread(msgspec.Struct, kw_only=True):
 class StudyRow(Base, tag="study_row"):
     """A row of a study's tables: one recipe over its seeds (Tables 2, 3, 5 and 6), and the data of its figures.
 
-    Means are over seeds that did not diverge; where there is none, series and matrices are empty.
+    Means are over seeds that did not diverge. Where there is none, series over the training are means over all, up to
+    the first divergence, and matrices are empty.
     """
 
     name: str

@@ -23,6 +23,7 @@ TABLES_FILE = "tables.md"
 PAGE_FILE = "report.html"
 FIGURES_FOLDER = "figures"
 DPI = 110
+UNTIL_DIVERGENCE = "where every seed diverged, up to the first divergence"
 
 
 @dataclass(frozen=True)
@@ -290,14 +291,10 @@ def draw(study: StudyResult) -> list[Drawing]:
                 "Perplexity by row", "perplexity", figures.perplexity_by_row(values), "A ring a seed, a dot the mean."
             )
         )
-        drawings.append(
-            Drawing(
-                "Loss",
-                "loss",
-                figures.loss_curves({row.name: _losses(row) for row in trained}, {row.name: () for row in trained}),
-                "Training cross-entropy, mean over seeds (Fig. 2b).",
-            )
-        )
+    if losses := {row.name: _losses(row) for row in study.rows if row.loss}:
+        curves = figures.loss_curves(losses, dict.fromkeys(losses, ()))
+        note = f"Training cross-entropy, mean over seeds (Fig. 2b); {UNTIL_DIVERGENCE}."
+        drawings.append(Drawing("Loss", "loss", curves, note))
     if shares := {row.name: [share.mean for share in row.quartile_shares] for row in trained if row.quartile_shares}:
         note = "Share of heads in each quarter of M, the largest entropy of a run, mean over seeds (Fig. 2a)."
         drawings.append(Drawing("Where the heads stand", "quarters", figures.quartile_shares(shares), note))
@@ -313,7 +310,7 @@ def draw(study: StudyResult) -> list[Drawing]:
                 "(Fig. 7).",
             )
         )
-    for row in trained:
+    for row in study.rows:
         slug = re.sub(r"[^A-Za-z0-9+().,=_-]+", "-", row.name.replace(", ", ","))
         ceiling = figures.causal_maximum(row.context_length)
         if row.entropy:
@@ -332,7 +329,8 @@ def draw(study: StudyResult) -> list[Drawing]:
                     f"Entropy by layer, {row.name}",
                     f"layers-{slug}",
                     figures.layerwise_entropy(snapshots, row.context_length),
-                    "Training batches, mean over heads and seeds (Fig. 5 and 8).",
+                    "Training batches, mean over heads and seeds (Fig. 5 and 8)"
+                    + ("." if row.perplexity.n else f"; {UNTIL_DIVERGENCE}."),
                 )
             )
         if row.threshold:

@@ -48,15 +48,17 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     started = next(_of_kind(found, records.RunStarted)[-1] for found in read.values())
     finished = [run for run in runs if not run.diverged]  # the others left no model
     whole = [read[run.seed] for run in finished]
+    traced = whole or list(read.values())  # how a model collapses is worth a figure where no seed survived
     diagnoses = [r for found in whole for r in _of_kind(found, records.DiagnosisRecord)[-1:]]
     costs = [r for found in whole for r in _of_kind(found, records.CostRecord) if not r.folded]
     folded = [r for found in whole for r in _of_kind(found, records.CostRecord) if r.folded]
-    snapshots = [_of_kind(found, records.EntropySnapshot) for found in whole]
-    steps = [_of_kind(found, records.TrainingStep) for found in whole]
+    snapshots = [_of_kind(found, records.EntropySnapshot) for found in traced]
+    steps = [_of_kind(found, records.TrainingStep) for found in traced]
     entropy_steps, heads = _series(snapshots, "entropy")
     loss_steps, losses = _series(steps, "cross_entropy")
     layers = heads.mean(axis=-1) if heads.size else heads
-    thresholds = [found[-1].threshold for found in snapshots if found and found[-1].threshold is not None]
+    learned = [_of_kind(found, records.EntropySnapshot)[-1:] for found in whole]
+    thresholds = [last.threshold for found in learned for last in found if last.threshold is not None]
     evaluated = [_of_kind(found, records.Evaluation)[-1].entropy for found in whole]
     shares = list(zip(*(d.quartile_shares for d in diagnoses)))
     return records.StudyRow(
