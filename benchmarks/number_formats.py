@@ -34,7 +34,7 @@ from entropi.model.decoder import EntropiForCausalLM
 from entropi.training.callbacks import MOST_SKIPPED_IN_A_ROW
 from entropi.training.evaluation import evaluate_blocks
 from entropi.training.recipe import Recipe
-from entropi.training.run import _model_config, prepare_corpus
+from entropi.training.run import model_config, prepare_corpus
 from entropi.training.study import load_study
 from entropi.training.trainer import EntropiTrainer
 
@@ -73,7 +73,7 @@ def train(recipe: Recipe, prepared: Any, row: str, format_: str, seed: int, line
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     architecture, regularised = split_training_name(recipe.architecture)
-    config = _model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size())
+    config = model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size())
     model = EntropiForCausalLM(config).to(device).train()
     decayed = set(EntropiTrainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     named = dict(model.named_parameters())

@@ -85,7 +85,7 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
         return model_folder
     check_precision(recipe)
     _check_processes(recipe, shard)
-    _model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
+    model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
     prepared = prepare_corpus(recipe, console)
     with alone_in(folder), quiet_transformers(), distributed.connected():
@@ -136,7 +136,7 @@ def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
     """The model before its first step: the same in every process."""
     set_seed(recipe.seed)
     architecture, regularised = split_training_name(recipe.architecture)
-    return EntropiForCausalLM(_model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size()))
+    return EntropiForCausalLM(model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size()))
 
 
 def _go_back(folder: Path, event: Diverged, console: Console) -> Checkpoint | None:
@@ -324,7 +324,12 @@ def _begin_folder(recipe: Recipe, folder: Path) -> Recipe:
     return recipe
 
 
-def _model_config(recipe: Recipe, architecture: str, regularised: bool, vocab_size: int) -> EntropiConfig:
+def model_config(recipe: Recipe, architecture: str, regularised: bool, vocab_size: int) -> EntropiConfig:
+    """The model that a recipe asks for; `architecture` and `regularised` are the parts of its training name.
+
+    Raises:
+        UserError: no such model can be built.
+    """
     regularizer = {
         "weight": recipe.entropy_weight,
         "margin": recipe.entropy_margin,
