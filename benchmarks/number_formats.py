@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropi.console import ProgressLine, make_console
 from entropi.machine import machine
-from entropi.model.architectures import split_training_name
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training.callbacks import MOST_SKIPPED_IN_A_ROW
 from entropi.training.evaluation import evaluate_blocks
@@ -72,9 +71,7 @@ def train(recipe: Recipe, prepared: Any, row: str, format_: str, seed: int, line
     """One run; the same seed gives the same first weights and the same batches in every format."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    architecture, regularised = split_training_name(recipe.architecture)
-    config = model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size())
-    model = EntropiForCausalLM(config).to(device).train()
+    model = EntropiForCausalLM(model_config(recipe, prepared.tokenizer.get_vocab_size())).to(device).train()
     decayed = set(EntropiTrainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     named = dict(model.named_parameters())
     groups = [
@@ -100,7 +97,7 @@ def train(recipe: Recipe, prepared: Any, row: str, format_: str, seed: int, line
                 loss = model(ids, labels=ids).loss
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         step += 1
         skipped = 0 if bool(torch.isfinite(norm)) else skipped + 1
         patience = MOST_SKIPPED_IN_A_ROW if format_ == "fp16" else 1
@@ -108,7 +105,7 @@ def train(recipe: Recipe, prepared: Any, row: str, format_: str, seed: int, line
         if not diverged:
             last = loss.item()
             if not skipped:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+                nn.utils.clip_grads_with_norm_(model.parameters(), recipe.gradient_clip, norm)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
@@ -126,6 +123,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     recipes = {planned.row: planned.recipe for planned in load_study(STUDY).runs}
+    if unknown := [row for row in options.rows if row not in recipes]:
+        parser.error(f"--rows: {unknown[0]!r} is no row of {STUDY.name}, which has {'; '.join(recipes)}")
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}, at least 1 is needed")
     console, found = make_console(), []
     for row in options.rows:
         recipe = replace(recipes[row], steps=options.steps)

@@ -815,8 +815,8 @@ def test_recorded_losses_are_the_mean_over_predicted_tokens(
 def test_decay_spares_everything_but_matrices(tmp_path: Path, corpus: str):
     for architecture in ("EReg(SM(t)+ScFFN)", "SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+SNorm(QKVO+FFN)", "SM+WNorm(FFN)"):
         recipe = tiny(corpus, architecture=architecture, bias="all", evaluate_every=0)
-        bare, regularised = run.split_training_name(architecture)
-        model = EntropiForCausalLM(run.model_config(recipe, bare, regularised, 300))
+        _, regularised = run.split_training_name(architecture)
+        model = EntropiForCausalLM(run.model_config(recipe, 300))
         recorder = RunRecorder(
             tmp_path / "records.jsonl", ProgressLine("", 1), log_every=1, entropy_every=1, tokens_per_step=1
         )

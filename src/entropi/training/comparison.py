@@ -57,8 +57,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     entropy_steps, heads = _series(snapshots, "entropy")
     loss_steps, losses = _series(steps, "cross_entropy")
     layers = heads.mean(axis=-1) if heads.size else heads
-    learned = [_of_kind(found, records.EntropySnapshot)[-1:] for found in whole]
-    thresholds = [last.threshold for found in learned for last in found if last.threshold is not None]
+    thresholds = [found[-1].threshold for found in snapshots if whole and found and found[-1].threshold is not None]
     evaluated = [_of_kind(found, records.Evaluation)[-1].entropy for found in whole]
     shares = list(zip(*(d.quartile_shares for d in diagnoses)))
     return records.StudyRow(

@@ -77,7 +77,7 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
         UserError: a recipe that cannot be trained, a folder that holds something else, or another process that died.
     """
     console = make_console() if distributed.is_main() else Console(quiet=True)
-    architecture, regularised = split_training_name(recipe.architecture)
+    architecture, _ = split_training_name(recipe.architecture)
     recipe = _check_folder(recipe, folder)
     model_folder = folder / MODEL_FOLDER
     if model_folder.exists():
@@ -85,7 +85,7 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
         return model_folder
     check_precision(recipe)
     _check_processes(recipe, shard)
-    model_config(recipe, architecture, regularised, recipe.vocab_size)  # what cannot be built is said at once
+    model_config(recipe, recipe.vocab_size)  # what cannot be built is said at once
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
     prepared = prepare_corpus(recipe, console)
     with alone_in(folder), quiet_transformers(), distributed.connected():
@@ -135,8 +135,7 @@ def prepare_corpus(recipe: Recipe, console: Console) -> Prepared:
 def _new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
     """The model before its first step: the same in every process."""
     set_seed(recipe.seed)
-    architecture, regularised = split_training_name(recipe.architecture)
-    return EntropiForCausalLM(model_config(recipe, architecture, regularised, prepared.tokenizer.get_vocab_size()))
+    return EntropiForCausalLM(model_config(recipe, prepared.tokenizer.get_vocab_size()))
 
 
 def _go_back(folder: Path, event: Diverged, console: Console) -> Checkpoint | None:
@@ -324,12 +323,13 @@ def _begin_folder(recipe: Recipe, folder: Path) -> Recipe:
     return recipe
 
 
-def model_config(recipe: Recipe, architecture: str, regularised: bool, vocab_size: int) -> EntropiConfig:
-    """The model that a recipe asks for; `architecture` and `regularised` are the parts of its training name.
+def model_config(recipe: Recipe, vocab_size: int) -> EntropiConfig:
+    """The model that a recipe asks for.
 
     Raises:
         UserError: no such model can be built.
     """
+    architecture, regularised = split_training_name(recipe.architecture)
     regularizer = {
         "weight": recipe.entropy_weight,
         "margin": recipe.entropy_margin,
