@@ -819,7 +819,7 @@ def test_training_loads_no_jax():
 
 # --- Rooms ------------------------------------------------------------------------------------------------------------
 
-COMMON = {"cache", "errors", "console", "machine", "records"}
+COMMON = {"cache", "downloads", "errors", "console", "machine", "records"}
 ROOMS: dict[str, set[str]] = {
     "entropy": set(),
     "model": {"entropy"},

@@ -82,17 +82,17 @@ def train(
 
 
 def evaluate(
-    model: Path,
+    model: str,
     corpus: str = "stdlib",
     packing: Literal["stream", "document"] | None = None,
     batch_size: int = 32,
     exp_iterations: int | None = None,
     json: bool = False,
 ) -> None:
-    """Held-out perplexity of a trained model.
+    """Held-out perplexity of a model.
 
     Args:
-        model: run folder or saved model
+        model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
         corpus: "stdlib" or a text file or folder; its held-out part is used
         packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run
             folder was trained, and else from a stream
@@ -101,9 +101,11 @@ def evaluate(
             softmax; by default what the model was trained with
         json: print one JSON object
     """
+    from entropi.downloads import on_disk
     from entropi.training.saved import evaluate_heldout, open_with_heldout
 
-    result = evaluate_heldout(*open_with_heldout(model, corpus, exp_iterations, packing=packing), batch_size)
+    opened = open_with_heldout(on_disk(model), corpus, exp_iterations, packing=packing)
+    result = evaluate_heldout(*opened, batch_size)
     if json:
         _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
     else:
@@ -114,7 +116,7 @@ def evaluate(
 
 
 def diagnose_heads(
-    model: Path,
+    model: str,
     corpus: str = "stdlib",
     batch_size: int = 32,
     exp_iterations: int | None = None,
@@ -127,32 +129,35 @@ def diagnose_heads(
     """Where the attention heads of a model stand between collapse and overload, and where they look.
 
     Args:
-        model: run folder, saved model, or the folder of any Hugging Face causal language model
+        model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
         corpus: "stdlib" or a text file or folder; its held-out part is used
         batch_size: sequences at a time
         exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
         sequences: held-out sequences to use; by default all, and 32 for models that are not entropi's
         context_length: tokens a sequence; by default what the model takes, and at most 1024
-        heatmap: PNG or SVG to write; by default entropy.png in the folder of the model
+        heatmap: PNG or SVG to write; by default entropy.png in the folder of the model, NAME-entropy.png here for one
+            of the hub
         html: page to write, with everything that entropi report shows of a run
         json: print one JSON object
     """
     with _extra("report"):
         from entropi.report import figures
         from entropi.report.page import pattern_in_words, write_diagnosis
+    from entropi.downloads import SCHEME, name_of, on_disk
     from entropi.training.evaluation import PATTERN_SEQUENCES, diagnose_heldout, observe_patterns
     from entropi.training.saved import evaluate_heldout, open_with_heldout
 
     for path in (heatmap, html):
         if path is not None:
             _check_parent(path)
-    picture = heatmap or model / "entropy.png"
-    loaded, blocks = open_with_heldout(model, corpus, exp_iterations, sequences, context_length)
+    folder, name = on_disk(model), name_of(model)
+    picture = heatmap or (Path(f"{name}-entropy.png") if model.startswith(SCHEME) else folder / "entropy.png")
+    loaded, blocks = open_with_heldout(folder, corpus, exp_iterations, sequences, context_length)
     result = evaluate_heldout(loaded, blocks, batch_size)
     source = f"held-out text of {Path(corpus).name}, {len(blocks):,} sequences"
     found = diagnose_heldout(result, blocks.shape[1], source)
     found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
-    figure = figures.entropy_heatmap(found.entropy, found.max_possible, model.resolve().name)
+    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name)
     figures.write_figure(figure, picture)
     with ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line:
         pattern = observe_patterns(loaded, blocks[:PATTERN_SEQUENCES], line.update)
@@ -164,7 +169,7 @@ def diagnose_heads(
             tokens=result.tokens,
             entropy=found.entropy,
         )
-        write_diagnosis(model, [evaluation, found, pattern], html)
+        write_diagnosis(folder, [evaluation, found, pattern], html, name)
     if json:
         _print_json(found)
         return
@@ -208,8 +213,8 @@ def cost_of(
     Nothing is run. The defaults are GPT-2 small's sizes.
 
     Args:
-        architecture: one of the paper's names; or the config.json of a GPT-2, GPT-NeoX, Llama or entropi model, or a
-            folder that holds one, which brings its own sizes
+        architecture: one of the paper's names; or the config.json of a GPT-2, GPT-NeoX, Llama or entropi model, a
+            folder that holds one, or hf://OWNER/NAME, which bring their own sizes
         compare: several of these side by side
         seq_len: tokens of the prompt, T
         layers: number of layers, L

@@ -17,6 +17,7 @@ from entropi.costs import advice
 from entropi.costs.calibration import Calibration
 from entropi.costs.operations import count
 from entropi.costs.prediction import Cost, Network, Options, predict
+from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
@@ -57,11 +58,14 @@ def _total(part: PassCost) -> dict[str, float]:
 
 
 def shape_of(model: str, otherwise: Shape) -> tuple[str, Shape]:
-    """The shape that a word names: an architecture of `otherwise`'s sizes, or a file or folder with a config.json.
+    """The shape that a word names: an architecture of `otherwise`'s sizes, or a file, a folder or a model of the hub
+    with a config.json.
 
     Raises:
-        UserError: neither.
+        UserError: none of them.
     """
+    if model.startswith(SCHEME):
+        return name_of(model), read_shape(on_disk(model, CONFIGURATION))
     path = Path(model)
     if path.exists() or model.endswith(".json") or model.startswith((".", "/")):
         return model, read_shape(path)

@@ -79,14 +79,15 @@ def write_report(runs: list[Path], output: Path) -> Path:
     return output
 
 
-def write_diagnosis(model: Path, found: Iterable[Record], output: Path) -> Path:
+def write_diagnosis(model: Path, found: Iterable[Record], output: Path, name: str | None = None) -> Path:
     """Write the page about a model with what was just `found` about it, and return where it is.
 
+    The page calls the model by `name`, or else by its folder's.
     What stands in `model`'s own folder, if it is a run folder, is shown as well; nothing is written there.
     An `Evaluation` among the findings counts only for a model that has none.
     """
     with tempfile.TemporaryDirectory(prefix="entropi-page-") as temporary:
-        folder = Path(temporary) / (model.resolve().name or "model")
+        folder = Path(temporary) / (name or model.resolve().name or "model")
         folder.mkdir()
         for name in (records.RECORDS_FILE, "config.yaml", "environment.json"):
             if (model / name).is_file() and (model / records.RECORDS_FILE).is_file():

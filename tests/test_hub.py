@@ -1,0 +1,175 @@
+"""Models and data sets by their names on the hub: the commands, downloading from a hub on this machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from entropi.data.corpus import Corpus, Document
+from entropi.data.tokenizer import END_OF_TEXT, train_tokenizer
+from entropi.downloads import name_of, on_disk
+from entropi.errors import UserError
+from hub_server import Hub, serving
+from test_corpora import HELD, TEXTS, as_the_course_does, codeparrot_at
+
+datasets = pytest.importorskip("datasets")
+TOKENIZER = "huggingface-course/code-search-net-tokenizer"
+SOURCES = Path(__file__).parents[1] / "src"
+
+
+@pytest.fixture(scope="module")
+def learnt() -> Tokenizer:
+    return train_tokenizer(Corpus("c", [Document(str(n), t) for n, t in enumerate(TEXTS)], [], "h"), 400)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, learnt: Tokenizer) -> Iterator[Hub]:
+    """CodeParrot's three repositories and a tiny GPT-2."""
+    root = tmp_path / "hub"
+    codeparrot_at(root / "datasets", learnt)
+    (root / "models" / TOKENIZER).parent.mkdir(parents=True)
+    (root / "datasets" / TOKENIZER).rename(root / "models" / TOKENIZER)
+    config = GPT2Config(
+        vocab_size=learnt.get_vocab_size(), n_positions=64, n_embd=24, n_layer=3, n_head=2, eos_token_id=0
+    )
+    gpt2 = root / "models/somebody/tiny-gpt2"
+    GPT2LMHeadModel(config).save_pretrained(gpt2)
+    PreTrainedTokenizerFast(tokenizer_object=learnt, eos_token=END_OF_TEXT).save_pretrained(gpt2)
+    (gpt2 / "pytorch_model.bin").write_bytes(b"pickled")
+    (gpt2 / "onnx").mkdir()
+    (gpt2 / "onnx/config.json").write_text("{}")
+    with serving(root) as server:
+        yield server
+
+
+@pytest.fixture
+def python(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python in a process of its own, as `HF_ENDPOINT` is read when `huggingface_hub` is imported."""
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "ENTROPI_CACHE": str(tmp_path / "cache")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    environment = kept | variables | {"PYTHONPATH": str(SOURCES)}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *words],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def entropi(python) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return functools.partial(python, "-m", "entropi")
+
+
+BLOCKS = f"""
+import json
+from entropi.data.packing import prepare
+packed = prepare("codeparrot", 0, 16, tokenizer={TOKENIZER!r}, per_document=True).packed
+print(json.dumps([packed.train[:].tolist(), packed.heldout[:].tolist()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", [0, 2])
+def test_codeparrot_is_that_of_the_course(hub, python, learnt, breaks):
+    hub.break_after, hub.breaks = 200, breaks
+    done = python("-c", BLOCKS)
+    assert done.returncode == 0, done.stderr
+    assert hub.breaks == 0
+    train, heldout = json.loads(done.stdout)
+    assert train == as_the_course_does(TEXTS, learnt, 16)
+    assert heldout == as_the_course_does(HELD, learnt, 16)
+
+
+@pytest.mark.slow
+def test_a_run_knows_the_commit_it_was_begun_with(hub, entropi, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        f"{{corpus: codeparrot, tokenizer: {TOKENIZER}, packing: document, context_length: 16, layers: 1, heads: 2, "
+        "hidden_size: 16, batch_size: 2, steps: 2}"
+    )
+    command = ["train", "run", "--config", "recipe.yaml"]
+    done = entropi(*command)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "run/model")  # as if killed before it was written
+    changed = hub.root / "datasets/huggingface-course/codeparrot-ds-valid/validation-00001-of-00002.parquet"
+    datasets.Dataset.from_dict({"content": HELD[:2]}).to_parquet(changed)
+    again = entropi(*command)
+    assert again.returncode == 2
+    assert "corpus" in again.stderr.splitlines()[-1], again.stderr
+
+
+@pytest.mark.slow
+def test_a_model_by_name(hub, entropi, tmp_path):
+    (tmp_path / "text").mkdir()
+    for number, text in enumerate([*TEXTS, *HELD]):
+        (tmp_path / f"text/{number}.py").write_text(text)
+    done = entropi("diagnose", "hf://somebody/tiny-gpt2", "--corpus", "text", "--html", "page.html", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert np.shape(found["entropy"]) == (3, 2)
+    assert found["model"] == "GPT2LMHeadModel"
+    assert (tmp_path / "tiny-gpt2-entropy.png").stat().st_size > 0
+    assert "tiny-gpt2" in (tmp_path / "page.html").read_text()
+    assert not any("pytorch_model.bin" in line or "onnx" in line for line in hub.log if "/resolve/" in line)
+
+    commit = next(line.rpartition("/")[2] for line in hub.log if "/api/models/somebody/tiny-gpt2/revision" in line)
+    hub.log.clear()
+    done = entropi("evaluate", f"hf://somebody/tiny-gpt2@{commit}", "--corpus", "text", "--json")
+    assert json.loads(done.stdout)["perplexity"] > 1, done.stderr
+    assert not any("model.safetensors" in line for line in hub.log if line.startswith("GET"))  # it lies in the cache
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_model_by_name(hub, entropi):
+    pytest.importorskip("spu")
+    done = entropi("cost", "--architecture", "hf://somebody/tiny-gpt2", "--seq-len", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prediction"]["layers"] == 3
+    assert not any("safetensors" in line for line in hub.log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("diagnose", "hf://somebody/else"), "the hub has no model somebody/else"),
+        (("evaluate", "hf://somebody/tiny-gpt2@v2"), "somebody/tiny-gpt2 has no revision v2"),
+        (("diagnose", f"hf://{TOKENIZER}"), "holds no model: config.json is missing"),
+        (("train", "run", "--corpus", "codeparrot", "--tokenizer", "nobody/none"), "cannot read the tokenizer"),
+    ],
+)
+def test_what_the_hub_does_not_have(entropi, words, message):
+    done = entropi(*words)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://gpt2", "hf://a/b/c", "hf://a/b@", "hf://../x y"])
+def test_what_is_no_name(name):
+    with pytest.raises(UserError, match="hf://OWNER/NAME"):
+        on_disk(name)
+
+
+def test_paths_are_no_names(tmp_path):
+    assert on_disk("runs/mine") == Path("runs/mine")  # whether or not it exists: nobody is asked
+    assert name_of("hf://openai-community/gpt2@main") == "gpt2"
+    assert name_of(str(tmp_path / "run")) == "run"
