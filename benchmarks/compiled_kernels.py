@@ -49,8 +49,9 @@ def compile_kernel(name: str, choice: Any, arch: int, dtype: str, width: int, it
         "CAUSAL": True,
         "MASK_KIND": 0,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-        "ITERATIONS": iterations,
-        "LOWEST": lowest(iterations) if iterations else 0.0,
+        "ITERATIONS": max(iterations, 0),
+        "LOWEST": lowest(iterations or None),
+        "POLYNOMIAL": max(-iterations, 0),
         **choice.kwargs,
         **options,
     }
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="*", default=[90, 80])
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16", "fp32"])
     parser.add_argument("--width", type=int, nargs="*", default=[64, 128, 100])
-    parser.add_argument("--iterations", type=int, nargs="*", default=[0, 5])
+    parser.add_argument("--iterations", type=int, nargs="*", default=[0, 5, -1], help="t; -t: the polynomial")
     parser.add_argument("--kernel", nargs="*", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--choice", nargs=4, type=int, action="append", help="ROWS KEYS warps stages instead of ours")
     parser.add_argument("--first", type=int, help="only so many of the tuning choices")

@@ -12,6 +12,13 @@ def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0):
     return tensors, torch.randn(sizes[0], generator=generator), torch.randn(sizes[0][:3], generator=generator)
 
 
+def kernel(iterations):
+    """Options for the exact softmax (None), the secure exponential (t) or the polynomial (-t)."""
+    if iterations is None:
+        return {}
+    return {"exp_iterations": abs(iterations)} | ({"polynomial": True} if iterations < 0 else {})
+
+
 def everything(implementation, tensors, grad_output, grad_entropy, dtype, **options):
     """Output, entropy and the three gradients."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]

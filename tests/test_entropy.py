@@ -10,6 +10,7 @@ from entropi.entropy import secure_softmax
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
+from exactness import kernel
 
 
 def make_qkv(batch=2, heads=3, queries=17, keys=None, width=8, dtype=torch.float64, seed=0):
@@ -34,8 +35,9 @@ def definition(query, key, value, visible, temperature=None, iterations=None):
                 logits = (key[b, h, seen] @ query[b, h, i]) / (t * math.sqrt(width))
                 p = torch.softmax(logits, dim=0)
                 if iterations is not None:
-                    n = 2**iterations
-                    weights = (1 + (logits - logits.max()).clamp(min=-0.9 * n) / n) ** n
+                    n = 2 ** abs(iterations)
+                    x = (logits - logits.max()).clamp(min=-0.9 * n) if iterations > 0 else logits
+                    weights = (1 + x / n) ** n
                     p = weights / weights.sum()
                 output[b, h, i] = p @ value[b, h, seen]
                 entropy[b, h, i] = -(p * p.log()).sum()
@@ -69,13 +71,13 @@ def assert_same_values_and_gradients(function, other, tensors):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 16])
+@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 16, -1, -2, -5, -8])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (5, 12), (7, 4)])
 def test_secure_softmax_and_its_gradients_are_the_definition(implementation, iterations, queries, keys):
     """Logits spread far enough for clipped ones at t = 1 and 2, as the next test makes sure."""
     tensors = make_qkv(queries=queries, keys=keys, batch=1, heads=2)
     temperature = torch.linspace(0.15, 0.45, 2 * queries, dtype=torch.float64).reshape(2, -1).requires_grad_()
-    options = dict(implementation=implementation, exp_iterations=iterations)
+    options = dict(implementation=implementation, **kernel(iterations))
     assert_same_values_and_gradients(
         lambda q, k, v, t: entropy_attention(q, k, v, temperature=t, **options),
         lambda q, k, v, t: definition(q, k, v, causal(queries, keys), t, iterations),
@@ -121,7 +123,7 @@ def test_secure_softmax_approaches_the_exact_one(iterations):
     first_order = x.square() / 2 ** (iterations + 1)
     torch.testing.assert_close(ratio, first_order, rtol=0.1, atol=1e-12)
     exact = entropy_attention(query, key, value, is_causal=False)
-    close = entropy_attention(query, key, value, is_causal=False, exp_iterations=iterations)
+    close = entropy_attention(query, key, value, is_causal=False, **kernel(iterations))
     bound = float(first_order.max())
     assert 1e-3 * bound < (close[1] - exact[1]).abs().max() < 8 * bound  # dH = sum_j p_j x_j^2 (log p_j + H) / 2^(t+1)
     assert (close[0] - exact[0]).abs().max() < 2 * bound * value.abs().max()
@@ -146,14 +148,46 @@ def test_iterations_out_of_range_are_refused(wrong):
         entropy_attention(query, key, value, exp_iterations=wrong)
 
 
-@pytest.mark.parametrize("iterations", [None, 2, 7])
+@pytest.mark.parametrize("wrong", [None, 0, 9, -1, 2.0, True])
+def test_iterations_of_a_polynomial_out_of_range_are_refused(wrong):
+    query, key, value = make_qkv()
+    with pytest.raises(ValueError, match="exp_iterations of a polynomial must be a whole number from 1 to 8, got"):
+        entropy_attention(query, key, value, exp_iterations=wrong, polynomial=True)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_temperature_of_the_polynomial_is_an_offset(implementation):
+    """(1 + s / (2^t T))^(2^t) is proportional to (2^t T + s)^(2^t): what folding rests on."""
+    query, key, value = (x.detach() for x in make_qkv(queries=6))
+    temperature = torch.rand(3, 6, dtype=torch.float64) + 0.3
+    options = dict(exp_iterations=1, polynomial=True, implementation=implementation)
+    output, _ = entropy_attention(query, key, value, temperature=temperature, **options)
+    weights = (2 * temperature[..., None] + query @ key.transpose(-1, -2) / math.sqrt(8)).square() * causal(6, 6)
+    torch.testing.assert_close(output, weights / weights.sum(-1, keepdim=True) @ value)
+
+
+def test_a_weight_of_exactly_zero_is_no_danger():
+    """1 + s / 2 = 0: the logarithm of the weight is not finite, weights, entropy and gradients are."""
+    query = torch.tensor([[[[-2.0], [-2.0]]]], dtype=torch.float64, requires_grad=True)
+    key = torch.tensor([[[[1.0], [0.5]]]], dtype=torch.float64, requires_grad=True)
+    value = torch.tensor([[[[3.0], [5.0]]]], dtype=torch.float64, requires_grad=True)
+    for implementation in ("reference", "blockwise"):
+        options = dict(scale=1.0, exp_iterations=1, polynomial=True, implementation=implementation)
+        output, entropy = entropy_attention(query, key, value, **options)
+        torch.testing.assert_close(output.flatten(), torch.tensor([3.0, 5.0], dtype=torch.float64))
+        torch.testing.assert_close(entropy.flatten(), torch.zeros(2, dtype=torch.float64))
+        grads = torch.autograd.grad(output.sum() + entropy.square().sum(), (query, key, value))
+        assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("iterations", [None, 2, 7, -1])
 @pytest.mark.parametrize("length", [1, 2, 63, 65, 111, 300])
 def test_blockwise_gradients_equal_the_reference(length, iterations):
     """T above and below the block size."""
     temperature = (torch.rand(3, length, dtype=torch.float64) + 0.5).requires_grad_()
 
     def run(implementation):
-        options = dict(implementation=implementation, exp_iterations=iterations)
+        options = dict(implementation=implementation, **kernel(iterations))
         return lambda q, k, v, t: entropy_attention(q, k, v, temperature=t, **options)
 
     assert_same_values_and_gradients(
@@ -162,20 +196,20 @@ def test_blockwise_gradients_equal_the_reference(length, iterations):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("iterations", [None, 1, 4])
+@pytest.mark.parametrize("iterations", [None, 1, 4, -1, -3])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_double_precision_gradcheck(is_causal, iterations, implementation):
     query, key, value = make_qkv(batch=1, heads=2, queries=5, keys=6, width=3)
     temperature = torch.tensor([[0.7], [1.9]], dtype=torch.float64, requires_grad=True)
 
     def both(q, k, v, t):
-        options = dict(is_causal=is_causal, exp_iterations=iterations, implementation=implementation)
+        options = dict(is_causal=is_causal, **kernel(iterations), implementation=implementation)
         return entropy_attention(q, k, v, temperature=t, **options)
 
     assert torch.autograd.gradcheck(both, (query, key, value, temperature))
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8])
+@pytest.mark.parametrize("iterations", [None, 1, 8, -1])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation, additive, iterations):
@@ -184,7 +218,7 @@ def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation
     visible[2] = False
     visible[4, 1:] = False
     mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf) if additive else visible
-    options = dict(implementation=implementation, exp_iterations=iterations)
+    options = dict(implementation=implementation, **kernel(iterations))
     output, entropy = entropy_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
     expected = definition(query, key, value, visible, iterations=iterations)
     torch.testing.assert_close(output, expected[0])
@@ -200,19 +234,19 @@ def test_grouped_queries_share_keys(iterations):
     query, key, value = make_qkv(heads=4)
     shared = key[:, ::2], value[:, ::2]
     repeated = [x.repeat_interleave(2, dim=1) for x in shared]
-    got_both = entropy_attention(query, *shared, enable_gqa=True, exp_iterations=iterations)
-    for got, expected in zip(got_both, entropy_attention(query, *repeated, exp_iterations=iterations)):
+    got_both = entropy_attention(query, *shared, enable_gqa=True, **kernel(iterations))
+    for got, expected in zip(got_both, entropy_attention(query, *repeated, **kernel(iterations))):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8, 16])
+@pytest.mark.parametrize("iterations", [None, 1, 8, 16, -1])
 @pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])
 def test_float32_entropy_survives_large_logits(sharpness, iterations):
     """The entropy of shifted logits: no cancellation against logits of any size (error bounded by float32 logits)."""
     query, key, value = make_qkv(queries=64, width=16, dtype=torch.float32)
     offset = torch.ones_like(key)  # a common shift of all logits leaves the entropy unchanged
     args = [query.detach() * sharpness, key.detach() + offset, value.detach()]
-    options = dict(exp_iterations=iterations)
+    options = dict(**kernel(iterations))
     exact = entropy_attention(*[x.double() for x in args], implementation="reference", **options)[1]
     plain = entropy_attention(*args, implementation="reference", **options)[1]
     fast = entropy_attention(*args, implementation="blockwise", **options)[1]

@@ -9,7 +9,7 @@ import torch
 
 from entropi.entropy import native
 from entropi.entropy.attention import available_implementations, entropy_attention
-from exactness import assert_as_exact, everything, make
+from exactness import assert_as_exact, everything, kernel, make
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernel: {native.why_not()}")
 
@@ -22,28 +22,28 @@ def test_awkward_shapes(length, width, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("iterations", [1, 5, 6, 16])
+@pytest.mark.parametrize("iterations", [1, 5, 6, 16, -1, -3])
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 256), (300, 64)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
-    assert_as_exact("native", *make(length, length, width), is_causal=is_causal, exp_iterations=iterations)
+    assert_as_exact("native", *make(length, length, width), is_causal=is_causal, **kernel(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
 def test_a_thousand_rows(iterations):
-    assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), exp_iterations=iterations)
+    assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), **kernel(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 3])
+@pytest.mark.parametrize("iterations", [None, 3, -1])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 200), (5, 130), (7, 4), (200, 129), (49, 400)])
 def test_queries_and_keys_of_different_length(queries, keys, iterations):
-    assert_as_exact("native", *make(queries, keys, 32), exp_iterations=iterations)
+    assert_as_exact("native", *make(queries, keys, 32), **kernel(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [65, 300])
 def test_half_precision_is_no_worse_than_plain(dtype, length, iterations):
-    assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype, exp_iterations=iterations)
+    assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype, **kernel(iterations))
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -55,30 +55,30 @@ def test_masks_broadcast(shape, additive, is_causal):
     mask = visible
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
-    for iterations in (None, 2):
-        options = dict(attn_mask=mask, is_causal=is_causal, exp_iterations=iterations)
+    for iterations in (None, 2, -1):
+        options = dict(attn_mask=mask, is_causal=is_causal, **kernel(iterations))
         assert_as_exact("native", *make(150, 170, 24), **options)
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8])
+@pytest.mark.parametrize("iterations", [None, 1, 8, -1])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing(additive, iterations):
     visible = torch.ones(140, 140, dtype=torch.bool)
     visible[[0, 3, 77]] = False
     mask = torch.zeros(140, 140).masked_fill(~visible, -math.inf) if additive else visible
     tensors, grad_output, grad_entropy = make(140, 140, 16)
-    options = dict(attn_mask=mask, is_causal=False, exp_iterations=iterations)
+    options = dict(attn_mask=mask, is_causal=False, **kernel(iterations))
     assert_as_exact("native", tensors, grad_output, grad_entropy, **options)
     output, entropy = entropy_attention(*tensors, **options, implementation="native")
     assert output[:, :, [0, 3, 77]].abs().max() == 0
     assert entropy[:, :, [0, 3, 77]].abs().max() == 0
 
 
-@pytest.mark.parametrize("iterations", [None, 4, 8, 12])
+@pytest.mark.parametrize("iterations", [None, 4, 8, 12, -1])
 def test_large_logits_keep_the_entropy(iterations):
     (query, key, value), *rest = make(200, 200, 32)
     tensors = [query * 30, key + 5, value]
-    assert_as_exact("native", tensors, *rest, slack=1e-5, exp_iterations=iterations)
+    assert_as_exact("native", tensors, *rest, slack=1e-5, **kernel(iterations))
 
 
 def test_grouped_queries_and_strided_inputs():
@@ -102,7 +102,7 @@ def test_temperature_has_gradients(iterations):
     results = []
     for implementation in ("reference", "native"):
         temperature = (torch.arange(120.0).reshape(3, 40) / 120 + 0.5).requires_grad_()
-        options = dict(temperature=temperature, implementation=implementation, exp_iterations=iterations)
+        options = dict(temperature=temperature, implementation=implementation, **kernel(iterations))
         output, entropy = entropy_attention(query, key, value, **options)
         results.append(torch.autograd.grad([output, entropy], temperature, [grad_output, grad_entropy])[0])
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_the_number_of_threads(iterations):
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(everything("native", *arguments, torch.float32, exp_iterations=iterations))
+            results.append(everything("native", *arguments, torch.float32, **kernel(iterations)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -134,27 +134,27 @@ def test_more_threads_than_heads_share_the_backward_pass(queries, keys, iteratio
         torch.set_num_threads(3)
         for options in ({}, {"attn_mask": mask, "is_causal": False}):
             arguments = make(queries, keys, 40, batch=1, heads=1)
-            assert_as_exact("native", *arguments, exp_iterations=iterations, **options)
+            assert_as_exact("native", *arguments, **kernel(iterations), **options)
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("iterations", [None, 5, 8])
+@pytest.mark.parametrize("iterations", [None, 5, 8, -1])
 def test_not_a_number_is_not_hidden(iterations):
     (query, key, value), *_ = make(150, 150, 16)
     query[0, 0, 70, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="native", exp_iterations=iterations)
+    output, entropy = entropy_attention(query, key, value, implementation="native", **kernel(iterations))
     assert output[0, 0, 70].isnan().all()
     assert entropy[0, 0, 70].isnan()
     assert torch.isfinite(output[0, 1]).all()
 
 
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
 def test_compiled_without_graph_breaks(iterations):
     (query, key, value), grad_output, grad_entropy = make(70, 70, 16)
 
     def loss(q, k, v):
-        output, entropy = entropy_attention(q, k, v, exp_iterations=iterations)
+        output, entropy = entropy_attention(q, k, v, **kernel(iterations))
         return (output * grad_output).sum() + (entropy * grad_entropy).sum()
 
     results = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from entropi.entropy.attention import available_implementations, entropy_attention
-from exactness import assert_as_exact, everything, make
+from exactness import assert_as_exact, everything, kernel, make
 
 pytest.importorskip("triton")
 
@@ -30,27 +30,27 @@ def test_awkward_shapes(length, width, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("iterations", [1, 5, 8])
+@pytest.mark.parametrize("iterations", [1, 5, 8, -1])
 @pytest.mark.parametrize(("length", "width"), [(1, 32), (63, 48), (65, 100)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
-    assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal, exp_iterations=iterations)
+    assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal, **kernel(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 3])
+@pytest.mark.parametrize("iterations", [None, 3, -2])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 90), (5, 70), (7, 4), (40, 33)])
 def test_queries_and_keys_of_different_length(queries, keys, iterations):
-    assert_as_exact("triton", *on_device(queries, keys, 32), exp_iterations=iterations)
+    assert_as_exact("triton", *on_device(queries, keys, 32), **kernel(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_plain(dtype, iterations):
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices as if their bits were integers")
-    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype, exp_iterations=iterations)
+    assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype, **kernel(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 1])
+@pytest.mark.parametrize("iterations", [None, 1, -1])
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 50, 70), (1, 1, 1, 70), (50, 70)])
 def test_masks_broadcast_and_rows_may_see_nothing(shape, additive, iterations):
@@ -62,15 +62,15 @@ def test_masks_broadcast_and_rows_may_see_nothing(shape, additive, iterations):
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
     for is_causal in (True, False) if iterations is None else (True,):
-        options = dict(attn_mask=mask.to(DEVICE), is_causal=is_causal, exp_iterations=iterations)
+        options = dict(attn_mask=mask.to(DEVICE), is_causal=is_causal, **kernel(iterations))
         assert_as_exact("triton", *on_device(50, 70, 32), **options)
 
 
-@pytest.mark.parametrize("iterations", [None, 4, 12])
+@pytest.mark.parametrize("iterations", [None, 4, 12, -1])
 def test_large_logits_keep_the_entropy(iterations):
     (query, key, value), *rest = on_device(70, 70, 32)
     tensors = [query * 30, key + 5, value]
-    assert_as_exact("triton", tensors, *rest, slack=1e-5, exp_iterations=iterations)
+    assert_as_exact("triton", tensors, *rest, slack=1e-5, **kernel(iterations))
 
 
 def test_strided_inputs():
@@ -82,11 +82,11 @@ def test_strided_inputs():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
 def test_not_a_number_is_not_hidden(iterations):
     (query, key, value), *_ = on_device(40, 40, 32)
     query[0, 0, 20, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="triton", exp_iterations=iterations)
+    output, entropy = entropy_attention(query, key, value, implementation="triton", **kernel(iterations))
     assert output[0, 0, 20].isnan().all()
     assert entropy[0, 0, 20].isnan()
     assert torch.isfinite(output[0, 1]).all()
@@ -102,7 +102,7 @@ def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
 @pytest.mark.parametrize(
     ("dtype", "length", "width", "is_causal"),
     [
@@ -116,7 +116,7 @@ def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
     ],
 )
 def test_tuned_kernels_on_a_gpu(dtype, length, width, is_causal, iterations):
-    options = dict(dtype=dtype, is_causal=is_causal, exp_iterations=iterations)
+    options = dict(dtype=dtype, is_causal=is_causal, **kernel(iterations))
     assert_as_exact("triton", *on_device(length, length, width, dtype=dtype), **options)
 
 
@@ -168,7 +168,7 @@ def test_no_tuning_choice_of_usual_heads_spills_registers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "iterations"), [("bf16", 5), ("fp16", 0), ("fp32", 0)])
+@pytest.mark.parametrize(("dtype", "iterations"), [("bf16", 5), ("bf16", -1), ("fp16", 0), ("fp32", 0)])
 def test_every_precision_and_an_odd_width_compile(tmp_path, dtype, iterations):
     rows = compiled(tmp_path, dtype=[dtype], width=[64, 128, 100], iterations=[iterations], first=[1])
     assert len(rows) == 18  # three kernels, three widths, two architectures

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from entropi.entropy import native
-from entropi.entropy.secure_softmax import HIDDEN, check_iterations, log_weights, log_weights_backward
+from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, signed_iterations
 
 Implementation = Literal["auto", "reference", "blockwise", "native", "triton"]
 
@@ -36,6 +36,7 @@ def entropy_attention(
     attn_mask: Tensor | None = None,
     enable_gqa: bool = False,
     exp_iterations: int | None = None,
+    polynomial: bool = False,
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention output and the entropy of every attention row.
@@ -52,6 +53,7 @@ def entropy_attention(
         exp_iterations: None is the exact softmax. A whole number t from 1 to 16 replaces its exponential by the one
             that private inference evaluates, (1 + x/2^t)^(2^t) with x the distance to the row's largest visible
             logit, clipped at -0.9 2^t; entropy is that of the weights so found. See `secure_softmax`.
+        polynomial: take (1 + s/2^t)^(2^t) of the logit s itself, with nothing to compare; t is from 1 to 8.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`.
@@ -68,7 +70,7 @@ def entropy_attention(
     """
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
-    check_iterations(exp_iterations)
+    iterations = signed_iterations(exp_iterations, polynomial)
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -86,16 +88,16 @@ def entropy_attention(
     if (reason := able[implementation]) is not None:
         raise ValueError(f"implementation {implementation!r} cannot run here: {reason}")
     if implementation == "reference":
-        return _reference(query, key, value, attn_mask, is_causal, exp_iterations)
+        return _reference(query, key, value, attn_mask, is_causal, iterations)
     if implementation == "native":
-        output, entropy, *_ = native.attention(query, key, value, attn_mask, is_causal, exp_iterations)
+        output, entropy, *_ = native.attention(query, key, value, attn_mask, is_causal, iterations)
         return output, entropy
     if implementation == "triton":
         from entropi.entropy import triton_kernel
 
-        output, entropy, *_ = triton_kernel.attention(query, key, value, attn_mask, is_causal, exp_iterations)
+        output, entropy, *_ = triton_kernel.attention(query, key, value, attn_mask, is_causal, iterations)
         return output, entropy
-    return _Blockwise.apply(query, key, value, attn_mask, is_causal, exp_iterations)
+    return _Blockwise.apply(query, key, value, attn_mask, is_causal, iterations)
 
 
 def available_implementations(query: Tensor) -> dict[str, str | None]:

@@ -11,7 +11,8 @@
 //
 // With `iterations` = t > 0 the exponential is k(x) = (1 + x / 2^t)^(2^t) of x = s - m (see secure_softmax.py). It has no
 // such rule for a new maximum, so the logits of a block of rows are all kept until m is known. Then l = sum k(x),
-// w = sum k(x) log k(x), L = log l.
+// w = sum k(x) log k(x), L = log l. With `iterations` = -t < 0 logits become l = 2^t log |1 + s / 2^t|, the polynomial's,
+// when they are computed, and everything above holds for them.
 
 #include <atomic>
 #include <cmath>
@@ -112,6 +113,19 @@ static inline vec power_kernel_rate(vec x, int iterations, float lowest) {
   return x < lowest ? splat(0.0f) : 1.0f / (x * (1.0f / float(1 << iterations)) + 1.0f);
 }
 
+// Logits s under the polynomial, l = 2^t log |1 + s / 2^t| with t = -iterations, hidden ones as they are; |1 + y| is 1 + y'
+// with y' = y or its mirror image in -1. What is not finite becomes what is not a number.
+static inline vec polynomial_logits(vec s, int iterations) {
+  vec y = s * (1.0f / float(1 << -iterations));
+  vec l = log_of_1_plus(y < -1.0f ? -2.0f - y : y) * float(1 << -iterations) + (s - s);
+  return s <= MASKED / 2 ? splat(MASKED) : l;
+}
+// dl / ds.
+static inline vec polynomial_rate(vec s, int iterations) {
+  vec base = s * (1.0f / float(1 << -iterations)) + 1.0f;
+  return 1.0f / (base * base < 1e-18f ? splat(1e-9f) : base);
+}
+
 // C (M x N) = or += sum over k of A(i, k) B[k], A with strides (row, col), N a multiple of LANES.
 template <int M, int NV>
 static inline void tile(int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
@@ -186,7 +200,7 @@ struct Problem {
   int mask_kind;  // 0 none, 1 bytes (0 hides), 2 floats that are added
   float *entropy, *log_normaliser;  // (B, H, T) contiguous
   const float *grad_entropy;
-  int iterations;  // t of the power kernel, 0 for the exponential
+  int iterations;  // t of the power kernel, -t of the polynomial, 0 for the exponential
   float lowest;    // where it clips x
   float *largest;  // (B, H, T): what the backward pass needs of it, m and the first key that has it
   int32_t *first;
@@ -249,7 +263,7 @@ static void store_rows(const Problem &p, long b, long h, long start, long rows, 
     const bool sees = l[r] != 0;  // true of what is not a number, which must not be hidden
     const float log_l = sees ? std::log(l[r]) : 0.0f, entropy = sees ? log_l - w[r] / l[r] : 0.0f;
     p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
-    p.log_normaliser[index] = sees ? (p.iterations ? log_l : m[r] + log_l) : MASKED;
+    p.log_normaliser[index] = sees ? (p.iterations > 0 ? log_l : m[r] + log_l) : MASKED;
     void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
     const float scale = sees ? 1.0f / l[r] : 0.0f;
     for (long d = 0; d < p.width; d++) write(to, d, p.kind, out[r * padded + d] * scale);
@@ -312,7 +326,7 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
   const long padded_keys = round_up(seen, KEYS);
   float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
   float *keys_t = scratch(padded_keys * p.width), *q = scratch(ROWS * padded), *out = scratch(ROWS * padded);
-  float *s = scratch(ROWS * (p.iterations ? padded_keys : KEYS));
+  float *s = scratch(ROWS * (p.iterations > 0 ? padded_keys : KEYS));
   take_rows(p, p.key, b, h, 0, seen, padded_keys, padded, keys);
   take_rows(p, p.value, b, h, 0, seen, padded_keys, padded, values);
   transpose_blocks(keys, padded_keys, padded, p.width, keys_t);
@@ -323,7 +337,7 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
     float m[ROWS], l[ROWS], w[ROWS];
     for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
     const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
-    if (p.iterations) {
+    if (p.iterations > 0) {
       power_rows(p, b, h, start, rows, reach, seen, q, keys_t, values, padded, s, out, m, l, w);
       store_rows(p, b, h, start, rows, padded, out, m, l, w);
       continue;
@@ -335,6 +349,8 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
         float *row = s + r * KEYS;
         const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
         hide(p, b, h, start + r, block, columns, limit, row);
+        if (p.iterations < 0)
+          for (long j = 0; j < columns; j += LANES) store(row + j, polynomial_logits(load(row + j), p.iterations));
         vec top = load(row);
         for (long j = LANES; j < columns; j += LANES) top = larger(load(row + j), top);
         float largest = m[r];
@@ -449,16 +465,16 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
           std::memset(dr, 0, KEYS * 4);
           continue;
         }
-        if (p.iterations) {
+        if (p.iterations > 0) {
           correction[t] += power_slopes(p, sr, dr, columns, largest[t], log_n[t], row_sum[t], grad_h[t]);
           continue;
         }
         for (long j = 0; j < columns; j += LANES) {
-          vec x = load(sr + j) - log_n[t];
+          vec given = load(sr + j), x = (p.iterations < 0 ? polynomial_logits(given, p.iterations) : given) - log_n[t];
           vec prob = exp_nonpositive(x > 0.0f ? splat(0.0f) : x);  // rounding may leave x a little above 0
           vec slope = load(dr + j) - row_sum[t] - grad_h[t] * larger(x, splat(-88.0f));
           store(sr + j, prob);
-          store(dr + j, prob * slope);
+          store(dr + j, prob * (p.iterations < 0 ? slope * polynomial_rate(given, p.iterations) : slope));
         }
       }
       matmul(columns, padded, rows, s, 1, KEYS, g + start * padded, padded, dv, padded, true);
@@ -482,7 +498,7 @@ static void backward_finish(const Problem &p, long b, long h, const Sums *sums, 
     for (long t = 0; t < p.queries; t++) correction[t] += sums[piece].correction[t];
   }
   for (long t = 0; t < p.queries; t++) {
-    if (p.iterations && p.log_normaliser[base + t] > MASKED / 2) {
+    if (p.iterations > 0 && p.log_normaliser[base + t] > MASKED / 2) {
       const long j = p.first[base + t];
       const void *q = at(p.query, b, h, t, p.kind), *k = at(p.key, b, h, j, p.kind);
       for (long d = 0; d < p.width; d++) {

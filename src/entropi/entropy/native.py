@@ -147,7 +147,7 @@ def _problem(
         query=_view(query),
         key=_view(key),
         iterations=exp_iterations or 0,
-        lowest=0.0 if exp_iterations is None else lowest(exp_iterations),
+        lowest=lowest(exp_iterations),
     )
     for name, tensor in tensors.items():
         value: Any = tensor.data_ptr() if name in (*ROW_RESULTS, "grad_entropy") else _view(tensor)
@@ -171,10 +171,10 @@ def row_results(query: Tensor, exp_iterations: int | None) -> tuple[Tensor, Tens
     """What the kernels return of every row beside the output, uninitialised.
 
     `(B, H, T)` each: entropy, log-normaliser and, where the exponential is the power of `exp_iterations`, the largest
-    logit and the first key that has it (empty otherwise).
+    logit and the first key that has it (empty otherwise, for the polynomial too).
     """
     rows = query.shape[:3]
-    extra = (0,) if exp_iterations is None else rows
+    extra = (0,) if exp_iterations is None or exp_iterations < 0 else rows
     floats = (query.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, extra))
     return *floats, query.new_empty(extra, dtype=torch.int32)  # type: ignore[return-value]
 
@@ -272,7 +272,8 @@ def make_differentiable(forward: Any, backward: Any) -> None:
     """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
 
     Both kernels have these two operators: forward(query, key, value, mask, causal, exp_iterations) -> output and
-    `row_results`; backward(those six, those five, gradients of output and entropy) -> gradients of q, k, v.
+    `row_results`, with `secure_softmax`'s signed iterations; backward(those six, those five, gradients of output and
+    entropy) -> gradients of q, k, v.
     """
 
     @forward.register_fake

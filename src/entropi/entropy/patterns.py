@@ -38,6 +38,7 @@ def attention_pattern(
     attn_mask: Tensor | None = None,
     enable_gqa: bool = False,
     exp_iterations: int | None = None,
+    polynomial: bool = False,
 ) -> Pattern:
     """Where the heads look, of `query (B, H, T, D)` and `key (B, H or G, S, D)`; arguments as for `entropy_attention`.
 
@@ -72,6 +73,7 @@ def attention_pattern(
             attn_mask=None if attn_mask is None else attn_mask[:, :, rows, :keys],
             enable_gqa=enable_gqa,
             exp_iterations=exp_iterations,
+            polynomial=polynomial,
             implementation="blockwise",
         )
         at = torch.arange(rows.stop - rows.start, device=query.device)  # of each row in its block

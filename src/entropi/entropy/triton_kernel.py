@@ -10,6 +10,9 @@ With ITERATIONS = t > 0 the exponential is k(x) = (1 + x / 2^t)^(2^t) of x = s -
 `secure_softmax`). It has no such rule for a new maximum: a first pass over the keys finds m. Then L = log sum k(x). The
 backward pass of the queries finds what flows through the row's maximum and hands it to that of the keys.
 
+With POLYNOMIAL = t > 0 the logits become l = 2^t log |1 + s / 2^t| when they are computed, and everything else holds
+for them; the backward divides by 1 + s / 2^t.
+
 Blocks in which every row sees every key need no masking and are done in a loop of their own. Elsewhere hidden logits
 are MASKED; m starts at half of that, so that they vanish as exponentials, and rows that see nothing have L = -MASKED,
 so that their p is 0.
@@ -27,14 +30,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from entropi.entropy import secure_softmax
 from entropi.entropy.native import contiguous_rows, make_differentiable, row_results
-from entropi.entropy.secure_softmax import lowest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NUMPY = tl.constexpr(INTERPRETED)  # the interpreter's products are numpy's
 MASKED = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SMALLEST_BASE = tl.constexpr(secure_softmax.SMALLEST_BASE)
 
 
 # Tuning choices (ROWS, KEYS, warps, stages) by padded width, or for float32, whose exact products tensor cores do not
@@ -70,7 +74,7 @@ def choices(kernel: str, padded: int, float32: bool) -> list[Any]:
 
 def _tuned(kernel: str) -> Any:
     """Tuning once per dtype, width, kind of attention and order of magnitude of T and S."""
-    key = ["SIZE", "PADDED", "CAUSAL", "MASK_KIND", "ITERATIONS"]
+    key = ["SIZE", "PADDED", "CAUSAL", "MASK_KIND", "ITERATIONS", "POLYNOMIAL"]
     if INTERPRETED:  # nothing to tune; small blocks reach every branch on small tensors
         return triton.autotune([triton.Config({"ROWS": 32, "KEYS": 32})], key)
 
@@ -157,16 +161,33 @@ def _power(x, ITERATIONS: tl.constexpr, LOWEST: tl.constexpr):
 
 
 @triton.jit
+def _polynomial_base(s, POLYNOMIAL: tl.constexpr):
+    """1 + s / 2^t, kept from 0."""
+    base = s * (1.0 / 2**POLYNOMIAL) + 1.0
+    return tl.where(tl.abs(base) < SMALLEST_BASE, SMALLEST_BASE, base)
+
+
+@triton.jit
+def _polynomial_logits(s, POLYNOMIAL: tl.constexpr):
+    """l = 2^t log |1 + s / 2^t|; hidden logits stay what they are."""
+    log_k = tl.log2(tl.abs(_polynomial_base(s, POLYNOMIAL))) * (LN_2 * 2**POLYNOMIAL)
+    return tl.where(s <= MASKED / 2, s, log_k)
+
+
+@triton.jit
 def _forward_block(
     q, K, V, MASK, m, z, w, out, row, col, kt, vt, mr, mc, T, S,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into m, z, w and the unnormalised output; with ITERATIONS m is known and stays."""
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
     k = _read(K, keys, S, kt, D, PADDED, HIDES)
     s = _logits(q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION)
     v = _read(V, keys, S, vt, D, PADDED, HIDES)
+    if POLYNOMIAL:
+        s = _polynomial_logits(s, POLYNOMIAL)
     if ITERATIONS:
         e, log_e = _power(s - m[:, None], ITERATIONS, LOWEST)
         if HIDES:  # clipped keys weigh something for small t, hidden ones never
@@ -222,7 +243,7 @@ def _forward_kernel(
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, ROWS)
     row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # the longest rows of a causal head first
@@ -254,12 +275,12 @@ def _forward_kernel(
     for col in range(0, middle, KEYS):
         m, z, w, out = _forward_block(
             q, K, V, MASK, m, z, w, out, row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, ROWS, KEYS, False,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, False,
         )  # fmt: skip
     for col in range(middle, end, KEYS):
         m, z, w, out = _forward_block(
             q, K, V, MASK, m, z, w, out, row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, ROWS, KEYS, True,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, True,
         )  # fmt: skip
     sees = z != 0  # true of what is not a number, which must not be hidden
     total = tl.where(sees, z, 1.0)
@@ -279,7 +300,7 @@ def _forward_kernel(
 @triton.jit
 def _slopes(
     s, dp, log_normaliser, row_sum, grad_entropy, largest,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, HIDES: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """p and dS of a block, but for what flows through the row's maximum; `row_sum` is rowsum(g_O O) + g_H H."""
     if ITERATIONS:
@@ -292,8 +313,12 @@ def _slopes(
         ds = p * rate * (dp - row_sum - grad_entropy * (log_k - log_normaliser))
     else:
         log_p = s * LOG2_E - log_normaliser
+        if POLYNOMIAL:
+            log_p = _polynomial_logits(s, POLYNOMIAL) * LOG2_E - log_normaliser
         p = tl.exp2(log_p)
         ds = p * (dp - row_sum - (grad_entropy * LN_2) * log_p)
+        if POLYNOMIAL:
+            ds = ds / _polynomial_base(s, POLYNOMIAL)
     return p, ds
 
 
@@ -301,7 +326,8 @@ def _slopes(
 def _backward_query_block(
     q, g, K, V, MASK, dq, correction, log_normaliser, row_sum, grad_entropy, largest, row, col, kt, vt, mr, mc, T, S,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
     k = _read(K, keys, S, kt, D, PADDED, HIDES)
@@ -310,7 +336,7 @@ def _backward_query_block(
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     _, ds = _slopes(
         s, dp, log_normaliser[:, None], row_sum[:, None], grad_entropy[:, None], largest[:, None],
-        ITERATIONS, LOWEST, HIDES,
+        ITERATIONS, LOWEST, POLYNOMIAL, HIDES,
     )  # fmt: skip
     if ITERATIONS:
         correction += tl.sum(ds, 1)
@@ -324,7 +350,7 @@ def _backward_query_kernel(
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, gb, gh, gt, db, dh, dt, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dQ; and of every row what the keys' gradients need too, which `_backward_key_kernel` reads."""
     blocks = tl.cdiv(T, ROWS)
@@ -352,13 +378,13 @@ def _backward_query_kernel(
         dq, correction = _backward_query_block(
             q, g, K, V, MASK, dq, correction, log_normaliser, row_sum, grad_entropy, largest,
             row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, ROWS, KEYS, False,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, False,
         )  # fmt: skip
     for col in range(middle, end, KEYS):
         dq, correction = _backward_query_block(
             q, g, K, V, MASK, dq, correction, log_normaliser, row_sum, grad_entropy, largest,
             row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, ROWS, KEYS, True,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, True,
         )  # fmt: skip
     if ITERATIONS:
         tl.store(CORRECTION + at, correction, mask=rows < T)
@@ -372,7 +398,8 @@ def _backward_key_block(
     k, v, Q, GO, MASK, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
     row, col, qt, gt, mr, mc, T, S,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Keys down and queries across, so that p and dS need not be transposed for their products."""
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
@@ -389,7 +416,7 @@ def _backward_key_block(
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     p, ds = _slopes(
         s, dp, log_normaliser[None, :], row_sum[None, :], grad_entropy[None, :], largest[None, :],
-        ITERATIONS, LOWEST, HIDES,
+        ITERATIONS, LOWEST, POLYNOMIAL, HIDES,
     )  # fmt: skip
     if ITERATIONS:
         first = tl.load(FIRST + rows, mask=exists, other=-1)
@@ -407,7 +434,7 @@ def _backward_key_kernel(
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, db, dh, dt, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, KEYS)
     col = tl.program_id(0) % blocks * KEYS
@@ -434,13 +461,13 @@ def _backward_key_kernel(
         dk, dv = _backward_key_block(
             k, v, Q, GO, MASK, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
             row, col, qt, gt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, ROWS, KEYS, True,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, True,
         )  # fmt: skip
     for row in range(middle, T, ROWS):
         dk, dv = _backward_key_block(
             k, v, Q, GO, MASK, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
             row, col, qt, gt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, ROWS, KEYS, False,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, False,
         )  # fmt: skip
     _write(_head(DK, batch, head, db, dh), keys, S, dt, dk, D, PADDED)
     _write(_head(DV, batch, head, db, dh), keys, S, dt, dv, D, PADDED)
@@ -472,8 +499,9 @@ def _constants(query: Tensor, causal: bool, mask_kind: int, exp_iterations: int 
         "MASK_KIND": mask_kind,
         # float32 products are exact ones, not tf32: the entropy of sharp rows needs the digits.
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "ITERATIONS": exp_iterations or 0,
-        "LOWEST": 0.0 if exp_iterations is None else lowest(exp_iterations),
+        "ITERATIONS": max(exp_iterations or 0, 0),
+        "LOWEST": secure_softmax.lowest(exp_iterations),
+        "POLYNOMIAL": max(-(exp_iterations or 0), 0),
     }
 
 

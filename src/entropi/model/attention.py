@@ -53,7 +53,8 @@ class EntropiAttention(nn.Module):
         assert config.num_key_value_heads is not None
         width, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.layer_idx = layer_idx  # the name transformers uses
-        self.head_dim, self.exp_iterations = config.head_dim, config.exp_iterations
+        self.head_dim = config.head_dim
+        self.exp_iterations, self.polynomial = config.exp_iterations, config.polynomial
         self.query = make_linear(config, "query", width, width, bias=config.bias != "none")
         self.key = make_linear(config, "key", width, shared, bias=config.bias != "none")
         self.value = make_linear(config, "value", width, shared, bias=config.bias == "all")
@@ -73,12 +74,8 @@ class EntropiAttention(nn.Module):
         `rotation` holds cosines and sines `(B or 1, 1, T, r)` of rotary positions.
         """
         batch, length, _ = hidden.shape
-        query, key, value = (
-            projection(hidden).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
-        if rotation is not None:
-            query, key = rotate(query, *rotation), rotate(key, *rotation)
+        query, key = (self.heads(projection, hidden, rotation) for projection in (self.query, self.key))
+        value = self.heads(self.value, hidden, None)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         settings: dict[str, Any] = dict(
@@ -86,11 +83,17 @@ class EntropiAttention(nn.Module):
             attn_mask=attn_mask,
             enable_gqa=key.shape[1] != query.shape[1],
             exp_iterations=self.exp_iterations,
+            polynomial=self.polynomial,
         )
         heads, entropy = entropy_attention(query, key, value, **settings)
         valid = None if attn_mask is None else attn_mask[:, 0, :, -length:]
         observe(self, entropy, valid, lambda: attention_pattern(query, key, **settings))
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
+
+    def heads(self, projection: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`(B, T, d)` -> queries, keys or values `(B, heads, T, k)`, turned by position where there is a rotation."""
+        heads: Tensor = projection(hidden).view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return heads if rotation is None else rotate(heads, *rotation)
 
 
 def rotation_of(position_ids: Tensor, dimensions: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,10 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     kernel = "exact softmax"
     if config.exp_iterations is not None:
         steps = 2**config.exp_iterations
-        kernel = f"(1 + x/{steps})^{steps}, the function that private inference computes"
+        of_what = (
+            "the logit itself, nothing compared" if config.polynomial else "the distance to the row's largest logit"
+        )
+        kernel = f"(1 + x/{steps})^{steps} of {of_what}: the function that private inference computes"
     rows = {
         "architecture": f"`{config.architecture}`",
         "parameters": f"{parameters:,}",

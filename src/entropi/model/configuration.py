@@ -42,6 +42,8 @@ class EntropiConfig(PreTrainedConfig):
             usual 0.02 at GPT-2's width: without LayerNorm a fixed 0.02 starves narrow models.
         exp_iterations: t of the softmax kernel (1 + x / 2^t)^(2^t) that private inference evaluates; None is the
             exact softmax. A model trained with it answers in private exactly as in the open, and a small t is cheap.
+        polynomial: take that power of the logit itself, not of its distance to the row's largest: nothing is compared,
+            which takes most of the rounds out of a private softmax. See `entropi.entropy.secure_softmax`.
         temperature_init: initial t of SM(t). The paper's 1e-2 (1e-1 on Languini), read literally with 1/t,
             multiplies the logits by 100 (10); 1 starts at the plain softmax.
         temperature_granularity: a temperature per head and query "position" (the paper), or one per "head", which
@@ -79,6 +81,7 @@ class EntropiConfig(PreTrainedConfig):
     layer_norm_epsilon: float = 1e-5
     initializer_range: float | None = None
     exp_iterations: int | None = None
+    polynomial: bool = False
     temperature_init: float = 1.0
     temperature_granularity: str = "position"
     temperature_parametrization: str = "literal"
@@ -135,6 +138,8 @@ class EntropiConfig(PreTrainedConfig):
                 f"exp_iterations must be 1 to {_MAX_EXP_ITERATIONS}, or None for the exact softmax, "
                 f"got {self.exp_iterations}"
             )
+        if self.polynomial and self.exp_iterations is None:
+            problems.append(f"polynomial needs exp_iterations, 1 to {_MAX_EXP_ITERATIONS}")
         if not 0 < self.rotary_fraction <= 1:
             problems.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
         elif self.position_embedding == "rotary" and self.num_attention_heads > 0:

@@ -287,8 +287,10 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         """Evaluate the softmax with this kernel from now on, whatever the model was trained with.
 
         Raises:
-            UserError: an impossible number of iterations.
+            UserError: an impossible number of iterations, or a polynomial, which stands for no other kernel.
         """
+        if self.config.polynomial and exp_iterations != self.config.exp_iterations:
+            raise UserError("a model trained with the polynomial of its logits has no other softmax kernel")
         before, self.config.exp_iterations = self.config.exp_iterations, exp_iterations
         if problems := self.config.problems():
             self.config.exp_iterations = before

@@ -22,6 +22,10 @@ normalisation without parameters.
 Everywhere: 1/sqrt(d_k) and temperatures per head go into W_Q; the value bias, because attention rows sum to 1, into
 the output bias; norms on weights into the weights; the final norm's centring into B_L^-1, its gain and bias into the
 head. Temperatures that differ between positions remain, as a factor on the rows of q.
+
+**Of the polynomial kernel** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
+the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
+that a row's mean weight is about 1, because that is what fixed-point numbers resolve best.
 """
 
 from __future__ import annotations
@@ -59,7 +63,8 @@ class Folded:
 
     Shapes, with H heads and G heads of keys and values of width k, m the FFN's inner width, P positions: `embedding
     (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, d + 2 G k)`, `l.qkv_bias`,
-    `l.output (d, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position;
+    `l.output (d, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position, or
+    `l.offset (H, P)` of the polynomial kernel;
     `l.up (d, m)`, `l.up_bias`, `l.down (m, d)`, `l.down_bias` around an activation (bilinear: `l.up (d, 2 m)`, whose
     halves are multiplied); `l.ffn (d, d)` and `l.ffn_bias` in the layers of `explicit_ffn`, which multiply the
     residual stream itself in models without a norm, and are added to it after a norm; `centre (d, d)` before
@@ -120,11 +125,20 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     weights: dict[str, Array] = {"embedding": _array(model.model.token_embedding.weight) @ bases[0] @ write}
     if model.model.position_embedding is not None:
         weights["positions"] = _array(model.model.position_embedding.weight) @ bases[0] @ write
-    tempered = config.parts.temperature and any(_by_position(block.attention.temperature) for block in blocks)
+    tempered = (
+        config.parts.temperature
+        and not config.polynomial
+        and any(_by_position(block.attention.temperature) for block in blocks)
+    )
+    sizes: list[Array | None] = [*_sizes_of_bases(model)] if config.polynomial else [None] * layers
     for index, (block, network) in enumerate(zip(blocks, networks)):
         before, after = bases[index], bases[index + 1]
         attention = copy.deepcopy(block.attention).double()
-        heads = _fold_attention(attention, block.attention_norm, tempered)
+        heads = _fold_attention(attention, block.attention_norm, tempered, sizes[index])
+        if config.polynomial:
+            heads["offset"] = np.broadcast_to(
+                heads["offset"], (config.num_attention_heads, config.max_position_embeddings)
+            )
         written = (after if config.parallel_residual else before) @ write
         weights[f"{index}.qkv"], weights[f"{index}.qkv_bias"] = inverses[index] @ heads.pop("qkv"), heads.pop("bias")
         weights |= {f"{index}.output": heads.pop("output") @ written}
@@ -158,8 +172,54 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     return Folded(description, weights, [float(np.linalg.cond(basis)) for basis in bases])
 
 
-def _fold_attention(attention: Any, norm: nn.Module, tempered: bool) -> dict[str, Array]:
-    """Joint matrix and bias of q, k and v, output matrix and bias, temperatures that depend on the position."""
+CALIBRATION_SEQUENCES = 4  # of random tokens
+
+
+def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
+    """For every layer the size of the polynomial's base 2^t T + s by head, `(H,)`: the root of order 2^t of a row's
+    mean weight, geometric mean over rows of random tokens.
+
+    The first row is left out, whose weight is 1 whatever its base.
+    """
+    config, found = model.config, list[Array]()
+    assert config.exp_iterations is not None
+    tokens = torch.randint(
+        config.vocab_size,
+        (CALIBRATION_SEQUENCES, config.max_position_embeddings),
+        generator=torch.Generator().manual_seed(0),
+    )
+    power = 2.0**config.exp_iterations
+
+    def measure(attention: Any, arguments: tuple[Any, ...]) -> None:
+        hidden, position_ids, rotation, *_ = arguments
+        query, key = (attention.heads(part, hidden, rotation).double() for part in (attention.query, attention.key))
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        offset: Any = power if attention.temperature is None else power * attention.temperature(position_ids).double()
+        means = []
+        for one in range(len(query)):
+            logits = query[one] @ key[one].transpose(-1, -2) * attention.head_dim**-0.5
+            weights = (logits + (offset if isinstance(offset, float) else offset[0, ..., None])) ** power
+            seen = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+            means.append((weights.tril().sum(dim=-1) / seen)[:, 1:])
+        found.append(torch.stack(means).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
+
+    blocks: list[Any] = list(model.model.blocks)
+    hooks = [block.attention.register_forward_pre_hook(measure) for block in blocks]
+    training = model.training
+    try:
+        model.eval()(tokens.to(model.device), use_cache=False)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array | None) -> dict[str, Array]:
+    """Joint matrix and bias of q, k and v, output matrix and bias, temperatures that depend on the position.
+
+    With the `size` of the polynomial's bases `offset (H, P or 1)` instead.
+    """
     folded: dict[str, Array] = {}
     query, query_bias = _linear(attention.query, norm)
     key, key_bias = _linear(attention.key, norm)
@@ -167,7 +227,11 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool) -> dict[str
     output, output_bias = _linear(attention.output)
     head_dim = attention.head_dim
     scale = np.full(query.shape[1], head_dim**-0.5)
-    if attention.temperature is not None:
+    if size is not None:
+        temperature = 1.0 if attention.temperature is None else _array(attention.temperature.values())
+        folded["offset"] = 2.0**attention.exp_iterations * temperature / size[:, None]
+        scale = scale / np.repeat(size, head_dim)
+    elif attention.temperature is not None:
         inverse_temperature = 1.0 / _array(attention.temperature.values())
         if tempered:
             folded["inverse_temperature"] = np.broadcast_to(

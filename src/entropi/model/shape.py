@@ -40,6 +40,7 @@ class Shape:
     bias: str = "qk"
     final_norm: bool = True
     exp_iterations: int | None = None
+    polynomial: bool = False
     temperature_granularity: str = "position"
     leaky_slope_learned: str = "fixed"
     layer_norm_epsilon: float = 1e-5
@@ -103,6 +104,7 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
         "rotary_base": config.rotary_base,
         "temperature": temperature,
         "exp_iterations": config.exp_iterations,
+        "polynomial": config.polynomial,
         "norm": norms[parts.norm],
         "norm_epsilon": config.layer_norm_epsilon,
         "parallel_residual": config.parallel_residual,
@@ -125,7 +127,7 @@ def expected_description(config: Any) -> dict[str, Any]:
     return describe(
         config,
         explicit_ffn=list(range(config.num_hidden_layers)) if linear else [],
-        temperature=parts.temperature and config.temperature_granularity == "position",
+        temperature=parts.temperature and config.temperature_granularity == "position" and not config.polynomial,
     )
 
 

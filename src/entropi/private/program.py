@@ -27,6 +27,7 @@ from entropi.private.functions import (
     gelu,
     gelu_tanh,
     inverse_root,
+    power,
     product_bytes,
     reciprocal,
     relu,
@@ -47,6 +48,9 @@ Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
 
 LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
+# By the polynomial kernel a row's mean weight is about 1 (see folding): the division is right from MEAN_WEIGHTS^-1/2 to
+# MEAN_WEIGHTS^1/2. Below it falls short, by 3 % at a quarter of that; above twice that it would be nonsense.
+MEAN_WEIGHTS = 2.0**16
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
@@ -78,6 +82,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     final_norm: Norm
     centre: bool  # a matrix multiplies the state before the final norm or the head
     end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
+    polynomial: bool = False  # the kernel is a power of the logits and private offsets, with no maximum
 
     def __post_init__(self) -> None:
         problems = []
@@ -89,6 +94,8 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             problems.append(f"explicit_ffn names layers outside 0..{self.layers - 1}")
         if (self.activation == "identity") != (self.intermediate_size == 0):
             problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
+        if self.polynomial and (self.exp_iterations is None or self.temperature):
+            problems.append("a polynomial kernel needs exp_iterations, and has offsets instead of a temperature")
         rotary = self.position_embedding == "rotary"
         if self.rotary_dimensions % 2 or self.rotary_dimensions > self.hidden_size // self.heads:
             problems.append(f"rotary_dimensions {self.rotary_dimensions} are odd or more than a head has")
@@ -115,6 +122,8 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (d, d), (d,)
             if self.temperature:
                 shapes[f"{layer}.inverse_temperature"] = (self.heads, self.positions)
+            if self.polynomial:
+                shapes[f"{layer}.offset"] = (self.heads, self.positions)
             if self.activation != "identity":
                 shapes[f"{layer}.up"], shapes[f"{layer}.up_bias"] = (d, up), (up,)
                 shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, d), (d,)
@@ -182,7 +191,8 @@ def forward(
     "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or "tokens_out"
     `(1,)` alone. With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and
     values of all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel
-    has the model's own t, or `exp_iterations` for a model that was trained with the exact exponential.
+    has the model's own t, or `exp_iterations` for a model that was trained with the exact exponential. The polynomial
+    kernel takes no maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
 
@@ -224,17 +234,16 @@ def forward(
             temperature = partial(temper, rows=slice(keys - rows, keys))
             yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
         yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
-        yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
-        yield Stage(
-            "exp",
-            layer,
-            partial(exp_of_nonpositive, iterations=iterations),
-            ("shifted",),
-            ("weights",),
-            exact=jnp.exp if model.exp_iterations is None else None,
-        )
+        if model.polynomial:
+            weigh = partial(powers, rows=rows, keys=keys, iterations=iterations)
+            yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
+        else:
+            yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
+            exponential = partial(exp_of_nonpositive, iterations=iterations)
+            exact = jnp.exp if model.exp_iterations is None else None
+            yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
         yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
-        division = partial(normalise, keys=keys)
+        division = partial(normalise_means if model.polynomial else normalise, keys=keys)
         yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
         merge = partial(merge_heads, rows=rows)
         yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
@@ -424,6 +433,18 @@ def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
     return logits - segment_max(logits, np.bincount(row))[:, row]
 
 
+def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int) -> Array:
+    """`(H, n)` weights by the polynomial kernel, of visible logits and offsets `(H, P)` that the server adds.
+
+    A first row sees itself alone: its weight is 1 whatever its logit, which may be too small to divide by.
+    """
+    row, _ = visible(rows, keys)
+    weights = power(logits + offset[:, keys - rows : keys][:, row], iterations)
+    if rows == keys:
+        weights = jnp.concatenate([jnp.ones((len(weights), 1), weights.dtype), weights[:, 1:]], axis=1)
+    return weights
+
+
 def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, Array]:
     """Packed weights `(H, n)` and v `(G, s, k)` -> unnormalised heads `(H, r, k)` and row sums `(H, r)`."""
     heads, (groups, keys, width) = weights.shape[0], value.shape
@@ -453,8 +474,15 @@ def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
     return scale_rows(heads, reciprocal(totals * root, seen)) * root[:, None]
 
 
+def normalise_means(heads: Array, totals: Array, *, keys: int) -> Array:
+    """The same where a row's mean weight, not its largest, is known to be about 1, see `MEAN_WEIGHTS`."""
+    rows = heads.shape[1]
+    share = (1.0 / np.arange(keys - rows + 1, keys + 1)).astype(heads.dtype)
+    return scale_rows(heads, reciprocal(totals * share, np.array(MEAN_WEIGHTS))) * share[:, None]
+
+
 def divide(heads: Array, totals: Array) -> Array:
-    """What `normalise` approximates."""
+    """What `normalise` and `normalise_means` approximate."""
     return heads / totals[..., None]
 
 

@@ -15,7 +15,14 @@ from jax import Array
 
 from entropi.errors import UserError
 from entropi.private.messages import Settings
-from entropi.private.program import LEAST_PAIR_FRACTION_BITS, Description, Stage, pair_limit, run_plain
+from entropi.private.program import (
+    LEAST_PAIR_FRACTION_BITS,
+    MEAN_WEIGHTS,
+    Description,
+    Stage,
+    pair_limit,
+    run_plain,
+)
 
 # What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
 LEAST_FRACTION_BITS, MOST_FRACTION_BITS = 14, 22
@@ -34,12 +41,16 @@ class Ranges:
     `largest`: largest magnitude of any product or sum; not finite even in float32 counts as infinite.
     `smallest_mean_square`, `largest_mean_square`: of the rows that norms divide by the root of it.
     `smallest_typical`: smallest root mean square of an operation's results, over sequences.
+    `largest_mean_weight`, `low_mean_weight`: of a row by the polynomial kernel; the largest, and that below which one
+    in a hundred lies.
     """
 
     largest: dict[str, float] = field(default_factory=dict)
     smallest_mean_square: dict[str, float] = field(default_factory=dict)
     largest_mean_square: dict[str, float] = field(default_factory=dict)
     smallest_typical: dict[str, float] = field(default_factory=dict)
+    largest_mean_weight: dict[str, float] = field(default_factory=dict)
+    low_mean_weight: dict[str, float] = field(default_factory=dict)
 
 
 def measure_ranges(
@@ -58,6 +69,11 @@ def measure_ranges(
             mean = np.var(operands[0], axis=-1) if kind == "layer" else squares.mean(axis=-1)
             _keep(ranges.smallest_mean_square, name, float(mean.min()) + model.norm_epsilon, min)
             _keep(ranges.largest_mean_square, name, float(mean.max()) + model.norm_epsilon, max)
+        if stage.name == "normalise" and model.polynomial:
+            rows = operands[1].shape[-1]
+            means = np.asarray(operands[1]) / np.arange(len(sequence) - rows + 1, len(sequence) + 1)
+            _keep(ranges.largest_mean_weight, name, float(means.max()), max)
+            _keep(ranges.low_mean_weight, name, float(np.quantile(means, 0.01)), min)
         if stage.name == "normalise":  # multiplies by up to the root of the keys before it divides by it
             magnitude = magnitude * np.sqrt(len(sequence))
         _keep(ranges.largest, name, float(magnitude) if np.isfinite(magnitude) else np.inf, max)
@@ -121,6 +137,15 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
                 f"fixed point would lose what is small: the mean square of a row in {name} is {value:.3g}, and its "
                 f"inverse root needs it below {most:.3g} with {bits} fraction bits"
             )
+    if ranges.largest_mean_weight:
+        reach = MEAN_WEIGHTS**0.5
+        for measured, which in ((ranges.largest_mean_weight, max), (ranges.low_mean_weight, min)):
+            name, value = which(measured.items(), key=lambda item: item[1])
+            if not 1 / reach <= value <= reach:
+                found.append(
+                    f"the softmax's sums could not be divided by: the mean weight of a row in {name} is {value:.3g}, "
+                    f"and must lie between 1/{reach:.0f} and {reach:.0f}"
+                )
     for what, smallest, spare in (
         ("the mean square of a row", ranges.smallest_mean_square, _MEAN_SQUARE_BITS),
         ("the typical value", ranges.smallest_typical, _TYPICAL_BITS),

@@ -36,7 +36,8 @@ class Recipe:
         key_value_heads: heads of keys and values, fewer than heads for grouped queries (0: as many as heads)
         position_embedding: "learned" positions or "rotary" ones
         final_norm: a norm before the language-model head; the paper keeps it in models that have no other
-        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t) of private inference, cheap at 3 to 5 (0: exact)
+        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t) of private inference, cheap at 1 to 3 (0: exact)
+        polynomial: take that power of the logits themselves, without maximum and clip: fewest bytes and rounds
         leaky_slope: negative slope of LeakyR
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
         bias: linear layers with a bias: "qk" (the paper's code), "all" or "none"
@@ -89,6 +90,7 @@ class Recipe:
     position_embedding: Literal["learned", "rotary"] = "learned"
     final_norm: bool = True
     exp_iterations: int = 0
+    polynomial: bool = False
     leaky_slope: float = 0.01
     leaky_slope_learned: Literal["fixed", "layer", "global"] = "fixed"
     bias: Literal["qk", "all", "none"] = "qk"

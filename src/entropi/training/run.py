@@ -349,6 +349,7 @@ def model_config(recipe: Recipe, vocab_size: int) -> EntropiConfig:
         position_embedding=recipe.position_embedding,
         final_norm=recipe.final_norm,
         exp_iterations=recipe.exp_iterations or None,
+        polynomial=recipe.polynomial,
         leaky_slope=recipe.leaky_slope,
         leaky_slope_learned=recipe.leaky_slope_learned,
         bias=recipe.bias,
