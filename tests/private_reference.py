@@ -29,12 +29,14 @@ FIELDS = dict(
     explicit_ffn=[],
     final_norm="rms",
     centre=True,
+    polynomial=False,
 )
 # One of everything a folded model can have, and the combinations that share code.
 VARIANTS = {
     "softmax only": {},
     "temperature": dict(temperature=True, explicit_ffn=[1]),
     "kernel": dict(exp_iterations=3, final_norm="none", centre=False),
+    "polynomial": dict(exp_iterations=1, polynomial=True, key_value_heads=2),
     "layer norm": dict(norm="layer", activation="relu", intermediate_size=40, final_norm="layer", centre=False),
     "rms norm, linear map and branch": dict(norm="rms", activation="gelu", intermediate_size=40, explicit_ffn=[0, 2]),
     "rms norm, linear": dict(norm="rms", explicit_ffn=[0, 1, 2]),
@@ -76,6 +78,9 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
         size = shape[0] ** -0.5 if len(shape) == 2 else 0.1
         if part == "inverse_temperature":
             weights[name] = random.uniform(0.5, 2, shape)
+            continue
+        if part == "offset":  # rows' mean weights are then about 1, with logits of size 1
+            weights[name] = random.uniform(0.5, 1.5, shape)
             continue
         if part in ("embedding", "positions"):
             size = 0.7
@@ -141,7 +146,9 @@ def reference_logits(model, weights, tokens):
                 q = q * w[f"{layer}.inverse_temperature"][head, position]
             logits = np.array([q @ one[group] for one in keys[layer]])
             x = logits - logits.max()
-            if model.exp_iterations is None:
+            if model.polynomial:
+                weights = (logits + w[f"{layer}.offset"][head, position]) ** (2**model.exp_iterations)
+            elif model.exp_iterations is None:
                 weights = np.exp(x)
             else:
                 power = 2**model.exp_iterations

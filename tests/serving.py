@@ -44,7 +44,7 @@ def scratch(tmp_path_factory):
         yield folder
 
 
-def save_model(folder, architecture="SM(t)+ScFuFFN", change=None):
+def save_model(folder, architecture="SM(t)+ScFuFFN", change=None, **options):
     """A model with random weights and biases, which a training could have left, and a tokenizer of 300 entries."""
     corpus = folder.parent / "corpus"
     corpus.mkdir(exist_ok=True)
@@ -59,6 +59,7 @@ def save_model(folder, architecture="SM(t)+ScFuFFN", change=None):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=POSITIONS,
+        **options,
     )
     model = EntropiForCausalLM(config).eval()
     with torch.no_grad():

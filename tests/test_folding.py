@@ -23,6 +23,8 @@ VARIANTS = {
     "rotary": dict(position_embedding="rotary", rotary_fraction=1 / 3, rotary_base=500.0),
     "parallel": dict(parallel_residual=True, bias="all"),
     "kernel": dict(exp_iterations=3),
+    "polynomial": dict(exp_iterations=1, polynomial=True),
+    "polynomial, grouped queries": dict(exp_iterations=2, polynomial=True, num_key_value_heads=2),
     "wide and untied": dict(intermediate_size=40, tie_word_embeddings=False),
 }
 
@@ -88,9 +90,15 @@ def interpret(description, weights, ids):
         if d["temperature"]:
             q = q * w["inverse_temperature"][:, :length, None]
         s = q @ k.transpose(0, 2, 1)
-        s[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
+        future = np.triu(np.ones((length, length), bool), 1)
+        if d["polynomial"]:
+            a = (s + w["offset"][:, :length, None]) ** (2 ** d["exp_iterations"])
+            a[:, future] = 0
+        s[:, future] = -np.inf
         s = s - s.max(-1, keepdims=True)
-        if d["exp_iterations"] is None:
+        if d["polynomial"]:
+            pass
+        elif d["exp_iterations"] is None:
             a = np.exp(s)
         else:
             n_steps = 2.0 ** d["exp_iterations"]
@@ -164,6 +172,30 @@ def test_temperatures(granularity, parametrization):
     options = dict(temperature_granularity=granularity, temperature_parametrization=parametrization)
     folded = check(trained("SM(t)+ScFuFFN", **options))
     assert folded.description["temperature"] == (granularity == "position")
+
+
+@pytest.mark.parametrize("granularity", ["position", "head"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_temperatures_of_the_polynomial_become_offsets_and_weights_are_about_one(granularity, size):
+    """Whatever the logits' size, which differs by head as heads' matrices do."""
+    model = trained("SM(t)+ScFuFFN", exp_iterations=1, polynomial=True, temperature_granularity=granularity)
+    with torch.no_grad():
+        for block in model.model.blocks:
+            block.attention.query.weight *= size
+            block.attention.query.weight[:6] *= 7
+    folded = check(model)
+    assert not model.training
+    assert not folded.description["temperature"]
+    assert not any(name.endswith("inverse_temperature") for name in folded.weights)
+    tokens = torch.randint(0, SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(1)).numpy()
+    w = folded.weights
+    state = w["embedding"][tokens] + w["positions"]
+    query, key, _ = np.split(state @ w["0.qkv"] + w["0.qkv_bias"], 3, axis=1)
+    for head in range(4):
+        columns = slice(6 * head, 6 * head + 6)
+        weights = (query[:, columns] @ key[:, columns].T + w["0.offset"][head][:, None]) ** 2
+        means = np.tril(weights).sum(axis=1)[1:] / np.arange(2, 21)
+        assert 0.3 < np.exp(np.log(means).mean()) < 3
 
 
 def test_balancing_takes_the_root_of_the_condition_number():

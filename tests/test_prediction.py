@@ -23,12 +23,14 @@ MODELS = {
     "SM+LN+G": dict(layers=3, heads=3, key_value_heads=3, hidden_size=96, norm="rms", activation="gelu",
                     intermediate_size=384, centre=False),
     "SM(t)+ScFuFFN": dict(layers=2, heads=5, key_value_heads=5, hidden_size=160, temperature=True, exp_iterations=3),
+    "polynomial": dict(layers=2, heads=3, key_value_heads=3, hidden_size=144, polynomial=True, exp_iterations=1),
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
                           intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
 }  # fmt: skip
 RUNS = [
     ("cheetah", "SM+LN+G", 72, {}),
     ("cheetah", "SM(t)+ScFuFFN", 150, {"embedding": "public"}),
+    ("cheetah", "polynomial", 100, {"embedding": "public"}),
     ("cheetah", "SM+RMS+SwiGLU", 40, {"embedding": "public", "output": "argmax"}),
     ("semi2k", "SM+LN+G", 40, {}),
     ("aby3", "SM(t)+ScFuFFN", 40, {"embedding": "public"}),

@@ -20,6 +20,7 @@ VARIANTS = {
     ),
     "parallel residual": dict(parallel_residual=True, bias="all"),
     "no final norm": dict(final_norm=False, tie_word_embeddings=False),
+    "polynomial": dict(polynomial=True, exp_iterations=1, position_embedding="rotary"),
 }
 KERNEL = 4
 
@@ -56,7 +57,7 @@ def test_logits_of_the_private_program_are_the_models(architecture):
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+RMS+Bilinear", "SM+LeakyR", "SM(t)+ScFuFFN"])
 def test_options_of_the_model(architecture, options):
-    for ours, theirs in compare(make_model(architecture, exp_iterations=KERNEL, **options), exact=True):
+    for ours, theirs in compare(make_model(architecture, **{"exp_iterations": KERNEL, **options}), exact=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 

@@ -70,6 +70,7 @@ def test_models_trained_with_a_kernel_keep_it():
 SIMULATED = {
     "softmax only": dict(exp_iterations=5),
     "temperature": dict(exp_iterations=3),
+    "polynomial": {},
     "layer norm": {},
     "rms norm, linear map and branch": {},
     "square": {},
@@ -383,6 +384,18 @@ def test_norms_of_small_rows_are_refused_with_the_numbers():
     assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
     match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 0\.000977"
     with pytest.raises(UserError, match=match):
+        settle(model, weights, Settings(), [PROMPT])
+
+
+@pytest.mark.parametrize("size", [1e-2, 30.0])
+def test_mean_weights_of_the_polynomial_that_cannot_be_divided_by_are_refused(size):
+    model = describe(**VARIANTS["polynomial"])
+    weights = random_weights(model)
+    settle(model, weights, Settings(), [PROMPT])
+    weights["1.offset"] *= size
+    weights["1.qkv"][:, :24] *= size
+    weights["1.qkv_bias"][:24] *= size
+    with pytest.raises(UserError, match=r"mean weight of a row in layer 1 normalise is .* between 1/256 and 256"):
         settle(model, weights, Settings(), [PROMPT])
 
 

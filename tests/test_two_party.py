@@ -644,9 +644,14 @@ def test_no_model_at_all(capfd, tmp_path):
     assert run_cli(capfd, "serve", tmp_path / "nothing")[0] == 2
 
 
-def test_models_with_norms_and_activations_are_served(scratch, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("SM+LN+G", {}), ("SM(t)+ScFuFFN", dict(exp_iterations=1, polynomial=True, position_embedding="rotary"))],
+    ids=["baseline", "polynomial"],
+)
+def test_other_models_are_served(scratch, tmp_path, architecture, options):
     folder = tmp_path / "model"
-    served = folder, *save_model(folder, "SM+LN+G")
+    served = folder, *save_model(folder, architecture, **options)
     started = Server(folder, scratch / "baseline.log")
     try:
         assert honest_answer(started.address(), served)

@@ -199,7 +199,8 @@ def cost_of(
     protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",
-    exp_iterations: int = 8,
+    exp_iterations: int | None = None,
+    polynomial: bool = False,
     budget: str | None = None,
     runs: list[Path] | None = None,
     picture: Path | None = None,
@@ -225,7 +226,9 @@ def cost_of(
         protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
         network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
         embedding: token table private to the server, or public
-        exp_iterations: t of the softmax kernel for models that were trained with the exact softmax
+        exp_iterations: t of the softmax kernel, for models that were trained with the exact softmax; 8 by default, or 1
+            with --polynomial
+        polynomial: attention weights are (1 + s/2^t)^(2^t) of the logits, with which a model has to be trained
         budget: list what answers the prompt within so much, such as 2GB or 30s
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
@@ -253,6 +256,8 @@ def cost_of(
         prices.write(measured, calibrate)
         print(f"prices of {measured.protocol} on {measured.machine} in {calibrate}")
         return
+    if exp_iterations is None:
+        exp_iterations = 1 if polynomial else 8
     if not 1 <= exp_iterations <= 8:
         raise UserError(f"exp_iterations is {exp_iterations}, 1 to 8 are possible")
     line = line_of(network)
@@ -270,6 +275,8 @@ def cost_of(
         num_attention_heads=heads,
         max_position_embeddings=max(seq_len, 1024),
         bias=bias,
+        exp_iterations=exp_iterations if polynomial else None,
+        polynomial=polynomial,
     )
     if runs:
         with _extra("report"):

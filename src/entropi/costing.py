@@ -111,8 +111,7 @@ def show(found: Costed) -> None:
     console.print(f"  folded     FFN {found.folded.ffn_flops / 1e9:.1f} G, what private inference computes\n")
     console.print(f"{record.protocol}: {record.trust}")
     console.print(
-        f"{record.network}; {record.embedding} token table; softmax kernel t={record.exp_iterations};"
-        f" prices of {record.calibrated_on}\n"
+        f"{record.network}; {record.embedding} token table; {record.kernel}; prices of {record.calibrated_on}\n"
     )
     table = Table(title="pass over the prompt, by operation", title_justify="left", box=SIMPLE)
     for column in ("operation", "MB", "", "messages", "trips", "computing s", "latency s"):

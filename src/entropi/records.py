@@ -234,6 +234,12 @@ class PredictionRecord(Base, tag="prediction"):
     set_up: PassCost  # keys and first transfers, once a session
     prompt: PassCost
     further: PassCost | None  # one token after the prompt
+    polynomial: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """What stands for the softmax's exponential, in words."""
+        return f"{'polynomial' if self.polynomial else 'softmax'} kernel t={self.exp_iterations}"
 
 
 class StageTraffic(msgspec.Struct, kw_only=True):

@@ -81,11 +81,14 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         softmax_only = "SM(t)+ScFuFFN" if parts.temperature else "SM+ScFuFFN"
         words = f"softmax only ({softmax_only}): linear networks fold away"
         yield words, replace(shape, architecture=softmax_only), options
-    if parts.temperature and shape.temperature_granularity == "position":
+    if parts.temperature and shape.temperature_granularity == "position" and not shape.polynomial:
         words = "temperatures by head, which fold away"
         yield words, replace(shape, temperature_granularity="head"), options
     iterations = shape.exp_iterations or options.exp_iterations
-    if iterations > 2:
+    if not shape.polynomial:
+        words = "training with squares of logits as attention weights (polynomial, t=1)"
+        yield words, replace(shape, exp_iterations=1, polynomial=True), options
+    if iterations > 2 and not shape.polynomial:
         yield (
             f"training with the softmax kernel t=2 in place of t={iterations}",
             replace(shape, exp_iterations=2),

@@ -225,6 +225,7 @@ def predict(
         set_up=set_up,
         prompt=prompt,
         further=further,
+        polynomial=model.polynomial,
     )
 
 

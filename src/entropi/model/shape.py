@@ -61,6 +61,8 @@ class Shape:
                 problems.append(
                     f"{self.num_attention_heads} heads are no multiple of {self.num_key_value_heads} key-value heads"
                 )
+        if self.polynomial and self.exp_iterations is None:
+            problems.append("polynomial needs exp_iterations")
         parse_architecture(self.architecture)
         if problems:
             raise UserError("; ".join(problems))

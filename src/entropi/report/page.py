@@ -214,7 +214,7 @@ def _prediction(run: Run, dpi: float) -> Panel:
     alt = f"Bars of predicted bytes by operation; the longest is {top.name} with {size(round(top.bytes))} of {whole}."
     note = (
         f"Not run: {record.seq_len} tokens under {record.protocol} ({record.trust}), {record.embedding} token table, "
-        f"softmax kernel t={record.exp_iterations}. {whole}, {rounded(prompt.messages)} messages, "
+        f"{record.kernel}. {whole}, {rounded(prompt.messages)} messages, "
         f"{rounded(prompt.trips)} trips; with the network {record.network} {duration(prompt.latency)}, of which "
         f"computing {duration(prompt.seconds)} by the prices of {record.calibrated_on}."
     )
