@@ -79,8 +79,8 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
         if part == "inverse_temperature":
             weights[name] = random.uniform(0.5, 2, shape)
             continue
-        if part == "offset":  # rows' mean weights are then about 1, with logits of size 1
-            weights[name] = random.uniform(0.5, 1.5, shape)
+        if part == "offset":
+            weights[name] = random.uniform(3, 5, shape)
             continue
         if part in ("embedding", "positions"):
             size = 0.7
@@ -88,7 +88,7 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
             size *= 0.5
         weights[name] = scale * size * random.normal(size=shape)
         if part == "qkv":
-            weights[name][:, : model.hidden_size] *= model.head_size**-0.5
+            weights[name][:, : model.hidden_size] *= model.head_size**-0.5 * (3 if model.polynomial else 1)
         if part in ("ffn", "centre") and model.norm == "none":
             weights[name] = np.eye(len(weights[name])) + 0.3 * weights[name]
     return {name: w.astype(dtype) for name, w in weights.items()}

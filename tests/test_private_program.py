@@ -395,7 +395,7 @@ def test_mean_weights_of_the_polynomial_that_cannot_be_divided_by_are_refused(si
     weights["1.offset"] *= size
     weights["1.qkv"][:, :24] *= size
     weights["1.qkv_bias"][:24] *= size
-    with pytest.raises(UserError, match=r"mean weight of a row in layer 1 normalise is .* between 1/256 and 256"):
+    with pytest.raises(UserError, match=r"mean weight of a row in layer 1 normalise is .* between 0.125 and 8192"):
         settle(model, weights, Settings(), [PROMPT])
 
 

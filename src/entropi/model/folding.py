@@ -25,7 +25,7 @@ head. Temperatures that differ between positions remain, as a factor on the rows
 
 **Of the polynomial kernel** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
-that a row's mean weight is about 1, because that is what fixed-point numbers resolve best.
+that a row's mean weight is about 16: larger ones would leave fixed-point numbers less room, smaller ones be less exact.
 """
 
 from __future__ import annotations
@@ -173,11 +173,13 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
 
 
 CALIBRATION_SEQUENCES = 4  # of random tokens
+MEAN_WEIGHT = 16.0  # of rows by the polynomial kernel
 
 
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
-    """For every layer the size of the polynomial's base 2^t T + s by head, `(H,)`: the root of order 2^t of a row's
-    mean weight, geometric mean over rows of random tokens.
+    """For every layer the size of the polynomial's base 2^t T + s by head, `(H,)`.
+
+    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, over random tokens.
 
     The first row is left out, whose weight is 1 whatever its base.
     """
@@ -201,7 +203,7 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
             weights = (logits + (offset if isinstance(offset, float) else offset[0, ..., None])) ** power
             seen = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
             means.append((weights.tril().sum(dim=-1) / seen)[:, 1:])
-        found.append(torch.stack(means).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
+        found.append((torch.stack(means) / MEAN_WEIGHT).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
 
     blocks: list[Any] = list(model.model.blocks)
     hooks = [block.attention.register_forward_pre_hook(measure) for block in blocks]

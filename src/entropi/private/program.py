@@ -30,6 +30,7 @@ from entropi.private.functions import (
     power,
     product_bytes,
     reciprocal,
+    reciprocal_of_wide,
     relu,
     scale_rows,
     segment_max,
@@ -48,9 +49,9 @@ Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
 
 LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
-# By the polynomial kernel a row's mean weight is about 1 (see folding): the division is right from MEAN_WEIGHTS^-1/2 to
-# MEAN_WEIGHTS^1/2. Below it falls short, by 3 % at a quarter of that; above twice that it would be nonsense.
-MEAN_WEIGHTS = 2.0**16
+# By the polynomial kernel a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
+# MIDDLE_WEIGHT; below it falls short, above it would be nonsense, and so has a bit more room.
+MIDDLE_WEIGHT, MEAN_WEIGHT_BITS = 32.0, 8
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
@@ -436,12 +437,12 @@ def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
 def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int) -> Array:
     """`(H, n)` weights by the polynomial kernel, of visible logits and offsets `(H, P)` that the server adds.
 
-    A first row sees itself alone: its weight is 1 whatever its logit, which may be too small to divide by.
+    A first row sees itself alone: its weight is constant whatever its logit, which may be too small to divide by.
     """
     row, _ = visible(rows, keys)
     weights = power(logits + offset[:, keys - rows : keys][:, row], iterations)
     if rows == keys:
-        weights = jnp.concatenate([jnp.ones((len(weights), 1), weights.dtype), weights[:, 1:]], axis=1)
+        weights = jnp.concatenate([jnp.full_like(weights[:, :1], MIDDLE_WEIGHT), weights[:, 1:]], axis=1)
     return weights
 
 
@@ -475,10 +476,10 @@ def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
 
 
 def normalise_means(heads: Array, totals: Array, *, keys: int) -> Array:
-    """The same where a row's mean weight, not its largest, is known to be about 1, see `MEAN_WEIGHTS`."""
+    """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`."""
     rows = heads.shape[1]
-    share = (1.0 / np.arange(keys - rows + 1, keys + 1)).astype(heads.dtype)
-    return scale_rows(heads, reciprocal(totals * share, np.array(MEAN_WEIGHTS))) * share[:, None]
+    share = (1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))).astype(heads.dtype)
+    return scale_rows(heads, reciprocal_of_wide(totals * share, MEAN_WEIGHT_BITS)) * share[:, None]
 
 
 def divide(heads: Array, totals: Array) -> Array:

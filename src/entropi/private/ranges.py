@@ -17,7 +17,8 @@ from entropi.errors import UserError
 from entropi.private.messages import Settings
 from entropi.private.program import (
     LEAST_PAIR_FRACTION_BITS,
-    MEAN_WEIGHTS,
+    MEAN_WEIGHT_BITS,
+    MIDDLE_WEIGHT,
     Description,
     Stage,
     pair_limit,
@@ -138,13 +139,13 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
                 f"inverse root needs it below {most:.3g} with {bits} fraction bits"
             )
     if ranges.largest_mean_weight:
-        reach = MEAN_WEIGHTS**0.5
+        least, most = MIDDLE_WEIGHT * 2.0**-MEAN_WEIGHT_BITS, MIDDLE_WEIGHT * 2.0**MEAN_WEIGHT_BITS
         for measured, which in ((ranges.largest_mean_weight, max), (ranges.low_mean_weight, min)):
             name, value = which(measured.items(), key=lambda item: item[1])
-            if not 1 / reach <= value <= reach:
+            if not least <= value <= most:
                 found.append(
                     f"the softmax's sums could not be divided by: the mean weight of a row in {name} is {value:.3g}, "
-                    f"and must lie between 1/{reach:.0f} and {reach:.0f}"
+                    f"and must lie between {least:g} and {most:g}"
                 )
     for what, smallest, spare in (
         ("the mean square of a row", ranges.smallest_mean_square, _MEAN_SQUARE_BITS),
