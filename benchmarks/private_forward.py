@@ -75,6 +75,7 @@ LAYER_NORM = dict(norm="rms", intermediate_size=3072, centre=False)  # folding h
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "SM+ScFuFFN": {},
     "SM(t)+ScFuFFN": dict(temperature=True),
+    "polynomial SM(t)+ScFuFFN": dict(polynomial=True, exp_iterations=1),
     "SM+LN+R": dict(LAYER_NORM, activation="relu"),
     "SM+LN+G": dict(LAYER_NORM, activation="gelu"),
 }
@@ -86,13 +87,17 @@ ROWS: dict[str, tuple[str, int, int, float, float]] = {
     "SM+LN+G T=128": ("SM+LN+G", 128, 12, 25.32, 5.5),
     "SM(t)+ScFuFFN T=256": ("SM(t)+ScFuFFN", 256, 12, 20.72, 4.5),
     "SM(t)+ScFuFFN T=512": ("SM(t)+ScFuFFN", 512, 2, 69.68, 15.0),
+    "polynomial SM(t)+ScFuFFN T=128": ("polynomial SM(t)+ScFuFFN", 128, 12, 6.43, 1.5),
+    "polynomial SM(t)+ScFuFFN T=256": ("polynomial SM(t)+ScFuFFN", 256, 2, 20.72, 4.5),
+    "polynomial SM(t)+ScFuFFN T=512": ("polynomial SM(t)+ScFuFFN", 512, 2, 69.68, 15.0),
 }
-GENERATING = ("SM+ScFuFFN T=128", "SM(t)+ScFuFFN T=128")  # these rows also run one token more
+# These rows also run one token more.
+GENERATING = ("SM+ScFuFFN T=128", "SM(t)+ScFuFFN T=128", "polynomial SM(t)+ScFuFFN T=128")
 
 
 def description(architecture: str, layers: int) -> Description:
     return msgspec.convert(
-        {**GPT2, **ARCHITECTURES[architecture], "architecture": architecture, "layers": layers}, Description
+        {**GPT2, **ARCHITECTURES[architecture], "architecture": architecture.split()[-1], "layers": layers}, Description
     )
 
 
@@ -102,6 +107,8 @@ def random_weight(name: str, shape: tuple[int, ...], model: Description, random:
     size = shape[0] ** -0.5 if len(shape) == 2 else 0.05
     if part == "inverse_temperature":
         return random.uniform(0.5, 2.0, shape).astype(np.float32)
+    if part == "offset":  # with scores of two or three units, weights of about 16
+        return random.uniform(2.0, 4.0, shape).astype(np.float32)
     if part in ("embedding", "positions"):
         size = 0.5
     if part in ("output", "down"):
@@ -186,6 +193,12 @@ class Task(msgspec.Struct, frozen=True):
     ids: list[int] = []
 
 
+def described(task: Task) -> Description:
+    """The task's model; its kernel has the task's t, the polynomial its own."""
+    model = description(task.architecture, task.layers)
+    return model if model.polynomial else msgspec.structs.replace(model, exp_iterations=task.iterations)
+
+
 WARM_UP = 8  # tokens of the pass that exchanges keys
 
 
@@ -195,7 +208,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
     A trained model's logits stand before the None, at the client.
     """
     trained: dict[str, np.ndarray] = {}
-    model = msgspec.structs.replace(description(task.architecture, task.layers), exp_iterations=task.iterations)
+    model = described(task)
     if task.kind == "trained":
         model, trained = load_folded(Path(task.folded))
     plain = task.kind == "straightforward"
@@ -355,7 +368,7 @@ def take(channel: Any, processes: list[Any]) -> StageTraffic | str | np.ndarray 
 
 def simulate(protocol: str, task: Task) -> list[StageTraffic]:
     """One layer and the last one under another protocol, all parties in this process."""
-    model = msgspec.structs.replace(description(task.architecture, 2), exp_iterations=task.iterations)
+    model = described(task)
     engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
     random = np.random.default_rng(task.seed)
     for name, shape in model.weight_shapes().items():

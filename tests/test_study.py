@@ -357,16 +357,23 @@ def written(tmp_path: Path, trained: tuple[Path, Path]) -> tuple[Path, Path]:
     return trained[0], folder
 
 
-def test_a_row_is_priced_by_a_run_that_did_not_diverge(written: tuple[Path, Path]):
-    """One that did left no model whose shape could be read."""
+def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path]):
+    """Runs that did left no model whose shape could be read."""
     pytest.importorskip("spu")
     folder = written[1]
     found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
-    shutil.rmtree(folder / found[0].folder / "model")
-    found[0].diverged = True
+    whole = summarise("base", {}, found, folder)
+    for run in found:
+        shutil.rmtree(folder / run.folder / "model")
+        run.diverged = True
     row = summarise("base", {}, found, folder)
-    assert row.predicted_bytes is not None
-    assert row.perplexity.mean == found[1].perplexity
+    assert row.perplexity.n == 0
+    assert row.predicted_bytes == whole.predicted_bytes is not None
+    assert (row.nonlinear, row.ffn_flops, row.folded_ffn_flops) == (
+        whole.nonlinear,
+        whole.ffn_flops,
+        whole.folded_ffn_flops,
+    )
 
 
 def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path, Path]):

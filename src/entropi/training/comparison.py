@@ -6,12 +6,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from entropi import records
+from entropi.costs.operations import count
 from entropi.errors import UserError
+from entropi.training.recipe import CONFIG_FILE, load_recipe
+
+if TYPE_CHECKING:
+    from entropi.model.configuration import EntropiConfig
 
 R = TypeVar("R", bound=records.Base)
 
@@ -43,15 +48,15 @@ def finished_run(row: str, seed: int, folder: Path, path: str) -> records.StudyR
 
 
 def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyRun], folder: Path) -> records.StudyRow:
-    """The row of all `runs` of one recipe, read from their folders below `folder`."""
+    """The row of all `runs` of one recipe, read from their folders below `folder`; costs are by the recipe."""
     read = {run.seed: records.read(folder / run.folder / records.RECORDS_FILE) for run in runs}
     started = next(_of_kind(found, records.RunStarted)[-1] for found in read.values())
     finished = [run for run in runs if not run.diverged]  # the others left no model
     whole = [read[run.seed] for run in finished]
     traced = whole or list(read.values())  # how a model collapses is worth a figure where no seed survived
     diagnoses = [r for found in whole for r in _of_kind(found, records.DiagnosisRecord)[-1:]]
-    costs = [r for found in whole for r in _of_kind(found, records.CostRecord) if not r.folded]
-    folded = [r for found in whole for r in _of_kind(found, records.CostRecord) if r.folded]
+    model = _model(folder / runs[0].folder, started.vocab_size)
+    costs, folded = (count(model, started.context_length, folded=whether) for whether in (False, True))
     snapshots = [_of_kind(found, records.EntropySnapshot) for found in traced]
     steps = [_of_kind(found, records.TrainingStep) for found in traced]
     entropy_steps, heads = _series(snapshots, "entropy")
@@ -73,9 +78,9 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         context_length=started.context_length,
         tokens=started.total_steps * started.tokens_per_step,
         parameters=started.parameters,
-        nonlinear=costs[0].nonlinear if costs else [],
-        ffn_flops=costs[0].ffn_flops if costs else 0,
-        attention_flops=costs[0].attention_flops if costs else 0,
+        nonlinear=costs.nonlinear,
+        ffn_flops=costs.ffn_flops,
+        attention_flops=costs.attention_flops,
         quartile_shares=[spread(share) for share in shares],
         overloaded=_by_layer([d.overloaded for d in diagnoses], started),
         collapsed=_by_layer([d.collapsed for d in diagnoses], started),
@@ -87,22 +92,27 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         loss_steps=loss_steps,
         loss=_mean(losses).tolist(),
         loss_std=_std(losses).tolist(),
-        folded_ffn_flops=folded[0].ffn_flops if folded else 0,
-        predicted_bytes=_predicted_bytes(folder / finished[0].folder, started.context_length) if finished else None,
+        folded_ffn_flops=folded.ffn_flops,
+        predicted_bytes=_predicted_bytes(model, started.context_length),
     )
 
 
-def _predicted_bytes(run: Path, seq_len: int) -> float | None:
-    """What a private prompt of `seq_len` tokens moves; None where that cannot be predicted."""
-    from entropi.model.shape import read_shape
+def _model(run: Path, vocab_size: int) -> EntropiConfig:
+    """What a run trains, by its recipe: one that diverged left no model."""
+    from entropi.training.run import model_config  # which loads torch
 
+    return model_config(load_recipe(run / CONFIG_FILE), vocab_size)
+
+
+def _predicted_bytes(model: EntropiConfig, seq_len: int) -> float | None:
+    """What a private prompt of `seq_len` tokens moves; None where that cannot be predicted."""
     try:
         from entropi.costs.calibration import shipped
         from entropi.costs.prediction import line_of, predict
     except ImportError:  # the extra "private"
         return None
     try:
-        return predict(read_shape(run), seq_len, shipped("cheetah"), line_of("wan")).prompt.bytes
+        return predict(model, seq_len, shipped("cheetah"), line_of("wan")).prompt.bytes
     except UserError:
         return None
 
