@@ -313,3 +313,23 @@ def test_a_calibration_finds_the_shipped_bytes_and_messages(tmp_path: Path):
         assert found.prices[name].messages == pytest.approx(price.messages, rel=0.01, abs=0.01), name
     record = predict(SMALL, 16, found, NETWORKS["lan"], Options(embedding="public"))
     assert record.calibrated_on == found.machine
+
+
+def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.CaptureFixture[str]):
+    sizes = ["--layers", "2", "--heads", "4", "--hidden-size", "64", "--vocab-size", "500", "--seq-len", "40"]
+    words = ["cost", "--architecture", "SM(t)+ScFuFFN", *sizes]
+    assert main([*words, "--exp-iterations", "2"]) == 0
+    assert "squares of logits as attention weights" in capsys.readouterr().out
+    assert main([*words, "--polynomial"]) == 0
+    shown = capsys.readouterr().out
+    assert "polynomial kernel t=1" in shown
+    assert not any(line.split()[:1] in (["max"], ["exp"], ["temperature"]) for line in shown.splitlines())
+    predicted = []
+    for more in (["--exp-iterations", "2"], ["--polynomial"], ["--polynomial", "--exp-iterations", "2"]):
+        assert main([*words, *more, "--json"]) == 0
+        predicted.append(json.loads(capsys.readouterr().out)["prediction"]["prompt"]["total"])
+    softmax, squares, fourth = predicted
+    assert squares["bytes"] < fourth["bytes"] < softmax["bytes"]
+    assert squares["trips"] < 0.7 * softmax["trips"]
+    with pytest.raises(UserError, match="polynomial needs exp_iterations"):
+        Shape(polynomial=True)

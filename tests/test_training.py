@@ -1287,6 +1287,8 @@ def test_recipe_tells_all_problems_at_once(tmp_path: Path):
         ({"seed": 2**32}, "seed is 4294967296, it must be below 2\\^32"),
         ({"bias": "some", "steps": "3"}, "bias is 'some', expected one of .*; steps is '3', expected int"),
         ({"steps": True}, "steps is True, expected int"),
+        ({"polynomial": True}, "exp_iterations is 0, polynomial needs 1 to 8"),
+        ({"polynomial": True, "exp_iterations": 9}, "exp_iterations is 9, polynomial needs 1 to 8"),
     ],
 )
 def test_impossible_recipes_from_python(changes: dict[str, Any], message: str):

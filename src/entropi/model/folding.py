@@ -172,22 +172,21 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     return Folded(description, weights, [float(np.linalg.cond(basis)) for basis in bases])
 
 
-CALIBRATION_SEQUENCES = 4  # of random tokens
+CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 4, 512  # of random tokens
 MEAN_WEIGHT = 16.0  # of rows by the polynomial kernel
 
 
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
     """For every layer the size of the polynomial's base 2^t T + s by head, `(H,)`.
 
-    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, over random tokens.
-
-    The first row is left out, whose weight is 1 whatever its base.
+    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, over random tokens. The first row is
+    left out, whose only weight may be anything.
     """
     config, found = model.config, list[Array]()
     assert config.exp_iterations is not None
     tokens = torch.randint(
         config.vocab_size,
-        (CALIBRATION_SEQUENCES, config.max_position_embeddings),
+        (CALIBRATION_SEQUENCES, min(config.max_position_embeddings, CALIBRATION_LENGTH)),
         generator=torch.Generator().manual_seed(0),
     )
     power = 2.0**config.exp_iterations

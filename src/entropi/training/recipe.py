@@ -158,6 +158,8 @@ class Recipe:
             )
         if self.learning_rate_floor > 0 and self.schedule == "constant":
             problems.append("learning_rate_floor is for schedules that fall: linear and cosine")
+        if self.polynomial and not 1 <= self.exp_iterations <= 8:
+            problems.append(f"exp_iterations is {self.exp_iterations}, polynomial needs 1 to 8")
         if not 0 <= self.adam_beta2 < 1:
             problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
         if not 0 <= self.warmup < 1:
