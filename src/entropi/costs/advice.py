@@ -84,16 +84,13 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
     if parts.temperature and shape.temperature_granularity == "position" and not shape.polynomial:
         words = "temperatures by head, which fold away"
         yield words, replace(shape, temperature_granularity="head"), options
-    iterations = shape.exp_iterations or options.exp_iterations
     if not shape.polynomial:
         words = "training with squares of logits as attention weights (polynomial, t=1)"
         yield words, replace(shape, exp_iterations=1, polynomial=True), options
-    if iterations > 2 and not shape.polynomial:
-        yield (
-            f"training with the softmax kernel t=2 in place of t={iterations}",
-            replace(shape, exp_iterations=2),
-            options,
-        )
+        iterations = shape.exp_iterations or options.exp_iterations
+        if iterations > 2:
+            words = f"training with the softmax kernel t=2 in place of t={iterations}"
+            yield words, replace(shape, exp_iterations=2), options
     if options.embedding == "private":
         yield "a public token table", shape, replace(options, embedding="public")
     if shape.num_key_value_heads == shape.num_attention_heads and shape.num_attention_heads % 4 == 0:

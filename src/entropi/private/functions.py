@@ -167,7 +167,7 @@ def power(x: Array, iterations: int) -> Array:
 def reciprocal(x: Array, spread: np.ndarray) -> Array:
     """1 / x for x in [spread^-1/2, spread^1/2], relative error 1.5 * 2^-16 (1 + sqrt(spread)); 1,350 bytes.
 
-    `spread` is public, from 1 to 1,024 and broadcasts against x. Three comparisons find the quarter of the range, in
+    `spread` is public, at least 1 and broadcasts against x. Three comparisons find the quarter of the range, in
     logarithms; there the best line a - b x starts Goldschmidt's iteration, whose two products do not wait for each
     other. The engine's own, which knows no range, costs twice that and ten times the messages.
     """
