@@ -897,6 +897,16 @@ def test_python_3_10_can_read_it(path: Path):
     ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
+def test_every_file_that_is_not_python_is_packaged():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    packaged = {
+        path for pattern in project["tool"]["setuptools"]["package-data"]["entropi"] for path in PACKAGE.glob(pattern)
+    }
+    others = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}}
+    assert others == packaged
+
+
 def test_the_command_is_installed_under_its_name():
     try:
         scripts = metadata.entry_points(group="console_scripts", name="entropi")

@@ -46,6 +46,50 @@ def test_half_precision_is_no_worse_than_plain(dtype, length, iterations):
     assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype, **kernel(iterations))
 
 
+@pytest.fixture(params=["of this processor", "tiles"])
+def products(request, monkeypatch):
+    """bfloat16 products by this processor's instructions, and by AMX's tiles carried out in software."""
+    if request.param == "tiles":
+        monkeypatch.setattr(native, "_load", lambda: native._build("-DTILES_IN_SOFTWARE"))
+        assert not isinstance(native._load(), str)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("iterations", [None, 5, -1])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width"),
+    [(1, 1, 8), (2, 2, 32), (63, 63, 48), (65, 65, 100), (111, 111, 256), (300, 300, 64), (1, 200, 40), (200, 129, 33)],
+)
+def test_bfloat16_products(products, queries, keys, width, iterations, is_causal):
+    # A scale that queries lose nothing by: else another key may have the largest logit, where gradients go for t > 0.
+    options = dict(is_causal=is_causal, scale=0.125, **kernel(iterations))
+    assert_as_exact("native", *make(queries, keys, width, torch.bfloat16), torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("iterations", [None, 2, -1])
+def test_bfloat16_products_of_masked_rows_in_pieces(products, iterations):
+    """Rows that see nothing, and more threads than heads."""
+    visible = torch.rand(1, 1, 330, 300, generator=torch.Generator().manual_seed(3)) > 0.3
+    visible[:, :, [0, 3, 77]] = False
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        arguments = make(330, 300, 48, torch.bfloat16, batch=1, heads=1)
+        assert_as_exact("native", *arguments, torch.bfloat16, attn_mask=visible, scale=0.125, **kernel(iterations))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("iterations", [None, 8])
+def test_bfloat16_products_let_what_is_not_a_number_through(products, iterations):
+    (query, key, value), *_ = make(150, 150, 16, torch.bfloat16)
+    query[0, 0, 70, 3] = math.nan
+    output, entropy = entropy_attention(query, key, value, implementation="native", **kernel(iterations))
+    assert output[0, 0, 70].isnan().all()
+    assert entropy[0, 0, 70].isnan()
+    assert torch.isfinite(output[0, 1]).all()
+
+
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 150, 170), (2, 1, 1, 170), (1, 3, 150, 170), (150, 170), (170,)])
 @pytest.mark.parametrize("is_causal", [True, False])

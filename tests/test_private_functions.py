@@ -60,27 +60,27 @@ OPERATIONS = {
     "exp 3": (lambda x: functions.exp_of_nonpositive(x, 3), uniform(-20, 0, 200), kernel(3), 32 * RESOLUTION, 0),
     "exp 5": (lambda x: functions.exp_of_nonpositive(x, 5), uniform(-60, 0, 200), kernel(5), 128 * RESOLUTION, 0),
     "exp 8": (lambda x: functions.exp_of_nonpositive(x, 8), uniform(-400, 0, 200), kernel(8), 1024 * RESOLUTION, 0),
-    # Two last digits for each of the guess's products, of which there are three, or four for the wide range.
+    # Two last digits for each of the last two products.
     "reciprocal": (
         lambda x: functions.reciprocal(x, np.array(1024)),
         log_uniform(-5, 5, 200),
         lambda x: 1 / x,
         0,
-        33 * 6 * RESOLUTION,
+        33 * 4 * RESOLUTION,
     ),
     "reciprocal of rows": (
         lambda x: functions.reciprocal(x, np.array([[1], [2], [64], [256]])),
         exact(np.exp2(random.uniform(-1, 1, (4, 50)) * np.array([[0], [0.5], [3], [4]]))),
         lambda x: 1 / x,
         0,
-        17 * 6 * RESOLUTION,
+        17 * 4 * RESOLUTION,
     ),
     "reciprocal of wide": (
         lambda x: functions.reciprocal_of_wide(x, 8),
         log_uniform(-8, 8, 400),
         lambda x: 1 / x,
         0,
-        257 * 8 * RESOLUTION,
+        257 * 4 * RESOLUTION,
     ),
     "reciprocal of wide, small": (
         lambda x: functions.reciprocal_of_wide(x, 8),

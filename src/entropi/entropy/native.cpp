@@ -1,4 +1,5 @@
-// Fused attention with row entropy for CPUs: forward and backward, float32 arithmetic, memory linear in length.
+// Fused attention with row entropy for CPUs: forward and backward, memory linear in length. Everything between products is
+// float32; what products.h multiplies is float32 too, or bfloat16 where tensors are and the processor has instructions for it.
 //
 // Threads take tasks (a batch entry and head each, in the forward pass a chunk of its query rows) from a shared counter
 // until none is left; in the backward pass, where heads are fewer than threads, a share of a head's key blocks, whose
@@ -19,29 +20,17 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TILE_VECTORS = 4, TILE_ROWS = 6;
-#elif defined(__AVX__)
-constexpr int LANES = 8, TILE_VECTORS = 2, TILE_ROWS = 6;
-#else
-constexpr int LANES = 4, TILE_VECTORS = 4, TILE_ROWS = 4;
-#endif
+#include "products.h"
 
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef float vec_u __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
-
-constexpr int ROWS = 48;   // query rows a block
+constexpr int ROWS = 64;   // query rows a block, of which a block of keys has a whole number
 constexpr int KEYS = 128;  // keys a block
 constexpr float MASKED = -1.0e30f;
 
-static inline vec load(const float *p) { return *reinterpret_cast<const vec_u *>(p); }
-static inline void store(float *p, vec x) { *reinterpret_cast<vec_u *>(p) = x; }
-static inline vec splat(float x) { return vec{} + x; }
 static inline float sum(vec x) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += x[i];
@@ -126,64 +115,26 @@ static inline vec polynomial_rate(vec s, int iterations) {
   return 1.0f / (base * base < 1e-18f ? splat(1e-9f) : base);
 }
 
-// C (M x N) = or += sum over k of A(i, k) B[k], A with strides (row, col), N a multiple of LANES.
-template <int M, int NV>
-static inline void tile(int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
-  vec acc[M][NV];
-  for (int i = 0; i < M; i++)
-    for (int n = 0; n < NV; n++) acc[i][n] = add ? load(C + i * ldc + n * LANES) : vec{};
-  for (int k = 0; k < K; k++) {
-    vec b[NV];
-    for (int n = 0; n < NV; n++) b[n] = load(B + k * ldb + n * LANES);
-    for (int i = 0; i < M; i++) {
-      vec a = splat(A[i * row + k * col]);
-      for (int n = 0; n < NV; n++) acc[i][n] += a * b[n];
-    }
-  }
-  for (int i = 0; i < M; i++)
-    for (int n = 0; n < NV; n++) store(C + i * ldc + n * LANES, acc[i][n]);
-}
-
-template <int NV>
-static void strips(int M, int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
-  int i = 0;
-  for (; i + TILE_ROWS <= M; i += TILE_ROWS) tile<TILE_ROWS, NV>(K, A + i * row, row, col, B, ldb, C + i * ldc, ldc, add);
-  for (; i + 2 <= M; i += 2) tile<2, NV>(K, A + i * row, row, col, B, ldb, C + i * ldc, ldc, add);
-  for (; i < M; i++) tile<1, NV>(K, A + i * row, row, col, B, ldb, C + i * ldc, ldc, add);
-}
-
-static void matmul(int M, int N, int K, const float *A, long row, long col, const float *B, long ldb, float *C, long ldc, bool add) {
-  int n = 0;
-  for (; n + TILE_VECTORS * LANES <= N; n += TILE_VECTORS * LANES)
-    strips<TILE_VECTORS>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
-  const int rest = (N - n) / LANES;  // fewer accumulators than this would wait for each other
-  if (TILE_VECTORS > 3 && rest == 3) return strips<3>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
-  if (TILE_VECTORS > 2 && rest == 2) return strips<2>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
-  for (; n < N; n += LANES) strips<1>(M, K, A, row, col, B + n, ldb, C + n, ldc, add);
-}
-
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-static inline float read(const void *p, long i, int kind) {
-  if (kind == FLOAT32) return static_cast<const float *>(p)[i];
-  if (kind == BFLOAT16) {
-    uint32_t bits = uint32_t(static_cast<const uint16_t *>(p)[i]) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  return float(static_cast<const _Float16 *>(p)[i]);
-}
-static inline void write(void *p, long i, int kind, float x) {
+// A row of `width` numbers as floats, zeros behind it up to `padded`.
+static void read_row(const void *from, long width, long padded, int kind, float *to) {
   if (kind == FLOAT32) {
-    static_cast<float *>(p)[i] = x;
+    std::memcpy(to, from, size_t(width) * 4);
   } else if (kind == BFLOAT16) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits = std::isnan(x) ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1);  // to nearest, ties to even
-    static_cast<uint16_t *>(p)[i] = uint16_t(bits >> 16);
+    for (long d = 0; d < width; d++) to[d] = to_float(static_cast<const bfloat16 *>(from)[d]);
   } else {
-    static_cast<_Float16 *>(p)[i] = _Float16(x);
+    for (long d = 0; d < width; d++) to[d] = float(static_cast<const _Float16 *>(from)[d]);
+  }
+  for (long d = width; d < padded; d++) to[d] = 0;
+}
+static void write_row(const float *from, float scale, long width, int kind, void *to) {
+  if (kind == FLOAT32) {
+    for (long d = 0; d < width; d++) static_cast<float *>(to)[d] = from[d] * scale;
+  } else if (kind == BFLOAT16) {
+    for (long d = 0; d < width; d++) static_cast<bfloat16 *>(to)[d] = to_bfloat16(from[d] * scale);
+  } else {
+    for (long d = 0; d < width; d++) static_cast<_Float16 *>(to)[d] = _Float16(from[d] * scale);
   }
 }
 
@@ -206,30 +157,98 @@ struct Problem {
   int32_t *first;
 };
 
-static float *scratch(long floats) {
-  return static_cast<float *>(std::aligned_alloc(64, size_t((floats * 4 + 63) / 64 * 64 + 64)));
+struct Free {
+  void operator()(void *memory) const { std::free(memory); }
+};
+template <typename E> using Scratch = std::unique_ptr<E[], Free>;
+template <typename E> static Scratch<E> scratch(long count) {
+  return Scratch<E>(static_cast<E *>(std::aligned_alloc(64, size_t((count * long(sizeof(E)) + 63) / 64 * 64 + 64))));
 }
 static const void *at(const Tensor &x, long b, long h, long t, int kind) {
   return static_cast<const char *>(x.data) + (b * x.batch + h * x.head + t * x.row) * (kind == FLOAT32 ? 4 : 2);
 }
-static long round_up(long x, long to) { return (x + to - 1) / to * to; }
+// Products of bfloat16 tensors are those of bfloat16 numbers where the processor has instructions for them.
+static bool in_bfloat16(const Problem &p) { return p.kind == BFLOAT16 && bfloat16_instructions() != NONE; }
+// Entries a row of (T, D) matrices, zeros behind the width.
+template <typename E> static long padded_width(const Problem &p) { return round_up(terms<E>(p.width), LANES); }
 
-// `count` rows from `first`, as floats with zeros behind `width` and behind the last row, row by row.
-static void take_rows(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded, float *out) {
+// `count` rows from `first` and zeros up to `padded_rows`, each `padded` long.
+template <typename E>
+static Scratch<E> take_rows(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded) {
+  Scratch<E> out = scratch<E>(padded_rows * padded);
   for (long i = 0; i < count; i++) {
     const void *row = at(x, b, h, first + i, p.kind);
-    float *to = out + i * padded;
-    for (long d = 0; d < p.width; d++) to[d] = read(row, d, p.kind);
-    for (long d = p.width; d < padded; d++) to[d] = 0;
+    E *to = out.get() + i * padded;
+    if constexpr (sizeof(E) == 4) {
+      read_row(row, p.width, padded, p.kind, to);
+    } else {
+      std::memcpy(to, row, size_t(p.width) * sizeof(E));
+      std::memset(to + p.width, 0, size_t(padded - p.width) * sizeof(E));
+    }
   }
-  if (padded_rows > count) std::memset(out + count * padded, 0, size_t((padded_rows - count) * padded) * 4);
+  std::memset(out.get() + count * padded, 0, size_t((padded_rows - count) * padded) * sizeof(E));
+  return out;
 }
-// Blocks of KEYS rows (padded_rows of them in all), each transposed to (width, KEYS).
-static void transpose_blocks(const float *rows, long padded_rows, long padded, long width, float *out) {
-  for (long block = 0; block < padded_rows; block += KEYS)
-    for (long j = 0; j < KEYS; j++)
-      for (long d = 0; d < width; d++) out[block * width + d * KEYS + j] = rows[(block + j) * padded + d];
+// Operands made of rows (padded_rows, padded), a block of `size` rows after the other. As B with the width to sum over:
+template <typename E> static Scratch<E> summing_width(const Problem &p, const E *rows, long padded_rows, long padded, long size) {
+  const long depth = terms<E>(p.width);
+  Scratch<E> out = scratch<E>(padded_rows * depth);
+  for (long block = 0; block < padded_rows; block += size)
+    transpose(reinterpret_cast<const uint32_t *>(rows + block * padded), size, depth / PAIR<E>, padded / PAIR<E>, reinterpret_cast<uint32_t *>(out.get() + block * depth));
+  return out;
 }
+// As B with the rows to sum over (which is how rows of float32 lie):
+static void summing_rows(Scratch<float> &, long, long) {}
+static void summing_rows(Scratch<bfloat16> &rows, long padded_rows, long padded) {
+  Scratch<bfloat16> out = scratch<bfloat16>(padded_rows * padded);
+  for (long i = 0; i < padded_rows; i += 2) {
+    const bfloat16 *even = rows.get() + i * padded, *odd = even + padded;
+    uint32_t *to = reinterpret_cast<uint32_t *>(out.get() + i * padded);
+    for (long d = 0; d < padded; d++) to[d] = even[d] | uint32_t(odd[d]) << 16;
+  }
+  rows = std::move(out);
+}
+// As A with the rows to sum over: (padded, size) a block.
+static Scratch<float> transposed(const float *rows, long padded_rows, long padded, long size) {
+  Scratch<float> out = scratch<float>(padded_rows * padded);
+  for (long block = 0; block < padded_rows; block += size)
+    transpose(reinterpret_cast<const uint32_t *>(rows + block * padded), size, padded, padded, reinterpret_cast<uint32_t *>(out.get() + block * padded));
+  return out;
+}
+static Scratch<bfloat16> transposed(const bfloat16 *rows, long padded_rows, long padded, long size) {
+  Scratch<bfloat16> out = scratch<bfloat16>(padded_rows * padded);
+  Scratch<uint32_t> pairs = scratch<uint32_t>(size * padded / 2);
+  for (long block = 0; block < padded_rows; block += size) {
+    transpose(reinterpret_cast<const uint32_t *>(rows + block * padded), size, padded / 2, padded / 2, pairs.get());
+    for (long d = 0; d < padded; d++) {
+      bfloat16 *to = out.get() + block * padded + d * size;
+      const uint32_t *from = pairs.get() + d / 2 * size;
+      for (long i = 0; i < size; i++) to[i] = bfloat16(from[i] >> (d % 2 * 16));
+    }
+  }
+  return out;
+}
+
+// A block of float32 numbers, (rows, KEYS), as operands of products that sum over its columns (as A) or its rows (as B);
+// in float32 it is both itself. Rows of B end at `terms(rows)`, with zeros.
+template <typename E> struct Block;
+template <> struct Block<float> {
+  const float *over_columns, *over_rows;
+  void take_columns(const float *numbers, long, long) { over_columns = numbers; }
+  void take_rows(float *numbers, long, long) { over_rows = numbers; }
+};
+template <> struct Block<bfloat16> {
+  Scratch<bfloat16> memory = scratch<bfloat16>(2 * ROWS * KEYS);
+  bfloat16 *over_columns = memory.get(), *over_rows = memory.get() + ROWS * KEYS;
+  void take_columns(const float *numbers, long rows, long columns) {
+    for (long r = 0; r < rows; r++) narrow(numbers + r * KEYS, columns, over_columns + r * KEYS);
+  }
+  void take_rows(float *numbers, long rows, long columns) {
+    const long end = terms<bfloat16>(rows);
+    for (long r = rows; r < end; r++) std::memset(numbers + r * KEYS, 0, size_t(columns) * 4);
+    for (long r = 0; r < end; r += 2) narrow_pair(numbers + r * KEYS, numbers + (r + 1) * KEYS, columns, over_rows + r * KEYS);
+  }
+};
 
 // Hide what query `t` does not see of a block of its logits: keys from `limit` on, and what the mask says.
 static inline void hide(const Problem &p, long b, long h, long t, long block, long columns, long limit, float *row) {
@@ -251,8 +270,8 @@ static inline void hide(const Problem &p, long b, long h, long t, long block, lo
 }
 
 // How many columns of a block matter to rows that reach `reach` keys: the others are not computed.
-static inline long columns_of(long block, long reach) {
-  const long columns = round_up(reach - block, LANES);
+template <typename E> static inline long columns_of(long block, long reach) {
+  const long columns = round_up(terms<E>(reach - block), LANES);
   return columns < KEYS ? columns : KEYS;
 }
 
@@ -265,20 +284,20 @@ static void store_rows(const Problem &p, long b, long h, long start, long rows, 
     p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
     p.log_normaliser[index] = sees ? (p.iterations > 0 ? log_l : m[r] + log_l) : MASKED;
     void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
-    const float scale = sees ? 1.0f / l[r] : 0.0f;
-    for (long d = 0; d < p.width; d++) write(to, d, p.kind, out[r * padded + d] * scale);
+    write_row(out + r * padded, sees ? 1.0f / l[r] : 0.0f, p.width, p.kind, to);
   }
 }
 
 // Sums m, l, w and the unnormalised output of a block of rows under the power kernel; `s` holds all their logits.
-static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const float *q, const float *keys_t, const float *values, long padded, float *s, float *out, float *m, float *l, float *w) {
-  const long offset = p.keys - p.queries;
+template <typename E>
+static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const E *q, const E *keys_t, const E *values, long padded, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
+  const long offset = p.keys - p.queries, depth = terms<E>(p.width);
   int32_t *first = p.first + (b * p.heads + h) * p.queries + start;
   for (long r = 0; r < rows; r++) first[r] = 0;
   for (long block = 0; block < reach; block += KEYS) {
-    const long columns = columns_of(block, reach);
+    const long columns = columns_of<E>(block, reach);
     float *logits = s + block * ROWS;
-    matmul(rows, columns, p.width, q, padded, 1, keys_t + block * p.width, KEYS, logits, KEYS, false);
+    matmul(rows, columns, depth, q, padded, keys_t + block * depth, KEYS, logits, KEYS, false);
     for (long r = 0; r < rows; r++) {
       float *row = logits + r * KEYS;
       const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
@@ -297,7 +316,7 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
   }
   for (long r = 0; r < rows; r++) p.largest[(b * p.heads + h) * p.queries + start + r] = m[r];
   for (long block = 0; block < reach; block += KEYS) {
-    const long columns = columns_of(block, reach);
+    const long columns = columns_of<E>(block, reach);
     float *logits = s + block * ROWS;
     for (long r = 0; r < rows; r++) {
       float *row = logits + r * KEYS;
@@ -315,36 +334,37 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
       l[r] += sum(sum_l);
       w[r] += sum(sum_w);
     }
-    matmul(rows, padded, columns, logits, KEYS, 1, values + block * padded, padded, out, padded, true);
+    weights.take_columns(logits, rows, columns);
+    matmul(rows, padded, columns, weights.over_columns, KEYS, values + block * padded, padded, out, padded, true);
   }
 }
 
-static void forward_chunk(const Problem &p, long b, long h, long first, long last) {
-  const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
+template <typename E> static void forward_chunk(const Problem &p, long b, long h, long first, long last) {
+  const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
   long seen = p.causal ? last + offset : p.keys;
   seen = seen < 0 ? 0 : (seen > p.keys ? p.keys : seen);
   const long padded_keys = round_up(seen, KEYS);
-  float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
-  float *keys_t = scratch(padded_keys * p.width), *q = scratch(ROWS * padded), *out = scratch(ROWS * padded);
-  float *s = scratch(ROWS * (p.iterations > 0 ? padded_keys : KEYS));
-  take_rows(p, p.key, b, h, 0, seen, padded_keys, padded, keys);
-  take_rows(p, p.value, b, h, 0, seen, padded_keys, padded, values);
-  transpose_blocks(keys, padded_keys, padded, p.width, keys_t);
+  const Scratch<E> keys_t = summing_width(p, take_rows<E>(p, p.key, b, h, 0, seen, padded_keys, padded).get(), padded_keys, padded, KEYS);
+  Scratch<E> values = take_rows<E>(p, p.value, b, h, 0, seen, padded_keys, padded);
+  summing_rows(values, padded_keys, padded);
+  const Scratch<float> s_memory = scratch<float>(ROWS * (p.iterations > 0 ? padded_keys : KEYS)), out_memory = scratch<float>(ROWS * padded);
+  float *s = s_memory.get(), *out = out_memory.get();
+  Block<E> weights;
   for (long start = first; start < last; start += ROWS) {
     const long rows = last - start < ROWS ? last - start : ROWS;
-    take_rows(p, p.query, b, h, start, rows, rows, padded, q);
+    const Scratch<E> q = take_rows<E>(p, p.query, b, h, start, rows, ROWS, padded);
     std::memset(out, 0, size_t(ROWS * padded) * 4);
     float m[ROWS], l[ROWS], w[ROWS];
     for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
     const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
     if (p.iterations > 0) {
-      power_rows(p, b, h, start, rows, reach, seen, q, keys_t, values, padded, s, out, m, l, w);
+      power_rows(p, b, h, start, rows, reach, seen, q.get(), keys_t.get(), values.get(), padded, s, weights, out, m, l, w);
       store_rows(p, b, h, start, rows, padded, out, m, l, w);
       continue;
     }
     for (long block = 0; block < reach; block += KEYS) {
-      const long columns = columns_of(block, reach);
-      matmul(rows, columns, p.width, q, padded, 1, keys_t + block * p.width, KEYS, s, KEYS, false);
+      const long columns = columns_of<E>(block, reach);
+      matmul(rows, columns, depth, q.get(), padded, keys_t.get() + block * depth, KEYS, s, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *row = s + r * KEYS;
         const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
@@ -380,25 +400,26 @@ static void forward_chunk(const Problem &p, long b, long h, long first, long las
         l[r] += sum(sum_l);
         w[r] += sum(sum_w);
       }
-      matmul(rows, padded, columns, s, KEYS, 1, values + block * padded, padded, out, padded, true);
+      weights.take_columns(s, rows, columns);
+      matmul(rows, padded, columns, weights.over_columns, KEYS, values.get() + block * padded, padded, out, padded, true);
     }
     store_rows(p, b, h, start, rows, padded, out, m, l, w);
   }
-  for (float *x : {keys, values, keys_t, q, out, s}) std::free(x);
 }
 
 // Turns logits and dP of a row of a block into p and dS as far as that does not pass through the row's maximum; returns
 // the row's share of what does.
 static float power_slopes(const Problem &p, float *sr, float *dr, long columns, float largest, float log_n, float row_sum, float grad_h) {
-  const float scale = std::exp(-log_n);
+  const float scale = std::exp(-log_n), lowest = p.lowest;
+  const int iterations = p.iterations;
   vec total{};
   for (long j = 0; j < columns; j += LANES) {
     vec given = load(sr + j), x = given - largest, weight, log_weight;
     x = x > 0.0f ? splat(0.0f) : x;
-    power_kernel(x, p.iterations, p.lowest, weight, log_weight);
+    power_kernel(x, iterations, lowest, weight, log_weight);
     vec prob = given <= MASKED / 2 ? splat(0.0f) : weight * scale;
     vec slope = load(dr + j) - row_sum - grad_h * (log_weight - log_n);
-    vec ds = prob * slope * power_kernel_rate(x, p.iterations, p.lowest);
+    vec ds = prob * slope * power_kernel_rate(x, iterations, lowest);
     total += ds;
     store(sr + j, prob);
     store(dr + j, ds);
@@ -408,54 +429,52 @@ static float power_slopes(const Problem &p, float *sr, float *dr, long columns, 
 
 // What the blocks of keys of a head add to. Pieces of a head share dk, in which each has its own rows.
 struct Sums {
-  float *dq, *dk, *correction;
+  Scratch<float> dq, dk, correction;
 };
+static long padded_sums(const Problem &p) { return in_bfloat16(p) ? padded_width<bfloat16>(p) : padded_width<float>(p); }
 static Sums sums_of(const Problem &p, bool with_dk) {
-  const long padded = round_up(p.width, LANES);
-  return {scratch(p.queries * padded), with_dk ? scratch(round_up(p.keys, KEYS) * padded) : nullptr, scratch(p.queries)};
-}
-static void release(const Sums &sums) {
-  for (float *x : {sums.dq, sums.dk, sums.correction}) std::free(x);
+  const long padded = padded_sums(p);
+  return {scratch<float>(round_up(p.queries, ROWS) * padded), with_dk ? scratch<float>(round_up(p.keys, KEYS) * padded) : nullptr, scratch<float>(p.queries)};
 }
 
 // The gradients of one head from every `pieces`-th block of keys, beginning with number `piece`: dV is written, the rest
 // left in `dq`, `dk` and `correction` for `backward_finish`.
+template <typename E>
 static void backward_blocks(const Problem &p, long b, long h, long piece, long pieces, float *dq, float *dk, float *correction) {
-  const long padded = round_up(p.width, LANES), offset = p.keys - p.queries;
-  const long padded_keys = round_up(p.keys, KEYS);
-  float *q = scratch(p.queries * padded), *g = scratch(p.queries * padded);
-  float *keys = scratch(padded_keys * padded), *values = scratch(padded_keys * padded);
-  float *keys_t = scratch(padded_keys * p.width), *values_t = scratch(padded_keys * p.width);
-  float *dv = scratch(KEYS * padded);
-  float *s = scratch(ROWS * KEYS), *dp = scratch(ROWS * KEYS), *row_sum = scratch(p.queries);
-  take_rows(p, p.query, b, h, 0, p.queries, p.queries, padded, q);
-  take_rows(p, p.grad_output, b, h, 0, p.queries, p.queries, padded, g);
-  take_rows(p, p.key, b, h, 0, p.keys, padded_keys, padded, keys);
-  take_rows(p, p.value, b, h, 0, p.keys, padded_keys, padded, values);
-  transpose_blocks(keys, padded_keys, padded, p.width, keys_t);
-  transpose_blocks(values, padded_keys, padded, p.width, values_t);
-  std::memset(dq, 0, size_t(p.queries * padded) * 4);
+  const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
+  const long padded_keys = round_up(p.keys, KEYS), padded_queries = round_up(p.queries, ROWS);
+  const Scratch<E> q = take_rows<E>(p, p.query, b, h, 0, p.queries, padded_queries, padded);
+  const Scratch<E> g = take_rows<E>(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded);
+  const Scratch<E> q_t = transposed(q.get(), padded_queries, padded, ROWS), g_t = transposed(g.get(), padded_queries, padded, ROWS);
+  const Scratch<E> values_t = summing_width(p, take_rows<E>(p, p.value, b, h, 0, p.keys, padded_keys, padded).get(), padded_keys, padded, KEYS);
+  Scratch<E> keys = take_rows<E>(p, p.key, b, h, 0, p.keys, padded_keys, padded);
+  const Scratch<E> keys_t = summing_width(p, keys.get(), padded_keys, padded, KEYS);
+  summing_rows(keys, padded_keys, padded);
+  const Scratch<float> memory = scratch<float>(2 * (ROWS + padded) * KEYS + p.queries);
+  float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + padded * KEYS, *row_sum = dk_t + padded * KEYS;
+  Block<E> probabilities, slopes;
+  std::memset(dq, 0, size_t(padded_queries * padded) * 4);
   const long base = (b * p.heads + h) * p.queries;
   const float *log_n = p.log_normaliser + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
   const float *largest = p.largest + base;
   for (long t = 0; t < p.queries; t++) {  // rowsum(g_O * O) + g_H H, what every dP of the row is reduced by
-    const void *row = at(p.output, b, h, t, p.kind);
-    float total = 0;
-    for (long d = 0; d < p.width; d++) total += g[t * padded + d] * read(row, d, p.kind);
-    row_sum[t] = total + grad_h[t] * entropy[t];
+    read_row(at(p.output, b, h, t, p.kind), p.width, padded, p.kind, dv_t);
+    read_row(at(p.grad_output, b, h, t, p.kind), p.width, padded, p.kind, dk_t);
+    vec total{};
+    for (long d = 0; d < padded; d += LANES) total += load(dv_t + d) * load(dk_t + d);
+    row_sum[t] = sum(total) + grad_h[t] * entropy[t];
     correction[t] = 0;
   }
   for (long block = piece * KEYS; block < p.keys; block += pieces * KEYS) {
-    std::memset(dk + block * padded, 0, size_t(KEYS * padded) * 4);
-    std::memset(dv, 0, size_t(KEYS * padded) * 4);
+    std::memset(dv_t, 0, size_t(2 * padded * KEYS) * 4);  // and dk_t
     long begin = p.causal ? block - offset : 0;  // the first row that sees this block
-    begin = begin < 0 ? 0 : begin;
+    begin = begin < 0 ? 0 : begin / ROWS * ROWS;
     for (long start = begin; start < p.queries; start += ROWS) {
       const long rows = p.queries - start < ROWS ? p.queries - start : ROWS;
       const long reach = p.causal && start + rows + offset < p.keys ? start + rows + offset : p.keys;
-      const long columns = columns_of(block, reach);
-      matmul(rows, columns, p.width, q + start * padded, padded, 1, keys_t + block * p.width, KEYS, s, KEYS, false);
-      matmul(rows, columns, p.width, g + start * padded, padded, 1, values_t + block * p.width, KEYS, dp, KEYS, false);
+      const long columns = columns_of<E>(block, reach);
+      matmul(rows, columns, depth, q.get() + start * padded, padded, keys_t.get() + block * depth, KEYS, s, KEYS, false);
+      matmul(rows, columns, depth, g.get() + start * padded, padded, values_t.get() + block * depth, KEYS, dp, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *sr = s + r * KEYS, *dr = dp + r * KEYS;
         const long t = start + r, limit = p.causal && t + offset + 1 < p.keys ? t + offset + 1 : p.keys;
@@ -469,50 +488,56 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
           correction[t] += power_slopes(p, sr, dr, columns, largest[t], log_n[t], row_sum[t], grad_h[t]);
           continue;
         }
+        // Copies, because for all the compiler knows the stores below change what they are copies of.
+        const float log_normaliser = log_n[t], reduction = row_sum[t], grad_entropy = grad_h[t];
+        const int iterations = p.iterations;
         for (long j = 0; j < columns; j += LANES) {
-          vec given = load(sr + j), x = (p.iterations < 0 ? polynomial_logits(given, p.iterations) : given) - log_n[t];
+          vec given = load(sr + j), x = (iterations < 0 ? polynomial_logits(given, iterations) : given) - log_normaliser;
           vec prob = exp_nonpositive(x > 0.0f ? splat(0.0f) : x);  // rounding may leave x a little above 0
-          vec slope = load(dr + j) - row_sum[t] - grad_h[t] * larger(x, splat(-88.0f));
+          vec slope = load(dr + j) - reduction - grad_entropy * larger(x, splat(-88.0f));
           store(sr + j, prob);
-          store(dr + j, prob * (p.iterations < 0 ? slope * polynomial_rate(given, p.iterations) : slope));
+          store(dr + j, prob * (iterations < 0 ? slope * polynomial_rate(given, iterations) : slope));
         }
       }
-      matmul(columns, padded, rows, s, 1, KEYS, g + start * padded, padded, dv, padded, true);
-      matmul(columns, padded, rows, dp, 1, KEYS, q + start * padded, padded, dk + block * padded, padded, true);
-      matmul(rows, padded, columns, dp, KEYS, 1, keys + block * padded, padded, dq + start * padded, padded, true);
+      probabilities.take_rows(s, rows, columns);
+      slopes.take_rows(dp, rows, columns);
+      slopes.take_columns(dp, rows, columns);
+      const long summed = terms<E>(rows);
+      matmul(p.width, columns, summed, g_t.get() + start * padded, ROWS, probabilities.over_rows, KEYS, dv_t, KEYS, true);
+      matmul(p.width, columns, summed, q_t.get() + start * padded, ROWS, slopes.over_rows, KEYS, dk_t, KEYS, true);
+      matmul(rows, padded, columns, slopes.over_columns, KEYS, keys.get() + block * padded, padded, dq + start * padded, padded, true);
     }
-    for (long j = 0; j < KEYS && block + j < p.keys; j++) {
-      void *to = const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind));
-      for (long d = 0; d < p.width; d++) write(to, d, p.kind, dv[j * padded + d]);
-    }
+    transpose(reinterpret_cast<uint32_t *>(dk_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk + block * padded));
+    transpose(reinterpret_cast<uint32_t *>(dv_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk_t));
+    for (long j = 0; j < KEYS && block + j < p.keys; j++)
+      write_row(dk_t + j * padded, 1.0f, p.width, p.kind, const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind)));
   }
-  for (float *x : {q, g, keys, values, keys_t, values_t, dv, s, dp, row_sum}) std::free(x);
 }
 
 // Adds the pieces of a head up, lets the gradient through the rows' maxima, and writes dQ and dK.
 static void backward_finish(const Problem &p, long b, long h, const Sums *sums, long pieces) {
-  const long padded = round_up(p.width, LANES), base = (b * p.heads + h) * p.queries;
-  float *dq = sums->dq, *dk = sums->dk, *correction = sums->correction;
+  const long padded = padded_sums(p), base = (b * p.heads + h) * p.queries;
+  float *dq = sums->dq.get(), *dk = sums->dk.get(), *correction = sums->correction.get();
+  const Scratch<float> memory = scratch<float>(2 * padded);
+  float *q = memory.get(), *k = q + padded;
   for (long piece = 1; piece < pieces; piece++) {
-    for (long i = 0; i < p.queries * padded; i += LANES) store(dq + i, load(dq + i) + load(sums[piece].dq + i));
+    for (long i = 0; i < p.queries * padded; i += LANES) store(dq + i, load(dq + i) + load(sums[piece].dq.get() + i));
     for (long t = 0; t < p.queries; t++) correction[t] += sums[piece].correction[t];
   }
   for (long t = 0; t < p.queries; t++) {
     if (p.iterations > 0 && p.log_normaliser[base + t] > MASKED / 2) {
       const long j = p.first[base + t];
-      const void *q = at(p.query, b, h, t, p.kind), *k = at(p.key, b, h, j, p.kind);
+      read_row(at(p.query, b, h, t, p.kind), p.width, padded, p.kind, q);
+      read_row(at(p.key, b, h, j, p.kind), p.width, padded, p.kind, k);
       for (long d = 0; d < p.width; d++) {
-        dq[t * padded + d] -= correction[t] * read(k, d, p.kind);
-        dk[j * padded + d] -= correction[t] * read(q, d, p.kind);
+        dq[t * padded + d] -= correction[t] * k[d];
+        dk[j * padded + d] -= correction[t] * q[d];
       }
     }
-    void *to = const_cast<void *>(at(p.grad_query, b, h, t, p.kind));
-    for (long d = 0; d < p.width; d++) write(to, d, p.kind, dq[t * padded + d]);
+    write_row(dq + t * padded, 1.0f, p.width, p.kind, const_cast<void *>(at(p.grad_query, b, h, t, p.kind)));
   }
-  for (long j = 0; j < p.keys; j++) {
-    void *to = const_cast<void *>(at(p.grad_key, b, h, j, p.kind));
-    for (long d = 0; d < p.width; d++) write(to, d, p.kind, dk[j * padded + d]);
-  }
+  for (long j = 0; j < p.keys; j++)
+    write_row(dk + j * padded, 1.0f, p.width, p.kind, const_cast<void *>(at(p.grad_key, b, h, j, p.kind)));
 }
 
 // OpenMP's entry point `GOMP_parallel`: run a function on so many threads, the caller among them.
@@ -531,24 +556,28 @@ static void work(void *data) {
   const Problem &p = *call.problem;
   const long chunks = call.pass == Call::FORWARD || call.pass == Call::PIECES ? call.chunks : 1;
   const long rows = (p.queries + chunks - 1) / chunks;
+  begin_products();
   for (long task; (task = call.next.fetch_add(1)) < p.batches * p.heads * chunks;) {
     const long head = task / chunks, b = head / p.heads, h = head % p.heads;
+    const auto backward = [&](long piece, long pieces, const Sums &own, float *dk) {
+      const auto blocks = in_bfloat16(p) ? backward_blocks<bfloat16> : backward_blocks<float>;
+      blocks(p, b, h, piece, pieces, own.dq.get(), dk, own.correction.get());
+    };
     if (call.pass == Call::FORWARD) {
       const long chunk = chunks - 1 - task % chunks;  // the longest chunk of a causal head first
       const long first = chunk * rows, last = first + rows < p.queries ? first + rows : p.queries;
-      if (first < last) forward_chunk(p, b, h, first, last);
+      if (first < last) in_bfloat16(p) ? forward_chunk<bfloat16>(p, b, h, first, last) : forward_chunk<float>(p, b, h, first, last);
     } else if (call.pass == Call::BACKWARD) {
       const Sums sums = sums_of(p, true);
-      backward_blocks(p, b, h, 0, 1, sums.dq, sums.dk, sums.correction);
+      backward(0, 1, sums, sums.dk.get());
       backward_finish(p, b, h, &sums, 1);
-      release(sums);
     } else if (call.pass == Call::PIECES) {
-      const Sums &own = call.sums[task];
-      backward_blocks(p, b, h, task % chunks, chunks, own.dq, call.sums[head * chunks].dk, own.correction);
+      backward(task % chunks, chunks, call.sums[task], call.sums[head * chunks].dk.get());
     } else {
       backward_finish(p, b, h, call.sums + head * call.chunks, call.chunks);
     }
   }
+  end_products();
 }
 
 static void run(Call &call, unsigned threads, Parallel parallel) {
@@ -576,5 +605,4 @@ extern "C" void entropi_backward(const Problem *problem, long pieces, unsigned t
   Call first{problem, pieces, Call::PIECES, sums.data(), {0}}, second{problem, pieces, Call::FINISH, sums.data(), {0}};
   run(first, threads, parallel);
   run(second, threads, parallel);
-  for (const Sums &each : sums) release(each);
 }

@@ -1,6 +1,6 @@
 """The CPU kernel of `entropy_attention`: `native.cpp`, compiled once for this machine and called from many threads.
 
-It is plain C++ with no dependency, so compiling takes about a second; the result is cached beside the tokenizers. The
+It is plain C++ with no dependency, so compiling takes some seconds; the result is cached beside the tokenizers. The
 kernel is registered as a torch operator, which `torch.compile` treats as one node.
 """
 
@@ -24,8 +24,8 @@ from entropi.cache import default_cache_dir
 from entropi.entropy.secure_softmax import lowest
 from entropi.errors import UserError
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing")
 KEY_BLOCK = 128  # KEYS of native.cpp
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -66,20 +66,25 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-@functools.cache
 def _load() -> ctypes.CDLL | str:
     """The compiled kernel, or the reason why there is none."""
+    return _build()
+
+
+@functools.cache
+def _build(*flags: str) -> ctypes.CDLL | str:
+    """The kernel compiled with further flags, or the reason why it cannot be."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         return "no C++ compiler was found (set CXX, or install g++)"
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in SOURCES)
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         # -march=native means another machine's code elsewhere, and caches may lie on a shared disk.
-        key = hashlib.sha256(b"\0".join([source, version, _processor(), " ".join(FLAGS).encode()])).hexdigest()[:24]
-        library = _cache_folder() / f"attention-{key}.so"
+        key = hashlib.sha256(b"\0".join([source, version, _processor(), " ".join(FLAGS + flags).encode()])).hexdigest()
+        library = _cache_folder() / f"attention-{key[:24]}.so"
         if not library.exists():
-            _compile(compiler, library)
+            _compile(compiler, flags, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or b""
@@ -87,11 +92,11 @@ def _load() -> ctypes.CDLL | str:
         return f"{compiler} could not build it: {reason[0]}"
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         for native in ("-march=native", "-mcpu=native"):  # x86 and Arm compilers differ in the name
-            command = [compiler, *FLAGS, native, str(SOURCE), "-o", str(built)]
+            command = [compiler, *FLAGS, *flags, native, str(SOURCES[0]), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, check=False)
             if done.returncode == 0:
                 os.replace(built, library)
