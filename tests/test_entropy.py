@@ -229,13 +229,23 @@ def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation
     assert all(torch.isfinite(x.grad).all() for x in (query, key, value))
 
 
-@pytest.mark.parametrize("iterations", [None, 4])
-def test_grouped_queries_share_keys(iterations):
-    query, key, value = make_qkv(heads=4)
-    shared = key[:, ::2], value[:, ::2]
+@pytest.mark.parametrize("mask_shape", [None, (7,), (2, 1, 1, 7), (2, 4, 1, 7)])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "auto"])
+@pytest.mark.parametrize("iterations", [None, 4, -1])
+def test_grouped_queries_share_keys(iterations, implementation, queries, mask_shape):
+    query, key, value = make_qkv(queries=queries, keys=7, heads=4, dtype=torch.float32)
+    shared = [x[:, ::2] for x in (key, value)]
     repeated = [x.repeat_interleave(2, dim=1) for x in shared]
-    got_both = entropy_attention(query, *shared, enable_gqa=True, **kernel(iterations))
-    for got, expected in zip(got_both, entropy_attention(query, *repeated, **kernel(iterations))):
+    temperature = torch.arange(1.0, 5.0)[:, None]
+    mask = None if mask_shape is None else torch.rand(mask_shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    options = dict(temperature=temperature, attn_mask=mask, implementation=implementation, **kernel(iterations))
+    results = []
+    for keys_and_values, grouped in ((shared, True), (repeated, False)):
+        output, entropy = entropy_attention(query, *keys_and_values, enable_gqa=grouped, **options)
+        loss = output.square().sum() + entropy.sum()
+        results.append([output, entropy, *torch.autograd.grad(loss, (query, key, value), retain_graph=True)])
+    for got, expected in zip(*results):
         torch.testing.assert_close(got, expected)
 
 

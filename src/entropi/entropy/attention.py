@@ -71,14 +71,19 @@ def entropy_attention(
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
     iterations = signed_iterations(exp_iterations, polynomial)
-    if enable_gqa and key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if attn_mask is not None:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     if temperature is not None:
         query = (query / temperature.unsqueeze(-1)).to(query.dtype)
+    shape = query.shape
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        if query.shape[2] == 1 and (attn_mask is None or attn_mask.shape[1] == 1):
+            # One token: the queries that share keys are rows of one head, and no key is read twice.
+            query, is_causal = query.reshape(query.shape[0], key.shape[1], groups, -1), False
+        else:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     able = available_implementations(query)
     if implementation == "auto":
         fused = "triton" if query.is_cuda else "native"
@@ -87,17 +92,14 @@ def entropy_attention(
         raise ValueError(f"implementation must be one of auto, {', '.join(able)}, got {implementation!r}")
     if (reason := able[implementation]) is not None:
         raise ValueError(f"implementation {implementation!r} cannot run here: {reason}")
-    if implementation == "reference":
-        return _reference(query, key, value, attn_mask, is_causal, iterations)
-    if implementation == "native":
-        output, entropy, *_ = native.attention(query, key, value, attn_mask, is_causal, iterations)
-        return output, entropy
     if implementation == "triton":
         from entropi.entropy import triton_kernel
 
-        output, entropy, *_ = triton_kernel.attention(query, key, value, attn_mask, is_causal, iterations)
-        return output, entropy
-    return _Blockwise.apply(query, key, value, attn_mask, is_causal, iterations)
+        attend: Any = triton_kernel.attention
+    else:
+        attend = {"reference": _reference, "blockwise": _Blockwise.apply, "native": native.attention}[implementation]
+    output, entropy, *_ = attend(query, key, value, attn_mask, is_causal, iterations)
+    return output.reshape(shape), entropy.reshape(shape[:3])
 
 
 def available_implementations(query: Tensor) -> dict[str, str | None]:

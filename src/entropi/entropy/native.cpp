@@ -174,11 +174,10 @@ template <typename E> static long padded_width(const Problem &p) { return round_
 
 // `count` rows from `first` and zeros up to `padded_rows`, each `padded` long.
 template <typename E>
-static Scratch<E> take_rows(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded) {
-  Scratch<E> out = scratch<E>(padded_rows * padded);
+static void take_rows(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded, E *out) {
   for (long i = 0; i < count; i++) {
     const void *row = at(x, b, h, first + i, p.kind);
-    E *to = out.get() + i * padded;
+    E *to = out + i * padded;
     if constexpr (sizeof(E) == 4) {
       read_row(row, p.width, padded, p.kind, to);
     } else {
@@ -186,48 +185,63 @@ static Scratch<E> take_rows(const Problem &p, const Tensor &x, long b, long h, l
       std::memset(to + p.width, 0, size_t(padded - p.width) * sizeof(E));
     }
   }
-  std::memset(out.get() + count * padded, 0, size_t((padded_rows - count) * padded) * sizeof(E));
-  return out;
+  std::memset(out + count * padded, 0, size_t((padded_rows - count) * padded) * sizeof(E));
 }
-// Operands made of rows (padded_rows, padded), a block of `size` rows after the other. As B with the width to sum over:
-template <typename E> static Scratch<E> summing_width(const Problem &p, const E *rows, long padded_rows, long padded, long size) {
-  const long depth = terms<E>(p.width);
-  Scratch<E> out = scratch<E>(padded_rows * depth);
-  for (long block = 0; block < padded_rows; block += size)
-    transpose(reinterpret_cast<const uint32_t *>(rows + block * padded), size, depth / PAIR<E>, padded / PAIR<E>, reinterpret_cast<uint32_t *>(out.get() + block * depth));
-  return out;
+// Rows (size, padded) as B of a product that sums over the first `depth` columns:
+template <typename E> static void sum_columns(const E *rows, long size, long padded, long depth, E *to) {
+  transpose(reinterpret_cast<const uint32_t *>(rows), size, depth / PAIR<E>, padded / PAIR<E>, reinterpret_cast<uint32_t *>(to));
 }
-// As B with the rows to sum over (which is how rows of float32 lie):
-static void summing_rows(Scratch<float> &, long, long) {}
-static void summing_rows(Scratch<bfloat16> &rows, long padded_rows, long padded) {
-  Scratch<bfloat16> out = scratch<bfloat16>(padded_rows * padded);
-  for (long i = 0; i < padded_rows; i += 2) {
-    const bfloat16 *even = rows.get() + i * padded, *odd = even + padded;
-    uint32_t *to = reinterpret_cast<uint32_t *>(out.get() + i * padded);
-    for (long d = 0; d < padded; d++) to[d] = even[d] | uint32_t(odd[d]) << 16;
+// as B of one that sums over the rows, in place, which is how rows of float32 lie:
+static void sum_rows(float *, long, long) {}
+static void sum_rows(bfloat16 *rows, long size, long padded) {
+  const Scratch<uint32_t> pairs = scratch<uint32_t>(padded);
+  for (long i = 0; i < size; i += 2) {
+    const bfloat16 *even = rows + i * padded, *odd = even + padded;
+    for (long d = 0; d < padded; d++) pairs[d] = even[d] | uint32_t(odd[d]) << 16;
+    std::memcpy(rows + i * padded, pairs.get(), size_t(padded) * 4);
   }
-  rows = std::move(out);
 }
-// As A with the rows to sum over: (padded, size) a block.
-static Scratch<float> transposed(const float *rows, long padded_rows, long padded, long size) {
-  Scratch<float> out = scratch<float>(padded_rows * padded);
-  for (long block = 0; block < padded_rows; block += size)
-    transpose(reinterpret_cast<const uint32_t *>(rows + block * padded), size, padded, padded, reinterpret_cast<uint32_t *>(out.get() + block * padded));
-  return out;
+// and as A of one that sums over the rows.
+static void transposed(const float *rows, long size, long padded, float *to) { sum_columns(rows, size, padded, padded, to); }
+static void transposed(const bfloat16 *rows, long size, long padded, bfloat16 *to) {
+  const Scratch<uint32_t> pairs = scratch<uint32_t>(size * padded / 2);
+  transpose(reinterpret_cast<const uint32_t *>(rows), size, padded / 2, padded / 2, pairs.get());
+  for (long d = 0; d < padded; d++)
+    for (long i = 0; i < size; i++) to[d * size + i] = bfloat16(pairs[d / 2 * size + i] >> (d % 2 * 16));
 }
-static Scratch<bfloat16> transposed(const bfloat16 *rows, long padded_rows, long padded, long size) {
-  Scratch<bfloat16> out = scratch<bfloat16>(padded_rows * padded);
-  Scratch<uint32_t> pairs = scratch<uint32_t>(size * padded / 2);
-  for (long block = 0; block < padded_rows; block += size) {
-    transpose(reinterpret_cast<const uint32_t *>(rows + block * padded), size, padded / 2, padded / 2, pairs.get());
-    for (long d = 0; d < padded; d++) {
-      bfloat16 *to = out.get() + block * padded + d * size;
-      const uint32_t *from = pairs.get() + d / 2 * size;
-      for (long i = 0; i < size; i++) to[i] = bfloat16(from[i] >> (d % 2 * 16));
+
+// A head's keys and values as the forward pass multiplies them: blocks made when they are first asked for, in order, and
+// kept where more than one block of queries will ask.
+template <typename E> struct Sources {
+  const Problem &p;
+  const long b, h, seen, padded, depth;
+  const bool kept;
+  const Scratch<E> rows = scratch<E>(KEYS * padded), keys = scratch<E>(slots() * KEYS * depth), values = scratch<E>(slots() * KEYS * padded);
+  long end_of_keys = 0, end_of_values = 0;  // of the blocks that are made
+
+  long slots() const { return kept ? (seen + KEYS - 1) / KEYS : 1; }
+  void take(const Tensor &x, long block, E *to) const {
+    take_rows(p, x, b, h, block, seen - block < KEYS ? seen - block : KEYS, KEYS, padded, to);
+  }
+  const E *keys_at(long block) {
+    E *to = keys.get() + (kept ? block * depth : 0);
+    if (block >= end_of_keys) {
+      take(p.key, block, rows.get());
+      sum_columns(rows.get(), KEYS, padded, depth, to);
+      end_of_keys = block + KEYS;
     }
+    return to;
   }
-  return out;
-}
+  const E *values_at(long block) {
+    E *to = values.get() + (kept ? block * padded : 0);
+    if (block >= end_of_values) {
+      take(p.value, block, to);
+      sum_rows(to, KEYS, padded);
+      end_of_values = block + KEYS;
+    }
+    return to;
+  }
+};
 
 // A block of float32 numbers, (rows, KEYS), as operands of products that sum over its columns (as A) or its rows (as B);
 // in float32 it is both itself. Rows of B end at `terms(rows)`, with zeros.
@@ -290,14 +304,14 @@ static void store_rows(const Problem &p, long b, long h, long start, long rows, 
 
 // Sums m, l, w and the unnormalised output of a block of rows under the power kernel; `s` holds all their logits.
 template <typename E>
-static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const E *q, const E *keys_t, const E *values, long padded, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
-  const long offset = p.keys - p.queries, depth = terms<E>(p.width);
+static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const E *q, Sources<E> &sources, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
+  const long offset = p.keys - p.queries, padded = sources.padded;
   int32_t *first = p.first + (b * p.heads + h) * p.queries + start;
   for (long r = 0; r < rows; r++) first[r] = 0;
   for (long block = 0; block < reach; block += KEYS) {
     const long columns = columns_of<E>(block, reach);
     float *logits = s + block * ROWS;
-    matmul(rows, columns, depth, q, padded, keys_t + block * depth, KEYS, logits, KEYS, false);
+    matmul(rows, columns, sources.depth, q, padded, sources.keys_at(block), KEYS, logits, KEYS, false);
     for (long r = 0; r < rows; r++) {
       float *row = logits + r * KEYS;
       const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
@@ -335,7 +349,7 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
       w[r] += sum(sum_w);
     }
     weights.take_columns(logits, rows, columns);
-    matmul(rows, padded, columns, weights.over_columns, KEYS, values + block * padded, padded, out, padded, true);
+    matmul(rows, padded, columns, weights.over_columns, KEYS, sources.values_at(block), padded, out, padded, true);
   }
 }
 
@@ -343,28 +357,26 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
   const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
   long seen = p.causal ? last + offset : p.keys;
   seen = seen < 0 ? 0 : (seen > p.keys ? p.keys : seen);
-  const long padded_keys = round_up(seen, KEYS);
-  const Scratch<E> keys_t = summing_width(p, take_rows<E>(p, p.key, b, h, 0, seen, padded_keys, padded).get(), padded_keys, padded, KEYS);
-  Scratch<E> values = take_rows<E>(p, p.value, b, h, 0, seen, padded_keys, padded);
-  summing_rows(values, padded_keys, padded);
-  const Scratch<float> s_memory = scratch<float>(ROWS * (p.iterations > 0 ? padded_keys : KEYS)), out_memory = scratch<float>(ROWS * padded);
+  Sources<E> sources{p, b, h, seen, padded, depth, last - first > ROWS};
+  const Scratch<float> s_memory = scratch<float>(ROWS * (p.iterations > 0 ? round_up(seen, KEYS) : KEYS)), out_memory = scratch<float>(ROWS * padded);
+  const Scratch<E> q = scratch<E>(ROWS * padded);
   float *s = s_memory.get(), *out = out_memory.get();
   Block<E> weights;
   for (long start = first; start < last; start += ROWS) {
     const long rows = last - start < ROWS ? last - start : ROWS;
-    const Scratch<E> q = take_rows<E>(p, p.query, b, h, start, rows, ROWS, padded);
+    take_rows(p, p.query, b, h, start, rows, ROWS, padded, q.get());
     std::memset(out, 0, size_t(ROWS * padded) * 4);
     float m[ROWS], l[ROWS], w[ROWS];
     for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
     const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
     if (p.iterations > 0) {
-      power_rows(p, b, h, start, rows, reach, seen, q.get(), keys_t.get(), values.get(), padded, s, weights, out, m, l, w);
+      power_rows(p, b, h, start, rows, reach, seen, q.get(), sources, s, weights, out, m, l, w);
       store_rows(p, b, h, start, rows, padded, out, m, l, w);
       continue;
     }
     for (long block = 0; block < reach; block += KEYS) {
       const long columns = columns_of<E>(block, reach);
-      matmul(rows, columns, depth, q.get(), padded, keys_t.get() + block * depth, KEYS, s, KEYS, false);
+      matmul(rows, columns, depth, q.get(), padded, sources.keys_at(block), KEYS, s, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *row = s + r * KEYS;
         const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
@@ -401,7 +413,7 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
         w[r] += sum(sum_w);
       }
       weights.take_columns(s, rows, columns);
-      matmul(rows, padded, columns, weights.over_columns, KEYS, values.get() + block * padded, padded, out, padded, true);
+      matmul(rows, padded, columns, weights.over_columns, KEYS, sources.values_at(block), padded, out, padded, true);
     }
     store_rows(p, b, h, start, rows, padded, out, m, l, w);
   }
@@ -443,13 +455,21 @@ template <typename E>
 static void backward_blocks(const Problem &p, long b, long h, long piece, long pieces, float *dq, float *dk, float *correction) {
   const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
   const long padded_keys = round_up(p.keys, KEYS), padded_queries = round_up(p.queries, ROWS);
-  const Scratch<E> q = take_rows<E>(p, p.query, b, h, 0, p.queries, padded_queries, padded);
-  const Scratch<E> g = take_rows<E>(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded);
-  const Scratch<E> q_t = transposed(q.get(), padded_queries, padded, ROWS), g_t = transposed(g.get(), padded_queries, padded, ROWS);
-  const Scratch<E> values_t = summing_width(p, take_rows<E>(p, p.value, b, h, 0, p.keys, padded_keys, padded).get(), padded_keys, padded, KEYS);
-  Scratch<E> keys = take_rows<E>(p, p.key, b, h, 0, p.keys, padded_keys, padded);
-  const Scratch<E> keys_t = summing_width(p, keys.get(), padded_keys, padded, KEYS);
-  summing_rows(keys, padded_keys, padded);
+  const long left = padded_queries * padded, right = padded_keys * padded;
+  const Scratch<E> operands = scratch<E>(4 * left + right + 2 * padded_keys * depth);
+  E *q = operands.get(), *g = q + left, *q_t = g + left, *g_t = q_t + left, *keys = g_t + left;
+  E *keys_t = keys + right, *values_t = keys_t + padded_keys * depth;
+  take_rows(p, p.query, b, h, 0, p.queries, padded_queries, padded, q);
+  take_rows(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded, g);
+  for (long start = 0; start < padded_queries; start += ROWS) {
+    transposed(q + start * padded, ROWS, padded, q_t + start * padded);
+    transposed(g + start * padded, ROWS, padded, g_t + start * padded);
+  }
+  take_rows(p, p.value, b, h, 0, p.keys, padded_keys, padded, keys);
+  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(keys + block * padded, KEYS, padded, depth, values_t + block * depth);
+  take_rows(p, p.key, b, h, 0, p.keys, padded_keys, padded, keys);
+  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(keys + block * padded, KEYS, padded, depth, keys_t + block * depth);
+  sum_rows(keys, padded_keys, padded);
   const Scratch<float> memory = scratch<float>(2 * (ROWS + padded) * KEYS + p.queries);
   float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + padded * KEYS, *row_sum = dk_t + padded * KEYS;
   Block<E> probabilities, slopes;
@@ -473,8 +493,8 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
       const long rows = p.queries - start < ROWS ? p.queries - start : ROWS;
       const long reach = p.causal && start + rows + offset < p.keys ? start + rows + offset : p.keys;
       const long columns = columns_of<E>(block, reach);
-      matmul(rows, columns, depth, q.get() + start * padded, padded, keys_t.get() + block * depth, KEYS, s, KEYS, false);
-      matmul(rows, columns, depth, g.get() + start * padded, padded, values_t.get() + block * depth, KEYS, dp, KEYS, false);
+      matmul(rows, columns, depth, q + start * padded, padded, keys_t + block * depth, KEYS, s, KEYS, false);
+      matmul(rows, columns, depth, g + start * padded, padded, values_t + block * depth, KEYS, dp, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *sr = s + r * KEYS, *dr = dp + r * KEYS;
         const long t = start + r, limit = p.causal && t + offset + 1 < p.keys ? t + offset + 1 : p.keys;
@@ -503,9 +523,9 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
       slopes.take_rows(dp, rows, columns);
       slopes.take_columns(dp, rows, columns);
       const long summed = terms<E>(rows);
-      matmul(p.width, columns, summed, g_t.get() + start * padded, ROWS, probabilities.over_rows, KEYS, dv_t, KEYS, true);
-      matmul(p.width, columns, summed, q_t.get() + start * padded, ROWS, slopes.over_rows, KEYS, dk_t, KEYS, true);
-      matmul(rows, padded, columns, slopes.over_columns, KEYS, keys.get() + block * padded, padded, dq + start * padded, padded, true);
+      matmul(p.width, columns, summed, g_t + start * padded, ROWS, probabilities.over_rows, KEYS, dv_t, KEYS, true);
+      matmul(p.width, columns, summed, q_t + start * padded, ROWS, slopes.over_rows, KEYS, dk_t, KEYS, true);
+      matmul(rows, padded, columns, slopes.over_columns, KEYS, keys + block * padded, padded, dq + start * padded, padded, true);
     }
     transpose(reinterpret_cast<uint32_t *>(dk_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk + block * padded));
     transpose(reinterpret_cast<uint32_t *>(dv_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk_t));
