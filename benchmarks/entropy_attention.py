@@ -1,11 +1,12 @@
 """Attention with entropy against attention without: time of forward plus backward, interleaved, and peak memory.
 
-    python benchmarks/entropy_attention.py [--lengths 512 1024 2048] [--memory 1024 2048 4096 8192]
+    python benchmarks/entropy_attention.py [--lengths 512 1024 2048] [--memory 1024 2048 4096 8192] [--cache 512 4096]
 
 Contenders: `sdpa` is torch's scaled_dot_product_attention without entropy, the floor; `materialised` holds the T x T
 matrix and computes the entropy head by head, as the paper's released code does; the rest are ours, `secure` the native
-kernel with the exponential of private inference at t = 5. Prints progress,
-medians, ratios to the floor, and peak memory of each contender in a process of its own; the last line is JSON.
+kernel with the exponential of private inference at t = 5. Prints progress, medians and ratios to the floor; then those
+of the forward pass of one token against a cache of keys, as in generation, with as many heads of keys as of queries and
+with a quarter; then the peak memory of each contender in a process of its own. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -85,6 +86,26 @@ def compare(names: list[str], length: int, dtype: torch.dtype, rounds: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def one_token(heads: int, key_heads: int, width: int, keys: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Median milliseconds of the forward pass of one query a head, in turn within every round."""
+    torch.manual_seed(0)
+    query = torch.randn(1, heads, 1, width).to(dtype)
+    key, value = (torch.randn(1, key_heads, keys, width).to(dtype) for _ in range(2))
+    options: Any = {"enable_gqa": heads != key_heads}
+    times: dict[str, list[float]] = {"sdpa": [], "blockwise": [], "native": []}
+    with torch.no_grad():
+        for number in range(10 * rounds + 1):
+            for name, found in times.items():
+                started = time.perf_counter()
+                if name == "sdpa":
+                    torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+                else:
+                    entropy_attention(query, key, value, implementation=name, **options)  # type: ignore[arg-type]
+                if number:
+                    found.append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def extra_memory(name: str, length: int) -> float:
     """Megabytes that one step adds to the peak of a fresh process; nan where it does not fit."""
     command = [sys.executable, __file__, "--child", name, str(length)]
@@ -111,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 1024, 2048])
     parser.add_argument("--memory", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--cache", type=int, nargs="*", default=[512, 4096], help="keys that one token sees")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,6 +155,15 @@ def main() -> None:
             text = "  ".join(f"{name} {ms:.1f} ms ({ms / medians['sdpa']:.2f}x)" for name, ms in medians.items())
             print(f"{str(dtype).removeprefix('torch.'):8} T={length:5}  {text}", flush=True)
             rows.append({"dtype": str(dtype), "length": length, "milliseconds": medians})
+    tokens = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for keys in options.cache:
+            for shape in ((HEADS, HEADS, WIDTH), (32, 8, 128)):
+                medians = one_token(*shape, keys, dtype, options.rounds)
+                text = "  ".join(f"{name} {ms:.2f} ms ({ms / medians['sdpa']:.2f}x)" for name, ms in medians.items())
+                heads = f"{shape[0]} heads over {shape[1]}, D={shape[2]}"
+                print(f"{str(dtype).removeprefix('torch.'):8} one token, S={keys:5}, {heads}  {text}", flush=True)
+                tokens.append({"dtype": str(dtype), "keys": keys, "heads": shape, "milliseconds": medians})
     memory = []
     for length in options.memory:
         # Materialised contenders need gigabytes from here on; their growth is known by then.
@@ -141,7 +172,7 @@ def main() -> None:
         text = "  ".join(f"{name} {mb:.0f} MB" for name, mb in megabytes.items())
         print(f"extra memory, B=1, float32, T={length:5}  {text}", flush=True)
         memory.append({"length": length, "megabytes": megabytes})
-    print(json.dumps(result | {"time": rows, "memory": memory}))
+    print(json.dumps(result | {"time": rows, "tokens": tokens, "memory": memory}))
 
 
 if __name__ == "__main__":
