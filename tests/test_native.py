@@ -66,6 +66,28 @@ def test_bfloat16_products(products, queries, keys, width, iterations, is_causal
     assert_as_exact("native", *make(queries, keys, width, torch.bfloat16), torch.bfloat16, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [128, 300])
+def test_rows_are_read_where_they_lie(products, length, dtype):
+    """Whole blocks are not copied: heads side by side, rows an odd number apart, rows that are all the same."""
+    tensors, grad_output, grad_entropy = make(length, length, 64, dtype)
+    for layout in ("heads side by side", "odd", "repeated"):
+        if layout == "odd":
+            strided = [torch.nn.functional.pad(x, (0, 1))[..., :64] for x in tensors]
+        elif layout == "repeated":
+            strided = [tensors[0], *(x[:, :, :1].expand(-1, -1, length, -1) for x in tensors[1:])]
+        else:
+            strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+        results = []
+        for inputs in (strided, [x.contiguous() for x in strided]):
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            both = entropy_attention(*inputs, implementation="native")
+            incoming = [grad_output.to(dtype), grad_entropy]
+            results.append([*both, *torch.autograd.grad(both, inputs, incoming)])
+        for got, expected in zip(*results):
+            assert torch.equal(got, expected), layout
+
+
 @pytest.mark.parametrize("iterations", [None, 2, -1])
 def test_bfloat16_products_of_masked_rows_in_pieces(products, iterations):
     """Rows that see nothing, and more threads than heads."""

@@ -187,25 +187,40 @@ static void take_rows(const Problem &p, const Tensor &x, long b, long h, long fi
   }
   std::memset(out + count * padded, 0, size_t((padded_rows - count) * padded) * sizeof(E));
 }
-// Rows (size, padded) as B of a product that sums over the first `depth` columns:
-template <typename E> static void sum_columns(const E *rows, long size, long padded, long depth, E *to) {
-  transpose(reinterpret_cast<const uint32_t *>(rows), size, depth / PAIR<E>, padded / PAIR<E>, reinterpret_cast<uint32_t *>(to));
+// Rows of a matrix where they lie, `stride` apart.
+template <typename E> struct Rows {
+  const E *first;
+  long stride;
+  Rows<E> from(long row) const { return {first + row * stride, stride}; }
+};
+// A block of a head's rows and zeros up to `padded_rows`: the tensor's own memory if it serves, otherwise copied to `memory`.
+template <typename E>
+static Rows<E> rows_of(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded, E *memory) {
+  const bool same_numbers = sizeof(E) == 2 || p.kind == FLOAT32;
+  if (same_numbers && count == padded_rows && p.width == padded && x.row % PAIR<E> == 0)
+    return {static_cast<const E *>(at(x, b, h, first, p.kind)), x.row};
+  take_rows(p, x, b, h, first, count, padded_rows, padded, memory);
+  return {memory, padded};
 }
-// as B of one that sums over the rows, in place, which is how rows of float32 lie:
-static void sum_rows(float *, long, long) {}
-static void sum_rows(bfloat16 *rows, long size, long padded) {
-  const Scratch<uint32_t> pairs = scratch<uint32_t>(padded);
+// Rows as B of a product that sums over the first `depth` columns:
+template <typename E> static void sum_columns(const Rows<E> &rows, long size, long depth, E *to) {
+  transpose(reinterpret_cast<const uint32_t *>(rows.first), size, depth / PAIR<E>, rows.stride / PAIR<E>, reinterpret_cast<uint32_t *>(to));
+}
+// as B of one that sums over the rows, which is how rows of float32 lie:
+static Rows<float> sum_rows(const Rows<float> &rows, long, long, float *) { return rows; }
+static Rows<bfloat16> sum_rows(const Rows<bfloat16> &rows, long size, long padded, bfloat16 *to) {
   for (long i = 0; i < size; i += 2) {
-    const bfloat16 *even = rows + i * padded, *odd = even + padded;
+    const bfloat16 *even = rows.first + i * rows.stride, *odd = even + rows.stride;
+    uint32_t *pairs = reinterpret_cast<uint32_t *>(to + i * padded);
     for (long d = 0; d < padded; d++) pairs[d] = even[d] | uint32_t(odd[d]) << 16;
-    std::memcpy(rows + i * padded, pairs.get(), size_t(padded) * 4);
   }
+  return {to, padded};
 }
 // and as A of one that sums over the rows.
-static void transposed(const float *rows, long size, long padded, float *to) { sum_columns(rows, size, padded, padded, to); }
-static void transposed(const bfloat16 *rows, long size, long padded, bfloat16 *to) {
+static void transposed(const Rows<float> &rows, long size, long padded, float *to) { sum_columns(rows, size, padded, to); }
+static void transposed(const Rows<bfloat16> &rows, long size, long padded, bfloat16 *to) {
   const Scratch<uint32_t> pairs = scratch<uint32_t>(size * padded / 2);
-  transpose(reinterpret_cast<const uint32_t *>(rows), size, padded / 2, padded / 2, pairs.get());
+  transpose(reinterpret_cast<const uint32_t *>(rows.first), size, padded / 2, rows.stride / 2, pairs.get());
   for (long d = 0; d < padded; d++)
     for (long i = 0; i < size; i++) to[d * size + i] = bfloat16(pairs[d / 2 * size + i] >> (d % 2 * 16));
 }
@@ -216,30 +231,27 @@ template <typename E> struct Sources {
   const Problem &p;
   const long b, h, seen, padded, depth;
   const bool kept;
-  const Scratch<E> rows = scratch<E>(KEYS * padded), keys = scratch<E>(slots() * KEYS * depth), values = scratch<E>(slots() * KEYS * padded);
-  long end_of_keys = 0, end_of_values = 0;  // of the blocks that are made
+  const Scratch<E> copied = scratch<E>(KEYS * padded), keys = scratch<E>(slots() * KEYS * depth), values = scratch<E>(slots() * KEYS * padded);
+  long end_of_keys = 0;    // of the blocks that are made
+  long end_of_values = 0;
 
   long slots() const { return kept ? (seen + KEYS - 1) / KEYS : 1; }
-  void take(const Tensor &x, long block, E *to) const {
-    take_rows(p, x, b, h, block, seen - block < KEYS ? seen - block : KEYS, KEYS, padded, to);
+  Rows<E> rows(const Tensor &x, long block, E *memory) const {
+    return rows_of(p, x, b, h, block, seen - block < KEYS ? seen - block : KEYS, KEYS, padded, memory);
   }
   const E *keys_at(long block) {
     E *to = keys.get() + (kept ? block * depth : 0);
     if (block >= end_of_keys) {
-      take(p.key, block, rows.get());
-      sum_columns(rows.get(), KEYS, padded, depth, to);
+      sum_columns(rows(p.key, block, copied.get()), KEYS, depth, to);
       end_of_keys = block + KEYS;
     }
     return to;
   }
-  const E *values_at(long block) {
+  Rows<E> values_at(long block) {
     E *to = values.get() + (kept ? block * padded : 0);
-    if (block >= end_of_values) {
-      take(p.value, block, to);
-      sum_rows(to, KEYS, padded);
-      end_of_values = block + KEYS;
-    }
-    return to;
+    if (PAIR<E> == 2 && block < end_of_values) return {to, padded};
+    end_of_values = block + KEYS;
+    return sum_rows(rows(p.value, block, PAIR<E> == 2 ? copied.get() : to), KEYS, padded, to);
   }
 };
 
@@ -304,14 +316,14 @@ static void store_rows(const Problem &p, long b, long h, long start, long rows, 
 
 // Sums m, l, w and the unnormalised output of a block of rows under the power kernel; `s` holds all their logits.
 template <typename E>
-static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const E *q, Sources<E> &sources, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
+static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const Rows<E> &q, Sources<E> &sources, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
   const long offset = p.keys - p.queries, padded = sources.padded;
   int32_t *first = p.first + (b * p.heads + h) * p.queries + start;
   for (long r = 0; r < rows; r++) first[r] = 0;
   for (long block = 0; block < reach; block += KEYS) {
     const long columns = columns_of<E>(block, reach);
     float *logits = s + block * ROWS;
-    matmul(rows, columns, sources.depth, q, padded, sources.keys_at(block), KEYS, logits, KEYS, false);
+    matmul(rows, columns, sources.depth, q.first, q.stride, sources.keys_at(block), KEYS, logits, KEYS, false);
     for (long r = 0; r < rows; r++) {
       float *row = logits + r * KEYS;
       const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
@@ -349,7 +361,8 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
       w[r] += sum(sum_w);
     }
     weights.take_columns(logits, rows, columns);
-    matmul(rows, padded, columns, weights.over_columns, KEYS, sources.values_at(block), padded, out, padded, true);
+    const Rows<E> values = sources.values_at(block);
+    matmul(rows, padded, columns, weights.over_columns, KEYS, values.first, values.stride, out, padded, true);
   }
 }
 
@@ -359,24 +372,24 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
   seen = seen < 0 ? 0 : (seen > p.keys ? p.keys : seen);
   Sources<E> sources{p, b, h, seen, padded, depth, last - first > ROWS};
   const Scratch<float> s_memory = scratch<float>(ROWS * (p.iterations > 0 ? round_up(seen, KEYS) : KEYS)), out_memory = scratch<float>(ROWS * padded);
-  const Scratch<E> q = scratch<E>(ROWS * padded);
+  const Scratch<E> q_memory = scratch<E>(ROWS * padded);
   float *s = s_memory.get(), *out = out_memory.get();
   Block<E> weights;
   for (long start = first; start < last; start += ROWS) {
     const long rows = last - start < ROWS ? last - start : ROWS;
-    take_rows(p, p.query, b, h, start, rows, ROWS, padded, q.get());
+    const Rows<E> q = rows_of(p, p.query, b, h, start, rows, ROWS, padded, q_memory.get());
     std::memset(out, 0, size_t(ROWS * padded) * 4);
     float m[ROWS], l[ROWS], w[ROWS];
     for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
     const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
     if (p.iterations > 0) {
-      power_rows(p, b, h, start, rows, reach, seen, q.get(), sources, s, weights, out, m, l, w);
+      power_rows(p, b, h, start, rows, reach, seen, q, sources, s, weights, out, m, l, w);
       store_rows(p, b, h, start, rows, padded, out, m, l, w);
       continue;
     }
     for (long block = 0; block < reach; block += KEYS) {
       const long columns = columns_of<E>(block, reach);
-      matmul(rows, columns, depth, q.get(), padded, sources.keys_at(block), KEYS, s, KEYS, false);
+      matmul(rows, columns, depth, q.first, q.stride, sources.keys_at(block), KEYS, s, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *row = s + r * KEYS;
         const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
@@ -413,7 +426,8 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
         w[r] += sum(sum_w);
       }
       weights.take_columns(s, rows, columns);
-      matmul(rows, padded, columns, weights.over_columns, KEYS, sources.values_at(block), padded, out, padded, true);
+      const Rows<E> values = sources.values_at(block);
+    matmul(rows, padded, columns, weights.over_columns, KEYS, values.first, values.stride, out, padded, true);
     }
     store_rows(p, b, h, start, rows, padded, out, m, l, w);
   }
@@ -456,20 +470,20 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
   const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
   const long padded_keys = round_up(p.keys, KEYS), padded_queries = round_up(p.queries, ROWS);
   const long left = padded_queries * padded, right = padded_keys * padded;
-  const Scratch<E> operands = scratch<E>(4 * left + right + 2 * padded_keys * depth);
-  E *q = operands.get(), *g = q + left, *q_t = g + left, *g_t = q_t + left, *keys = g_t + left;
-  E *keys_t = keys + right, *values_t = keys_t + padded_keys * depth;
-  take_rows(p, p.query, b, h, 0, p.queries, padded_queries, padded, q);
-  take_rows(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded, g);
+  const Scratch<E> operands = scratch<E>(4 * left + 2 * right + 2 * padded_keys * depth);
+  E *q_t = operands.get(), *g_t = q_t + left, *keys_t = g_t + left, *values_t = keys_t + padded_keys * depth;
+  E *copies = values_t + padded_keys * depth;
+  const Rows<E> q = rows_of(p, p.query, b, h, 0, p.queries, padded_queries, padded, copies);
+  const Rows<E> g = rows_of(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded, copies + left);
+  const Rows<E> value_rows = rows_of(p, p.value, b, h, 0, p.keys, padded_keys, padded, copies + 2 * left);
+  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(value_rows.from(block), KEYS, depth, values_t + block * depth);
+  const Rows<E> key_rows = rows_of(p, p.key, b, h, 0, p.keys, padded_keys, padded, copies + 2 * left);
+  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(key_rows.from(block), KEYS, depth, keys_t + block * depth);
+  const Rows<E> keys = sum_rows(key_rows, padded_keys, padded, copies + 2 * left + right);
   for (long start = 0; start < padded_queries; start += ROWS) {
-    transposed(q + start * padded, ROWS, padded, q_t + start * padded);
-    transposed(g + start * padded, ROWS, padded, g_t + start * padded);
+    transposed(q.from(start), ROWS, padded, q_t + start * padded);
+    transposed(g.from(start), ROWS, padded, g_t + start * padded);
   }
-  take_rows(p, p.value, b, h, 0, p.keys, padded_keys, padded, keys);
-  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(keys + block * padded, KEYS, padded, depth, values_t + block * depth);
-  take_rows(p, p.key, b, h, 0, p.keys, padded_keys, padded, keys);
-  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(keys + block * padded, KEYS, padded, depth, keys_t + block * depth);
-  sum_rows(keys, padded_keys, padded);
   const Scratch<float> memory = scratch<float>(2 * (ROWS + padded) * KEYS + p.queries);
   float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + padded * KEYS, *row_sum = dk_t + padded * KEYS;
   Block<E> probabilities, slopes;
@@ -493,8 +507,8 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
       const long rows = p.queries - start < ROWS ? p.queries - start : ROWS;
       const long reach = p.causal && start + rows + offset < p.keys ? start + rows + offset : p.keys;
       const long columns = columns_of<E>(block, reach);
-      matmul(rows, columns, depth, q + start * padded, padded, keys_t + block * depth, KEYS, s, KEYS, false);
-      matmul(rows, columns, depth, g + start * padded, padded, values_t + block * depth, KEYS, dp, KEYS, false);
+      matmul(rows, columns, depth, q.from(start).first, q.stride, keys_t + block * depth, KEYS, s, KEYS, false);
+      matmul(rows, columns, depth, g.from(start).first, g.stride, values_t + block * depth, KEYS, dp, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *sr = s + r * KEYS, *dr = dp + r * KEYS;
         const long t = start + r, limit = p.causal && t + offset + 1 < p.keys ? t + offset + 1 : p.keys;
@@ -525,7 +539,7 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
       const long summed = terms<E>(rows);
       matmul(p.width, columns, summed, g_t + start * padded, ROWS, probabilities.over_rows, KEYS, dv_t, KEYS, true);
       matmul(p.width, columns, summed, q_t + start * padded, ROWS, slopes.over_rows, KEYS, dk_t, KEYS, true);
-      matmul(rows, padded, columns, slopes.over_columns, KEYS, keys + block * padded, padded, dq + start * padded, padded, true);
+      matmul(rows, padded, columns, slopes.over_columns, KEYS, keys.from(block).first, keys.stride, dq + start * padded, padded, true);
     }
     transpose(reinterpret_cast<uint32_t *>(dk_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk + block * padded));
     transpose(reinterpret_cast<uint32_t *>(dv_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk_t));
