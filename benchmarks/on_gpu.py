@@ -1,19 +1,25 @@
 """Everything that waits for a GPU, in one run of less than eight minutes: tests, times, memory.
 
     python benchmarks/on_gpu.py [--minutes 8] [--dry-run]
+    python benchmarks/on_gpu.py --sweep [--minutes 8] [--dry-run]
 
 Needs a checkout and Python packages (torch with CUDA, its Triton; pytest for the tests, transformers for the training
 step), no installation. In order, as time allows: the tests marked `gpu`; forward and backward of `entropy_attention` in
 bfloat16, causal, with the exact and the secure softmax, against scaled_dot_product_attention's flash kernel without
 entropy; one training step of GPT-2 small's shape with the entropy regulariser against the same step without. A part
 that fails says so and the rest goes on. Ends with one table and a last line of JSON; status 1 if a part failed.
-`--dry-run` does the same at toy sizes on a CPU, so that the script itself can be tested.
+
+`--sweep` asks instead which tuning choices are fastest: blocks, warps and stages of each kernel, the other kernels left
+as they are, compiled by all cores at once and then timed one after the other. `CHOICES` of the kernel's module is where
+the answer belongs. `--dry-run` does either at toy sizes on a CPU, so that the script itself can be tested.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -80,24 +86,29 @@ def attention(length: int, width: int, dry: bool) -> dict[str, Any]:
     inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     grad, grad_entropy = torch.randn_like(inputs[0]), torch.randn(shape[:3], device=device)
 
-    def sdpa() -> None:
+    def flash() -> tuple[torch.Tensor]:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-            output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
-        torch.autograd.grad(output, inputs, grad)
+            return (torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True),)
 
-    def ours(iterations: int | None) -> Callable[[], None]:
-        def run() -> None:
-            results = entropy_attention(*inputs, exp_iterations=iterations)
-            torch.autograd.grad(list(results), inputs, [grad, grad_entropy])
+    forwards: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
+        "sdpa": flash,
+        "exact": lambda: entropy_attention(*inputs),
+        "secure t=5": lambda: entropy_attention(*inputs, exp_iterations=5),
+    }
 
-        return run
+    def both_ways(name: str) -> Callable[[], object]:
+        incoming = [grad] if name == "sdpa" else [grad, grad_entropy]
+        return lambda: torch.autograd.grad(forwards[name](), inputs, incoming)
 
     # Two products forward, five backward, half of each under the causal mask.
     flops = 7 * shape[0] * shape[1] * length * length * width
     row: dict[str, Any] = {"length": length, "width": width, "shape": shape}
-    for name, run in {"sdpa": sdpa, "exact": ours(None), "secure t=5": ours(5)}.items():
+    for name, forward_alone in forwards.items():
+        run = both_ways(name)
         median = statistics.median(milliseconds(run, not dry, 3 if dry else 15))
-        row[name] = {"milliseconds": median, "tflops": flops / median / 1e9}
+        with torch.no_grad():
+            forward = statistics.median(milliseconds(forward_alone, not dry, 3 if dry else 15))
+        row[name] = {"milliseconds": median, "forward": forward, "tflops": flops / median / 1e9}
         if not dry:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -128,6 +139,80 @@ def training(dry: bool) -> dict[str, Any]:
     return found
 
 
+def candidates(kernel: str) -> list[tuple[int, int, int, int]]:
+    """Tuning choices worth a try on a Hopper: (ROWS, KEYS, warps, stages)."""
+    if kernel == "backward key":
+        blocks = [(32, 64), (64, 64), (32, 128), (64, 128), (128, 64)]
+    else:
+        blocks = [(64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)]
+    return [(*block, warps, stages) for block in blocks for warps, stages in itertools.product((4, 8), (2, 3, 4))]
+
+
+def try_choice(
+    task: tuple[str, tuple[int, int, int, int], int, int, tuple[int, int], bool, int],
+) -> tuple[float | None, str]:
+    """Median milliseconds of the pass that a kernel is part of under one tuning choice, or why it cannot run."""
+    kernel, (rows, keys, warps, stages), length, width, sizes, dry, rounds = task
+    import triton
+
+    from entropi.entropy import triton_kernel
+
+    tuned = getattr(triton_kernel, f"_{kernel.replace(' ', '_')}_kernel")
+    before = tuned.configs
+    tuned.configs = [triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)]
+    try:
+        torch.manual_seed(0)
+        device = "cpu" if dry else "cuda"
+        dtype = torch.float16 if dry else torch.bfloat16  # the interpreter cannot multiply bfloat16
+        inputs = [torch.randn(*sizes, length, width, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+
+        def forward() -> tuple[torch.Tensor, ...]:
+            return entropy_attention(*inputs, implementation="triton")
+
+        results = forward()
+        incoming = [torch.ones_like(result) for result in results]
+        if kernel == "forward":
+            with torch.no_grad():
+                return statistics.median(milliseconds(forward, not dry, rounds)), ""
+        run = lambda: torch.autograd.grad(results, inputs, incoming, retain_graph=True)  # noqa: E731
+        return statistics.median(milliseconds(run, not dry, rounds)), ""
+    except Exception as error:  # too much shared memory, or what the compiler will not do
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        tuned.configs = before
+
+
+def sweep(dry: bool, deadline: float) -> list[dict[str, Any]]:
+    """Every candidate of every kernel at widths 64 and 128, T = 4,096: compiled side by side, then timed in turn."""
+    length, widths, rounds = (32, [16], 1) if dry else (4096, [64, 128], 10)
+    tasks = []
+    for width in widths:
+        sizes = (1, 1) if dry else (TOKENS // length, WIDTH // width)
+        for kernel in ("forward", "backward query", "backward key"):
+            chosen = candidates(kernel)[:2] if dry else candidates(kernel)
+            tasks += [(kernel, choice, length, width, sizes, dry, rounds) for choice in chosen]
+    if not dry:  # what a process has compiled, the others find in Triton's cache
+        with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
+            small = [(kernel, choice, length, width, (1, 1), dry, 1) for kernel, choice, length, width, *_ in tasks]
+            pending = [pool.apply_async(try_choice, (task,)) for task in small]
+            for result in pending:
+                result.wait(max(0.0, deadline - 90 - time.monotonic()))
+            pool.terminate()
+    found = []
+    for task in tasks:
+        if time.monotonic() > deadline - 20 and not dry:
+            print("no time left for the rest", file=sys.stderr)
+            break
+        median, reason = try_choice(task)
+        found.append({"kernel": task[0], "width": task[3], "choice": task[1], "milliseconds": median, "reason": reason})
+    for width, kernel in itertools.product(widths, ("forward", "backward query", "backward key")):
+        ran = [row for row in found if (row["width"], row["kernel"]) == (width, kernel) and row["milliseconds"]]
+        ran.sort(key=lambda row: row["milliseconds"])
+        best = "  ".join(f"{row['choice']} {row['milliseconds']:.3f} ms" for row in ran[:4])
+        print(f"D={width} {kernel:14} {len(ran)} ran; {best}")
+    return found
+
+
 def table(parts: dict[str, Any]) -> list[str]:
     lines = []
     for name, part in parts.items():
@@ -137,6 +222,7 @@ def table(parts: dict[str, Any]) -> list[str]:
             floor = part["sdpa"]["milliseconds"]
             cells = (
                 f"{kind} {part[kind]['milliseconds']:.2f} ms ({part[kind]['milliseconds'] / floor:.2f}x, "
+                f"forward {part[kind]['forward'] / part['sdpa']['forward']:.2f}x, "
                 f"{part[kind]['tflops']:.0f} TFLOP/s, {part[kind].get('megabytes', 0):.0f} MB)"
                 for kind in ("sdpa", "exact", "secure t=5")
             )
@@ -157,11 +243,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU")
+    parser.add_argument("--sweep", action="store_true", help="time tuning choices instead")
     options = parser.parse_args()
+    if options.sweep and options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
     dry, deadline = options.dry_run, time.monotonic() + 60 * options.minutes
     if not dry and not torch.cuda.is_available():
         print("no CUDA device: --dry-run checks the script without one", file=sys.stderr)
         return 2
+    if options.sweep:
+        device = "CPU, dry run" if dry else torch.cuda.get_device_name()
+        print(f"{device}, torch {torch.__version__}; milliseconds of the forward or the whole backward pass")
+        found = sweep(dry, deadline)
+        print(json.dumps({"device": device, "torch": torch.__version__, "sweep": found}))
+        return 0
     sizes = [(32, 16)] if dry else [(t, d) for d in (64, 128) for t in (1024, 2048, 4096, 8192)]
     plan: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": lambda: tests(dry, max(30.0, (deadline - time.monotonic()) / 2)),

@@ -133,6 +133,16 @@ def test_the_gpu_script_runs_dry():
     assert all(parts["training step"][kind]["milliseconds"] > 0 for kind in ("gpt2", "entropi"))
 
 
+@pytest.mark.slow
+def test_the_sweep_of_tuning_choices_runs_dry():
+    script = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
+    done = subprocess.run([sys.executable, script, "--sweep", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["sweep"]
+    assert {row["kernel"] for row in rows} == {"forward", "backward query", "backward key"}
+    assert all(row["milliseconds"] > 0 for row in rows)
+
+
 # Compiled for GPUs that need not be there, in another process: Triton decides at import that it interprets.
 
 
