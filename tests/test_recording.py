@@ -29,10 +29,10 @@ def make(kind, implementation="sdpa"):
     return model
 
 
-def eager_entropies(model, ids, mask):
+def eager_entropies(model, ids, mask, **options):
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        weights = model(ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+        weights = model(ids, attention_mask=mask, output_attentions=True, use_cache=False, **options).attentions
     return [torch.special.entr(w.double()).sum(-1) for w in weights]
 
 
@@ -92,15 +92,22 @@ def test_models_train_under_autocast(kind):
             assert (ours.grad - theirs.grad).norm() <= 0.1 * theirs.grad.norm() + 1e-3, name
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
-def test_generation_with_a_cache_is_unchanged(kind):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_generation_with_a_cache(kind):
+    """The text is unchanged, and every token's entropies are those of one pass over all of it."""
     model = make(kind)
-    prompt = torch.randint(1, 71, (1, 7))
-    options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+    prompt, mask = torch.randint(1, 71, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    options = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
     plain = model.generate(prompt, **options)
     with entropi.record_entropy(model, keep_rows=True) as recorded:
         assert torch.equal(model.generate(prompt, **options), plain)
     assert [r.shape[-1] for r in recorded.rows[0]] == [7] + [1] * 8
+    mask = torch.nn.functional.pad(mask, (0, 8), value=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    for layer, expected in enumerate(eager_entropies(model, plain[:, :-1], mask, position_ids=positions)):
+        rows = torch.cat(recorded.rows[layer], dim=-1).double().transpose(1, 2)
+        torch.testing.assert_close(rows[mask.bool()], expected.transpose(1, 2)[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_models_load_with_the_implementation(tmp_path):
