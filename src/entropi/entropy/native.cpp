@@ -27,7 +27,7 @@
 
 #include "products.h"
 
-constexpr int ROWS = 64;   // query rows a block, of which a block of keys has a whole number
+constexpr int ROWS = 64;   // query rows a block; a block of keys has as many rows or a multiple
 constexpr int KEYS = 128;  // keys a block
 constexpr float MASKED = -1.0e30f;
 
@@ -169,7 +169,7 @@ static const void *at(const Tensor &x, long b, long h, long t, int kind) {
 }
 // Products of bfloat16 tensors are those of bfloat16 numbers where the processor has instructions for them.
 static bool in_bfloat16(const Problem &p) { return p.kind == BFLOAT16 && bfloat16_instructions() != NONE; }
-// Entries a row of (T, D) matrices, zeros behind the width.
+// How long a row of a (T, D) matrix is with the zeros behind its width.
 template <typename E> static long padded_width(const Problem &p) { return round_up(terms<E>(p.width), LANES); }
 
 // `count` rows from `first` and zeros up to `padded_rows`, each `padded` long.
@@ -477,6 +477,7 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
   const Rows<E> g = rows_of(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded, copies + left);
   const Rows<E> value_rows = rows_of(p, p.value, b, h, 0, p.keys, padded_keys, padded, copies + 2 * left);
   for (long block = 0; block < padded_keys; block += KEYS) sum_columns(value_rows.from(block), KEYS, depth, values_t + block * depth);
+  // Values are needed no more as they were: keys may take the place of their copy.
   const Rows<E> key_rows = rows_of(p, p.key, b, h, 0, p.keys, padded_keys, padded, copies + 2 * left);
   for (long block = 0; block < padded_keys; block += KEYS) sum_columns(key_rows.from(block), KEYS, depth, keys_t + block * depth);
   const Rows<E> keys = sum_rows(key_rows, padded_keys, padded, copies + 2 * left + right);
