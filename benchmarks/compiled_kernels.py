@@ -33,6 +33,7 @@ KERNELS = {
     "forward": triton_kernel._forward_kernel,
     "backward query": triton_kernel._backward_query_kernel,
     "backward key": triton_kernel._backward_key_kernel,
+    "backward both": triton_kernel._backward_key_kernel,
 }
 POINTERS = {"FIRST": "*i32", "MASK": "*u8"} | dict.fromkeys(
     ("ENTROPY", "LOG_NORMALISER", "LARGEST", "GRAD_ENTROPY", "ROW_SUM", "CORRECTION"), "*fp32"
@@ -52,16 +53,18 @@ def compile_kernel(name: str, choice: Any, arch: int, dtype: str, width: int, it
         "ITERATIONS": max(iterations, 0),
         "LOWEST": lowest(iterations or None),
         "POLYNOMIAL": max(-iterations, 0),
+        "ADDS_DQ": name == "backward both",
         **choice.kwargs,
         **options,
     }
+    pointers = POINTERS | ({"DQ": "*fp32"} if kernel is KERNELS["backward key"].fn else {})
     signature, attributes = {}, {}
     for number, argument in enumerate(inspect.signature(kernel.fn).parameters):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
         if argument.isupper() and argument not in ("T", "S", "HEADS", "SIZE"):
-            signature[argument] = POINTERS.get(argument, f"*{dtype}")
+            signature[argument] = pointers.get(argument, f"*{dtype}")
             attributes[(number,)] = [["tt.divisibility", ROWS_ARE_ALIGNED]]
         else:
             signature[argument] = "i32"
@@ -109,6 +112,8 @@ def main() -> None:
             for width in options.width:
                 for iterations in options.iterations:
                     for name in options.kernel:
+                        if name == "backward both" and iterations > 0:
+                            continue  # the keys need what the queries' pass finds
                         padded = max(16, triton.next_power_of_2(width))
                         choices = triton_kernel.choices(name, padded, dtype == "fp32")
                         if options.choice:

@@ -5,9 +5,10 @@
 
 Needs a checkout and Python packages (torch with CUDA, its Triton; pytest for the tests, transformers for the training
 step), no installation. In order, as time allows: the tests marked `gpu`; forward and backward of `entropy_attention` in
-bfloat16, causal, with the exact and the secure softmax, against scaled_dot_product_attention's flash kernel without
-entropy; one training step of GPT-2 small's shape with the entropy regulariser against the same step without. A part
-that fails says so and the rest goes on. Ends with one table and a last line of JSON; status 1 if a part failed.
+bfloat16, causal, with the exact softmax (its gradients in two passes and in one) and the secure one, against
+scaled_dot_product_attention's flash kernel without entropy; one training step of GPT-2 small's shape with the entropy
+regulariser against the same step without. A part that fails says so and the rest goes on. Ends with one table and a
+last line of JSON; status 1 if a part failed.
 
 `--sweep` asks instead which tuning choices are fastest: blocks, warps and stages of each kernel, the other kernels left
 as they are, compiled by all cores at once and then timed one after the other. `CHOICES` of the kernel's module is where
@@ -37,6 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from entropi.entropy.attention import entropy_attention  # noqa: E402
 
+KERNELS = ("forward", "backward query", "backward key", "backward both")
+KINDS = ("sdpa", "exact", "one pass", "secure t=5")
 TOKENS, WIDTH = 16384, 2048  # batch x length and heads x head width, whatever the two are: the same work per T
 
 
@@ -79,6 +82,8 @@ def tests(dry: bool, seconds: float) -> dict[str, Any]:
 
 def attention(length: int, width: int, dry: bool) -> dict[str, Any]:
     """Forward and backward at one size: median milliseconds, TFLOP/s, megabytes beyond inputs and gradients."""
+    from entropi.entropy import triton_kernel
+
     device = "cpu" if dry else "cuda"
     tokens, total = (2 * length, 2 * width) if dry else (TOKENS, WIDTH)
     shape = (max(1, tokens // length), total // width, length, width)
@@ -93,6 +98,7 @@ def attention(length: int, width: int, dry: bool) -> dict[str, Any]:
     forwards: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
         "sdpa": flash,
         "exact": lambda: entropy_attention(*inputs),
+        "one pass": lambda: entropy_attention(*inputs),
         "secure t=5": lambda: entropy_attention(*inputs, exp_iterations=5),
     }
 
@@ -104,6 +110,7 @@ def attention(length: int, width: int, dry: bool) -> dict[str, Any]:
     flops = 7 * shape[0] * shape[1] * length * length * width
     row: dict[str, Any] = {"length": length, "width": width, "shape": shape}
     for name, forward_alone in forwards.items():
+        triton_kernel.ONE_PASS = name == "one pass"
         run = both_ways(name)
         median = statistics.median(milliseconds(run, not dry, 3 if dry else 15))
         with torch.no_grad():
@@ -115,6 +122,7 @@ def attention(length: int, width: int, dry: bool) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
             run()
             row[name]["megabytes"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    triton_kernel.ONE_PASS = False
     return row
 
 
@@ -141,7 +149,7 @@ def training(dry: bool) -> dict[str, Any]:
 
 def candidates(kernel: str) -> list[tuple[int, int, int, int]]:
     """Tuning choices worth a try on a Hopper: (ROWS, KEYS, warps, stages)."""
-    if kernel == "backward key":
+    if kernel in ("backward key", "backward both"):
         blocks = [(32, 64), (64, 64), (32, 128), (64, 128), (128, 64)]
     else:
         blocks = [(64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)]
@@ -157,8 +165,12 @@ def try_choice(
 
     from entropi.entropy import triton_kernel
 
-    tuned = getattr(triton_kernel, f"_{kernel.replace(' ', '_')}_kernel")
+    tuned = {
+        "forward": triton_kernel._forward_kernel,
+        "backward query": triton_kernel._backward_query_kernel,
+    }.get(kernel, triton_kernel._backward_key_kernel)
     before = tuned.configs
+    triton_kernel.ONE_PASS = kernel == "backward both"
     tuned.configs = [triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)]
     try:
         torch.manual_seed(0)
@@ -179,7 +191,7 @@ def try_choice(
     except Exception as error:  # too much shared memory, or what the compiler will not do
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
-        tuned.configs = before
+        tuned.configs, triton_kernel.ONE_PASS = before, False
 
 
 def sweep(dry: bool, deadline: float) -> list[dict[str, Any]]:
@@ -188,7 +200,7 @@ def sweep(dry: bool, deadline: float) -> list[dict[str, Any]]:
     tasks = []
     for width in widths:
         sizes = (1, 1) if dry else (TOKENS // length, WIDTH // width)
-        for kernel in ("forward", "backward query", "backward key"):
+        for kernel in KERNELS:
             chosen = candidates(kernel)[:2] if dry else candidates(kernel)
             tasks += [(kernel, choice, length, width, sizes, dry, rounds) for choice in chosen]
     if not dry:  # what a process has compiled, the others find in Triton's cache
@@ -205,7 +217,7 @@ def sweep(dry: bool, deadline: float) -> list[dict[str, Any]]:
             break
         median, reason = try_choice(task)
         found.append({"kernel": task[0], "width": task[3], "choice": task[1], "milliseconds": median, "reason": reason})
-    for width, kernel in itertools.product(widths, ("forward", "backward query", "backward key")):
+    for width, kernel in itertools.product(widths, KERNELS):
         ran = [row for row in found if (row["width"], row["kernel"]) == (width, kernel) and row["milliseconds"]]
         ran.sort(key=lambda row: row["milliseconds"])
         best = "  ".join(f"{row['choice']} {row['milliseconds']:.3f} ms" for row in ran[:4])
@@ -224,7 +236,7 @@ def table(parts: dict[str, Any]) -> list[str]:
                 f"{kind} {part[kind]['milliseconds']:.2f} ms ({part[kind]['milliseconds'] / floor:.2f}x, "
                 f"forward {part[kind]['forward'] / part['sdpa']['forward']:.2f}x, "
                 f"{part[kind]['tflops']:.0f} TFLOP/s, {part[kind].get('megabytes', 0):.0f} MB)"
-                for kind in ("sdpa", "exact", "secure t=5")
+                for kind in KINDS
             )
             lines.append(f"{name}: {'  '.join(cells)}")
         elif "gpt2" in part:

@@ -10,6 +10,10 @@ With ITERATIONS = t > 0 the exponential is k(x) = (1 + x / 2^t)^(2^t) of x = s -
 `secure_softmax`). It has no such rule for a new maximum: a first pass over the keys finds m. Then L = log sum k(x). The
 backward pass of the queries finds what flows through the row's maximum and hands it to that of the keys.
 
+There are two backward passes. One has a kernel for dQ and another for dK and dV, each with its own logits and dP: seven
+products. The other adds to dQ from the kernel of the keys, atomically: five products, but 4 D bytes of traffic for each
+query and block of keys, and sums in any order. Which is faster has to be measured (`ONE_PASS`).
+
 With POLYNOMIAL = t > 0 the logits become l = 2^t log |1 + s / 2^t| when they are computed, and everything else holds
 for them; the backward divides by 1 + s / 2^t.
 
@@ -41,6 +45,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SMALLEST_BASE = tl.constexpr(secure_softmax.SMALLEST_BASE)
 
 
+# Whether the kernel of the keys adds to dQ, where that is possible: not with ITERATIONS, when the keys need what the
+# queries' pass finds, and not where torch was told to be deterministic. benchmarks/on_gpu.py times both.
+ONE_PASS = False
+
+
 # Tuning choices (ROWS, KEYS, warps, stages) by padded width, or for float32, whose exact products tensor cores do not
 # compute. Chosen by what they compile to on sm_80 and sm_90, not by time: for the exact softmax at widths 64 and 128 in
 # half precision none spills a register (benchmarks/compiled_kernels.py shows it, a test keeps it so).
@@ -63,6 +72,12 @@ CHOICES: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "256": ((32, 64, 8, 2), (32, 32, 4, 2)),
         "float32": ((32, 32, 8, 2), (32, 16, 4, 1)),
     },
+    "backward both": {  # the kernel of the keys, adding to dQ
+        "64": ((64, 64, 4, 3), (64, 128, 8, 2), (32, 64, 4, 2)),
+        "128": ((32, 64, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2)),
+        "256": ((32, 64, 8, 2), (32, 32, 4, 2)),
+        "float32": ((32, 32, 8, 2), (32, 16, 4, 1)),
+    },
 }
 
 
@@ -72,17 +87,24 @@ def choices(kernel: str, padded: int, float32: bool) -> list[Any]:
     return [triton.Config({"ROWS": r, "KEYS": k}, num_warps=w, num_stages=n) for r, k, w, n in CHOICES[kernel][kind]]
 
 
-def _tuned(kernel: str) -> Any:
-    """Tuning once per dtype, width, kind of attention and order of magnitude of T and S."""
+def _tuned(kernel: str, adds_to: tuple[str, ...] = ()) -> Any:
+    """Tuning once per dtype, width, kind of attention and order of magnitude of T and S.
+
+    What a kernel `adds_to` is set to zero before every run of the tuner.
+    """
     key = ["SIZE", "PADDED", "CAUSAL", "MASK_KIND", "ITERATIONS", "POLYNOMIAL"]
+    if adds_to:
+        key.append("ADDS_DQ")
     if INTERPRETED:  # nothing to tune; small blocks reach every branch on small tensors
         return triton.autotune([triton.Config({"ROWS": 32, "KEYS": 32})], key)
 
     def chosen(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-        return choices(kernel, constants["PADDED"], arguments["Q"].dtype == torch.float32)
+        name = "backward both" if constants.get("ADDS_DQ") else kernel
+        return choices(name, constants["PADDED"], arguments["Q"].dtype == torch.float32)
 
     # More than one configuration, or the tuner would not ask which ones are meant.
-    return triton.autotune(choices(kernel, 64, False), key, prune_configs_by={"early_config_prune": chosen})
+    prune = {"early_config_prune": chosen}
+    return triton.autotune(choices(kernel, 64, False), key, prune_configs_by=prune, reset_to_zero=list(adds_to))
 
 
 @triton.jit
@@ -395,10 +417,10 @@ def _backward_query_kernel(
 
 @triton.jit
 def _backward_key_block(
-    k, v, Q, GO, MASK, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
+    k, v, Q, GO, MASK, DQ, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
     row, col, qt, gt, mr, mc, T, S,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ADDS_DQ: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Keys down and queries across, so that p and dS need not be transposed for their products."""
@@ -424,17 +446,43 @@ def _backward_key_block(
         ds = tl.where(keys[:, None] == first[None, :], ds - correction[None, :], ds)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if ADDS_DQ:
+        ds = tl.where(keys[:, None] < S, ds, 0.0)  # behind the last key nothing was hidden, and p may be infinite
+        dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision=PRECISION)
+        columns = tl.arange(0, PADDED)
+        where = DQ + rows[:, None] * D + columns[None, :]
+        tl.atomic_add(where, dq, mask=exists[:, None] & (columns < D)[None, :], sem="relaxed")
     return dk, dv
 
 
-@_tuned("backward key")
+@triton.jit
+def _row_sum_kernel(
+    OUT, GO, ENTROPY, GRAD_ENTROPY, ROW_SUM, ob, oh, ot, gb, gh, gt, HEADS, T,
+    D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What `_backward_query_kernel` tells that of the keys, if only the latter runs."""
+    blocks = tl.cdiv(T, ROWS)
+    pair = tl.program_id(0) // blocks
+    batch, head = pair // HEADS, pair % HEADS
+    rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    g = _read(_head(GO, batch, head, gb, gh), rows, T, gt, D, PADDED, True)
+    out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, D, PADDED, True)
+    at = pair.to(tl.int64) * T + rows
+    grad_entropy = tl.load(GRAD_ENTROPY + at, mask=rows < T, other=0.0)
+    row_sum = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+    row_sum += grad_entropy * tl.load(ENTROPY + at, mask=rows < T, other=0.0)
+    tl.store(ROW_SUM + at, row_sum, mask=rows < T)
+
+
+@_tuned("backward key", adds_to=("DQ",))
 @triton.jit(do_not_specialize=["SIZE"])
 def _backward_key_kernel(
-    Q, K, V, MASK, GO, DK, DV, LOG_NORMALISER, LARGEST, FIRST, GRAD_ENTROPY, ROW_SUM, CORRECTION,
+    Q, K, V, MASK, GO, DQ, DK, DV, LOG_NORMALISER, LARGEST, FIRST, GRAD_ENTROPY, ROW_SUM, CORRECTION,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, db, dh, dt, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ADDS_DQ: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, KEYS)
     col = tl.program_id(0) % blocks * KEYS
@@ -446,7 +494,7 @@ def _backward_key_kernel(
     Q, GO, MASK = _head(Q, batch, head, qb, qh), _head(GO, batch, head, gb, gh), _head(MASK, batch, head, mb, mh)
     at = pair.to(tl.int64) * T
     LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY = LOG_NORMALISER + at, ROW_SUM + at, GRAD_ENTROPY + at
-    LARGEST, FIRST, CORRECTION = LARGEST + at, FIRST + at, CORRECTION + at
+    LARGEST, FIRST, CORRECTION, DQ = LARGEST + at, FIRST + at, CORRECTION + at, DQ + at * D
     dk = tl.zeros((KEYS, PADDED), tl.float32)
     dv = tl.zeros((KEYS, PADDED), tl.float32)
     # From the first row that sees any of these keys to the first block of rows that see all of them. Keys behind the
@@ -459,15 +507,15 @@ def _backward_key_kernel(
         middle = tl.cdiv(T, ROWS) * ROWS
     for row in range(begin, middle, ROWS):
         dk, dv = _backward_key_block(
-            k, v, Q, GO, MASK, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
+            k, v, Q, GO, MASK, DQ, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
             row, col, qt, gt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, True,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ADDS_DQ, ROWS, KEYS, True,
         )  # fmt: skip
     for row in range(middle, T, ROWS):
         dk, dv = _backward_key_block(
-            k, v, Q, GO, MASK, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
+            k, v, Q, GO, MASK, DQ, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
             row, col, qt, gt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, False,
+            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ADDS_DQ, ROWS, KEYS, False,
         )  # fmt: skip
     _write(_head(DK, batch, head, db, dh), keys, S, dt, dk, D, PADDED)
     _write(_head(DV, batch, head, db, dh), keys, S, dt, dv, D, PADDED)
@@ -543,22 +591,33 @@ def attention_backward(
     query, key, value, grad_output = (contiguous_rows(x) for x in (query, key, value, grad_output))
     batch, heads, length, _ = query.shape
     row_sum, correction = torch.empty_like(entropy), torch.empty_like(largest)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     mask_data, mask_strides, mask_kind = _mask_arguments(mask, query, key)
     inputs = [s for x in (query, key, value) for s in x.stride()[:3]]
     rest = (*mask_strides, *_shape_arguments(query, key))
     constants = _constants(query, causal, mask_kind, exp_iterations)
-    _backward_query_kernel[lambda meta: (triton.cdiv(length, meta["ROWS"]) * batch * heads,)](
-        query, key, value, mask_data, output, grad_output, grads[0],
-        entropy, log_normaliser, largest, first, grad_entropy, row_sum, correction,
-        *inputs, *(s for x in (output, grad_output, grads[0]) for s in x.stride()[:3]), *rest, **constants,
-    )  # fmt: skip
+    one_pass = ONE_PASS and not constants["ITERATIONS"] and not torch.are_deterministic_algorithms_enabled()
+    if one_pass:
+        grad_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        _row_sum_kernel[(triton.cdiv(length, 64) * batch * heads,)](
+            output, grad_output, entropy, grad_entropy, row_sum,
+            *output.stride()[:3], *grad_output.stride()[:3], heads, length,
+            D=constants["D"], PADDED=constants["PADDED"], ROWS=64,
+        )  # fmt: skip
+    else:
+        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        _backward_query_kernel[lambda meta: (triton.cdiv(length, meta["ROWS"]) * batch * heads,)](
+            query, key, value, mask_data, output, grad_output, grad_query,
+            entropy, log_normaliser, largest, first, grad_entropy, row_sum, correction,
+            *inputs, *(s for x in (output, grad_output, grad_query) for s in x.stride()[:3]), *rest, **constants,
+        )  # fmt: skip
+    grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+    added_to = grad_query if one_pass else row_sum.new_empty(0)  # the tuner sets it to zero
     _backward_key_kernel[lambda meta: (triton.cdiv(key.shape[2], meta["KEYS"]) * batch * heads,)](
-        query, key, value, mask_data, grad_output, grads[1], grads[2],
+        query, key, value, mask_data, grad_output, added_to, grad_key, grad_value,
         log_normaliser, largest, first, grad_entropy, row_sum, correction,
-        *inputs, *(s for x in (grad_output, grads[1]) for s in x.stride()[:3]), *rest, **constants,
+        *inputs, *(s for x in (grad_output, grad_key) for s in x.stride()[:3]), *rest, ADDS_DQ=one_pass, **constants,
     )  # fmt: skip
-    return grads[0], grads[1], grads[2]
+    return grad_query.to(query.dtype), grad_key, grad_value
 
 
 make_differentiable(attention, attention_backward)
