@@ -53,7 +53,7 @@ def compile_kernel(name: str, choice: Any, arch: int, dtype: str, width: int, it
         "ITERATIONS": max(iterations, 0),
         "LOWEST": lowest(iterations or None),
         "POLYNOMIAL": max(-iterations, 0),
-        "ADDS_DQ": name == "backward both",
+        **({"ADDS_DQ": name == "backward both"} if kernel is KERNELS["backward key"].fn else {}),
         **choice.kwargs,
         **options,
     }

@@ -42,6 +42,7 @@ def test_stages_compute_the_layer_equations(variant):
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_double_precision")
 def test_long_prompts_are_scored_in_blocks(monkeypatch):
     model = describe(layers=2, key_value_heads=2)
@@ -102,10 +103,15 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     return found, traffic
 
 
+QUICK = {"softmax only", "polynomial", "layer norm", "llama"}  # the rest is slow
+
+
 @pytest.mark.parametrize(
     "protocol", ["ref2k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("semi2k", "aby3"))]
 )
-@pytest.mark.parametrize("variant", SIMULATED)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SIMULATED]
+)
 def test_simulated_logits_are_the_plain_ones(variant, protocol):
     model = describe(**{**VARIANTS[variant], **SIMULATED[variant]})
     weights = random_weights(model)
@@ -487,6 +493,7 @@ def test_unsafe_fraction_bits_are_refused_and_safe_ones_named():
     assert settings.fraction_bits == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
 def test_models_that_need_fewer_fraction_bits_are_computed_right(protocol):
     """Logits of attention far beyond what 18 bits hold; with those, the answer is nonsense: the check has a reason."""

@@ -748,6 +748,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert "nan" not in page.text.lower()
 
 
+@pytest.mark.slow
 def test_many_runs_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path / "run", [started, *training(), diagnosis()])
     whole = len(write_report([path], tmp_path / "whole.html").read_bytes())
