@@ -56,7 +56,8 @@ def entropy_attention(
         polynomial: take (1 + s/2^t)^(2^t) of the logit s itself, with nothing to compare; t is from 1 to 8.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
-            GPU kernel; "auto" takes the fastest that can run, see `available_implementations`.
+            GPU kernel; "auto" takes the fastest that can run, see `available_implementations`. Matrix products are
+            in the tensors' dtype; "native" takes in float32 what the processor has no instructions for.
 
     Under autocast the three are taken in its dtype, as `scaled_dot_product_attention` takes them; float64 stays.
 
