@@ -457,12 +457,13 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
     """Two at a time: a row that diverges is a result, a killed study continues, and nothing is trained twice."""
     path = write(
         tmp_path / "grid.yaml",
-        recipe=grid(corpus, steps=1500, save_every=20),
+        recipe=grid(corpus, steps=300, save_every=20),
         rows={"base": {"architecture": "SM+LN+G"}, "broken": {"architecture": "SM", "learning_rate": 1e30}},
         claims=["base < broken"],
     )
     words = [sys.executable, "-m", "entropi", "study", str(path), "--folder", str(tmp_path / "runs"), "--parallel", "2"]
-    first = subprocess.Popen(words, stderr=subprocess.PIPE)
+    in_background = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]  # as a shell script starts it with &: deaf to Ctrl-C
+    first = subprocess.Popen([*in_background, *words], stderr=subprocess.PIPE)
     place = tmp_path / "runs" / "base" / "seed-0"
     wait_until(lambda: (place / "checkpoints" / "checkpoint-40" / "seal.json").exists(), first)
     first.send_signal(signal.SIGTERM)

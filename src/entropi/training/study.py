@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -352,7 +351,7 @@ def _start(run: PlannedRun, folder: Path, slot: int, slots: int, gpus: int) -> _
 def _interrupt(running: Sequence[_Process]) -> None:
     """End what still trains, between two steps if it can be had."""
     for process in running:
-        process.popen.send_signal(signal.SIGINT)
+        process.popen.terminate()  # not SIGINT, which is ignored by what a shell script has put into the background
     try:
         for process in running:
             process.popen.wait(INTERRUPT_SECONDS)
