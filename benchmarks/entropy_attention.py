@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,37 +74,37 @@ def step(contender: Contender, inputs: list[torch.Tensor], grad: torch.Tensor) -
         torch.autograd.grad([output, entropy], inputs, [grad, torch.ones_like(entropy)])
 
 
-def compare(names: list[str], length: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each contender, in turn within every round."""
-    inputs, grad = make(length, dtype)
-    times: dict[str, list[float]] = {name: [] for name in names}
+def in_turn(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each contender, in turn within every round, after a round that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
-        for name in names:
+        for name, run in contenders.items():
             started = time.perf_counter()
-            step(CONTENDERS[name], inputs, grad)
-            if number:  # the first round warms up
+            run()
+            if number:
                 times[name].append((time.perf_counter() - started) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def compare(names: list[str], length: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a step of each contender."""
+    inputs, grad = make(length, dtype)
+    return in_turn({name: partial(step, CONTENDERS[name], inputs, grad) for name in names}, rounds)
+
+
 def one_token(heads: int, key_heads: int, width: int, keys: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Median milliseconds of the forward pass of one query a head, in turn within every round."""
+    """Median milliseconds of the forward pass of one query a head."""
     torch.manual_seed(0)
     query = torch.randn(1, heads, 1, width).to(dtype)
     key, value = (torch.randn(1, key_heads, keys, width).to(dtype) for _ in range(2))
     options: Any = {"enable_gqa": heads != key_heads}
-    times: dict[str, list[float]] = {"sdpa": [], "blockwise": [], "native": []}
+    plain = partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **options)
+    ours = {
+        name: partial(entropy_attention, query, key, value, implementation=name, **options)
+        for name in ("blockwise", "native")
+    }
     with torch.no_grad():
-        for number in range(10 * rounds + 1):
-            for name, found in times.items():
-                started = time.perf_counter()
-                if name == "sdpa":
-                    torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
-                else:
-                    entropy_attention(query, key, value, implementation=name, **options)  # type: ignore[arg-type]
-                if number:
-                    found.append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+        return in_turn({"sdpa": plain, **ours}, 10 * rounds)
 
 
 def extra_memory(name: str, length: int) -> float:

@@ -263,8 +263,8 @@ def main() -> int:
     if not dry and not torch.cuda.is_available():
         print("no CUDA device: --dry-run checks the script without one", file=sys.stderr)
         return 2
+    device = "CPU, dry run" if dry else torch.cuda.get_device_name()
     if options.sweep:
-        device = "CPU, dry run" if dry else torch.cuda.get_device_name()
         print(f"{device}, torch {torch.__version__}; milliseconds of the forward or the whole backward pass")
         found = sweep(dry, deadline)
         print(json.dumps({"device": device, "torch": torch.__version__, "sweep": found}))
@@ -287,7 +287,6 @@ def main() -> int:
             parts[name] = {"error": f"{type(error).__name__}: {error}"}
             print(parts[name]["error"], file=sys.stderr)
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    device = "CPU, dry run" if dry else torch.cuda.get_device_name()
     print(
         f"{device}, torch {torch.__version__}; B x T = {TOKENS}, H x D = {WIDTH}, bfloat16, causal, forward + backward"
     )

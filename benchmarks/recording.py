@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from transformers.models.auto import AutoModel
 
 import entropi
 from entropi.machine import machine
-from entropy_attention import peak_memory
+from entropy_attention import in_turn, peak_memory
 
 MODELS: dict[str, Callable[[int], PreTrainedConfig]] = {
     "gpt2": lambda length: GPT2Config(n_positions=length),
@@ -83,6 +82,11 @@ CONTENDERS: dict[str, Callable[[PreTrainedModel, torch.Tensor], Any]] = {
 }
 
 
+def keep(contender: str, model: PreTrainedModel, ids: torch.Tensor, kept: dict[str, Any]) -> None:
+    """Run a contender and put what it found under its name."""
+    kept[contender] = CONTENDERS[contender](model, ids)
+
+
 def extra_memory(contender: str, name: str, length: int, dtype: str) -> float:
     """Megabytes that a forward pass adds to the peak of a fresh process."""
     command = [sys.executable, __file__, "--child", contender, name, str(length), dtype]
@@ -116,17 +120,11 @@ def main() -> None:
         for dtype in options.dtypes:
             for length in options.lengths:
                 model, ids = make(name, length, dtype)
-                times: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
                 entropies: dict[str, Any] = {}
                 with torch.no_grad():
-                    for number in range(options.rounds + 1):
-                        for contender, run in CONTENDERS.items():
-                            started = time.perf_counter()
-                            entropies[contender] = run(model, ids)
-                            if number:  # the first round warms up
-                                times[contender].append(time.perf_counter() - started)
-                del model
-                seconds = {contender: statistics.median(found) for contender, found in times.items()}
+                    runs = {contender: partial(keep, contender, model, ids, entropies) for contender in CONTENDERS}
+                    seconds = {contender: ms / 1e3 for contender, ms in in_turn(runs, options.rounds).items()}
+                del model, runs
                 megabytes = {contender: extra_memory(contender, name, length, dtype) for contender in CONTENDERS}
                 apart = float((entropies["recorded"] - entropies["output_attentions"]).abs().max())
                 text = "  ".join(

@@ -427,7 +427,7 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
       }
       weights.take_columns(s, rows, columns);
       const Rows<E> values = sources.values_at(block);
-    matmul(rows, padded, columns, weights.over_columns, KEYS, values.first, values.stride, out, padded, true);
+      matmul(rows, padded, columns, weights.over_columns, KEYS, values.first, values.stride, out, padded, true);
     }
     store_rows(p, b, h, start, rows, padded, out, m, l, w);
   }

@@ -324,7 +324,7 @@ def _slopes(
     s, dp, log_normaliser, row_sum, grad_entropy, largest,
     ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """p and dS of a block, but for what flows through the row's maximum; `row_sum` is rowsum(g_O O) + g_H H."""
+    """p and dS of a block, but for what flows through the row's maximum; `row_sum` is `_row_sum`'s."""
     if ITERATIONS:
         x = tl.where(s > largest, 0.0, s - largest)  # another order of summation may exceed the largest
         k, log_k = _power(x, ITERATIONS, LOWEST)
@@ -342,6 +342,12 @@ def _slopes(
         if POLYNOMIAL:
             ds = ds / _polynomial_base(s, POLYNOMIAL)
     return p, ds
+
+
+@triton.jit
+def _row_sum(g, out, grad_entropy, entropy):
+    """What every dP of a row is reduced by, rowsum(g_O O) + g_H H."""
+    return tl.sum(g.to(tl.float32) * out.to(tl.float32), 1) + grad_entropy * entropy
 
 
 @triton.jit
@@ -385,8 +391,7 @@ def _backward_query_kernel(
     log_normaliser = tl.load(LOG_NORMALISER + at, mask=rows < T, other=-MASKED)
     g = _read(_head(GO, batch, head, gb, gh), rows, T, gt, D, PADDED, True)
     out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, D, PADDED, True)
-    row_sum = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
-    row_sum += grad_entropy * tl.load(ENTROPY + at, mask=rows < T, other=0.0)
+    row_sum = _row_sum(g, out, grad_entropy, tl.load(ENTROPY + at, mask=rows < T, other=0.0))
     tl.store(ROW_SUM + at, row_sum, mask=rows < T)
     q = _read(_head(Q, batch, head, qb, qh), rows, T, qt, D, PADDED, True)
     K, V, MASK = _head(K, batch, head, kb, kh), _head(V, batch, head, vb, vh), _head(MASK, batch, head, mb, mh)
@@ -469,8 +474,7 @@ def _row_sum_kernel(
     out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, D, PADDED, True)
     at = pair.to(tl.int64) * T + rows
     grad_entropy = tl.load(GRAD_ENTROPY + at, mask=rows < T, other=0.0)
-    row_sum = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
-    row_sum += grad_entropy * tl.load(ENTROPY + at, mask=rows < T, other=0.0)
+    row_sum = _row_sum(g, out, grad_entropy, tl.load(ENTROPY + at, mask=rows < T, other=0.0))
     tl.store(ROW_SUM + at, row_sum, mask=rows < T)
 
 
