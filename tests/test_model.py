@@ -16,7 +16,7 @@ from entropi.model.architectures import (
 )
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.model.normalization import iterate_spectral_norms
+from entropi.model.linear import iterate_spectral_norms
 
 SMALL = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=40)
 # Architectures and options that together go through every line of the model.

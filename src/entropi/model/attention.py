@@ -12,7 +12,7 @@ from entropi.entropy.attention import entropy_attention
 from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.recording import observe
 from entropi.model.configuration import EntropiConfig
-from entropi.model.normalization import make_linear
+from entropi.model.linear import make_linear
 
 
 class Temperature(nn.Module):
@@ -58,7 +58,7 @@ class EntropiAttention(nn.Module):
         self.query = make_linear(config, "query", width, width, bias=config.bias != "none")
         self.key = make_linear(config, "key", width, shared, bias=config.bias != "none")
         self.value = make_linear(config, "value", width, shared, bias=config.bias == "all")
-        self.output = make_linear(config, "output", width, width, bias=config.bias == "all")
+        self.output = make_linear(config, "output", width, width, bias=config.bias == "all", writes_to_stream=True)
         self.temperature = Temperature(config) if config.parts.temperature else None
 
     def forward(

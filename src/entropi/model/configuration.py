@@ -16,6 +16,7 @@ _CHOICES = {
     "temperature_granularity": ("position", "head"),
     "temperature_parametrization": ("literal", "exp"),
     "leaky_slope_learned": ("fixed", "layer", "global"),
+    "initialization": ("depth_scaled", "plain"),
 }
 _MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
@@ -40,6 +41,9 @@ class EntropiConfig(PreTrainedConfig):
         leaky_slope_learned: "fixed", or learned one a "layer" or one for all layers ("global").
         initializer_range: standard deviation of initial weights; by default 0.02 * sqrt(768 / hidden_size), the
             usual 0.02 at GPT-2's width: without LayerNorm a fixed 0.02 starves narrow models.
+        initialization: "depth_scaled" divides it by sqrt(2 L) for the matrices that write to the residual stream
+            (GPT-2); "plain" does not (the authors' released code).
+        spectral_gain: SNorm with a learned gain for every matrix, from 1: sigma-reparametrisation (2303.06296).
         exp_iterations: t of the softmax kernel (1 + x / 2^t)^(2^t) that private inference evaluates; None is the
             exact softmax. A model trained with it answers in private exactly as in the open, and a small t is cheap.
         polynomial: take that power of the logit itself, not of its distance to the row's largest: nothing is compared,
@@ -80,6 +84,8 @@ class EntropiConfig(PreTrainedConfig):
     leaky_slope_learned: str = "fixed"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float | None = None
+    initialization: str = "depth_scaled"
+    spectral_gain: bool = False
     exp_iterations: int | None = None
     polynomial: bool = False
     temperature_init: float = 1.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +29,8 @@ from entropi.model import card, takeover
 from entropi.model.attention import EntropiAttention, Temperature, rotation_of
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
-from entropi.model.normalization import iterate_spectral_norms, make_final_norm, make_norm, set_weight
+from entropi.model.linear import initial_deviation, iterate_spectral_norms, make_embedding, make_linear, redraw
+from entropi.model.normalization import make_final_norm, make_norm
 
 
 @dataclass
@@ -82,11 +84,9 @@ class EntropiPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        std: Any = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            set_weight(module, torch.empty_like(module.weight).normal_(0.0, std))
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+        """Draw what transformers did not load; a new model's weights are drawn when its matrices are made."""
+        if isinstance(module, nn.Linear | nn.Embedding | parametrize.ParametrizationList):
+            redraw(module, initial_deviation(self.config))
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.weight.fill_(1.0)
             if isinstance(module, nn.LayerNorm):
@@ -100,12 +100,6 @@ class EntropiPreTrainedModel(PreTrainedModel):
             module.beta.fill_(1.0)
         if isinstance(slope := getattr(module, "leaky_slope", None), nn.Parameter):
             slope.fill_(self.config.leaky_slope)
-        if isinstance(module, EntropiBlock):
-            # GPT-2: what enters the residual stream is scaled down with depth.
-            residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
-            ffn: Any = module.feed_forward
-            for layer in (module.attention.output, ffn.fused if isinstance(ffn, FusedFeedForward) else ffn.down):
-                set_weight(layer, torch.empty_like(layer.weight).normal_(0.0, residual_std))
 
 
 class EntropiModel(EntropiPreTrainedModel):
@@ -113,10 +107,10 @@ class EntropiModel(EntropiPreTrainedModel):
 
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__(config)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = make_embedding(config, config.vocab_size)
         self.position_embedding: nn.Embedding | None = None  # rotary positions have none
         if config.position_embedding == "learned":
-            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embedding = make_embedding(config, config.max_position_embeddings)
         self.blocks = nn.ModuleList(EntropiBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = make_final_norm(config)
         self.leaky_slope: nn.Parameter | None = None  # common to all layers, where the configuration says so
@@ -202,7 +196,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__(config)
         self.model = EntropiModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = make_linear(config, "head", config.hidden_size, config.vocab_size, bias=False)
         self.entropy_regularizer: EntropyRegularizer | None = None
         self.entropy_weight = 0.0
         if config.entropy_regularizer is not None:

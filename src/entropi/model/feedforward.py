@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from entropi.model.configuration import EntropiConfig
-from entropi.model.normalization import make_linear
+from entropi.model.linear import make_linear
 
 
 class PlainFeedForward(nn.Module):
@@ -29,7 +29,7 @@ class PlainFeedForward(nn.Module):
         self.activation, self.gelu = config.parts.activation, ACT2FN[gelu]
         self.gated = config.parts.gated
         self.up = make_linear(config, "ffn", config.hidden_size, self.branches * inner, bias)
-        self.down = make_linear(config, "ffn", inner, config.hidden_size, bias)
+        self.down = make_linear(config, "ffn", inner, config.hidden_size, bias, writes_to_stream=True)
         self.leaky_slope: nn.Parameter | float | None = None  # None: the model's, common to all layers
         if config.leaky_slope_learned == "fixed":
             self.leaky_slope = config.leaky_slope
@@ -86,7 +86,8 @@ class FusedFeedForward(nn.Module):
 
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__()
-        self.fused = make_linear(config, "ffn", config.hidden_size, config.hidden_size, config.bias == "all")
+        width, bias = config.hidden_size, config.bias == "all"
+        self.fused = make_linear(config, "ffn", width, width, bias, writes_to_stream=True)
         self.alpha = nn.Parameter(torch.ones(()))
         self.beta = nn.Parameter(torch.ones(()))
 
