@@ -30,11 +30,13 @@ FIELDS = dict(
     final_norm="rms",
     centre=True,
     polynomial=False,
+    log_length=False,
 )
 # One of everything a folded model can have, and the combinations that share code.
 VARIANTS = {
     "softmax only": {},
     "temperature": dict(temperature=True, explicit_ffn=[1]),
+    "length": dict(log_length=True, key_value_heads=2, position_embedding="rotary", rotary_dimensions=2),
     "kernel": dict(exp_iterations=3, final_norm="none", centre=False),
     "polynomial": dict(exp_iterations=1, polynomial=True, key_value_heads=2),
     "layer norm": dict(norm="layer", activation="relu", intermediate_size=40, final_norm="layer", centre=False),
@@ -144,6 +146,8 @@ def reference_logits(model, weights, tokens):
             q = turn(query[head * k : (head + 1) * k], position)
             if model.temperature:
                 q = q * w[f"{layer}.inverse_temperature"][head, position]
+            if model.log_length:
+                q = q * np.log(position + 1) / np.log(model.positions)
             logits = np.array([q @ one[group] for one in keys[layer]])
             x = logits - logits.max()
             if model.polynomial:

@@ -43,6 +43,7 @@ class FakeConfig:
     num_key_value_heads: int | None = None
     position_embedding: str = "learned"
     temperature_granularity: str = "position"
+    log_length_scaling: bool = False
     leaky_slope_learned: str = "fixed"
     parts: Any = field(init=False)
 
@@ -159,6 +160,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"entropy_regularizer": {"weight": 1e-5}},
     {"num_key_value_heads": 2, "position_embedding": "rotary", "bias": "all"},
     {"leaky_slope_learned": "global", "temperature_granularity": "head"},
+    {"log_length_scaling": True},
     {"leaky_slope_learned": "layer", "parallel_residual": True, "bias": "qk", "num_key_value_heads": 1},
 ]
 

@@ -25,6 +25,8 @@ VARIANTS = {
     "kernel": dict(exp_iterations=3),
     "polynomial": dict(exp_iterations=1, polynomial=True),
     "polynomial, grouped queries": dict(exp_iterations=2, polynomial=True, num_key_value_heads=2),
+    "log-length": dict(log_length_scaling=True),
+    "log-length, polynomial": dict(log_length_scaling=True, exp_iterations=1, polynomial=True),
     "wide and untied": dict(intermediate_size=40, tie_word_embeddings=False),
 }
 
@@ -89,6 +91,8 @@ def interpret(description, weights, ids):
         k, v = np.repeat(k, heads // groups, axis=0), np.repeat(v, heads // groups, axis=0)
         if d["temperature"]:
             q = q * w["inverse_temperature"][:, :length, None]
+        if d["log_length"]:
+            q = q * np.log(np.arange(1, length + 1))[:, None] / np.log(d["positions"])
         s = q @ k.transpose(0, 2, 1)
         future = np.triu(np.ones((length, length), bool), 1)
         if d["polynomial"]:
@@ -172,6 +176,16 @@ def test_temperatures(granularity, parametrization):
     options = dict(temperature_granularity=granularity, temperature_parametrization=parametrization)
     folded = check(trained("SM(t)+ScFuFFN", **options))
     assert folded.description["temperature"] == (granularity == "position")
+
+
+@pytest.mark.parametrize("granularity", ["position", "head"])
+def test_scaling_by_length_is_public_or_part_of_the_temperatures(granularity):
+    folded = check(trained("SM(t)+ScFuFFN", temperature_granularity=granularity, log_length_scaling=True))
+    assert folded.description["log_length"] == (granularity == "head")
+
+
+def test_gains_of_spectral_norms_vanish():
+    check(trained("SM(t)+SNorm(QKVO+FFN)+ScFuFFN", spectral_gain=True))
 
 
 @pytest.mark.parametrize("granularity", ["position", "head"])

@@ -88,7 +88,7 @@ def test_spectral_norms_start_at_one(options):
 
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM(t)+WNorm(QKV+FFN)+ScFFN", "SM+SNorm(QKVO+FFN)"])
 def test_what_was_saved_is_loaded_and_nothing_drawn_anew(architecture, tmp_path):
-    model = EntropiForCausalLM(configuration(architecture, spectral_gain=True))
+    model = EntropiForCausalLM(configuration(architecture, spectral_gain="SNorm" in architecture))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3)

@@ -1,5 +1,6 @@
 """The model family against GPT-2, against itself with a cache, and against what its names promise."""
 
+import math
 import re
 
 import pytest
@@ -32,6 +33,8 @@ VARIANTS = {
     "leaky in common": dict(architecture="SM+LN+LeakyR", leaky_slope_learned="global"),
     "weight norm": dict(architecture="SM+WNorm(QKVO+FFN)"),
     "spectral norm": dict(architecture="SM+SNorm(QKVO+FFN)+ScFFN"),
+    "gain of spectral norms": dict(architecture="SM+SNorm(QKVO+FFN)+R", spectral_gain=True, bias="all"),
+    "log-length": dict(architecture="SM(t)+ScFuFFN", log_length_scaling=True, num_key_value_heads=2),
     "temperature by head": dict(
         architecture="SM(t)+ScFuFFN", temperature_granularity="head", temperature_parametrization="exp"
     ),
@@ -421,3 +424,44 @@ def test_training_names():
     assert split_training_name("SM+LN+G") == ("SM+LN+G", False)
     with pytest.raises(UserError, match="legal are"):
         split_training_name("EReg(SM(t)")
+
+
+def test_log_length_scaling_sharpens_a_row_with_the_keys_it_sees():
+    """Logits of row n times g log(n) / log(P): against attention written out."""
+    model = make_model("SM", log_length_scaling=True, num_hidden_layers=1)
+    attention = model.model.blocks[0].attention
+    assert attention.length_scale is not None
+    seen = []
+    hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        entropies = model(tokens(1, 40)).entropies[0]
+    hook.remove()
+    q, k = (part(seen[0]).view(1, 40, 4, 6).transpose(1, 2).double() for part in (attention.query, attention.key))
+    factor = attention.length_scale.gain.double()[:, None] * torch.arange(1, 41).double().log() / math.log(40)
+    logits = q @ k.transpose(-1, -2) / 6**0.5 * factor[..., None]
+    weights = logits.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(entropies.double(), torch.special.entr(weights).sum(-1), atol=1e-5, rtol=0)
+
+
+def test_embedding_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model = make_model("SM+LN+G", embedding_dropout=0.5)
+    dropped = []
+    model.model.blocks[0].register_forward_pre_hook(lambda module, args: dropped.append((args[0] == 0).float().mean()))
+    model(tokens())
+    model.train()(tokens())
+    assert dropped[0] == 0
+    assert 0.4 < dropped[1] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(embedding_dropout=1.0), "embedding_dropout must be in"),
+        (dict(initializer_range=0.0), "initializer_range must be positive"),
+        (dict(spectral_gain=True), r"spectral_gain is for architectures with \+SNorm"),
+    ],
+)
+def test_impossible_options_of_training_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        EntropiConfig(**options)

@@ -53,6 +53,8 @@ class Configuration(Protocol):
     @property
     def temperature_granularity(self) -> str: ...  # "position" or "head"
     @property
+    def log_length_scaling(self) -> bool: ...
+    @property
     def leaky_slope_learned(self) -> str: ...  # "fixed", "layer" or "global"
     @property
     def bias(self) -> str: ...  # "all", "qk" or "none"
@@ -144,9 +146,10 @@ def parameters(config: Configuration) -> int:
 
     V d + P d for the embeddings (V d with rotary positions) and 2d for the final LayerNorm; in each layer 2 d^2 +
     2 d G k for attention with G heads of keys and values, 2 d m (bilinear and SwiGLU: 3 d m, fused: d^2) for the FFN,
-    4d for two LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, 1 for a leaky
-    ReLU's learned slope, and the biases that `config.bias` keeps. A normalised weight counts as the matrix it is; the
-    regulariser's thresholds take no part in inference and are left out.
+    4d for two LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, H for the
+    gains of log-length scaling, 1 for a leaky ReLU's learned slope, and the biases that `config.bias` keeps. A
+    normalised weight counts as the matrix it is; the regulariser's thresholds take no part in inference and are left
+    out.
     """
     parts = config.parts
     width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
@@ -164,6 +167,8 @@ def parameters(config: Configuration) -> int:
     if parts.temperature:
         positions = config.max_position_embeddings if config.temperature_granularity == "position" else 1
         layer += config.num_attention_heads * positions
+    if config.log_length_scaling:
+        layer += config.num_attention_heads
     slopes = {"layer": config.num_hidden_layers, "global": 1, "fixed": 0}[config.leaky_slope_learned]
     rows = config.vocab_size * (1 if config.tie_word_embeddings else 2)
     if config.position_embedding == "learned":

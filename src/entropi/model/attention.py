@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.recording import observe
 from entropi.model.configuration import EntropiConfig
 from entropi.model.linear import make_linear
+from entropi.model.qk_clip import largest_logits
 
 
 class Temperature(nn.Module):
@@ -45,6 +47,27 @@ class Temperature(nn.Module):
         return values[:, position_ids].transpose(0, 1)
 
 
+class LengthScale(nn.Module):
+    """Factor g log(n) / log(P) on the logits of a row that sees n keys, g by head (log-length scaling, 2501.19399)."""
+
+    def __init__(self, config: EntropiConfig) -> None:
+        super().__init__()
+        self.positions = config.max_position_embeddings
+        self.gain = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """A row that sees as many keys as the model has positions starts as without the factor."""
+        self.gain.fill_(1.0)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Factors `(B or 1, H, T)` of the rows at `position_ids` `(B or 1, T)`, which see themselves and all before."""
+        wide = torch.promote_types(self.gain.dtype, torch.float32)
+        lengths = (position_ids + 1).to(wide).log() / math.log(self.positions)
+        return self.gain[None, :, None] * lengths[:, None]
+
+
 class EntropiAttention(nn.Module):
     """Query, key, value and output projections around `entropy_attention`."""
 
@@ -60,6 +83,9 @@ class EntropiAttention(nn.Module):
         self.value = make_linear(config, "value", width, shared, bias=config.bias == "all")
         self.output = make_linear(config, "output", width, width, bias=config.bias == "all", writes_to_stream=True)
         self.temperature = Temperature(config) if config.parts.temperature else None
+        self.length_scale = LengthScale(config) if config.log_length_scaling else None
+        self.measure_logits = False  # for QK-clip, see `qk_clip`
+        self.largest_logits: Tensor | None = None  # of every head since the last clip, `(H,)`
 
     def forward(
         self,
@@ -74,7 +100,7 @@ class EntropiAttention(nn.Module):
         `rotation` holds cosines and sines `(B or 1, 1, T, r)` of rotary positions.
         """
         batch, length, _ = hidden.shape
-        query, key = (self.heads(projection, hidden, rotation) for projection in (self.query, self.key))
+        query, key = self.queries(hidden, position_ids, rotation), self.heads(self.key, hidden, rotation)
         value = self.heads(self.value, hidden, None)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -85,10 +111,20 @@ class EntropiAttention(nn.Module):
             exp_iterations=self.exp_iterations,
             polynomial=self.polynomial,
         )
+        if self.measure_logits and self.training:
+            largest = largest_logits(query, key, settings["temperature"])
+            self.largest_logits = largest if self.largest_logits is None else largest.maximum(self.largest_logits)
         heads, entropy = entropy_attention(query, key, value, **settings)
         valid = None if attn_mask is None else attn_mask[:, 0, :, -length:]
         observe(self, entropy, valid, lambda: attention_pattern(query, key, **settings))
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
+
+    def queries(self, hidden: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`(B, T, d)` -> queries `(B, H, T, k)`, turned by position and scaled by length where the model does that."""
+        query = self.heads(self.query, hidden, rotation)
+        if self.length_scale is None:
+            return query
+        return (query * self.length_scale(position_ids)[..., None]).to(query.dtype)
 
     def heads(self, projection: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """`(B, T, d)` -> queries, keys or values `(B, heads, T, k)`, turned by position where there is a rotation."""

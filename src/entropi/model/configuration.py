@@ -43,6 +43,9 @@ class EntropiConfig(PreTrainedConfig):
             usual 0.02 at GPT-2's width: without LayerNorm a fixed 0.02 starves narrow models.
         initialization: "depth_scaled" divides it by sqrt(2 L) for the matrices that write to the residual stream
             (GPT-2); "plain" does not (the authors' released code).
+        embedding_dropout: share of the embeddings' numbers that training sets to 0 (0.1 in the authors' code).
+        log_length_scaling: logits of a row that sees n keys are multiplied by g log(n) / log(P), P the model's
+            positions and g learned by head from 1 (2501.19399): long rows stay as sharp as short ones. Free in private.
         spectral_gain: SNorm with a learned gain for every matrix, from 1: sigma-reparametrisation (2303.06296).
         exp_iterations: t of the softmax kernel (1 + x / 2^t)^(2^t) that private inference evaluates; None is the
             exact softmax. A model trained with it answers in private exactly as in the open, and a small t is cheap.
@@ -86,6 +89,8 @@ class EntropiConfig(PreTrainedConfig):
     initializer_range: float | None = None
     initialization: str = "depth_scaled"
     spectral_gain: bool = False
+    embedding_dropout: float = 0.0
+    log_length_scaling: bool = False
     exp_iterations: int | None = None
     polynomial: bool = False
     temperature_init: float = 1.0
@@ -137,6 +142,12 @@ class EntropiConfig(PreTrainedConfig):
         for name in ("temperature_init", "layer_norm_epsilon", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} must be positive, got {getattr(self, name)}")
+        if self.initializer_range is not None and not self.initializer_range > 0:
+            problems.append(f"initializer_range must be positive, got {self.initializer_range}")
+        if not 0 <= self.embedding_dropout < 1:
+            problems.append(f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
+        if self.spectral_gain and "SNorm" not in self.architecture:
+            problems.append(f"spectral_gain is for architectures with +SNorm(..), not {self.architecture}")
         if not 0 <= self.leaky_slope <= 1:
             problems.append(f"leaky_slope must be between 0 (ReLU) and 1 (the identity), got {self.leaky_slope}")
         if self.exp_iterations is not None and not 1 <= self.exp_iterations <= _MAX_EXP_ITERATIONS:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers.utils import ModelOutput
 from entropi.entropy.regularizer import EntropyRegularizer
 from entropi.errors import UserError
 from entropi.model import card, takeover
-from entropi.model.attention import EntropiAttention, Temperature, rotation_of
+from entropi.model.attention import EntropiAttention, LengthScale, Temperature, rotation_of
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
 from entropi.model.linear import initial_deviation, iterate_spectral_norms, make_embedding, make_linear, redraw
@@ -93,7 +94,7 @@ class EntropiPreTrainedModel(PreTrainedModel):
                 module.bias.zero_()
         elif isinstance(module, EntropyRegularizer):
             module.threshold.fill_(module.threshold_init)
-        elif isinstance(module, Temperature):
+        elif isinstance(module, Temperature | LengthScale):
             module.reset()
         if isinstance(module, FusedFeedForward | ScaledFeedForward):
             module.alpha.fill_(1.0)
@@ -167,7 +168,8 @@ class EntropiModel(EntropiPreTrainedModel):
         hidden, rotation = inputs_embeds, None
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position_ids)
-        else:
+        hidden = functional.dropout(hidden, self.config.embedding_dropout, self.training)
+        if self.position_embedding is None:
             dimensions, base = self.config.rotary_dimensions, self.config.rotary_base
             rotation = rotation_of(position_ids, dimensions, base, hidden.dtype)
         if self.training and self.config.parts.weight_norm == "spectral":
@@ -271,10 +273,11 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
 
         That is without the regulariser's thresholds, and with a normalised weight counted once, as the matrix it is.
         """
+        spared = ("parametrizations.weight.original0", "parametrizations.weight.1.gain")
         return sum(
             p.numel()
             for name, p in self.named_parameters()
-            if not name.startswith("entropy_regularizer.") and not name.endswith("parametrizations.weight.original0")
+            if not name.startswith("entropy_regularizer.") and not name.endswith(spared)
         )
 
     def set_exp_iterations(self, exp_iterations: int | None) -> None:

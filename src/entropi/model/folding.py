@@ -21,7 +21,8 @@ normalisation without parameters.
 
 Everywhere: 1/sqrt(d_k) and temperatures per head go into W_Q; the value bias, because attention rows sum to 1, into
 the output bias; norms on weights into the weights; the final norm's centring into B_L^-1, its gain and bias into the
-head. Temperatures that differ between positions remain, as a factor on the rows of q.
+head. Temperatures that differ between positions remain, as a factor on the rows of q. Of log-length scaling the learned
+gain goes into W_Q, and log(n) / log(P) is public: it remains as a constant of the program, or in those temperatures.
 
 **Of the polynomial kernel** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
@@ -193,7 +194,8 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
 
     def measure(attention: Any, arguments: tuple[Any, ...]) -> None:
         hidden, position_ids, rotation, *_ = arguments
-        query, key = (attention.heads(part, hidden, rotation).double() for part in (attention.query, attention.key))
+        query = attention.queries(hidden, position_ids, rotation).double()
+        key = attention.heads(attention.key, hidden, rotation).double()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         offset: Any = power if attention.temperature is None else power * attention.temperature(position_ids).double()
         means = []
@@ -228,6 +230,8 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
     output, output_bias = _linear(attention.output)
     head_dim = attention.head_dim
     scale = np.full(query.shape[1], head_dim**-0.5)
+    if attention.length_scale is not None:
+        scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
     if size is not None:
         temperature = 1.0 if attention.temperature is None else _array(attention.temperature.values())
         folded["offset"] = 2.0**attention.exp_iterations * temperature / size[:, None]
@@ -235,9 +239,13 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
     elif attention.temperature is not None:
         inverse_temperature = 1.0 / _array(attention.temperature.values())
         if tempered:
-            folded["inverse_temperature"] = np.broadcast_to(
+            factors: Array = np.broadcast_to(
                 inverse_temperature, (len(inverse_temperature), attention.temperature.parameter.shape[1])
             )
+            if attention.length_scale is not None:  # the private factor of a row takes its public one in
+                positions = attention.length_scale.positions
+                factors = factors * np.log(np.arange(1, positions + 1)) / np.log(positions)
+            folded["inverse_temperature"] = factors
         else:
             scale = scale * np.repeat(inverse_temperature[:, 0], head_dim)
     groups = query.shape[1] // key.shape[1]  # query heads that share one head of keys and values

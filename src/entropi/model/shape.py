@@ -42,6 +42,7 @@ class Shape:
     exp_iterations: int | None = None
     polynomial: bool = False
     temperature_granularity: str = "position"
+    log_length_scaling: bool = False
     leaky_slope_learned: str = "fixed"
     layer_norm_epsilon: float = 1e-5
     eos_token_id: int | None = 0
@@ -105,6 +106,7 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
         "rotary_dimensions": config.rotary_dimensions,
         "rotary_base": config.rotary_base,
         "temperature": temperature,
+        "log_length": config.log_length_scaling and not temperature,
         "exp_iterations": config.exp_iterations,
         "polynomial": config.polynomial,
         "norm": norms[parts.norm],

@@ -84,6 +84,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     centre: bool  # a matrix multiplies the state before the final norm or the head
     end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
     polynomial: bool = False  # the kernel is a power of the logits and private offsets, with no maximum
+    log_length: bool = False  # q is scaled by log(n) / log(positions), n the keys that its row sees
 
     def __post_init__(self) -> None:
         problems = []
@@ -97,6 +98,8 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
         if self.polynomial and (self.exp_iterations is None or self.temperature):
             problems.append("a polynomial kernel needs exp_iterations, and has offsets instead of a temperature")
+        if self.log_length and self.positions < 2:
+            problems.append("log_length needs at least 2 positions")
         rotary = self.position_embedding == "rotary"
         if self.rotary_dimensions % 2 or self.rotary_dimensions > self.hidden_size // self.heads:
             problems.append(f"rotary_dimensions {self.rotary_dimensions} are odd or more than a head has")
@@ -234,6 +237,9 @@ def forward(
         if model.temperature:
             temperature = partial(temper, rows=slice(keys - rows, keys))
             yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
+        if model.log_length:
+            lengthen = partial(scale_by_length, first=keys - rows, positions=model.positions)
+            yield Stage("length", layer, lengthen, ("q",), ("q",))
         yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
         if model.polynomial:
             weigh = partial(powers, rows=rows, keys=keys, iterations=iterations)
@@ -387,6 +393,12 @@ def rotate(x: Array, *, first: int, dimensions: int, base: float) -> Array:
 def temper(query: Array, inverse_temperature: Array, *, rows: slice) -> Array:
     """Rows of q `(H, r, k)` divided by the temperature of their head and position (Eq. 9)."""
     return scale_rows(query, inverse_temperature[:, rows], private=True)
+
+
+def scale_by_length(query: Array, *, first: int, positions: int) -> Array:
+    """Rows of q `(H, r, k)` times log(n) / log(positions), n the keys that they see: public, so this is local."""
+    factors = np.log(np.arange(first + 1, first + 1 + query.shape[1])) / np.log(positions)
+    return query * factors[:, None].astype(query.dtype)
 
 
 def visible(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:

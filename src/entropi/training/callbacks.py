@@ -27,8 +27,10 @@ from entropi.console import ProgressLine
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.regularizer import maximum_entropy
 from entropi.errors import UserError
+from entropi.model.attention import EntropiAttention
+from entropi.model.qk_clip import clip_query_and_key
 from entropi.training.checkpoints import newest_sealed, remove_oldest, seal
-from entropi.training.distributed import is_main, least, processes, total, wait_for_all, whole
+from entropi.training.distributed import greatest, is_main, least, processes, total, wait_for_all, whole
 
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -404,6 +406,24 @@ class CollapseGuard:
             f"{reason}; the run stopped. The same command would come here again: start in another folder with a lower "
             "learning rate, the entropy regulariser, or collapse rollback"
         )
+
+
+class QueryKeyClip(TrainerCallback):
+    """QK-clip after every update: heads whose logits exceeded the limit get smaller weights, see `model.qk_clip`."""
+
+    def __init__(self, attentions: list[EntropiAttention], limit: float) -> None:
+        self.attentions, self.limit = attentions, limit
+        for attention in attentions:
+            attention.measure_logits = True
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for attention in self.attentions:
+            assert attention.largest_logits is not None
+            largest = greatest(attention.largest_logits)
+            attention.largest_logits = None
+            clip_query_and_key(attention.query, attention.key, largest, self.limit)
 
 
 class CheckpointSeal(TrainerCallback):

@@ -107,6 +107,11 @@ def least(values: Tensor) -> Tensor:
     return values
 
 
+def greatest(values: Tensor) -> Tensor:
+    """Element by element the greatest of all processes."""
+    return -least(-values)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded as the plain tensor it stands for; all processes have to ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -15,6 +15,14 @@ from entropi.data.tokenizer import MIN_VOCAB_SIZE
 from entropi.errors import UserError
 
 CONFIG_FILE = "config.yaml"
+_MAY_BE_ZERO = (
+    "evaluate_every",
+    "save_every",
+    "seed",
+    "key_value_heads",
+    "exp_iterations",
+    "intermediate_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +41,22 @@ class Recipe:
         layers: number of layers, L
         heads: attention heads a layer, H
         hidden_size: width of the model, d
+        intermediate_size: width between the two feed-forward matrices (0: 4 * hidden_size)
         key_value_heads: heads of keys and values, fewer than heads for grouped queries (0: as many as heads)
         position_embedding: "learned" positions or "rotary" ones
         final_norm: a norm before the language-model head; the paper keeps it in models that have no other
         exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t) of private inference, cheap at 1 to 3 (0: exact)
         polynomial: take that power of the logits themselves, without maximum and clip: fewest bytes and rounds
+        activation_function: which GELU "G" is: "gelu_new" (GPT-2's tanh form) or "gelu" (the authors' erf form)
         leaky_slope: negative slope of LeakyR
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
         bias: linear layers with a bias: "qk" (the paper's code), "all" or "none"
+        initializer_range: standard deviation of initial weights (0: 0.02 * sqrt(768 / hidden_size))
+        initialization: "depth_scaled" divides it by sqrt(2 * layers) for matrices that write to the residual stream, as
+            GPT-2 does; "plain" does not, as the authors' code
+        spectral_gain: a learned gain for every matrix that SNorm normalises (sigma-reparametrisation)
+        log_length_scaling: logits of a row that sees n keys times g log(n) / log(T), g learned by head
+        embedding_dropout: share of the embeddings' numbers set to 0 while training (0.1 in the authors' code)
         steps: optimizer updates
         batch_size: sequences a micro-batch, of one process
         gradient_accumulation: micro-batches an update; several processes share them out, so that a recipe is the same
@@ -53,6 +69,8 @@ class Recipe:
         warmup: share of the steps over which the learning rate rises
         schedule: how the learning rate falls after warm-up
         gradient_clip: largest gradient norm
+        qk_clip: largest attention logit: where a head exceeds it, an update is followed by scaling its query and key
+            weights down (0: never)
         precision: arithmetic of matrix products; "auto" measures whether bfloat16 is faster here
         seed: of initial weights and data order
         entropy_weight: lambda, the weight of the entropy penalty (used with EReg)
@@ -86,14 +104,21 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     hidden_size: int = 128
+    intermediate_size: int = 0
     key_value_heads: int = 0
     position_embedding: Literal["learned", "rotary"] = "learned"
     final_norm: bool = True
     exp_iterations: int = 0
     polynomial: bool = False
+    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     leaky_slope: float = 0.01
     leaky_slope_learned: Literal["fixed", "layer", "global"] = "fixed"
     bias: Literal["qk", "all", "none"] = "qk"
+    initializer_range: float = 0.0
+    initialization: Literal["depth_scaled", "plain"] = "depth_scaled"
+    spectral_gain: bool = False
+    log_length_scaling: bool = False
+    embedding_dropout: float = 0.0
     steps: int = 600
     batch_size: int = 32
     gradient_accumulation: int = 1
@@ -105,6 +130,7 @@ class Recipe:
     warmup: float = 0.05
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     gradient_clip: float = 1.0
+    qk_clip: float = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
     entropy_weight: float = 1e-5
@@ -134,7 +160,7 @@ class Recipe:
         """What is wrong with values that have the right types."""
         problems = []
         least = {"context_length": 2, "vocab_size": MIN_VOCAB_SIZE}
-        least |= dict.fromkeys(("evaluate_every", "save_every", "seed", "key_value_heads", "exp_iterations"), 0)
+        least |= dict.fromkeys(_MAY_BE_ZERO, 0)
         for name, wanted in get_type_hints(Recipe).items():
             value = getattr(self, name)
             if wanted is int and value < least.get(name, 1):
@@ -145,7 +171,7 @@ class Recipe:
             problems.append(f"seed is {self.seed}, it must be below 2^32")
         if self.heads > 0 and self.hidden_size % self.heads:
             problems.append(f"hidden_size is {self.hidden_size}, not a multiple of heads, {self.heads}")
-        for name in ("weight_decay", "entropy_weight", "gradient_clip"):
+        for name in ("weight_decay", "entropy_weight", "gradient_clip", "initializer_range", "qk_clip"):
             if getattr(self, name) < 0:
                 problems.append(f"{name} is {getattr(self, name)}, it cannot be negative")
         for name in ("learning_rate", "temperature_init"):
@@ -162,6 +188,8 @@ class Recipe:
             problems.append(f"exp_iterations is {self.exp_iterations}, polynomial needs 1 to 8")
         if not 0 <= self.adam_beta2 < 1:
             problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
+        if not 0 <= self.embedding_dropout < 1:
+            problems.append(f"embedding_dropout is {self.embedding_dropout}, a share in [0, 1) is needed")
         if not 0 <= self.warmup < 1:
             problems.append(f"warmup is {self.warmup}, a share of the steps in [0, 1) is needed")
         if not 0 < self.collapse_below < 1:

@@ -29,6 +29,7 @@ from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.model.qk_clip import check_clippable
 from entropi.training import distributed
 from entropi.training.callbacks import (
     CheckpointSeal,
@@ -38,6 +39,7 @@ from entropi.training.callbacks import (
     Live,
     LiveView,
     NonFiniteGuard,
+    QueryKeyClip,
     RunRecorder,
 )
 from entropi.training.checkpoints import Checkpoint, newest_whole
@@ -85,7 +87,9 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
         return model_folder
     check_precision(recipe)
     _check_processes(recipe, shard)
-    model_config(recipe, recipe.vocab_size)  # what cannot be built is said at once
+    config = model_config(recipe, recipe.vocab_size)  # what cannot be built is said at once
+    if recipe.qk_clip:
+        check_clippable(config)
     # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait for it.
     prepared = prepare_corpus(recipe, console)
     with alone_in(folder), quiet_transformers(), distributed.connected():
@@ -196,6 +200,8 @@ def _optimize(
         recorder.on_entropy = CollapseGuard(recipe.collapse, recipe.collapse_below, recipe.context_length)
     factor = distributed.from_main(_rate_factor(folder) if distributed.is_main() else 1.0)
     interrupt = InterruptBetweenSteps()
+    attentions: list[Any] = [block.attention for block in model.model.blocks]
+    clips = [QueryKeyClip(attentions, recipe.qk_clip)] if recipe.qk_clip else []
     trainer = EntropiTrainer(
         model=model,
         args=_training_arguments(recipe, folder, live, factor),
@@ -203,6 +209,7 @@ def _optimize(
         callbacks=[
             recorder,
             NonFiniteGuard(recipe.nonfinite, recorder),
+            *clips,
             CheckpointSeal(recorder, recipe.keep_checkpoints),
             interrupt,
         ],
@@ -255,6 +262,8 @@ def _check_processes(recipe: Recipe, shard: bool) -> None:
         )
     if shard and count == 1:
         raise UserError("one process has nothing to shard: start several, torchrun --nproc-per-node 2 -m entropi train")
+    if shard and recipe.qk_clip:
+        raise UserError("qk_clip scales rows of whole matrices, which a sharded model does not have: leave one out")
     if shard and recipe.precision == "fp16":
         raise UserError("a sharded model cannot be trained in fp16: use bf16 or fp32")
 
@@ -345,14 +354,21 @@ def model_config(recipe: Recipe, vocab_size: int) -> EntropiConfig:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.key_value_heads or None,
+        intermediate_size=recipe.intermediate_size or None,
         max_position_embeddings=recipe.context_length,
         position_embedding=recipe.position_embedding,
         final_norm=recipe.final_norm,
         exp_iterations=recipe.exp_iterations or None,
         polynomial=recipe.polynomial,
+        activation_function=recipe.activation_function,
         leaky_slope=recipe.leaky_slope,
         leaky_slope_learned=recipe.leaky_slope_learned,
         bias=recipe.bias,
+        initializer_range=recipe.initializer_range or None,
+        initialization=recipe.initialization,
+        spectral_gain=recipe.spectral_gain,
+        log_length_scaling=recipe.log_length_scaling,
+        embedding_dropout=recipe.embedding_dropout,
         temperature_init=recipe.temperature_init,
         temperature_granularity=recipe.temperature_granularity,
         temperature_parametrization=recipe.temperature_parametrization,
