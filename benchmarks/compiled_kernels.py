@@ -36,7 +36,7 @@ KERNELS = {
     "backward both": triton_kernel._backward_key_kernel,
 }
 POINTERS = {"FIRST": "*i32", "MASK": "*u8"} | dict.fromkeys(
-    ("ENTROPY", "LOG_NORMALISER", "LARGEST", "GRAD_ENTROPY", "ROW_SUM", "CORRECTION"), "*fp32"
+    ("SINKS", "ENTROPY", "LOG_NORMALISER", "LARGEST", "GRAD_ENTROPY", "ROW_SUM", "CORRECTION"), "*fp32"
 )
 ROWS_ARE_ALIGNED = 16  # what a launch finds of pointers and strides of usual tensors, and tells the compiler
 
@@ -47,12 +47,16 @@ def compile_kernel(name: str, choice: Any, arch: int, dtype: str, width: int, it
     constants = {
         "D": width,
         "PADDED": max(16, triton.next_power_of_2(width)),
+        "E": width,
+        "PADDED_E": max(16, triton.next_power_of_2(width)),
         "CAUSAL": True,
         "MASK_KIND": 0,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "ITERATIONS": max(iterations, 0),
         "LOWEST": lowest(iterations or None),
         "POLYNOMIAL": max(-iterations, 0),
+        "SOFTCAP": 0.0,
+        **({"HAS_SINKS": False} if name == "forward" else {}),
         **({"ADDS_DQ": name == "backward both"} if kernel is KERNELS["backward key"].fn else {}),
         **choice.kwargs,
         **options,
