@@ -304,3 +304,12 @@ def test_every_precision_and_an_odd_width_compile(tmp_path, dtype, iterations):
     rows = compiled(tmp_path, dtype=[dtype], width=[64, 128, 100], iterations=[iterations], first=[1])
     assert len(rows) == (18 if iterations > 0 else 24)  # three or four kernels, three widths, two architectures
     assert_fit_for(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (192, 128)])
+def test_sinks_softcap_and_values_of_another_width_compile(tmp_path, width, value_width):
+    options = {"width": [width], "value-width": [value_width], "softcap": [50.0], "sinks": []}
+    rows = compiled(tmp_path, dtype=["bf16"], iterations=[0], first=[1], **options)
+    assert len(rows) == 8  # four kernels, two architectures
+    assert_fit_for(rows)
