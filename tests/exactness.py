@@ -5,11 +5,14 @@ import torch
 from entropi.entropy.attention import entropy_attention
 
 
-def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0):
+def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0, value_width=None):
+    """Query, key and value, and gradients of output and entropy."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = [(batch, heads, n, width) for n in (queries, keys, keys)]
+    value_width = value_width or width
+    sizes = [(batch, heads, queries, width), (batch, heads, keys, width), (batch, heads, keys, value_width)]
     tensors = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
-    return tensors, torch.randn(sizes[0], generator=generator), torch.randn(sizes[0][:3], generator=generator)
+    rows = (batch, heads, queries)
+    return tensors, torch.randn(*rows, value_width, generator=generator), torch.randn(rows, generator=generator)
 
 
 def kernel(iterations):
@@ -19,10 +22,13 @@ def kernel(iterations):
     return {"exp_iterations": abs(iterations)} | ({"polynomial": True} if iterations < 0 else {})
 
 
-def everything(implementation, tensors, grad_output, grad_entropy, dtype, **options):
-    """Output, entropy and the three gradients."""
+def everything(implementation, tensors, grad_output, grad_entropy, dtype, sinks=None, **options):
+    """Output, entropy and the three gradients, or four where there are sinks."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    output, entropy = entropy_attention(*inputs, implementation=implementation, **options)
+    if sinks is not None:
+        inputs.append(sinks.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_())
+        options["sinks"] = inputs[3]
+    output, entropy = entropy_attention(*inputs[:3], implementation=implementation, **options)
     incoming = [grad_output.to(output.dtype), grad_entropy.to(entropy.dtype)]
     return [output, entropy, *torch.autograd.grad([output, entropy], inputs, incoming)]
 
@@ -33,12 +39,27 @@ def assert_as_exact(implementation, tensors, grad_output, grad_entropy, dtype=to
     The slack is the float32 rounding of a dot product of some 256 terms, for cases where the plain version happens
     to be exact.
     """
-    rest = (grad_output, grad_entropy)
+    rest, slacks = (grad_output, grad_entropy), [slack] * 5
     exact = everything("reference", tensors, *rest, torch.float64, **options)
     plain = everything("reference", tensors, *rest, dtype, **options)
     got = everything(implementation, tensors, *rest, dtype, **options)
-    for name, e, p, g in zip(("output", "entropy", "dq", "dk", "dv"), exact, plain, got):
+    if options.get("sinks") is not None:
+        slacks.append(slack + _rounding_of_output(tensors, grad_output, exact[0], dtype, **options))
+    for name, e, p, g, own in zip(("output", "entropy", "dq", "dk", "dv", "sinks"), exact, plain, got, slacks):
         assert torch.isfinite(g).all(), name
         scale = max(1.0, float(e.detach().abs().max()))
-        error, allowed = (g.double() - e).abs().max(), 2 * (p.double() - e).abs().max() + slack * scale
+        error, allowed = (g.double() - e).abs().max(), 2 * (p.double() - e).abs().max() + own * scale
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def _rounding_of_output(tensors, grad_output, output, dtype, sinks, **options):
+    """What the gradient of sinks loses by the output being kept in `dtype`: p rowsum(|g_O| |O|) eps / 2 of a row.
+
+    The plain version keeps the weights instead, whose errors cancel over the keys.
+    """
+    query, key, value = (x.double() for x in tensors)
+    on_keys, _ = entropy_attention(
+        query, key, torch.ones_like(value)[..., :1], sinks=sinks.double(), implementation="reference", **options
+    )
+    lost = ((1 - on_keys) * (grad_output * output.detach()).abs()).sum(-1) * torch.finfo(dtype).eps / 2
+    return float(lost.sum_to_size(sinks.shape if sinks.dim() > 1 else (*sinks.shape, 1)).max())
