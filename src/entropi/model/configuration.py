@@ -17,6 +17,9 @@ _CHOICES = {
     "temperature_parametrization": ("literal", "exp"),
     "leaky_slope_learned": ("fixed", "layer", "global"),
 }
+# Temperatures act as this one from here downwards. Attention divides by them: at 0 there is no softmax, and beyond it
+# heads would attend to what they attended to least. The smallest that the paper starts from, 0.01, is well above.
+SMALLEST_TEMPERATURE = 1e-3
 _MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
 
@@ -131,6 +134,8 @@ class EntropiConfig(PreTrainedConfig):
         for name in ("temperature_init", "layer_norm_epsilon", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} must be positive, got {getattr(self, name)}")
+        if 0 < self.temperature_init < SMALLEST_TEMPERATURE:
+            problems.append(f"temperature_init must be at least {SMALLEST_TEMPERATURE}, got {self.temperature_init}")
         if not 0 <= self.leaky_slope <= 1:
             problems.append(f"leaky_slope must be between 0 (ReLU) and 1 (the identity), got {self.leaky_slope}")
         if self.exp_iterations is not None and not 1 <= self.exp_iterations <= _MAX_EXP_ITERATIONS:
