@@ -202,11 +202,12 @@ def attention(
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     output = torch.empty(query.shape, dtype=query.dtype)
     rows = row_results(query, exp_iterations)
+    mask = _mask(mask, query, key)  # kept until the kernel has run, which is given addresses
     problem = _problem(
         query,
         key,
         causal,
-        _mask(mask, query, key),
+        mask,
         exp_iterations,
         value=value,
         output=output,
@@ -247,11 +248,12 @@ def attention_backward(
         contiguous_rows(grad_output),
     )
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+    mask = _mask(mask, query, key)
     problem = _problem(
         query,
         key,
         causal,
-        _mask(mask, query, key),
+        mask,
         exp_iterations,
         value=value,
         output=output,
