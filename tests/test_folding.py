@@ -174,6 +174,15 @@ def test_temperatures(granularity, parametrization):
     assert folded.description["temperature"] == (granularity == "position")
 
 
+@pytest.mark.parametrize("kernel", [{}, {"exp_iterations": 1, "polynomial": True}], ids=["softmax", "polynomial"])
+def test_temperatures_that_training_took_below_their_bound_act_as_the_bound(kernel):
+    model = trained("SM(t)+ScFuFFN", **kernel)
+    with torch.no_grad():
+        for block in model.model.blocks:
+            block.attention.temperature.parameter[:, ::2] = torch.tensor([[0.0], [-0.5], [-7.0], [0.5]])
+    check(model)
+
+
 @pytest.mark.parametrize("granularity", ["position", "head"])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_temperatures_of_the_polynomial_become_offsets_and_weights_have_one_size(granularity, size):

@@ -188,7 +188,8 @@ class EntropiModel(EntropiPreTrainedModel):
         past_key_values = self._cache(past_key_values, use_cache, documents)
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
-        visible = visibility(inputs_embeds, attention_mask, documents, past_key_values, past)
+        rows = batch, self.config.num_attention_heads, length
+        visible = visibility(rows, inputs_embeds.device, attention_mask, documents, past_key_values, past)
 
         hidden, rotation = inputs_embeds, None
         if self.position_embedding is not None:
@@ -315,6 +316,14 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             entropies=outputs.entropies,
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse transformers' continuous batching (`generate_batch`).
+
+        Raises:
+            ValueError: always; its paged cache is read by attention functions that return no entropies.
+        """
+        raise ValueError("continuous batching (generate_batch) has no entropies: use generate with a padded batch")
 
     @staticmethod
     def create_masks_for_generate(

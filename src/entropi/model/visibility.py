@@ -27,11 +27,17 @@ class Visibility(NamedTuple):
 
 
 def visibility(
-    hidden: Tensor, attention_mask: Tensor | None, documents: Tensor | None, cache: Cache | None, past: int | Tensor
+    shape: tuple[int, int, int],
+    device: torch.device,
+    attention_mask: Tensor | None,
+    documents: Tensor | None,
+    cache: Cache | None,
+    past: int | Tensor,
 ) -> Visibility:
-    """What the T tokens of `hidden` `(B, T, d)` see, after `past` cached ones (see `cached_tokens`).
+    """What T tokens see after `past` cached ones (see `cached_tokens`).
 
     Args:
+        shape: B, H and T.
         attention_mask: `(B, S)`, 0 where a token is padding; or `(B or 1, H or 1, T, S)`, boolean (True = visible) or
             additive, which is used as it is. S may be all that a preallocated cache can hold.
         documents: `(B or 1, T)`, the number of each token's document (`packed_documents`).
@@ -39,19 +45,19 @@ def visibility(
     Raises:
         ValueError: a mask of another shape or dtype.
     """
-    batch, length = hidden.shape[:2]
+    length = shape[2]
     allocated = None if cache is None or not cache.layers else getattr(cache.layers[0], "max_cache_len", None)
     if isinstance(past, Tensor):  # compiled: how many keys there are is not known
-        return _preallocated(attention_mask, past, batch, length, allocated)
+        return _preallocated(attention_mask, past, shape, allocated)
     seen = past + length
     if allocated is not None and seen > allocated:
         raise ValueError(f"the cache is made for {allocated} tokens and would have to hold {seen}")
-    _check_mask(attention_mask, batch, length, {seen} | ({allocated} if allocated else set()))
+    _check_mask(attention_mask, shape, {seen} | ({allocated} if allocated else set()))
     if attention_mask is None:
         if documents is None:
             return Visibility(None, True, seen, None)
         return Visibility((documents[:, :, None] == documents[:, None, :])[:, None], True, seen, None)
-    attention_mask = attention_mask.to(hidden.device)[..., :seen]
+    attention_mask = attention_mask.to(device)[..., :seen]
     if attention_mask.dim() == 4:
         mask = _as_given(attention_mask)
         own = mask.expand(-1, -1, length, -1).diagonal(past, dim1=-2, dim2=-1)
@@ -64,16 +70,16 @@ def visibility(
 
 
 def _preallocated(
-    attention_mask: Tensor | None, past: Tensor, batch: int, length: int, allocated: int | None
+    attention_mask: Tensor | None, past: Tensor, shape: tuple[int, int, int], allocated: int | None
 ) -> Visibility:
     """In a compiled pass: all the keys of the cache, and a mask over those that are not written yet."""
     if allocated is None:
         raise ValueError("this cache cannot be compiled: make it with StaticCache")
     sizes = {attention_mask.shape[-1]} if attention_mask is not None and attention_mask.dim() == 2 else {allocated}
-    _check_mask(attention_mask, batch, length, sizes)
+    _check_mask(attention_mask, shape, sizes)
     if attention_mask is not None and attention_mask.dim() == 4:
         return Visibility(_as_given(attention_mask), False, None, None)
-    rows = past + torch.arange(length, device=past.device)
+    rows = past + torch.arange(shape[2], device=past.device)
     mask = (torch.arange(allocated, device=past.device) <= rows[:, None])[None, None]
     if attention_mask is not None:
         mask = mask & whole_length(attention_mask, allocated).bool()[:, None, None, :]
@@ -85,32 +91,33 @@ def whole_length(attention_mask: Tensor, allocated: int) -> Tensor:
     return pad(attention_mask, (0, allocated - attention_mask.shape[1]))
 
 
-def _check_mask(attention_mask: Tensor | None, batch: int, length: int, sizes: set[int]) -> None:
+def _check_mask(attention_mask: Tensor | None, shape: tuple[int, int, int], sizes: set[int]) -> None:
     if attention_mask is None:
         return
-    shape, columns = tuple(attention_mask.shape), " or ".join(map(str, sorted(sizes)))
-    if len(shape) == 2:
-        if shape[0] not in (1, batch) or shape[1] not in sizes:
-            raise ValueError(
-                f"attention_mask {shape} does not fit: ({batch}, {columns}) is needed, cached tokens included, or a "
-                "4-D mask"
-            )
-    elif len(shape) != 4 or shape[0] not in (1, batch) or shape[2] not in (1, length) or shape[3] not in sizes:
+    batch, heads, length = shape
+    found, columns = tuple(attention_mask.shape), " or ".join(map(str, sorted(sizes)))
+    legal: tuple[set[int], ...] = ({1, batch}, sizes)
+    if len(found) == 4:
+        legal = ({1, batch}, {1, heads}, {1, length}, sizes)
+    if len(found) != len(legal) or any(size not in allowed for size, allowed in zip(found, legal)):
         raise ValueError(
-            f"attention_mask {shape} does not fit: ({batch}, {columns}) is needed, cached tokens included, or "
-            f"({batch} or 1, heads or 1, {length}, {columns})"
+            f"attention_mask {found} does not fit: ({batch}, {columns}) is needed, cached tokens included, or "
+            f"({batch} or 1, {heads} or 1, {length}, {columns})"
         )
-    elif attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+    if len(found) == 4 and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
         raise ValueError(
             f"a 4-D attention_mask is boolean (True = visible) or added to the logits, not {attention_mask.dtype}"
         )
 
 
 def _as_given(mask: Tensor) -> Tensor:
-    """A 4-D mask as `entropy_attention` reads it: what float16 has for minus infinity is a logit elsewhere."""
-    if mask.dtype != torch.float16:
+    """A 4-D mask as `entropy_attention` reads it, converted once for all layers.
+
+    What stands for minus infinity in float16 is a logit elsewhere.
+    """
+    if mask.dtype not in (torch.float16, torch.bfloat16):
         return mask
-    return mask.float().masked_fill(mask <= torch.finfo(torch.float16).min, -torch.inf)
+    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
 
 def packed_documents(position_ids: Tensor | None, attention_mask: Tensor | None, cache: Any) -> Tensor | None:
