@@ -93,6 +93,23 @@ def test_generated_text_has_the_logits_and_entropies_of_one_pass(name, cache):
         torch.testing.assert_close(recorded.mean()[layer], entropies.transpose(1, 2)[text].mean(dim=0), **CLOSE)
 
 
+def test_nothing_is_masked_where_causality_says_all():
+    """Training, prompts and decoding without padding take no mask, whatever the cache; padding alone one row of it."""
+    model, shown = make_model(), []
+    hook = model.model.blocks[0].attention.register_forward_pre_hook(lambda module, args: shown.append(args[3]))
+    ids, mask = padded()
+    model.train()(ids, attention_mask=torch.ones_like(ids))
+    model.eval()
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
+        generate(model, ids, torch.ones_like(ids), **options)
+    assert all(visible.mask is None and visible.is_causal and visible.counted is None for visible in shown)
+    shown.clear()
+    for options in ({}, {"cache_implementation": "static"}):
+        generate(model, ids, mask, **options)
+    assert [tuple(visible.mask.shape) for visible in shown] == [(2, 1, 1, LENGTH + n) for n in range(NEW)] * 2
+    hook.remove()
+
+
 def test_patterns_recorded_with_a_static_cache_are_those_with_a_dynamic_one():
     model, ids = sharp(), tokens(1, LENGTH)
     found = []
