@@ -178,6 +178,15 @@ def test_temperatures(granularity, parametrization):
     assert folded.description["temperature"] == (granularity == "position")
 
 
+@pytest.mark.parametrize("kernel", [{}, {"exp_iterations": 1, "polynomial": True}], ids=["softmax", "polynomial"])
+def test_temperatures_that_training_took_below_their_bound_act_as_the_bound(kernel):
+    model = trained("SM(t)+ScFuFFN", **kernel)
+    with torch.no_grad():
+        for block in model.model.blocks:
+            block.attention.temperature.parameter[:, ::2] = torch.tensor([[0.0], [-0.5], [-7.0], [0.5]])
+    check(model)
+
+
 @pytest.mark.parametrize("granularity", ["position", "head"])
 def test_scaling_by_length_is_public_or_part_of_the_temperatures(granularity):
     folded = check(trained("SM(t)+ScFuFFN", temperature_granularity=granularity, log_length_scaling=True))

@@ -15,7 +15,7 @@ from entropi.model.architectures import (
     parse_architecture,
     split_training_name,
 )
-from entropi.model.configuration import EntropiConfig
+from entropi.model.configuration import SMALLEST_TEMPERATURE, EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.linear import iterate_spectral_norms
 
@@ -325,7 +325,51 @@ def test_temperatures_start_where_asked_and_are_trained(granularity, parametriza
     torch.testing.assert_close(temperature.values(), torch.full((4, 40 if granularity == "position" else 1), 2.0))
     with torch.no_grad():
         temperature.parameter.fill_(-1.0)
-    assert (temperature.values().min() > 0) == (parametrization == "exp")
+    assert temperature.values().min() > 0
+
+
+@pytest.mark.parametrize("parametrization", ["literal", "exp"])
+@pytest.mark.parametrize("asked", [0.0, -3.0, -math.inf])
+def test_temperatures_have_a_lower_bound(asked, parametrization):
+    """A model whose temperatures crossed it is the model at the bound, its gradients finite."""
+    model = make_model("SM(t)+ScFuFFN", temperature_parametrization=parametrization)
+    parameters = [block.attention.temperature.parameter for block in model.model.blocks]
+    bound = SMALLEST_TEMPERATURE if parametrization == "literal" else math.log(SMALLEST_TEMPERATURE)
+    found = []
+    for value in (asked if parametrization == "literal" else asked * 100 - 7, bound):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.fill_(value)
+        found.append(model(tokens()).logits)
+        gradients = torch.autograd.grad(found[-1].sum(), parameters)
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    assert torch.equal(*found)
+
+
+def test_temperatures_within_their_range_are_the_parameters_themselves():
+    temperature = make_model("SM(t)+ScFuFFN").model.blocks[0].attention.temperature
+    with torch.no_grad():
+        temperature.parameter.copy_(torch.logspace(math.log10(1.1 * SMALLEST_TEMPERATURE), 2, 160).view(4, 40))
+    assert torch.equal(temperature.values(), temperature.parameter)
+    incoming = torch.randn(4, 40)
+    temperature.values().backward(incoming)
+    assert torch.equal(temperature.parameter.grad, incoming)
+
+
+def test_a_step_across_the_bound_is_taken_back_and_none_leads_further():
+    temperature = make_model("SM(t)+ScFuFFN", temperature_init=0.01).model.blocks[0].attention.temperature
+    temperature.reset()
+    optimizer = torch.optim.SGD(temperature.parameters(), lr=1.0)
+
+    def step(gradient):
+        optimizer.zero_grad()
+        temperature.values().backward(torch.full((4, 40), gradient))
+        optimizer.step()
+        return temperature.parameter[0, 0].item(), temperature.values()[0, 0].item()
+
+    assert step(0.05) == (pytest.approx(-0.04), pytest.approx(SMALLEST_TEMPERATURE))
+    assert step(0.05) == (pytest.approx(-0.04), pytest.approx(SMALLEST_TEMPERATURE))
+    assert step(-0.08) == (pytest.approx(0.04), pytest.approx(0.04))
 
 
 def test_the_number_of_parameters_counts_normalised_weights_once():
@@ -372,6 +416,8 @@ def test_too_many_positions_are_refused():
 
 
 def test_all_problems_of_a_configuration_are_named_at_once():
+    with pytest.raises(UserError, match=r"temperature_init must be at least 0.001, got 0.0001"):
+        EntropiConfig(temperature_init=1e-4)
     with pytest.raises(UserError) as raised:
         EntropiConfig(
             architecture="SM+LN+Q",

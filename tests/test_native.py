@@ -199,6 +199,18 @@ def test_masks_broadcast(shape, additive, is_causal):
         assert_as_exact("native", *make(150, 170, 24), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_masks_that_have_to_be_converted(dtype):
+    """What they are converted to has to outlive the kernel, which only knows where it lies."""
+    tensors, *rest = make(60, 70, 24)
+    mask = torch.randn(2, 3, 60, 70, generator=torch.Generator().manual_seed(4)).to(dtype)
+    found, expected = (
+        everything("native", tensors, *rest, torch.float32, attn_mask=m, is_causal=False) for m in (mask, mask.float())
+    )
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("iterations", [None, 1, 8, -1])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing(additive, iterations):

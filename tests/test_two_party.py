@@ -567,7 +567,7 @@ def test_dishonest_servers(capfd, folded, name, scratch):
     ("prompt", "options", "complaint"),
     [
         ("", [], "the prompt is empty"),
-        ("wall " * 40, [], f"the model has room for {POSITIONS + 1 - 8}"),
+        ("wall " * 40, [], f"and 8 new ones are asked for, but this model takes at most {POSITIONS + 1} tokens"),
         ("wall", ["--max-new-tokens", "0"], "at least 1"),
         ("wall", ["--max-new-tokens", str(MOST_TOKENS + 1)], f"at most {MOST_TOKENS} new tokens"),
     ],

@@ -221,9 +221,9 @@ def attention(
     assert isinstance(library, ctypes.CDLL)
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     sinks = None if sinks is None else sinks.contiguous()
-    mask = _mask(mask, query, key)
     output = query.new_empty(*query.shape[:3], value.shape[3])
     rows = row_results(query, exp_iterations)
+    mask = _mask(mask, query, key)  # kept until the kernel has run, which is given addresses
     problem = _problem(
         query,
         key,
@@ -272,8 +272,8 @@ def attention_backward(
         contiguous_rows(value),
         contiguous_rows(grad_output),
     )
-    mask = _mask(mask, query, key)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+    mask = _mask(mask, query, key)
     problem = _problem(
         query,
         key,

@@ -12,19 +12,39 @@ from transformers.cache_utils import Cache
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.recording import observe
-from entropi.model.configuration import EntropiConfig
+from entropi.model.configuration import SMALLEST_TEMPERATURE, EntropiConfig
 from entropi.model.linear import make_linear
 from entropi.model.qk_clip import largest_logits
+from entropi.model.visibility import Visibility
+
+
+class _Bounded(torch.autograd.Function):
+    """max(x, lowest), whose gradient below the bound is passed on where it leads back up, and 0 where it leads away."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lowest: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.lowest = lowest
+        return x.clamp(min=lowest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad.masked_fill((x < ctx.lowest) & (grad > 0), 0.0), None
 
 
 class Temperature(nn.Module):
-    """Learnable softmax temperature t of SM(t) (Eq. 9): per head and query position, or per head."""
+    """Learnable softmax temperature t of SM(t) (Eq. 9): per head and query position, or per head.
+
+    It is never below `SMALLEST_TEMPERATURE`, wherever training or a file took the parameter.
+    """
 
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__()
         positions = config.max_position_embeddings if config.temperature_granularity == "position" else 1
         self.exponential = config.temperature_parametrization == "exp"
         self.init = config.temperature_init
+        self.lowest = math.log(SMALLEST_TEMPERATURE) if self.exponential else SMALLEST_TEMPERATURE
         self.parameter = nn.Parameter(torch.empty(config.num_attention_heads, positions))
         self.reset()
 
@@ -37,7 +57,8 @@ class Temperature(nn.Module):
 
     def values(self) -> Tensor:
         """t, `(H, positions)` or `(H, 1)`."""
-        return self.parameter.exp() if self.exponential else self.parameter
+        bounded: Tensor = _Bounded.apply(self.parameter, self.lowest)
+        return bounded.exp() if self.exponential else bounded
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """t of the rows at `position_ids` `(B or 1, T)`, `(B or 1, H, T)`."""
@@ -92,7 +113,7 @@ class EntropiAttention(nn.Module):
         hidden: Tensor,
         position_ids: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        attn_mask: Tensor | None,
+        visible: Visibility,
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         """`(B, T, d)` -> output `(B, T, d)`, row entropies `(B, H, T)` in nats.
@@ -104,9 +125,11 @@ class EntropiAttention(nn.Module):
         value = self.heads(self.value, hidden, None)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+            key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
         settings: dict[str, Any] = dict(
             temperature=None if self.temperature is None else self.temperature(position_ids),
-            attn_mask=attn_mask,
+            is_causal=visible.is_causal,
+            attn_mask=visible.mask,
             enable_gqa=key.shape[1] != query.shape[1],
             exp_iterations=self.exp_iterations,
             polynomial=self.polynomial,
@@ -115,8 +138,7 @@ class EntropiAttention(nn.Module):
             largest = largest_logits(query, key, settings["temperature"])
             self.largest_logits = largest if self.largest_logits is None else largest.maximum(self.largest_logits)
         heads, entropy = entropy_attention(query, key, value, **settings)
-        valid = None if attn_mask is None else attn_mask[:, 0, :, -length:]
-        observe(self, entropy, valid, lambda: attention_pattern(query, key, **settings))
+        observe(self, entropy, visible.counted, lambda: attention_pattern(query, key, **settings))
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
 
     def queries(self, hidden: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -18,6 +18,9 @@ _CHOICES = {
     "leaky_slope_learned": ("fixed", "layer", "global"),
     "initialization": ("depth_scaled", "plain"),
 }
+# Temperatures act as this one from here downwards. Attention divides by them: at 0 there is no softmax, and beyond it
+# heads would attend to what they attended to least. The smallest that the paper starts from, 0.01, is well above.
+SMALLEST_TEMPERATURE = 1e-3
 _MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
 
@@ -142,6 +145,8 @@ class EntropiConfig(PreTrainedConfig):
         for name in ("temperature_init", "layer_norm_epsilon", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} must be positive, got {getattr(self, name)}")
+        if 0 < self.temperature_init < SMALLEST_TEMPERATURE:
+            problems.append(f"temperature_init must be at least {SMALLEST_TEMPERATURE}, got {self.temperature_init}")
         if self.initializer_range is not None and not self.initializer_range > 0:
             problems.append(f"initializer_range must be positive, got {self.initializer_range}")
         if not 0 <= self.embedding_dropout < 1:

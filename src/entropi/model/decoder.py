@@ -22,7 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from entropi.entropy.regularizer import EntropyRegularizer
 from entropi.errors import UserError
@@ -32,20 +32,30 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
 from entropi.model.linear import initial_deviation, iterate_spectral_norms, make_embedding, make_linear, redraw
 from entropi.model.normalization import make_final_norm, make_norm
+from entropi.model.visibility import (
+    Visibility,
+    cached_tokens,
+    check_cache,
+    check_positions,
+    packed_documents,
+    visibility,
+    whole_length,
+)
 
 
 @dataclass
 class EntropiOutput(ModelOutput):
     """Hidden states, or logits and losses, with the row entropies of every layer."""
 
+    # The first four in transformers' order, for those who take them as a tuple (return_dict=False).
     loss: Tensor | None = None  # cross-entropy plus, while training, the entropy penalty
-    cross_entropy: Tensor | None = None  # nats per token
-    entropy_penalty: Tensor | None = None  # lambda * L_entropy (Algorithm 1)
     logits: Tensor | None = None  # (B, T, V)
     last_hidden_state: Tensor | None = None  # (B, T, d)
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     entropies: tuple[Tensor, ...] | None = None  # L tensors (B, H, T), nats
+    cross_entropy: Tensor | None = None  # nats per token
+    entropy_penalty: Tensor | None = None  # lambda * L_entropy (Algorithm 1)
 
 
 class EntropiBlock(GradientCheckpointingLayer):
@@ -63,11 +73,11 @@ class EntropiBlock(GradientCheckpointingLayer):
         hidden: Tensor,
         position_ids: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        attn_mask: Tensor | None,
+        visible: Visibility,
         cache: Cache | None,
         common_slope: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        attended, entropy = self.attention(self.attention_norm(hidden), position_ids, rotation, attn_mask, cache)
+        attended, entropy = self.attention(self.attention_norm(hidden), position_ids, rotation, visible, cache)
         if self.parallel:
             return attended + self.feed_forward(hidden, common_slope), entropy
         return self.feed_forward(hidden + attended, common_slope), entropy
@@ -131,6 +141,7 @@ class EntropiModel(EntropiPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.token_embedding = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -140,30 +151,40 @@ class EntropiModel(EntropiPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> EntropiOutput:
         """`input_ids` `(B, T)` -> last hidden state `(B, T, d)` and L row entropies `(B, H, T)`.
 
-        `attention_mask` `(B, S)` is 0 where a token, cached ones included, is padding.
+        `attention_mask` is `(B, S)`, 0 where a token, cached ones included, is padding, or a 4-D mask that is used as
+        it is: boolean (True = visible) or additive. Without a mask and a cache, `position_ids` that start again within
+        a row begin a new document, which sees nothing of those before it. Unless `use_cache` says otherwise, a cache is
+        made in evaluation and not in training; rows of several documents have none.
+
+        Raises:
+            ValueError: inputs that do not fit each other or the model, in one line.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "attention weights are never held: the output has their entropies, and "
+                "entropi.record_entropy(model, keep_patterns=True) says where the heads look"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.token_embedding(input_ids)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        length = inputs_embeds.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{past + length} tokens do not fit the {self.config.max_position_embeddings} positions of this model"
-            )
+        batch, length = inputs_embeds.shape[:2]
+        if past_key_values is not None:
+            shape = batch, self.config.num_key_value_heads or 0, self.config.head_dim
+            check_cache(past_key_values, len(self.blocks), shape)
+        past = cached_tokens(past_key_values)
+        check_positions(position_ids, batch, length, past, self.config.max_position_embeddings)
+        documents = packed_documents(position_ids, attention_mask, past_key_values)
+        past_key_values = self._cache(past_key_values, use_cache, documents)
         if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        attn_mask = None
-        if attention_mask is not None and (torch.compiler.is_compiling() or not bool(attention_mask.all())):
-            attn_mask = attention_mask.bool()[:, None, None, :]
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
+        rows = batch, self.config.num_attention_heads, length
+        visible = visibility(rows, inputs_embeds.device, attention_mask, documents, past_key_values, past)
 
         hidden, rotation = inputs_embeds, None
         if self.position_embedding is not None:
@@ -174,18 +195,34 @@ class EntropiModel(EntropiPreTrainedModel):
             rotation = rotation_of(position_ids, dimensions, base, hidden.dtype)
         if self.training and self.config.parts.weight_norm == "spectral":
             iterate_spectral_norms(self)
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         entropies, hidden_states = [], []
         for block in self.blocks:
             hidden_states.append(hidden)
-            hidden, entropy = block(hidden, position_ids, rotation, attn_mask, past_key_values, self.leaky_slope)
+            hidden, entropy = block(hidden, position_ids, rotation, visible, past_key_values, self.leaky_slope)
             entropies.append(entropy)
         hidden = self.final_norm(hidden)
         return EntropiOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states, hidden) if with_states else None,
             entropies=tuple(entropies),
         )
+
+    def _cache(self, given: Cache | None, use_cache: bool | None, documents: Tensor | None) -> Cache | None:
+        """The cache to fill: the one given, or a new one where it is wanted."""
+        cache = given
+        if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
+            if documents is None or torch.compiler.is_compiling():
+                cache = DynamicCache(config=self.config)
+            elif use_cache:
+                raise ValueError(
+                    "position_ids that start again make rows of several documents, and what follows a cached row would "
+                    "see all of them: pass use_cache=False, or an attention_mask if the row is one text"
+                )
+        if cache is not None and self.training and self.gradient_checkpointing:
+            raise ValueError("gradient checkpointing would fill the cache twice: pass use_cache=False, and no cache")
+        return cache
 
 
 class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
@@ -215,6 +252,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -225,6 +263,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -243,11 +282,17 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = cross_entropy = penalty = None
         if labels is not None:
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"labels {tuple(labels.shape)} do not fit logits of {tuple(logits.shape[:-1])} tokens: they are "
+                    "shifted inside and need them all, with logits_to_keep at 0"
+                )
             cross_entropy = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
@@ -267,6 +312,26 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             entropies=outputs.entropies,
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse transformers' continuous batching (`generate_batch`).
+
+        Raises:
+            ValueError: always; its paged cache is read by attention functions that return no entropies.
+        """
+        raise ValueError("continuous batching (generate_batch) has no entropies: use generate with a padded batch")
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: EntropiConfig, *, attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any
+    ) -> Tensor | None:
+        """What `generate` hands on with a preallocated cache: the mask of padding at a length that stays the same.
+
+        A compiled forward pass is then compiled once. transformers' own would hold T x S numbers.
+        """
+        if attention_mask is None:
+            return None
+        return whole_length(attention_mask, past_key_values.layers[0].max_cache_len)
 
     def inference_parameters(self) -> int:
         """Number of parameters that inference needs.
@@ -333,6 +398,19 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         model = cls(config)
         model.load_state_dict(weights, strict=True)
         return model.to(source.dtype).train(source.training)
+
+
+def _positions_to_keep(hidden: Tensor, which: int | Tensor) -> Tensor:
+    """The states `(B, n, d)` whose logits are wanted.
+
+    `which` is transformers' `logits_to_keep`: the last n of them, all if 0; positions `(n,)`, or `(B, n)` of each row;
+    or booleans `(B, T)`, for `(n, d)` states in all.
+    """
+    if isinstance(which, int):
+        return hidden[:, -which:] if which else hidden
+    if which.dim() < 2:
+        return hidden[:, which]
+    return hidden[which] if which.dtype == torch.bool else hidden.take_along_dim(which[..., None], dim=1)
 
 
 # transformers finds the family by these; registering is the one thing this package does when it is imported.

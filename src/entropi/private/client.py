@@ -392,9 +392,12 @@ class _Session:
         if max(ids) >= self.welcome.description.vocab_size:
             raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
         wanted = self.question.max_new_tokens
-        room = self.welcome.description.positions + 1 - wanted
-        if len(ids) > room:
-            raise UserError(f"the prompt has {len(ids)} tokens; with {wanted} new ones the model has room for {room}")
+        most = self.welcome.description.positions + 1  # the last new token is not read again
+        if len(ids) + wanted > most:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this model takes at most "
+                f"{most} tokens, the new ones included"
+            )
         return ids
 
     async def _fetch_table(self, folder: Path) -> Path:
