@@ -121,13 +121,13 @@ def test_patterns_recorded_with_a_static_cache_are_those_with_a_dynamic_one():
 
 
 def test_a_quantised_cache_rounds_and_no_more():
-    """Keys in 8-bit floats have three bits behind the leading one: an error of a few percent in heads that are not sharp."""
-    model, (ids, mask) = make_model(**VARIANTS["fused"]), padded()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    exact = generate(model, ids, mask)
-    out = generate(model, ids, mask, cache_implementation="quantized", cache_config={"backend": "fp8"})
-    error = (out.logits[1] - exact.logits[1]).abs().max()
-    assert 0 < error < 0.2 * exact.logits[1].abs().max()
+    """Keys in 8-bit floats have three bits behind the leading one: some percent; without what is cached it is half."""
+    model, (ids, mask) = make_model("SM(t)+ScFuFFN"), padded()
+    exact, out = (
+        generate(model, ids, mask, pad_token_id=0, eos_token_id=None, **options).logits[1]
+        for options in ({}, {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}})
+    )
+    assert 0 < (out - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
@@ -220,7 +220,7 @@ def positions_of(*lengths):
 def test_packed_documents_are_as_if_alone(options, training):
     """Logits and entropies; two rows that are packed differently, as temperatures go by position."""
     model, ids = make_model(**options).train(training), tokens(2)
-    if options["architecture"] == "SM+SNorm(QKVO+FFN)+ScFFN":
+    if "SNorm" in options["architecture"]:
         model.eval()  # every pass in training takes one step of the power iteration
     lengths = (DOCUMENTS, (9, 8))
     packed = model(ids, position_ids=torch.cat([positions_of(*n) for n in lengths]))
