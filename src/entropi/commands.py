@@ -83,41 +83,58 @@ def train(
 
 def evaluate(
     model: str,
-    corpus: str = "stdlib",
+    corpus: str | None = None,
     packing: Literal["stream", "document"] | None = None,
     batch_size: int = 32,
     exp_iterations: int | None = None,
+    sequences: int | None = None,
+    context_length: int | None = None,
     json: bool = False,
 ) -> None:
-    """Held-out perplexity of a model.
+    """Perplexity of a model on text that it was not trained on.
 
     Args:
         model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
-        corpus: "stdlib" or a text file or folder; its held-out part is used
+        corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
+            a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run
             folder was trained, and else from a stream
         batch_size: sequences at a time
         exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
             softmax; by default what the model was trained with
+        sequences: how many to use; by default all, and for models that are not entropi's 32 of a data set
+        context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
+            most 1024
         json: print one JSON object
     """
     from entropi.downloads import on_disk
-    from entropi.training.saved import evaluate_heldout, open_with_heldout
+    from entropi.training.saved import evaluate_heldout, open_with_text
 
-    opened = open_with_heldout(on_disk(model), corpus, exp_iterations, packing=packing)
-    result = evaluate_heldout(*opened, batch_size)
+    opened = open_with_text(
+        on_disk(model), corpus, exp_iterations, sequences, context_length, packing, all_of_plain_text=True
+    )
+    result = evaluate_heldout(opened, batch_size, entropies=False)
     if json:
-        _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
+        _print_json(
+            {
+                "cross_entropy": result.cross_entropy,
+                "perplexity": result.perplexity,
+                "tokens": result.tokens,
+                "corpus": opened.corpus,
+                "text": opened.source,
+                "context_length": opened.blocks.shape[1],
+            }
+        )
     else:
         print(
             f"perplexity {result.perplexity:.3f}, cross-entropy {result.cross_entropy:.4f} nats a token, "
-            f"{result.tokens:,} tokens"
+            f"{result.tokens:,} tokens; {opened.source} of {opened.blocks.shape[1]:,} tokens"
         )
 
 
 def diagnose_heads(
     model: str,
-    corpus: str = "stdlib",
+    corpus: str | None = None,
     batch_size: int = 32,
     exp_iterations: int | None = None,
     sequences: int | None = None,
@@ -130,36 +147,42 @@ def diagnose_heads(
 
     Args:
         model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
-        corpus: "stdlib" or a text file or folder; its held-out part is used
+        corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
+            a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         batch_size: sequences at a time
         exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
-        sequences: held-out sequences to use; by default all, and 32 for models that are not entropi's
-        context_length: tokens a sequence; by default what the model takes, and at most 1024
-        heatmap: PNG or SVG to write; by default entropy.png in the folder of the model, NAME-entropy.png here for one
-            of the hub
+        sequences: how many to use; by default all, and 32 for models that are not entropi's
+        context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
+            most 1024
+        heatmap: PNG or SVG to write; by default entropy.png in a run folder, and for other models NAME-entropy.png here
         html: page to write, with everything that entropi report shows of a run
         json: print one JSON object
     """
     with _extra("report"):
         from entropi.report import figures
-        from entropi.report.page import pattern_in_words, write_diagnosis
-    from entropi.downloads import SCHEME, name_of, on_disk
+        from entropi.report.page import write_diagnosis
+        from entropi.report.words import pattern_in_words, table_of_heads
+    from entropi.downloads import name_of, on_disk
     from entropi.training.evaluation import PATTERN_SEQUENCES, diagnose_heldout, observe_patterns
-    from entropi.training.saved import evaluate_heldout, open_with_heldout
+    from entropi.training.saved import evaluate_heldout, failures_in_one_line, is_run_folder, open_with_text
 
     for path in (heatmap, html):
         if path is not None:
             _check_parent(path)
     folder, name = on_disk(model), name_of(model)
-    picture = heatmap or (Path(f"{name}-entropy.png") if model.startswith(SCHEME) else folder / "entropy.png")
-    loaded, blocks = open_with_heldout(folder, corpus, exp_iterations, sequences, context_length)
-    result = evaluate_heldout(loaded, blocks, batch_size)
-    source = f"held-out text of {Path(corpus).name}, {len(blocks):,} sequences"
-    found = diagnose_heldout(result, blocks.shape[1], source)
+    picture = heatmap or (folder / "entropy.png" if is_run_folder(folder) else Path(f"{name}-entropy.png"))
+    opened = open_with_text(folder, corpus, exp_iterations, sequences, context_length)
+    loaded, blocks = opened.model, opened.blocks
+    result = evaluate_heldout(opened, batch_size, entropies=True)
+    layers = loaded.config.get_text_config().num_hidden_layers
+    found = diagnose_heldout(result, blocks.shape[1], opened.source, layers)
     found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
-    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name)
+    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name, found.layers)
     figures.write_figure(figure, picture)
-    with ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line:
+    with (
+        failures_in_one_line(opened, "diagnosed"),
+        ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line,
+    ):
         pattern = observe_patterns(loaded, blocks[:PATTERN_SEQUENCES], line.update)
     if html is not None:
         evaluation = records.Evaluation(
@@ -171,15 +194,18 @@ def diagnose_heads(
         )
         write_diagnosis(folder, [evaluation, found, pattern], html, name)
     if json:
-        _print_json(found)
+        looks = msgspec.to_builtins(pattern)
+        _print_json({**msgspec.to_builtins(found), "corpus": opened.corpus, "perplexity": result.perplexity, "attention": looks})
         return
-    from rich.table import Table
-
-    table = Table("layer", *(f"head {h}" for h in range(len(found.entropy[0]))), title="mean entropy, nats")
-    marks = dict.fromkeys(found.overloaded, " [red]high[/red]") | dict.fromkeys(found.collapsed, " [blue]low[/blue]")
-    for layer, row in enumerate(found.entropy):
-        table.add_row(str(layer), *(f"{e:.3f}{marks.get((layer, head), '')}" for head, e in enumerate(row)))
-    make_console().print(table)
+    console = make_console()
+    if (lines := table_of_heads(found, console.width)) is None:
+        console.print(
+            f"{max(map(len, found.entropy))} heads a layer do not fit {console.width} columns: the picture and --json "
+            "have them all"
+        )
+    else:
+        console.print("mean entropy of every head in nats, by layer (+ overloaded, - collapsed)", *lines, sep="\n")
+    print(f"measured on {opened.source} of {found.context_length:,} tokens")
     shares = " / ".join(f"{share:.0%}" for share in found.quartile_shares)
     print(f"quartile shares of the largest entropy {found.max_observed:.3f} nats: {shares}")
     print(found.verdict)

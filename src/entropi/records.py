@@ -1,8 +1,9 @@
 """Typed records: what every stage writes to `records.jsonl` and the report reads.
 
 One JSON object a line, tagged with its `kind` and the schema version. Entropies are in nats, sizes in bytes,
-times in seconds; matrices are nested lists, layers first, heads second. Numbers that are not finite (say, of a
-softmax-only model that diverged) are written as the strings "NaN", "Infinity" and "-Infinity".
+times in seconds; matrices are nested lists, layers first, heads second; where layers differ in their number of
+heads, rows differ in length. Numbers that are not finite (say, of a softmax-only model that diverged) are written as
+the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -108,14 +109,15 @@ class RolledBack(Base, tag="rollback"):
 class DiagnosisRecord(Base, tag="diagnosis"):
     """Section 3 and Fig. 2a of the paper for one model."""
 
-    entropy: Matrix
+    entropy: Matrix  # a row a layer that has attention, a number a head of it, nats
     context_length: int
     max_observed: float  # M, nats
     max_possible: float  # log T, nats
     quartile_shares: list[float]  # of heads in [0,M/4), [M/4,M/2), [M/2,3M/4), [3M/4,M]
-    overloaded: list[tuple[int, int]]  # (layer, head)
+    overloaded: list[tuple[int, int]]  # (layer, head), the layer by the model's own number
     collapsed: list[tuple[int, int]]
     verdict: str
+    layers: list[int] = []  # the model's number of each row's layer; empty in older records: 0, 1, ...
     source: str = ""  # what text it was measured on, in words
     model: str = ""  # name of its class, where no `RunStarted` tells what the model is
     parameters: int = 0  # likewise; 0 where it is not known
@@ -124,7 +126,7 @@ class DiagnosisRecord(Base, tag="diagnosis"):
 class AttentionPattern(Base, tag="attention"):
     """Where the heads look, and how their entropy grows with the position: means over held-out sequences.
 
-    Matrices are (L, H) but for the last. Weights are means over query rows from the third on, so that the first
+    Matrices have a row a layer and, but for the last, a column a head of it. Weights are means over query rows from the third on, so that the first
     token, the previous one and the row's own are three different ones.
     """
 
@@ -136,6 +138,7 @@ class AttentionPattern(Base, tag="attention"):
     on_itself: Matrix
     positions: list[int]  # the first query position of each of P stretches of equal length, counted from 0
     entropy_by_position: Matrix  # (L, P), nats, mean over the heads of a layer and the rows of a stretch
+    layers: list[int] = []  # as in `DiagnosisRecord`
 
 
 class OperationCount(msgspec.Struct, kw_only=True):

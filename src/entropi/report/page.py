@@ -179,7 +179,8 @@ def _positions(run: Run, dpi: float) -> Panel:
     if run.pattern is None:
         return Panel(title, missing="No entropies by position are recorded.")
     pattern = run.pattern
-    ends = ", ".join(f"layer {layer} {number(row[-1])}" for layer, row in enumerate(pattern.entropy_by_position))
+    numbers = pattern.layers or range(len(pattern.entropy_by_position))
+    ends = ", ".join(f"layer {layer} {number(row[-1])}" for layer, row in zip(numbers, pattern.entropy_by_position))
     alt = f"Mean entropy of each layer of {run.name} by position in the sequence; at its end {ends} nats."
     note = (
         f"Mean over the heads of a layer, {pattern.sequences} held-out sequences of {pattern.context_length:,} tokens. "
