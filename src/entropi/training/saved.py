@@ -231,7 +231,8 @@ def open_with_text(
             f"{named} has the token {tokenizer.id_to_token(largest)!r}, number {largest}, for which the model in "
             f"{model} has no embedding: it has {entries}"
         )
-    amount = f"{len(blocks):,}{f' of {len(cut):,}' if len(blocks) < len(cut) else ''} sequences"
+    part = f" of {len(cut):,}" if len(blocks) < len(cut) else ""
+    amount = f"{len(blocks):,}{part} sequence{'s' if len(cut) > 1 else ''}"
     return Opened(loaded, blocks, corpus, named, amount, ours)
 
 
