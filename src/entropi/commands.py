@@ -194,8 +194,8 @@ def diagnose_heads(
         )
         write_diagnosis(folder, [evaluation, found, pattern], html, name)
     if json:
-        looks = msgspec.to_builtins(pattern)
-        _print_json({**msgspec.to_builtins(found), "corpus": opened.corpus, "perplexity": result.perplexity, "attention": looks})
+        more = {"corpus": opened.corpus, "perplexity": result.perplexity, "attention": msgspec.to_builtins(pattern)}
+        _print_json(msgspec.to_builtins(found) | more)
         return
     console = make_console()
     if (lines := table_of_heads(found, console.width)) is None:
@@ -214,14 +214,14 @@ def diagnose_heads(
 
 
 def cost_of(
-    architecture: str = "SM(t)+ScFuFFN",
+    architecture: str | None = None,
     compare: list[str] | None = None,
     seq_len: int = 128,
-    layers: int = 12,
-    heads: int = 12,
-    hidden_size: int = 768,
-    vocab_size: int = 50257,
-    bias: Literal["qk", "all", "none"] = "qk",
+    layers: int | None = None,
+    heads: int | None = None,
+    hidden_size: int | None = None,
+    vocab_size: int | None = None,
+    bias: Literal["qk", "all", "none"] | None = None,
     protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",
@@ -240,15 +240,15 @@ def cost_of(
     Nothing is run. The defaults are GPT-2 small's sizes.
 
     Args:
-        architecture: one of the paper's names; or the config.json of a GPT-2, GPT-NeoX, Llama or entropi model, a
-            folder that holds one, or hf://OWNER/NAME, which bring their own sizes
+        architecture: one of the paper's names, SM(t)+ScFuFFN by default; or the config.json of a GPT-2, GPT-NeoX, Llama
+            or entropi model, a folder that holds one, or hf://OWNER/NAME, which bring their own sizes
         compare: several of these side by side
         seq_len: tokens of the prompt, T
-        layers: number of layers, L
-        heads: attention heads a layer, H
-        hidden_size: width of the model, d
-        vocab_size: entries of the tokenizer, V
-        bias: linear layers with a bias
+        layers: number of layers, L; 12 by default
+        heads: attention heads a layer, H; 12 by default
+        hidden_size: width of the model, d; 768 by default
+        vocab_size: entries of the tokenizer, V; 50257 by default
+        bias: linear layers with a bias; those of queries and keys, qk, by default
         protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
         network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
         embedding: token table private to the server, or public
@@ -267,9 +267,15 @@ def cost_of(
         _check_parent(picture)
     if calibrate is not None:
         _check_parent(calibrate)
-    recorded = Path(architecture) / records.RECORDS_FILE
-    if record and (compare or not recorded.is_file()):
+    chosen_modes = {"--architecture": architecture, "--compare": compare, "--budget": budget, "--runs": runs}
+    modes = [name for name, value in chosen_modes.items() if value is not None]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other")
+    recorded = Path(architecture or "") / records.RECORDS_FILE
+    if record and (architecture is None or not recorded.is_file()):
         raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
+    if budget is not None and picture is not None:
+        raise UserError("--picture has nothing to draw with --budget")
     with _extra("private"):
         from entropi import costing
         from entropi.costs import calibration as prices
@@ -282,6 +288,23 @@ def cost_of(
         prices.write(measured, calibrate)
         print(f"prices of {measured.protocol} on {measured.machine} in {calibrate}")
         return
+    sizes = {
+        name: value
+        for name, value in (
+            ("layers", layers),
+            ("heads", heads),
+            ("hidden_size", hidden_size),
+            ("vocab_size", vocab_size),
+            ("bias", bias),
+        )
+        if value is not None
+    }
+    searched = [f"--{name.replace('_', '-')}" for name in ("layers", "heads", "hidden_size") if name in sizes]
+    if budget is not None and searched:
+        raise UserError(f"{', '.join(searched)} would be ignored: --budget searches for the sizes")
+    words = [str(run) for run in runs] if runs else compare or [architecture or "SM(t)+ScFuFFN"]
+    costing.refuse_ignored(words, list(sizes), polynomial=polynomial)
+    asked_iterations = exp_iterations
     if exp_iterations is None:
         exp_iterations = 1 if polynomial else 8
     if not 1 <= exp_iterations <= 8:
@@ -295,12 +318,12 @@ def cost_of(
             raise UserError(f"{calibration} holds prices of {chosen.protocol}, not of {protocol}")
     options = Options(embedding=embedding, exp_iterations=exp_iterations, fraction_bits=chosen.fraction_bits)
     base = Shape(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        vocab_size=50257 if vocab_size is None else vocab_size,
+        hidden_size=768 if hidden_size is None else hidden_size,
+        num_hidden_layers=12 if layers is None else layers,
+        num_attention_heads=12 if heads is None else heads,
         max_position_embeddings=max(seq_len, 1024),
-        bias=bias,
+        bias=bias or "qk",
         exp_iterations=exp_iterations if polynomial else None,
         polynomial=polynomial,
     )
@@ -308,32 +331,49 @@ def cost_of(
         with _extra("report"):
             from entropi.report import figures
 
-            points = costing.against_perplexity(runs, seq_len, chosen, line, options)
+            placed = costing.against_perplexity(runs, seq_len, chosen, line, options, asked_iterations)
+        points = {name: (one.megabytes, one.perplexity) for name, one in placed.items()}
         best = figures.frontier(points)
         if picture is not None:
-            figures.write_figure(figures.pareto(points, "predicted bytes of the prompt's pass (MB)"), picture)
+            labels = {name: one.kernel_label for name, one in placed.items()}
+            axis = "predicted bytes of the prompt's pass (MB)"
+            figures.write_figure(figures.pareto(points, axis, labels), picture)
         if json:
             _print_json(
-                [{"run": n, "MB": mb, "perplexity": p, "on_frontier": n in best} for n, (mb, p) in points.items()]
+                [
+                    {
+                        "run": name,
+                        "MB": one.megabytes,
+                        "kernel": one.kernel,
+                        "perplexity": one.perplexity,
+                        "on_frontier": name in best,
+                    }
+                    for name, one in placed.items()
+                ]
             )
             return
-        for name, (megabytes, perplexity) in sorted(points.items(), key=lambda item: item[1]):
+        for name, one in sorted(placed.items(), key=lambda item: points[item[0]]):
             remark = "" if name in best else ", another is better"
-            print(f"{name}: {megabytes:,.1f} MB, perplexity {perplexity:.2f}{remark}")
+            print(f"{name}: {one.megabytes:,.1f} MB at {one.kernel_label}, perplexity {one.perplexity:.2f}{remark}")
         if picture is not None:
             print(f"picture in {picture}")
         return
     if budget is not None:
         fits = costing.within(budget, base, seq_len, chosen, line, options)
         if json:
-            _print_json([{**msgspec.to_builtins(one.prediction), "parameters": one.parameters} for one in fits])
+            _print_json(
+                [
+                    {**msgspec.to_builtins(one.prediction), "kernel": one.prediction.kernel, "parameters": one.parameters}
+                    for one in fits
+                ]
+            )
         else:
             costing.show_fitting(fits, budget, seq_len)
         return
-    found = [
-        costing.costed(name, shape, seq_len, chosen, line, options)
-        for name, shape in (costing.shape_of(word, base) for word in compare or [architecture])
-    ]
+    shapes = [costing.shape_of(word, base) for word in words]
+    if not polynomial:
+        costing.refuse_other_kernel(shapes, asked_iterations)
+    found = [costing.costed(name, shape, seq_len, chosen, line, options) for name, shape in shapes]
     if record:
         records.append(recorded, found[0].prediction)
     if picture is not None:
@@ -600,7 +640,7 @@ def summary_of_private_run(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line."""
     return (
         f"{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages"
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, softmax kernel t={run.exp_iterations}"
     )
 
 

@@ -238,11 +238,23 @@ class PredictionRecord(Base, tag="prediction"):
     prompt: PassCost
     further: PassCost | None  # one token after the prompt
     polynomial: bool = False
+    own_kernel: bool | None = None  # whether the model is trained with this kernel; None in older records
 
     @property
     def kernel(self) -> str:
         """What stands for the softmax's exponential, in words."""
-        return f"{'polynomial' if self.polynomial else 'softmax'} kernel t={self.exp_iterations}"
+        whose = {
+            None: "",
+            True: ", the model's own",
+            False: " for a model trained with the exact softmax",
+        }[self.own_kernel]
+        return f"{'polynomial' if self.polynomial else 'softmax'} kernel t={self.exp_iterations}{whose}"
+
+    @property
+    def kernel_label(self) -> str:
+        """The same, short enough to stand beside a figure."""
+        whose = {None: "", True: " (its own)", False: " (trained exact)"}[self.own_kernel]
+        return f"{'polynomial ' if self.polynomial else ''}t={self.exp_iterations}{whose}"
 
 
 class StageTraffic(msgspec.Struct, kw_only=True):

@@ -386,14 +386,19 @@ def perplexity_by_row(values: Mapping[str, Sequence[float]]) -> Figure:
 
 
 @_styled
-def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
+def pareto(
+    points: Mapping[str, tuple[float, float]], cost: str, kernels: Mapping[str, str] | None = None
+) -> Figure:
     """Cost against held-out perplexity, a point a run, and the staircase of runs that no other beats in both.
 
-    `points` maps a run's name to (cost, perplexity), both positive; `cost` is the axis' label with its unit.
+    `points` maps a run's name to (cost, perplexity), both positive; `cost` is the axis' label with its unit. `kernels`
+    are the softmax kernels that the costs are for, said once where all are the same, and else under each name.
     """
+    kernels = kernels or {}
+    shared = set(kernels.values()) if kernels.keys() >= points.keys() else set()
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel(cost)
+    axes.set_xlabel(f"{cost}, {shared.pop()}" if len(shared) == 1 else cost)
     axes.set_ylabel("held-out perplexity")
     axes.grid()
     axes.set_axisbelow(True)
@@ -412,7 +417,7 @@ def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
         axes.plot(x, y, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face, markeredgewidth=1.6)
         right = x > middle
         axes.annotate(
-            _name(name),
+            f"{_name(name)}\n{kernels[name]}" if shared and name in kernels else _name(name),
             (x, y),
             xytext=(-7 if right else 7, 6),
             textcoords="offset points",
@@ -589,7 +594,7 @@ def predicted_bytes(predictions: Mapping[str, PredictionRecord]) -> Figure:
         sizes = [found[operation].bytes / 1e6 if operation in found else 0.0 for operation in operations]
         y = places + (index - (len(sums) - 1) / 2) * height
         total = sum(sizes)
-        label = f"{_name(name)}, {total:,.0f} MB"
+        label = f"{_name(name)}, {total:,.0f} MB, {predictions[name].kernel_label}"
         axes.barh(y, sizes, height=0.92 * height, color=PALETTE[index % len(PALETTE)], label=label)
         for place, size in zip(y, sizes):
             if size:
