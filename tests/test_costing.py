@@ -376,7 +376,9 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytes
         assert (said.out, said.err.count("\n")) == ("", 1)
         return said.err
 
-    assert f"--polynomial would be ignored, as {llama} brings its own" in refused("--architecture", llama, "--polynomial")
+    assert f"--polynomial would be ignored, as {llama} brings its own" in refused(
+        "--architecture", llama, "--polynomial"
+    )
     both = refused("--architecture", llama, "--layers", 3, "--bias", "all")
     assert "--layers and --bias would be ignored" in both
     assert "--hidden-size would be ignored" in refused("--runs", own, "--hidden-size", 64)

@@ -233,7 +233,7 @@ def test_a_model_without_attention_has_nothing_to_diagnose(
     status, out, err = diagnose(saved("mamba", tmp_path / "mamba", corpus), "--context-length", 24)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "MambaForCausalLM cannot be diagnosed: " in err
-    assert "no attention" in err
+    assert "has no softmax attention" in err
 
 
 def test_a_forward_pass_that_fails_is_one_line(

@@ -174,8 +174,7 @@ def diagnose_heads(
     opened = open_with_text(folder, corpus, exp_iterations, sequences, context_length)
     loaded, blocks = opened.model, opened.blocks
     result = evaluate_heldout(opened, batch_size, entropies=True)
-    layers = loaded.config.get_text_config().num_hidden_layers
-    found = diagnose_heldout(result, blocks.shape[1], opened.source, layers)
+    found = diagnose_heldout(result, blocks.shape[1], opened.source)
     found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
     figure = figures.entropy_heatmap(found.entropy, found.max_possible, name, found.layers)
     figures.write_figure(figure, picture)
@@ -363,7 +362,11 @@ def cost_of(
         if json:
             _print_json(
                 [
-                    {**msgspec.to_builtins(one.prediction), "kernel": one.prediction.kernel, "parameters": one.parameters}
+                    {
+                        **msgspec.to_builtins(one.prediction),
+                        "kernel": one.prediction.kernel,
+                        "parameters": one.parameters,
+                    }
                     for one in fits
                 ]
             )

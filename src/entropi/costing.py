@@ -88,7 +88,7 @@ def refuse_ignored(models: Sequence[str], sizes: Sequence[str], *, polynomial: b
     options += ["--polynomial"] * (polynomial and bool(own))
     if options:
         raise UserError(
-            f"{' and '.join(options)} would be ignored, as {own[0]} brings its own: leave that out, or name an architecture"
+            f"{' and '.join(options)} would be ignored, as {own[0]} brings its own: leave out, or name an architecture"
         )
 
 

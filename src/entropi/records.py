@@ -126,8 +126,8 @@ class DiagnosisRecord(Base, tag="diagnosis"):
 class AttentionPattern(Base, tag="attention"):
     """Where the heads look, and how their entropy grows with the position: means over held-out sequences.
 
-    Matrices have a row a layer and, but for the last, a column a head of it. Weights are means over query rows from the third on, so that the first
-    token, the previous one and the row's own are three different ones.
+    Matrices have a row a layer and, but for the last, a column a head of it. Weights are means over query rows from the
+    third on, so that the first token, the previous one and the row's own are three different ones.
     """
 
     sequences: int

@@ -88,7 +88,9 @@ def _read_source(source: str) -> tuple[str, list[Document], int, int]:
     shown = as_shown(path)
     try:
         if not source.strip() or not path.exists():
-            raise UserError(f"there is no file or folder {as_shown(source)!r}: give a text file, a folder or {STDLIB!r}")
+            raise UserError(
+                f"there is no file or folder {as_shown(source)!r}: give a text file, a folder or {STDLIB!r}"
+            )
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a parent folder that may not be entered, a name too long
         raise UserError(f"cannot open {shown}: {_reason(error)}; give a text file or a folder") from None

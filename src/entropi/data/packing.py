@@ -143,7 +143,13 @@ def is_plain_text(source: str) -> bool:
 
 
 def heldout_blocks(
-    source: str, tokenizer: Tokenizer, block_length: int, eos_id: int, *, per_document: bool = False, whole: bool = False
+    source: str,
+    tokenizer: Tokenizer,
+    block_length: int,
+    eos_id: int,
+    *,
+    per_document: bool = False,
+    whole: bool = False,
 ) -> Tokens:
     """Blocks `(N, block_length)` int32 of the held-out part of what `prepare` takes, in memory, cut as `pack` does.
 

@@ -21,7 +21,7 @@ MAX_NAMED_LAYERS = 8  # where all that have attention are meant
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where the heads of a model stand; entropies in nats, heads as (layer, head), layers by the model's own numbers."""
+    """Where the heads of a model stand; entropies in nats, heads as (layer, head), the layer by the model's number."""
 
     entropy: list[list[float]]  # a row a layer that has attention, a number a head of it
     layers: list[int]  # the layer of each row

@@ -386,9 +386,7 @@ def perplexity_by_row(values: Mapping[str, Sequence[float]]) -> Figure:
 
 
 @_styled
-def pareto(
-    points: Mapping[str, tuple[float, float]], cost: str, kernels: Mapping[str, str] | None = None
-) -> Figure:
+def pareto(points: Mapping[str, tuple[float, float]], cost: str, kernels: Mapping[str, str] | None = None) -> Figure:
     """Cost against held-out perplexity, a point a run, and the staircase of runs that no other beats in both.
 
     `points` maps a run's name to (cost, perplexity), both positive; `cost` is the axis' label with its unit. `kernels`

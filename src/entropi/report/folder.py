@@ -220,7 +220,9 @@ def _check_shapes(record: Record, path: Path) -> None:
     if isinstance(record, DiagnosisRecord | AttentionPattern):
         rows, numbers = _rows(record), _numbers(record)
         if len(numbers) != rows or numbers != sorted(set(numbers)) or numbers[0] < 0:
-            raise UserError(f"{path} is damaged: {len(numbers)} layers are named for {rows} rows, or not in their order")
+            raise UserError(
+                f"{path} is damaged: {len(numbers)} layers are named for {rows} rows, or not in their order"
+            )
     if isinstance(record, DiagnosisRecord) and len(record.quartile_shares) != 4:
         raise UserError(f"{path} is damaged: a diagnosis has {len(record.quartile_shares)} quartile shares, not 4")
 

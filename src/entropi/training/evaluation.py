@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from entropi import records
 from entropi.data.shards import Blocks
 from entropi.entropy.diagnosis import diagnose
-from entropi.entropy.recording import EntropyRecorder, record_entropy
+from entropi.entropy.recording import record_entropy
 from entropi.errors import UserError
 from entropi.training.distributed import processes, rank, total
 
@@ -30,6 +30,7 @@ class HeldOut:
     cross_entropy: float  # nats per token
     tokens: int  # predicted
     heads: dict[int, Tensor]  # by layer that has attention (heads,), nats, mean over all sequences and rows
+    layers: int | None = None  # of the model, those without attention included; None where that is not known
 
     @property
     def entropy(self) -> Tensor:
@@ -80,11 +81,13 @@ def evaluate_blocks(
         )
         loss_sum += counts * float(losses)
         tokens += int(counts) * ids.shape[0] * (ids.shape[1] - 1)
-        heads = dict[int, Tensor]()
+        heads, layers = dict[int, Tensor](), None
         if recorded is not None:
-            heads = {layer: mean.double() * len(ids) for layer, mean in heads_by_layer(model, recorded).items()}
+            heads = {layer: mean.double() * len(ids) for layer, mean in recorded.by_layer().items()}
+            layers = recorded.num_layers
         elif entropies:
             heads = dict(enumerate(e.double().mean(dim=-1).sum(dim=0) for e in out.entropies))
+            layers = len(heads)
         sums = {layer: sums.get(layer, 0.0) + counts * values for layer, values in heads.items()}
         if progress is not None:
             progress(min((turn + 1) * processes() * batch_size, len(blocks)))
@@ -93,33 +96,21 @@ def evaluate_blocks(
     summed = total(flat).cpu()
     means = (summed[2:] / len(blocks)).split([len(values) for values in sums.values()])
     return HeldOut(
-        cross_entropy=float(summed[0] / summed[1]), tokens=int(summed[1]), heads=dict(zip(sums.keys(), means))
+        cross_entropy=float(summed[0] / summed[1]),
+        tokens=int(summed[1]),
+        heads=dict(zip(sums.keys(), means)),
+        layers=layers,
     )
 
 
-def heads_by_layer(model: nn.Module, recorded: EntropyRecorder) -> dict[int, Tensor]:
-    """Mean entropies `(heads,)` by layer, in the order of the layers.
-
-    Raises:
-        ValueError: there was no attention to record.
-    """
-    if not recorded.layers:
-        raise ValueError(f"{type(model).__name__} has no attention heads whose entropy could be recorded")
-    return dict(zip(recorded.layers, recorded.mean()))
-
-
-def diagnose_heldout(
-    result: HeldOut, context_length: int, source: str = "", layers: int | None = None
-) -> records.DiagnosisRecord:
+def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> records.DiagnosisRecord:
     """The diagnosis of an evaluation on the text that `source` describes.
-
-    `layers` is how many the model has, where some may lack attention.
 
     Raises:
         UserError: entropies that are not finite: the model has diverged.
     """
     numbers = list(result.heads)
-    everywhere = layers is None or numbers == list(range(layers))
+    everywhere = numbers == list(range(result.layers or 0))
     try:
         found = diagnose(list(result.heads.values()), context_length, None if everywhere else numbers)
     except ValueError as error:
@@ -164,18 +155,18 @@ def observe_patterns(
     Raises:
         ValueError: a model without attention, or one whose attention cannot be recorded.
     """
-    forward = type(model).forward
     was_training = model.training
     model.eval()
     looks, entropy = dict[int, Tensor](), dict[int, Tensor]()  # by layer: (4, heads), and (T,) means over heads
     for done, block in enumerate(blocks, start=1):
-        with record_entropy(model, keep_rows=True, keep_patterns=True) as recorded:
-            forward(model, _ids(model, block[None]), use_cache=False)
-        for layer in heads_by_layer(model, recorded):
-            pattern = torch.stack(recorded.patterns[layer][0])[:, 0].cpu()
-            rows = recorded.rows[layer][0].double().mean(dim=(0, 1)).cpu()
+        with _own_forward(model), record_entropy(model, keep_rows=True, keep_patterns=True) as recorded:
+            model(_ids(model, block[None]), use_cache=False)
+        patterns, rows = recorded.patterns, recorded.rows
+        for layer in recorded.layers:
+            pattern = torch.stack(patterns[layer][0])[:, 0].cpu()
             looks[layer] = looks.get(layer, 0.0) + pattern / len(blocks)
-            entropy[layer] = entropy.get(layer, 0.0) + rows / len(blocks)
+            means = rows[layer][0].double().mean(dim=(0, 1)).cpu()
+            entropy[layer] = entropy.get(layer, 0.0) + means / len(blocks)
         if progress is not None:
             progress(done)
     model.train(was_training)

@@ -212,9 +212,7 @@ def open_with_text(
     named = name if plain else f"held-out text of {name}"
     # Models with a token that begins every text expect it, and many heads rest on it.
     try:
-        cut = heldout_blocks(
-            corpus, tokenizer, length - begins, end, per_document=packing == "document", whole=plain
-        )
+        cut = heldout_blocks(corpus, tokenizer, length - begins, end, per_document=packing == "document", whole=plain)
     except UserError as error:
         if not of_the_run:
             raise
