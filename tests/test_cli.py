@@ -361,6 +361,31 @@ def test_corpora_that_cannot_be_used(entropi: Callable[..., Done], trained: Path
         assert not (tmp_path / "run").exists()
 
 
+def test_names_that_are_no_text(
+    trained: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: Any,
+):
+    """File systems allow names that are not UTF-8; they are printed as they are, and JSON has question marks."""
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"na\xefve")
+    shutil.copytree(corpus, odd)
+    shutil.copytree(trained / "model", f"{odd}-model")
+    assert main(["evaluate", str(trained), "--corpus", odd]) == 0
+    assert "held-out text of na?ve, " in capfdbinary.readouterr().out.decode()
+    for command in ("evaluate", "diagnose"):
+        assert main([command, str(trained), "--corpus", odd, "--json"]) == 0
+        assert json.loads(capfdbinary.readouterr().out)["corpus"] == "na?ve"
+    for words in (["cost", "--architecture", odd[:3]], ["cost", "--network", odd], ["evaluate", odd[:3]]):
+        assert main(words) == 2
+        assert capfdbinary.readouterr().err.count(b"\n") == 1
+    pytest.importorskip("jax")
+    assert main(["cost", "--architecture", f"./{odd}-model", "--seq-len", "8"]) == 0
+    assert capfdbinary.readouterr().out.startswith(b"./na\xefve-model: ")
+
+
 def test_batch_size_zero(entropi: Callable[..., Done], trained: Path):
     assert_refused(entropi("evaluate", trained, "--batch-size", "0"), "batch_size is 0, at least 1 is needed")
     assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 8")
@@ -704,6 +729,17 @@ def test_a_prompt_is_text_whatever_it_looks_like(
     (recorded,) = records.read(tmp_path / "records.jsonl")
     assert isinstance(recorded, records.PrivateRun)
     assert recorded.prompt == prompt
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second in the locale "C"
+def test_a_prompt_that_is_no_text(
+    entropi: Callable[..., Done], answering: Callable[..., None], monkeypatch: pytest.MonkeyPatch, errors: str
+):
+    answering(["a"], "a")
+    latin = "caf\xe9".encode("latin-1")
+    assert_refused(entropi("ask", os.fsdecode(latin)), "the prompt is not UTF-8 text")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(latin), "utf-8", errors))
+    assert_refused(entropi("ask", "-"), "standard input is not UTF-8 text")
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------

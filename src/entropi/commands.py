@@ -559,11 +559,12 @@ def ask(
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
+    source = "standard input" if prompt == "-" else "the prompt"
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()  # bytes that could not be decoded may have arrived as lone surrogates
+    except UnicodeError:
+        raise UserError(f"{source} is not UTF-8 text") from None
     if logits is not None:
         _check_parent(logits)
     if record is not None and not record.is_dir():

@@ -423,20 +423,26 @@ _header_decoder = msgspec.json.Decoder(_Header)
 _encoder = msgspec.json.Encoder()
 
 
-def _spell_nonfinite(value: Any) -> Any:
-    """msgspec would write NaN as null, and then refuse to read the null back as a number."""
+def _writable(value: Any) -> Any:
+    """What JSON has a form for.
+
+    msgspec would write NaN as null, and then refuse to read the null back as a number; and it refuses names of files
+    that are not UTF-8, of which undecodable bytes become question marks.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _spell_nonfinite(item) for key, item in value.items()}
+        return {key: _writable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_spell_nonfinite(item) for item in value]
+        return [_writable(item) for item in value]
     return value
 
 
 def encode(record: Record) -> bytes:
     """One record as one line of JSON, without the newline."""
-    return _encoder.encode(_spell_nonfinite(msgspec.to_builtins(record)))
+    return _encoder.encode(_writable(msgspec.to_builtins(record)))
 
 
 def append(path: Path, record: Record) -> None:
