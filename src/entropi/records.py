@@ -376,6 +376,7 @@ class StudyRow(Base, tag="study_row"):
     loss_std: list[float]
     folded_ffn_flops: int = 0  # what private inference computes of them
     predicted_bytes: float | None = None  # of a private prompt of the context length (`entropi cost`), where known
+    predicted_kernel: str = ""  # the softmax kernel that they are for, in words; empty in older records
 
 
 class StudyClaim(Base, tag="study_claim"):
