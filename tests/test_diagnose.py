@@ -3,6 +3,7 @@ tokenizers."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     JambaConfig,
     LlamaConfig,
@@ -25,9 +27,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+from entropi import records
 from entropi.cli import main
 from entropi.data.corpus import load_texts
-from entropi.training.evaluation import observe_patterns
+from entropi.report.page import write_diagnosis
+from entropi.training.evaluation import diagnose_heldout, evaluate_blocks, observe_patterns
 
 VOCABULARY = 300
 CONFIGS: dict[str, Any] = {
@@ -210,6 +216,32 @@ def test_layers_have_the_model_s_own_numbers(
     found = json.loads(diagnose(folder, "--sequences", 2, "--json")[1])
     assert found["layers"] == found["attention"]["layers"] == [1, 3]
     assert {layer for layer, _ in found["overloaded"]} == {1, 3}
+
+
+def test_layers_that_differ_in_their_number_of_heads(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["gpt2"])
+    model = GPT2LMHeadModel(config).eval()
+    fewer = copy.deepcopy(config)
+    fewer.n_head = 2
+    fewer._attn_implementation = config._attn_implementation
+    torch.manual_seed(0)
+    model.transformer.h[1].attn = GPT2Attention(fewer, layer_idx=1).eval()
+    blocks = np.random.default_rng(0).integers(0, VOCABULARY, (3, 24))
+    result, pattern = evaluate_blocks(model, blocks, 2), observe_patterns(model, blocks)
+    found = diagnose_heldout(result, 24)
+    model.set_attn_implementation("eager")
+    for layer in model.transformer.h:
+        layer.attn.config._attn_implementation = "eager"
+    with torch.no_grad():
+        weights = model(torch.from_numpy(blocks), output_attentions=True, use_cache=False).attentions
+    assert [len(row) for row in found.entropy] == [len(row) for row in pattern.on_first] == [4, 2, 4]
+    for row, first, w in zip(found.entropy, pattern.on_first, weights):
+        assert row == pytest.approx(torch.special.entr(w.double()).sum(-1).mean((0, 2)).tolist(), rel=1e-4)
+        assert first == pytest.approx(w[:, :, 2:, 0].double().mean((0, 2)).tolist(), abs=1e-5)
+    evaluation = records.Evaluation(step=0, cross_entropy=1.0, perplexity=math.e, tokens=1, entropy=found.entropy)
+    (tmp_path / "model").mkdir()
+    page = write_diagnosis(tmp_path / "model", [evaluation, found, pattern], tmp_path / "page.html").read_text()
+    assert page.count("data-head=") == 10
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gpt_oss"])

@@ -202,8 +202,8 @@ def open_with_text(
         config = loaded.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or FOREIGN_CONTEXT
         usual = min(longest, FOREIGN_CONTEXT)
-    of_the_run = corpus is None and bool(trained_on)
-    corpus = corpus or trained_on or STDLIB
+    of_the_run = corpus is None and trained_on != ""
+    corpus = (trained_on or STDLIB) if corpus is None else corpus
     plain = not ours and is_plain_text(corpus)
     length = context_length or usual
     if length > longest:
@@ -235,7 +235,11 @@ def open_with_text(
 
 
 def _entries(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    """For how many tokens a model has an embedding."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):  # not every family says where its embeddings are
+        return int(model.config.get_text_config().vocab_size)
 
 
 def evaluate_heldout(opened: Opened, batch_size: int, *, entropies: bool) -> HeldOut:
@@ -247,12 +251,12 @@ def evaluate_heldout(opened: Opened, batch_size: int, *, entropies: bool) -> Hel
     model, blocks = opened.model, opened.blocks
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = max(1, min(batch_size, MAX_LOGITS // (blocks.shape[1] * _entries(model))))
     with (
         failures_in_one_line(opened, "diagnosed" if entropies else "evaluated"),
         ProgressLine(f"evaluating on {opened.text}", len(blocks)) as line,
     ):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         return evaluate_blocks(model, blocks, batch_size, line.update, entropies=entropies)
 
 
