@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.patterns import Pattern, attention_pattern
-from entropi.entropy.recorder import observe, recorders, replay, replaying
+from entropi.entropy.recorder import recorders, replay, replaying
 
 NAME = "entropi"  # of the attention implementation
 CONFIGURED = "_attn_implementation_internal"  # the attribute of a configuration, without its sub-configurations
@@ -43,10 +43,22 @@ def register_attention() -> None:
     `import entropi` does it already. Without the mask function of the same name, transformers would pass no mask.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: what SDPA's function makes, boolean `(B, 1, T, S)`, True where a key is visible.
+
+    None, for causality without anything else, only where there are as many queries as keys and more than one: no
+    T x T mask is held where none is needed, and with other keys besides a missing mask would have to be guessed at.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    queries = kwargs.get("q_length")
+    skip = allow_is_causal_skip and (queries is None or queries == kwargs.get("kv_length") > 1)
+    return sdpa_mask(*args, allow_is_causal_skip=skip, **kwargs)
 
 
 def attention_forward(
@@ -75,9 +87,11 @@ def attention_forward(
         lacking.append("attention dropout (use model.eval(), or set it to 0)")
     if kwargs.get("cache") is not None:
         lacking.append("a paged cache (continuous batching)")
-    if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME:
-        own = _own_arguments(type(module))
-        lacking += [name for name in {*own, *SELECTIONS} if kwargs.get(name) is not None]
+    named = getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+    if named:
+        family = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+        own = {*SELECTIONS, *_own_arguments(family.get("eager_attention_forward", attention_forward))}
+        lacking += [name for name in sorted(own) if kwargs.get(name) is not None]
     if s_aux is not None and s_aux.numel() != query.shape[1]:
         lacking.append("sinks other than one a head")
     if query.dim() != 4 or key.dim() != 4:
@@ -89,6 +103,8 @@ def attention_forward(
     length = query.shape[2]
     causal = bool(is_causal) and attention_mask is None and length > 1
     if causal and key.shape[2] > length:
+        if named:
+            raise ValueError(f"{type(module).__name__} has keys that its mask is not made for: it cannot be recorded")
         # No mask means that row i sees the first i + 1 keys: those that follow are preallocated for tokens to come.
         key, value = key[:, :, :length], value[:, :, :length]
         position_bias = None if position_bias is None else position_bias[..., :length]
@@ -136,20 +152,17 @@ def _pattern(query: Tensor, key: Tensor, is_causal: bool, settings: dict[str, An
     return attention_pattern(query, key, **settings)
 
 
-@functools.lru_cache(maxsize=None)
-def _own_arguments(kind: type[nn.Module]) -> frozenset[str]:
-    """What the eager attention of a module's family takes besides what is understood here."""
-    family = getattr(inspect.unwrap(kind.forward), "__globals__", {})
-    eager = family.get("eager_attention_forward")
-    return frozenset(inspect.signature(eager).parameters) - UNDERSTOOD if callable(eager) else frozenset()
+@functools.cache
+def _own_arguments(eager: Callable[..., Any]) -> frozenset[str]:
+    """What the eager attention of a family takes besides what is understood here."""
+    return frozenset(inspect.signature(eager).parameters) - UNDERSTOOD
 
 
 # Which modules attend, and which name serves them
 
 
-@functools.lru_cache(maxsize=None)
 def _names_used(kind: type[nn.Module]) -> frozenset[str]:
-    """Global and attribute names in the methods of a class of modules, as far as it does not inherit them from torch."""
+    """Global and attribute names in the methods of a class of modules, those that it inherits from torch left out."""
     names: set[str] = set()
     kinds = [each for each in kind.__mro__ if issubclass(each, nn.Module) and each is not nn.Module]
     for name in {name for each in kinds for name in vars(each)}:
@@ -172,11 +185,11 @@ def _names_in(code: Any) -> set[str]:
 def attention_modules(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, str]]:
     """The modules of `model` whose attention can be recorded, and the paths of those which compute it themselves."""
     attending, own = set(), {}
+    names = {kind: _names_used(kind) for kind in {type(module) for module in model.modules()}}
     for path, module in model.named_modules():
-        used = _names_used(type(module))
-        if "ALL_ATTENTION_FUNCTIONS" in used and not hasattr(module, "get_correct_attn_implementation"):
-            attending.add(module)
-        elif _ours(module) and "observe" in used:
+        used = names[type(module)]
+        shows = "observe" in used if _ours(module) else "ALL_ATTENTION_FUNCTIONS" in used
+        if shows and not hasattr(module, "get_correct_attn_implementation"):  # which models have
             attending.add(module)
         elif re.search("atte?n", type(module).__name__, re.IGNORECASE) and used & SOFTMAXES:
             own[module] = re.sub(r"\b\d+\b", "*", path)

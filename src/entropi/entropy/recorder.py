@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -441,7 +440,7 @@ def placed(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[Pl
         found.sort(key=lambda each: each[0])
         width = len(found[0][0])
         varying = [i for i in range(width) if len({numbers[i] for numbers, _ in found}) > 1]
-        # Numbers that do not vary are no layers, as of sub-layers; where two vary, as stages and blocks, all are counted.
+        # Numbers that do not vary are those of sub-layers; where two vary, as of stages and blocks, all are counted.
         counted = None if len(varying) > 1 or not width else (varying or [0])[0]
         for rank, (numbers, module) in enumerate(found):
             layers = None
@@ -486,7 +485,7 @@ def _rows_of(mask: _Mask, batch: int, length: int) -> Tensor | None:
 def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mask:
     """What a model was called with."""
     try:
-        given = _signature(type(module)).bind_partial(module, *args, **kwargs).arguments
+        given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     except TypeError:  # which the model will say itself
         given = {}
     given = {**given.pop("kwargs", {}), **given}
@@ -496,14 +495,9 @@ def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     queries = None if inputs is None or inputs.dim() < 2 else inputs.shape[1]
     cache = next((given[name] for name in ("past_key_values", "cache_params") if given.get(name) is not None), None)
     past = None
-    if getattr(cache, "is_compileable", False):
-        seen = cache.get_seq_length()  # type: ignore[union-attr]
-        past = int(seen)
+    if cache is not None and getattr(cache, "is_compileable", False):
+        with suppress(ValueError):  # of a cache without attention layers
+            past = int(cache.get_seq_length())
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return _Mask("tokens", mask, queries, past, cache is not None)
     return _Mask("none" if mask is None else "other", None, queries, past, cache is not None)
-
-
-@lru_cache(maxsize=None)
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
