@@ -5,11 +5,14 @@ import torch
 from entropi.entropy.attention import entropy_attention
 
 
-def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0):
+def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0, value_width=None):
+    """Query, key and value, and gradients of output and entropy."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = [(batch, heads, n, width) for n in (queries, keys, keys)]
+    value_width = value_width or width
+    sizes = [(batch, heads, queries, width), (batch, heads, keys, width), (batch, heads, keys, value_width)]
     tensors = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
-    return tensors, torch.randn(sizes[0], generator=generator), torch.randn(sizes[0][:3], generator=generator)
+    rows = (batch, heads, queries)
+    return tensors, torch.randn(*rows, value_width, generator=generator), torch.randn(rows, generator=generator)
 
 
 def kernel(iterations):
@@ -19,10 +22,13 @@ def kernel(iterations):
     return {"exp_iterations": abs(iterations)} | ({"polynomial": True} if iterations < 0 else {})
 
 
-def everything(implementation, tensors, grad_output, grad_entropy, dtype, **options):
-    """Output, entropy and the three gradients."""
+def everything(implementation, tensors, grad_output, grad_entropy, dtype, sinks=None, **options):
+    """Output, entropy and the three gradients, or four where there are sinks."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    output, entropy = entropy_attention(*inputs, implementation=implementation, **options)
+    if sinks is not None:
+        inputs.append(sinks.detach().to(dtype).requires_grad_())
+        options["sinks"] = inputs[3]
+    output, entropy = entropy_attention(*inputs[:3], implementation=implementation, **options)
     incoming = [grad_output.to(output.dtype), grad_entropy.to(entropy.dtype)]
     return [output, entropy, *torch.autograd.grad([output, entropy], inputs, incoming)]
 
@@ -37,7 +43,7 @@ def assert_as_exact(implementation, tensors, grad_output, grad_entropy, dtype=to
     exact = everything("reference", tensors, *rest, torch.float64, **options)
     plain = everything("reference", tensors, *rest, dtype, **options)
     got = everything(implementation, tensors, *rest, dtype, **options)
-    for name, e, p, g in zip(("output", "entropy", "dq", "dk", "dv"), exact, plain, got):
+    for name, e, p, g in zip(("output", "entropy", "dq", "dk", "dv", "sinks"), exact, plain, got):
         assert torch.isfinite(g).all(), name
         scale = max(1.0, float(e.detach().abs().max()))
         error, allowed = (g.double() - e).abs().max(), 2 * (p.double() - e).abs().max() + slack * scale

@@ -13,17 +13,17 @@ from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
 from exactness import kernel
 
 
-def make_qkv(batch=2, heads=3, queries=17, keys=None, width=8, dtype=torch.float64, seed=0):
+def make_qkv(batch=2, heads=3, queries=17, keys=None, width=8, dtype=torch.float64, seed=0, value_width=None):
     generator = torch.Generator().manual_seed(seed)
     keys = keys or queries
-    shapes = [(batch, heads, queries, width), (batch, heads, keys, width), (batch, heads, keys, width)]
+    shapes = [(batch, heads, queries, width), (batch, heads, keys, width), (batch, heads, keys, value_width or width)]
     return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def definition(query, key, value, visible, temperature=None, iterations=None):
-    """Loops over rows: no shared code with the package, and -inf nowhere."""
+def definition(query, key, value, visible, temperature=None, iterations=None, softcap=None, sinks=None):
+    """Loops over rows: no shared code with the package, and -inf nowhere. Sinks are `(B, H, T)`."""
     batch, heads, queries, width = query.shape
-    output = torch.zeros_like(query)
+    output = query.new_zeros(batch, heads, queries, value.shape[3])
     entropy = torch.zeros(batch, heads, queries, dtype=query.dtype)
     for b in range(batch):
         for h in range(heads):
@@ -33,13 +33,17 @@ def definition(query, key, value, visible, temperature=None, iterations=None):
                     continue
                 t = 1.0 if temperature is None else temperature[h, i]
                 logits = (key[b, h, seen] @ query[b, h, i]) / (t * math.sqrt(width))
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[b, h, i, None]])
                 p = torch.softmax(logits, dim=0)
                 if iterations is not None:
                     n = 2 ** abs(iterations)
                     x = (logits - logits.max()).clamp(min=-0.9 * n) if iterations > 0 else logits
                     weights = (1 + x / n) ** n
                     p = weights / weights.sum()
-                output[b, h, i] = p @ value[b, h, seen]
+                output[b, h, i] = p[: len(seen)] @ value[b, h, seen]
                 entropy[b, h, i] = -(p * p.log()).sum()
     return output, entropy
 
@@ -111,6 +115,94 @@ def test_of_equal_largest_logits_the_first_has_the_gradient_through_the_maximum(
     slope = 2.0 * torch.tensor([k * (1 - mean) / (1 + x / n), 5 - mean, 5 - mean], dtype=torch.float64) / total
     slope[1] -= slope.sum()
     torch.testing.assert_close(got.flatten(), slope)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("sink_shape", [None, (3,), (3, 1), (2, 1, 1), (2, 3, -1)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "value_width"), [(1, 1, 3), (17, 17, 12), (1, 12, 5), (5, 12, 8), (7, 4, 5)]
+)
+def test_sinks_softcap_and_values_of_another_width(implementation, softcap, sink_shape, queries, keys, value_width):
+    tensors = make_qkv(queries=queries, keys=keys, value_width=value_width)
+    temperature = torch.linspace(0.3, 1.4, 3 * queries, dtype=torch.float64).reshape(3, -1).requires_grad_()
+    sinks = None
+    if sink_shape is not None:
+        shape = [queries if n == -1 else n for n in sink_shape]
+        sinks = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+    def ours(q, k, v, t, *s):
+        options = dict(temperature=t, softcap=softcap, sinks=s[0] if s else None, implementation=implementation)
+        return entropy_attention(q, k, v, **options)
+
+    def theirs(q, k, v, t, *s):
+        rows = None
+        if s:
+            rows = (s[0][:, None] if s[0].dim() == 1 else s[0]).expand(2, 3, queries)
+        return definition(q, k, v, causal(queries, keys), t, softcap=softcap, sinks=rows)
+
+    assert_same_values_and_gradients(ours, theirs, [*tensors, temperature, *([] if sinks is None else [sinks])])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_that_see_nothing_but_their_sink(implementation, additive):
+    """Hidden by the mask (2), by being earlier than every key (0 to 2 of 9), or both; one sink is none."""
+    query, key, value = make_qkv(queries=9, keys=6)
+    visible = causal(9, 6)
+    visible[5] = False
+    sinks = torch.tensor([0.3, -math.inf, 60.0], dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(9, 6, dtype=torch.float64).masked_fill(~visible, -math.inf) if additive else visible
+    output, entropy = entropy_attention(query, key, value, attn_mask=mask, sinks=sinks, implementation=implementation)
+    finite = sinks.detach().clamp(min=-1e4)  # a weight of exactly 0 has no entropy in a definition without -inf
+    expected = definition(query, key, value, visible, sinks=finite[:, None].expand(2, 3, 9))
+    torch.testing.assert_close(output, expected[0])
+    torch.testing.assert_close(entropy[:, ::2], expected[1][:, ::2])
+    without = entropy_attention(query, key, value, attn_mask=mask, implementation=implementation)[1]
+    torch.testing.assert_close(entropy[:, 1], without[:, 1])
+    assert output[:, :, [0, 1, 2, 5]].abs().max() == 0
+    assert entropy[:, :, [0, 1, 2, 5]].abs().max() == 0
+    grads = torch.autograd.grad(output.sin().sum() + entropy.square().sum(), (query, key, value, sinks))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert grads[3][0] != 0
+    assert grads[3][1] == 0
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "auto"])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_sinks_are_those_of_gpt_oss_in_transformers(implementation, queries):
+    """Their weights are the output over values that pick keys out, values of another width than keys."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    query, key, _ = (x.detach() for x in make_qkv(heads=4, queries=queries, keys=7))
+    key, value = key[:, :2], torch.eye(7, dtype=torch.float64).expand(2, 2, 7, 7)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.sinks = 2, torch.linspace(-1, 3, 4, dtype=torch.float64)
+    mask = torch.zeros(2, 1, queries, 7, dtype=torch.float64).masked_fill(~causal(queries, 7), -math.inf)
+    mask[0, ..., :2] = -math.inf  # padding on the left
+    expected, weights = eager_attention_forward(module, query, key, value, mask, scaling=8**-0.5)
+    options = dict(attn_mask=mask, sinks=module.sinks, enable_gqa=True, implementation=implementation)
+    output, entropy = entropy_attention(query, key, value, is_causal=False, **options)
+    torch.testing.assert_close(output.transpose(1, 2), expected)
+    weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+    torch.testing.assert_close(entropy, torch.special.entr(weights.clamp(min=0)).sum(-1), atol=1e-12, rtol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "auto"])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_the_softcap_is_that_of_gemma_2_in_transformers(implementation, queries):
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    query, key, value = (x.detach() for x in make_qkv(heads=4, queries=queries, keys=7))
+    key, value = key[:, :2], value[:, :2]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    mask = torch.zeros(queries, 7, dtype=torch.float64).masked_fill(~causal(queries, 7), -math.inf)
+    expected, weights = eager_attention_forward(module, query, key, value, mask, scaling=1.1, softcap=2.0)
+    options = dict(scale=1.1, softcap=2.0, enable_gqa=True, implementation=implementation)
+    output, entropy = entropy_attention(query, key, value, **options)
+    torch.testing.assert_close(output.transpose(1, 2), expected, atol=1e-6, rtol=1e-6)  # their softmax is float32
+    torch.testing.assert_close(entropy, torch.special.entr(weights).sum(-1), atol=3e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("iterations", [8, 10, 12, 14, 16])
@@ -209,6 +301,21 @@ def test_double_precision_gradcheck(is_causal, iterations, implementation):
     assert torch.autograd.gradcheck(both, (query, key, value, temperature))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_double_precision_gradcheck_with_sinks_and_softcap(is_causal, implementation):
+    tensors = make_qkv(batch=1, heads=2, queries=5, keys=6, width=3, value_width=2)
+    sinks = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
+    mask = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask[3] = -math.inf
+
+    def both(q, k, v, s):
+        options = dict(is_causal=is_causal, softcap=0.9, attn_mask=mask, implementation=implementation)
+        return entropy_attention(q, k, v, sinks=s, **options)
+
+    assert torch.autograd.gradcheck(both, (*tensors, sinks))
+
+
 @pytest.mark.parametrize("iterations", [None, 1, 8, -1])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("additive", [False, True])
@@ -247,6 +354,58 @@ def test_grouped_queries_share_keys(iterations, implementation, queries, mask_sh
         results.append([output, entropy, *torch.autograd.grad(loss, (query, key, value), retain_graph=True)])
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("length", [2, 63, 111, 300])
+def test_blockwise_gradients_equal_the_reference_with_sinks_and_softcap(length, with_sinks, softcap):
+    """Per-row masks that are added, as the blocks have to cut them."""
+    tensors = make_qkv(queries=length, width=5, value_width=9)
+    mask = torch.randn(1, 3, length, length, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask[..., length // 2, :] = -math.inf
+    sinks = [torch.tensor([0.5, -3.0, 2.0], dtype=torch.float64, requires_grad=True)] if with_sinks else []
+
+    def run(implementation):
+        def f(q, k, v, *s):
+            options = dict(attn_mask=mask, softcap=softcap, implementation=implementation)
+            return entropy_attention(q, k, v, sinks=s[0] if s else None, **options)
+
+        return f
+
+    assert_same_values_and_gradients(run("blockwise"), run("reference"), [*tensors, *sinks])
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "auto"])
+@pytest.mark.parametrize("sink_shape", [(4,), (2, 4, 1)])
+def test_grouped_queries_have_their_own_sinks(implementation, queries, sink_shape):
+    query, key, value = make_qkv(queries=queries, keys=7, heads=4, dtype=torch.float32, value_width=5)
+    sinks = torch.randn(sink_shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    shared = [x[:, ::2] for x in (key, value)]
+    repeated = [x.repeat_interleave(2, dim=1) for x in shared]
+    results = []
+    for keys_and_values, grouped in ((shared, True), (repeated, False)):
+        options = dict(enable_gqa=grouped, implementation=implementation, softcap=1.5)
+        output, entropy = entropy_attention(query, *keys_and_values, sinks=sinks, **options)
+        loss = output.square().sum() + entropy.sum()
+        inputs = (query, key, value, sinks)
+        results.append([output, entropy, *torch.autograd.grad(loss, inputs, retain_graph=True)])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_of_sinks_come_in_their_own_dtype(implementation, dtype):
+    query, key, value = (x.detach().to(dtype) for x in make_qkv())
+    sinks = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    output, entropy = entropy_attention(query, key, value, sinks=sinks, implementation=implementation)
+    assert output.dtype == dtype
+    assert entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (entropy.sum() + output.sum()).backward()
+    assert sinks.grad.dtype == torch.bfloat16
+    assert sinks.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("iterations", [None, 1, 8, 16, -1])
@@ -292,6 +451,56 @@ def test_shapes_that_do_not_fit_are_named():
         entropy_attention(query, key[:, :1], value[:, :1])
     with pytest.raises(ValueError, match="got 'fused'"):
         entropy_attention(query, key, value, implementation="fused")
+
+
+@pytest.mark.parametrize("wrong", [0, 0.0, -1.0, math.nan, math.inf])
+def test_a_softcap_that_is_not_positive_is_refused(wrong):
+    with pytest.raises(ValueError, match="softcap must be None or a positive number, got"):
+        entropy_attention(*make_qkv(), softcap=wrong)
+
+
+@pytest.mark.parametrize("polynomial", [False, True])
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sinks": torch.zeros(3)}])
+def test_sinks_and_softcap_belong_to_the_exact_softmax(options, polynomial):
+    with pytest.raises(ValueError, match="softcap and sinks belong to the exact softmax, exp_iterations replaces it"):
+        entropy_attention(*make_qkv(), exp_iterations=4, polynomial=polynomial, **options)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])
+def test_sinks_and_masks_that_do_not_fit_are_refused(implementation):
+    """A mask over more keys than there are would silently be cut, integers would be added."""
+    tensors = [x.detach().float() for x in make_qkv()]
+    options = dict(implementation=implementation)
+    for shape in ((2,), (17,), (3, 4), (4, 3, 17), (1, 2, 3, 17)):
+        with pytest.raises(ValueError, match=r"sinks are \(H,\) or broadcast against \(B, H, T\) = \(2, 3, 17\), got"):
+            entropy_attention(*tensors, sinks=torch.zeros(shape), **options)
+    with pytest.raises(ValueError, match="sinks are on meta, queries on cpu"):
+        entropy_attention(*tensors, sinks=torch.zeros(3, device="meta"), **options)
+    for shape in ((17, 18), (16,), (4, 1, 1, 17), (1, 1, 1, 17, 17)):
+        with pytest.raises(ValueError, match=r"attn_mask \(.*\) does not broadcast against .* = \(2, 3, 17, 17\)"):
+            entropy_attention(*tensors, attn_mask=torch.zeros(shape), **options)
+    with pytest.raises(ValueError, match=r"attn_mask must be boolean .* got torch.int64"):
+        entropy_attention(*tensors, attn_mask=torch.ones(17, 17, dtype=torch.long), **options)
+    with pytest.raises(ValueError, match="attn_mask is on meta, queries are on cpu"):
+        entropy_attention(*tensors, attn_mask=torch.zeros(17, 17, device="meta"), **options)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_spoils_its_own_rows_alone(implementation, dtype):
+    query, key, value = (x.detach().to(dtype) for x in make_qkv())
+    plain = entropy_attention(query, key, value, implementation=implementation)
+    temperature = torch.ones(3, 17, dtype=dtype)
+    temperature[0, 3], temperature[1, 3] = math.nan, 0.0
+    output, entropy = entropy_attention(query, key, value, temperature=temperature, implementation=implementation)
+    assert output[:, :2, 3].isnan().all()
+    assert entropy[:, :2, 3].isnan().all()
+    others = temperature == 1.0
+    torch.testing.assert_close(output[:, others], plain[0][:, others])
+    torch.testing.assert_close(entropy[:, others], plain[1][:, others])
+    reversed_order = entropy_attention(query, key, value, temperature=-temperature.abs(), implementation=implementation)
+    expected = entropy_attention(-query, key, value, implementation=implementation)
+    torch.testing.assert_close(reversed_order[0][:, others], expected[0][:, others])
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])

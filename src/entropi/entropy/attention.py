@@ -2,13 +2,15 @@
 
 Notation, per row: s = scaled, masked logits (temperature included); p = softmax(s); L = logsumexp(s);
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
-E^(l,h) the mean of our H over rows). All entropies are in nats. With `exp_iterations` the log-weights l of
+E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
+are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With `exp_iterations` the log-weights l of
 `secure_softmax` take the place of s.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from entropi.entropy import native
+from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, signed_iterations
 
 Implementation = Literal["auto", "reference", "blockwise", "native", "triton"]
@@ -33,7 +36,9 @@ def entropy_attention(
     is_causal: bool = True,
     scale: float | None = None,
     temperature: Tensor | None = None,
+    softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     enable_gqa: bool = False,
     exp_iterations: int | None = None,
     polynomial: bool = False,
@@ -43,16 +48,24 @@ def entropy_attention(
 
     Args:
         query: `(B, H, T, D)`.
-        key, value: `(B, H, S, D)`; with `enable_gqa`, `(B, G, S, D)` where G divides H.
+        key: `(B, H, S, D)`; with `enable_gqa`, `(B, G, S, D)` where G divides H.
+        value: `(B, H, S, E)`, or `(B, G, S, E)`; values may be of another width than keys.
         is_causal: row i sees keys up to i + S - T: the last query row sees every key, as with a cache.
         scale: factor on the logits, 1/sqrt(D) by default.
         temperature: divides the logits of a row (Eq. 9); broadcasts against `(H, T)` or `(B, H, T)`.
-            Receives gradients.
-        attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or additive. No gradients. What is
-            added hides a key from -5e29 downwards; anything above counts as a logit.
+            Receives gradients. Its values are not checked: a negative one turns the order of the keys around, 0 and
+            NaN leave nothing of their rows that means anything, NaN for the most part.
+        softcap: c > 0 bounds the scaled logits, s -> c tanh(s / c), before they are masked (Gemma 2).
+        attn_mask: broadcasts against `(B, H, T, S)`; boolean (True = visible) or floats that are added. No gradients.
+            What is added hides a key from -5e29 downwards, -inf included; anything above counts as a logit.
+        sinks: `(H,)`, or what broadcasts against `(B, H, T)`: the logit of a key that every row sees and that has no
+            value, as in gpt-oss (`s_aux`); neither scaled nor capped. It takes weight from the keys and counts in the
+            entropy, which is that of the whole distribution, over the keys and the sink. -inf is no sink. Receives
+            gradients.
         exp_iterations: None is the exact softmax. A whole number t from 1 to 16 replaces its exponential by the one
             that private inference evaluates, (1 + x/2^t)^(2^t) with x the distance to the row's largest visible
             logit, clipped at -0.9 2^t; entropy is that of the weights so found. See `secure_softmax`.
+            Not together with `softcap` or `sinks`.
         polynomial: take (1 + s/2^t)^(2^t) of the logit s itself, with nothing to compare; t is from 1 to 8.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
@@ -62,30 +75,42 @@ def entropy_attention(
     Under autocast the three are taken in its dtype, as `scaled_dot_product_attention` takes them; float64 stays.
 
     Returns:
-        output `(B, H, T, D)` in the dtype they have, entropy `(B, H, T)` in nats, float32 (float64 for float64
-        input). A row that sees nothing has output 0 and entropy 0.
+        output `(B, H, T, E)` in the dtype they have, entropy `(B, H, T)` in nats, float32 (float64 for float64
+        input). A row that sees no key has output 0 and entropy 0, with a sink too.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, naming them; `exp_iterations` out of range; an
-            implementation that cannot run, saying why.
+        ValueError: shapes, dtypes or devices that do not fit, naming them; `exp_iterations` or `softcap` out of
+            range, or together; an implementation that cannot run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
     iterations = signed_iterations(exp_iterations, polynomial)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    if iterations is not None and (softcap is not None or sinks is not None):
+        raise ValueError(
+            "softcap and sinks belong to the exact softmax, exp_iterations replaces it: give one or the other"
+        )
     if attn_mask is not None:
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        attn_mask = _four_dimensions(attn_mask, query, key)
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     if temperature is not None:
         query = (query / temperature.unsqueeze(-1)).to(query.dtype)
-    shape = query.shape
+    if sinks is not None:
+        sinks = attention_sinks.per_row(sinks, query)
+    shape = (*query.shape[:3], value.shape[3])
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         if query.shape[2] == 1 and (attn_mask is None or attn_mask.shape[1] == 1):
             # One token: the queries that share keys are rows of one head, and no key is read twice.
             query, is_causal = query.reshape(query.shape[0], key.shape[1], groups, -1), False
+            sinks = None if sinks is None else sinks.reshape(query.shape[:3])
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     able = available_implementations(query)
+    if softcap is not None or sinks is not None or value.shape[3] != query.shape[3]:
+        lacks = "it knows neither sinks, nor softcap, nor values of another width than keys"
+        able |= {name: able[name] or lacks for name in ("native", "triton")}
     if implementation == "auto":
         fused = "triton" if query.is_cuda else "native"
         implementation = fused if able[fused] is None else "blockwise"  # type: ignore[assignment]
@@ -96,10 +121,12 @@ def entropy_attention(
     if implementation == "triton":
         from entropi.entropy import triton_kernel
 
-        attend: Any = triton_kernel.attention
+        output, entropy, *_ = triton_kernel.attention(query, key, value, attn_mask, is_causal, iterations)
+    elif implementation == "native":
+        output, entropy, *_ = native.attention(query, key, value, attn_mask, is_causal, iterations)
     else:
-        attend = {"reference": _reference, "blockwise": _Blockwise.apply, "native": native.attention}[implementation]
-    output, entropy, *_ = attend(query, key, value, attn_mask, is_causal, iterations)
+        attend: Any = _reference if implementation == "reference" else _Blockwise.apply
+        output, entropy = attend(query, key, value, attn_mask, sinks, is_causal, iterations, softcap)
     return output.reshape(shape), entropy.reshape(shape[:3])
 
 
@@ -126,8 +153,8 @@ def _why_no_triton(device: str) -> str | None:
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     q, k, v = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-    if len(q) != 4 or len(k) != 4 or k != v or q[0] != k[0] or q[3] != k[3]:
-        raise ValueError(f"query (B, H, T, D) and key, value (B, H, S, D) do not fit: {q}, {k}, {v}")
+    if len(q) != 4 or len(k) != 4 or len(v) != 4 or k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
+        raise ValueError(f"query (B, H, T, D), key (B, H, S, D) and value (B, H, S, E) do not fit: {q}, {k}, {v}")
     if q[1] != k[1] and not (enable_gqa and q[1] % k[1] == 0):
         raise ValueError(f"{q[1]} query heads over {k[1]} key heads: enable_gqa needs a whole multiple")
 
@@ -146,16 +173,34 @@ def _of_one_kind(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _logits(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:
-    """Masked logits `(B, H, R, S)` of query rows `first_row`.. counted from the last key, at least float32."""
+def _four_dimensions(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask with four dimensions. A wider one than the logits would silently be cut where blocks are."""
+    logits = (*query.shape[:3], key.shape[2])
+    fits = mask.dim() <= 4 and all(n in (1, m) for n, m in zip(reversed(mask.shape), reversed(logits)))
+    if not fits:
+        raise ValueError(f"attn_mask {tuple(mask.shape)} does not broadcast against (B, H, T, S) = {logits}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask must be boolean (True = visible) or floats that are added, got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask is on {mask.device}, queries are on {query.device}")
+    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+
+
+def _logits(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:
+    """Logits `(B, H, R, S)` before masks, at least float32."""
     logits = query @ key.transpose(-1, -2)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def _hide(logits: Tensor, mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:
+    """Masked logits, of query rows `first_row`.. counted from the last key; may change those it is given."""
     if is_causal:
         # Every row sees the keys before `first_row`; only what follows can be masked.
         start = max(first_row, 0)
-        rows = torch.arange(query.shape[2], device=query.device)[:, None] + first_row
-        logits[..., start:].masked_fill_(torch.arange(start, key.shape[2], device=query.device) > rows, MASKED)
+        rows = torch.arange(logits.shape[2], device=logits.device)[:, None] + first_row
+        logits[..., start:].masked_fill_(torch.arange(start, logits.shape[3], device=logits.device) > rows, MASKED)
     if mask is not None:
         if mask.dtype == torch.bool:
             logits = logits.masked_fill(~mask, MASKED)
@@ -164,25 +209,38 @@ def _logits(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, fi
     return logits
 
 
+def _with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """The rows' logits `(B, H, R, S)`, the sinks' `(B, H, R)` behind them."""
+    return logits if sinks is None else torch.cat([logits, sinks.unsqueeze(-1)], dim=-1)
+
+
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, exp_iterations: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    is_causal: bool,
+    exp_iterations: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, materialised; autograd differentiates it."""
-    logits = _logits(query, key, mask, is_causal, key.shape[2] - query.shape[2])
+    logits = _hide(_logits(query, key, softcap), mask, is_causal, key.shape[2] - query.shape[2])
+    logits = _with_sinks(logits, sinks)
     if exp_iterations is not None:
         logits = log_weights(logits, exp_iterations)
     visible = logits > HIDDEN
     probabilities = torch.softmax(logits, dim=-1) * visible
     log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
     entropy = -(probabilities * log_probabilities).sum(dim=-1)
-    return probabilities.to(value.dtype) @ value, entropy
+    return probabilities[..., : key.shape[2]].to(value.dtype) @ value, entropy
 
 
 class _Blockwise(torch.autograd.Function):
     """Forward keeps L and H of every row; backward recomputes p and adds one elementwise term for the entropy.
 
     With g_O and g_H the incoming gradients: dS = p * (g_O V^T - rowsum(g_O * O) - g_H (log p + H)), because
-    dH/ds_j = -p_j (log p_j + H).
+    dH/ds_j = -p_j (log p_j + H). A softcap c multiplies it by its slope, 1 - (s / c)^2 of the capped logit s.
     """
 
     @staticmethod
@@ -192,17 +250,21 @@ class _Blockwise(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
+        sinks: Tensor | None,
         is_causal: bool,
         exp_iterations: int | None,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        output = torch.zeros_like(query)
+        output = query.new_zeros(*query.shape[:3], value.shape[3])
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         entropy = torch.zeros(query.shape[:3], dtype=wide, device=query.device)
-        log_normaliser = torch.zeros_like(entropy)
+        # Rows that no block has see nothing but their sinks.
+        log_normaliser = torch.zeros_like(entropy) if sinks is None else sinks.clone()
         with torch.autocast(query.device.type, enabled=False):
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], is_causal):
                 part = _mask_block(mask, rows, keys)
-                logits = _logits(query[:, :, rows], key[:, :, keys], part, is_causal, first_row)
+                logits = _hide(_logits(query[:, :, rows], key[:, :, keys], softcap), part, is_causal, first_row)
+                logits = _with_sinks(logits, None if sinks is None else sinks[:, :, rows])
                 if exp_iterations is not None:
                     logits = log_weights(logits, exp_iterations)
                 largest = logits.amax(dim=-1, keepdim=True)
@@ -212,27 +274,33 @@ class _Blockwise(torch.autograd.Function):
                 sees = largest > HIDDEN
                 if part is not None:
                     p *= sees
-                output[:, :, rows] = p.to(value.dtype) @ value[:, :, keys]
+                output[:, :, rows] = p[..., : keys.stop].to(value.dtype) @ value[:, :, keys]
                 # Of shifted logits: the entropy must not cancel against logits of any size.
                 mean_logit = p.mul_(logits.sub_(largest)).sum(dim=-1, keepdim=True)
                 entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
                 log_normaliser[:, :, rows] = (log_total + largest).squeeze(-1)
-        ctx.save_for_backward(query, key, value, mask, output, entropy, log_normaliser)
-        ctx.is_causal, ctx.exp_iterations = is_causal, exp_iterations
+        ctx.save_for_backward(query, key, value, mask, sinks, output, entropy, log_normaliser)
+        ctx.is_causal, ctx.exp_iterations, ctx.softcap = is_causal, exp_iterations, softcap
         return output, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, output, entropy, log_normaliser = ctx.saved_tensors
+        query, key, value, mask, sinks, output, entropy, log_normaliser = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        grad_sinks = None
+        if ctx.needs_input_grad[4]:
+            grad_sinks = attention_sinks.gradient(sinks, log_normaliser, output, entropy, grad_output, grad_entropy)
         with torch.autocast(query.device.type, enabled=False):
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], ctx.is_causal):
                 part = _mask_block(mask, rows, keys)
                 q, k, v, g = query[:, :, rows], key[:, :, keys], value[:, :, keys], grad_output[:, :, rows]
-                logits = raw = _logits(q, k, part, ctx.is_causal, first_row)
+                logits = _logits(q, k, ctx.softcap)
+                slope = None if ctx.softcap is None else 1.0 - (logits / ctx.softcap).square()
+                logits = raw = _hide(logits, part, ctx.is_causal, first_row)
                 if ctx.exp_iterations is not None:
                     logits = log_weights(raw, ctx.exp_iterations)
-                p = logits.softmax(dim=-1)
+                p = _with_sinks(logits, None if sinks is None else sinks[:, :, rows]).softmax(dim=-1)
+                p = p[..., : keys.stop]
                 log_p = logits.sub_(log_normaliser[:, :, rows, None])
                 if part is not None:
                     p *= log_normaliser[:, :, rows, None] > HIDDEN
@@ -244,10 +312,12 @@ class _Blockwise(torch.autograd.Function):
                 grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p)
                 if ctx.exp_iterations is not None:
                     grad_s = log_weights_backward(grad_s, raw, ctx.exp_iterations)
+                if slope is not None:
+                    grad_s *= slope
                 grad_s = grad_s.to(q.dtype)
                 grad_query[:, :, rows] = grad_s @ k
                 grad_key[:, :, keys] += grad_s.transpose(-1, -2) @ q
-        return grad_query, grad_key, grad_value, None, None, None
+        return grad_query, grad_key, grad_value, None, grad_sinks, None, None, None
 
 
 def _blocks(queries: int, keys: int, is_causal: bool) -> list[tuple[slice, slice, int]]:
