@@ -57,7 +57,7 @@ _rule(VOCABULARY, "entity_vocab_size t2u_vocab_size char_vocab_size decoder_voca
 _rule(64, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base")
 _rule(HIDDEN, "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim embedding_dim")
 _rule(HIDDEN, "input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim entity_emb_size")
-_rule(HIDDEN, "backbone_hidden_size projection_dim lru_width d_latents decoder_hidden_size proj_dim output_dim")
+_rule(HIDDEN, "backbone_hidden_size projection_dim lru_width hidden_size_global text_hidden_size condition_dim audio_hidden_size d_latents decoder_hidden_size proj_dim output_dim")
 _rule(HIDDEN, "text_embed_dim vision_embed_dim projector_hidden_size out_hidden_size attention_hidden_size")
 _rule(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads")
 _rule(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads")
@@ -103,44 +103,95 @@ _rule(16, "image_size num_landmarks segment_means_seq_len intra_bottleneck_size 
 _rule(8, "patch_size")
 
 # Fields that lay out kinds of layers; a pattern shows only in a few of them.
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYOUT = (
     "layer_types layers_block_type attn_layer_indices sliding_window_pattern no_rope_layers full_attn_idxs"
     " local_layer_ids attn_layer_period layer_group_size global_attn_every_n_layers max_window_layers mlp_layer_types"
 ).split()
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
-# What the rules do not do: extra arguments of a configuration class, by its model type.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS_ROPE = ROPE | {"mrope_section": [2, 1, 1]}  # of half a head's width, for time, height and width
+# What the rules do not do: arguments by a configuration's model type; a dictionary for one within it adds to its own.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False),
+    "align": dict(vision_config=dict(depth_coefficient=0.1, width_coefficient=0.1)),
+    "bamba": dict(attn_layer_indices=[1, 3]),
+    "blt_local_encoder": dict(hidden_size_global=HIDDEN),
+    "cohere_compass_text": dict(
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={"sliding_attention": SECTIONS_ROPE, "full_attention": SECTIONS_ROPE},
+    ),
+    "cosmos3_edge_text": dict(rope_parameters=SECTIONS_ROPE),
+    "dbrx": dict(attn_config=dict(rope_theta=10000.0, kv_n_heads=2)),
+    "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[48, 24]),
+    "esmc": dict(num_key_value_heads=HEADS),
+    "evolla": dict(
+        protein_encoder_config=dict(num_hidden_layers=1), resampler_depth=1, resampler_heads=2, resampler_dim_head=8
+    ),
+    "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2),
+    "gemma4_assistant": dict(text_config=dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)),
+    "glm4v_moe_text": dict(rope_parameters=SECTIONS_ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}),
+    "glm5_next_text": dict(index_kpool=2),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
+    "hunyuan_vl_text": dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 1, 1]}),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
+    "led": dict(attention_window=4),
+    "layoutlmv3": dict(coordinate_size=5, shape_size=6),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
+    "lilt": dict(hidden_size=48),
+    "mamba2": dict(num_heads=8),
+    "neomme": dict(hidden_size=64, head_dim=16),
+    "qwen2_5_omni_text": dict(rope_parameters=SECTIONS_ROPE),
+    "qwen4_exp_text": dict(indexer_kv_heads=1),
+    "recurrent_gemma": dict(num_hidden_layers=4),
+    "reformer": dict(axial_pos_embds=False),
+    "vibevoice_acoustic_tokenizer": dict(depths=(1, 1, 1, 1, 1, 1, 1), num_filters=2),
+    "vibevoice_acoustic_tokenizer_encoder": dict(depths=(1, 1, 1, 1, 1, 1, 1), num_filters=2),
+    "vits": dict(
+        upsample_initial_channel=32, resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1,),), num_attention_heads=2,
+        flow_size=16, spectrogram_bins=17, posterior_encoder_num_wavenet_layers=1, prior_encoder_num_wavenet_layers=1,
+    ),
+    "xmod": dict(default_language="en_XX"),
+    "zamba": dict(layers_block_type=["mamba", "hybrid"] * 2),
+    "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2),
+    "zaya": dict(num_experts_per_tok=1),
 }
+for _name in "glm4v_text glm_ocr_text glm_image_text qwen2_vl_text qwen2_5_vl_text paddleocr_vl_text".split():
+    EXCEPTIONS[_name] = dict(rope_parameters=SECTIONS_ROPE)
 
 
 def tiny_arguments(kind: type) -> dict[str, Any]:
     """Arguments of configuration class `kind` that make it tiny, and those of the configurations within it."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    special = copy.deepcopy(EXCEPTIONS.get(kind.model_type, {}))
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         default = None if field.default is dataclasses.MISSING else field.default
         if isinstance(default, bool) or not (default is None or isinstance(default, (int, float))):
             continue
-        if name in RULES:
+        if default == 0 and name not in TOKENS:  # off
+            continue
+        if name in RULES and re.search(r"(?<!\[)\bint\b", str(field.type)):
             arguments[name] = RULES[name]
         elif name in TOKENS:
             arguments[name] = TOKENS[name]
         elif re.search("_token_(id|index)$", name) and isinstance(default, int):
             arguments[name] = 3 + sum(1 for n in arguments if re.search("_token_(id|index)$", n))
-    layers = 4 if any(name in fields for name in LAYOUT) else LAYERS
-    for name in arguments:
-        if RULES.get(name) is LAYERS and name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            arguments[name] = layers
+    if "qk_rope_head_dim" in fields:  # latent attention: as many keys as queries
+        for name, value in (("num_key_value_heads", HEADS), ("head_dim", RULES["qk_rope_head_dim"])):
+            if name in arguments:
+                arguments[name] = value
+    if any(name in fields for name in LAYOUT):
+        arguments |= {name: 2 * LAYERS for name in DEPTHS if name in arguments}
     for name, specification in getattr(kind, "sub_configs_defaults", {}).items():
         sub = specification.config_class
-        model_type = specification.model_type
         if not (isinstance(sub, type) and issubclass(sub, transformers.PreTrainedConfig)):
-            sub = CONFIG_MAPPING[model_type]
-        if not specification.optional or name in ("text_config", "decoder_config"):
-            arguments[name] = sub(**{**copy.deepcopy(specification.init_kwargs), **tiny_arguments(sub)})
-    arguments |= copy.deepcopy(EXCEPTIONS.get(kind.model_type, {}))
+            sub = CONFIG_MAPPING[specification.model_type]
+        extra = special.pop(name, {})
+        if not specification.optional or name in ("text_config", "decoder_config") or extra:
+            arguments[name] = sub(**{**copy.deepcopy(specification.init_kwargs), **tiny_arguments(sub), **extra})
+    arguments |= special
     for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
         if name in fields and name not in arguments:
             arguments |= kinds_of_layers(kind, name, arguments)
@@ -154,7 +205,7 @@ def kinds_of_layers(kind: type, name: str, arguments: dict[str, Any]) -> dict[st
         if set(full) - set(tiny):
             kinds = list(dict.fromkeys(full))
             layout = kinds + tiny[: max(0, len(tiny) - len(kinds))]
-            field = next(n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in arguments)
+            field = next(n for n in DEPTHS if n in arguments)
             return {name: layout, field: len(layout)}
     return {}
 
@@ -178,9 +229,12 @@ class Family:
         """
         kind = CONFIG_MAPPING[self.name]
         config = kind(**tiny_arguments(kind))
+        model_class = getattr(transformers, self.class_name)
+        if not isinstance(config, model_class.config_class):  # it is a part of the model type
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            config = next((part for part in parts if isinstance(part, model_class.config_class)), config)
         if self.section == "causal" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
             config.is_decoder = True
-        model_class = getattr(transformers, self.class_name)
         torch.manual_seed(SEED)
         model = model_class._from_config(config, **options).eval().float()
         generator = torch.Generator().manual_seed(SEED)
@@ -241,10 +295,15 @@ def takes_tokens(model_class: type[nn.Module]) -> bool:
 
 @dataclasses.dataclass
 class Attention:
-    """One layer's weights `(B, H, T, S)` by eager attention; `part` is self, encoder, decoder or cross."""
+    """One layer's weights `(B, H, T, S)` by eager attention.
 
-    part: str
+    `name` is the path of the attention's modules with * for the layer, as recorders call it, and `part` is self,
+    encoder, decoder or cross.
+    """
+
+    name: str
     layer: int
+    part: str
     weights: Tensor
 
     @property
@@ -264,25 +323,47 @@ PARTS = {
 }
 
 
-class Softmaxes(TorchFunctionMode):
-    """Keeps what every softmax over the last of four dimensions gives, and the module that it was taken in."""
+class Captured(TorchFunctionMode):
+    """Keeps the weights of every softmax and fused attention and every tuple of a module; with where they were taken.
+
+    Where is the path of the module and the number of the outermost layer that runs, which tells the layers apart that
+    share a module.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.seen: list[tuple[str, Tensor]] = []
-        self._stack: list[str] = []
+        self.softmaxes: list[tuple[tuple[str, int], Tensor]] = []
+        self.fused: list[tuple[tuple[str, int], Tensor]] = []
+        self._returned: dict[int, tuple[tuple[str, int], Tensor]] = {}
+        self._stack: list[str] = [""]
         self._hooks: list[Any] = []
         for name, module in model.named_modules():
             self._hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: self._stack.append(name)))
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def _leave(self, *args: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            for each in output:
+                if isinstance(each, Tensor) and each.ndim >= 4:
+                    self._returned.setdefault(id(each), (self._where(), each))  # the innermost module comes first
         self._stack.pop()
 
+    def _where(self) -> tuple[str, int]:
+        numbers = (part for name in self._stack for part in name.split(".") if part.isdigit())
+        return self._stack[-1], int(next(numbers, -1))
+
+    def where(self, weights: Tensor) -> tuple[str, int]:
+        """Which module returned a tensor first."""
+        return self._returned[id(weights)][0] if id(weights) in self._returned else ("", -1)
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.ndim == 4:
-            self.seen.append((self._stack[-1] if self._stack else "", result.detach()))
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "softmax" and isinstance(result, Tensor) and result.ndim == 4:
+            self.softmaxes.append((self._where(), result.detach()))
+        elif name == "scaled_dot_product_attention":
+            self.fused.append((self._where(), fused_weights(*args, **kwargs)))
         return result
 
     def __exit__(self, *args: Any) -> None:
@@ -291,59 +372,70 @@ class Softmaxes(TorchFunctionMode):
             hook.remove()
 
 
-def layer_number(name: str, default: int) -> int:
-    """The model's own number of the layer that module `name` belongs to."""
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else default
+def fused_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch's scaled_dot_product_attention documents as its weights, `(B, H, T, S)`."""
+    query, key = query.double(), key.double()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1).nan_to_num(0.0)
 
 
-class Owners:
-    """Which module returned a tensor, among the tuples that modules return."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._seen: dict[int, tuple[str, Tensor]] = {}
-        self._hooks = [
-            module.register_forward_hook(lambda m, a, o, name=name: self._take(name, o))
-            for name, module in model.named_modules()
-        ]
-
-    def _take(self, name: str, output: Any) -> None:
-        if isinstance(output, tuple):
-            for each in output:
-                if isinstance(each, Tensor) and each.ndim >= 4:
-                    self._seen.setdefault(id(each), (name, each))
-
-    def name(self, weights: Tensor) -> str:
-        return self._seen[id(weights)][0] if id(weights) in self._seen else ""
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+def is_distribution(weights: Any) -> bool:
+    """Whether these are attention weights: layers of other kinds return other things in their place."""
+    if not (isinstance(weights, Tensor) and weights.ndim == 4 and weights.is_floating_point()):
+        return False
+    return weights.min().item() >= 0 and weights.sum(-1).max().item() < 1 + 1e-4
 
 
 def reference(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Attention], Any, str]:
     """Weights of eager attention and the output; and which reference it is: returned or captured."""
-    owners = Owners(model)
-    softmaxes = Softmaxes(model)
-    try:
-        with torch.no_grad(), softmaxes:
-            torch.manual_seed(SEED)
-            output = model(**inputs, output_attentions=True)
-    finally:
-        owners.remove()
+    captured = Captured(model)
+    with torch.no_grad(), captured:
+        torch.manual_seed(SEED)
+        output = model(**inputs, output_attentions=True)
     found = []
     for field, part in PARTS.items():
-        for index, weights in enumerate(getattr(output, field, None) or ()):
-            if isinstance(weights, Tensor):
-                found.append(Attention(part, layer_number(owners.name(weights), index), weights))
+        for weights in getattr(output, field, None) or ():
+            if is_distribution(weights):
+                found.append((captured.where(weights), part, weights))
     if found:
-        return found, output, "returned"
-    names = list(dict.fromkeys(name for name, _ in softmaxes.seen))
-    keys = inputs["input_ids"].shape[1]
-    for name, weights in softmaxes.seen:
-        if weights.shape[2] == keys and weights.shape[3] >= keys:
-            found.append(Attention("self", layer_number(name, names.index(name)), weights))
-    return found, output, "captured"
+        return numbered(found), output, "returned"
+    return attentions_of(captured.softmaxes, inputs["input_ids"].shape[1]), output, "captured"
+
+
+def attentions_of(seen: list[tuple[tuple[str, int], Tensor]], length: int) -> list[Attention]:
+    """Those of captured weights that are a self attention's over `length` tokens."""
+    return numbered([(where, "self", w) for where, w in seen if w.shape[2] == length <= w.shape[3]])
+
+
+def numbered(found: list[tuple[tuple[str, int], str, Tensor]]) -> list[Attention]:
+    """Layers by the model's own numbers, or in the order of their use where one is used several times."""
+    attentions = [
+        Attention(".".join("*" if part.isdigit() else part for part in name.split(".")), layer, part, weights)
+        for (name, layer), part, weights in found
+    ]
+    for name in {each.name for each in attentions}:
+        same = [each for each in attentions if each.name == name]
+        if len({each.layer for each in same}) < len(same):
+            for order, each in enumerate(same):
+                each.layer = order
+    return attentions
 
 
 # --- Comparison ------------------------------------------------------------------------------------------------------
@@ -371,9 +463,16 @@ class Unbuildable(Exception):
     """transformers cannot make or run the tiny model."""
 
 
-def recorded_means(recorder: Any) -> dict[tuple[str, int], Tensor]:
-    """`(H,)` nats by part and layer."""
-    return {("self", layer): mean.double() for layer, mean in zip(recorder.layers, recorder.mean())}
+Means = dict[tuple[str, int], Tensor]  # `(H,)` nats by the attention's name and the layer
+
+
+def recorded_means(recorder: Any) -> Means:
+    """All that was recorded."""
+    return {
+        (name, layer): mean.double()
+        for name, attention in recorder.attentions.items()
+        for layer, mean in attention.by_layer().items()
+    }
 
 
 def make_inputs(model: nn.Module, padding: str | None) -> dict[str, Tensor]:
@@ -431,11 +530,10 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module) -> Iterator[Any]:
-    """`record_entropy`, whose refusals (one line of a ValueError) are told from crashes."""
+def recorded(model: nn.Module) -> Iterator[None]:
+    """Tells refusals (one line of a ValueError of ours) from crashes."""
     try:
-        with entropi.record_entropy(model) as recorder:
-            yield recorder
+        yield
     except ValueError as error:
         message = str(error)
         if len(message) > 200 or "\n" in message or not raised_by_us(error):
@@ -445,81 +543,99 @@ def recording(model: nn.Module) -> Iterator[Any]:
         raise Wrong(f"crashes: {type(error).__name__}: {one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def recording(model: nn.Module) -> Iterator[Any]:
+    """`record_entropy`, which must leave the model as it was."""
+    before = implementations(model)
+    with recorded(model), entropi.record_entropy(model) as recorder:
+        yield recorder
+    if implementations(model) != before:
+        raise Wrong("the attention implementations are not those of before")
+
+
+def implementations(model: nn.Module) -> list[Any]:
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [getattr(config, "_attn_implementation", None) for config in configs.values()]
+
+
 def raised_by_us(error: BaseException) -> bool:
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     return bool(frames) and "entropi" in Path(frames[-1].filename).parts
 
 
-def expected_means(attentions: list[Attention], inputs: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+def expected_means(attentions: list[Attention], inputs: dict[str, Tensor]) -> Means:
     rows: dict[tuple[str, int], list[Tensor]] = {}
     for each in attentions:
         entropies = each.entropies.transpose(1, 2)  # (B, T, H)
         if entropies.shape[0] != BATCH:
             raise Unbuildable(f"no reference: weights of shape {tuple(each.weights.shape)}")
-        rows.setdefault((each.part, each.layer), []).append(
-            entropies[valid_rows(inputs, each.part, entropies.shape[1])]
-        )
+        valid = valid_rows(inputs, each.part, entropies.shape[1])
+        rows.setdefault((each.name, each.layer), []).append(entropies[valid])
     return {key: torch.cat(each).mean(0) for key, each in rows.items()}
 
 
-def compare_means(found: dict[tuple[str, int], Tensor], expected: dict[tuple[str, int], Tensor], where: str) -> None:
+def compare_means(found: Means, expected: Means, where: str) -> None:
     if set(found) != set(expected):
-        raise Wrong(f"{where}: layers {labels(found)} recorded instead of {labels(expected)}")
-    for key, theirs in expected.items():
-        ours = found[key]
+        raise Wrong(f"{where}: {labels(found)} recorded instead of {labels(expected)}")
+    for (name, layer), theirs in expected.items():
+        ours = found[name, layer]
         if ours.shape != theirs.shape:
-            raise Wrong(f"{where}: {ours.shape[0]} heads instead of {theirs.shape[0]} in {key[0]} layer {key[1]}")
+            raise Wrong(f"{where}: {ours.shape[0]} heads instead of {theirs.shape[0]} in layer {layer} of {name}")
         error = (ours - theirs).abs().max().item()
         if not torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5):
-            raise Wrong(f"{where}: entropies of {key[0]} layer {key[1]} differ by {error:.2g} nats")
+            raise Wrong(f"{where}: entropies of layer {layer} of {name} differ by {error:.2g} nats")
 
 
-def labels(means: dict[tuple[str, int], Tensor]) -> str:
-    parts: dict[str, list[int]] = {}
-    for part, layer in means:
-        parts.setdefault(part, []).append(layer)
-    return "; ".join(f"{part} {','.join(map(str, sorted(layers)))}" for part, layers in parts.items()) or "none"
+def labels(means: Means) -> str:
+    names: dict[str, list[int]] = {}
+    for name, layer in means:
+        names.setdefault(name, []).append(layer)
+    return "; ".join(f"{name} {','.join(map(str, sorted(layers)))}" for name, layers in names.items()) or "none"
 
 
-def compare_passes(family: Family, model: nn.Module, eager: nn.Module, notes: list[str]) -> None:
+def compare_passes(model: nn.Module, eager: nn.Module, notes: list[str]) -> list[Attention]:
+    """Forward passes; the reference of one without padding, if all is right."""
+    first: list[Attention] = []
     for padding in (None, "left", "right"):
         where = f"{padding or 'no'} padding"
         inputs = make_inputs(model, padding)
         try:
             attentions, output, source = reference(eager, inputs)
             torch.manual_seed(SEED)
-            with torch.no_grad():
+            captured = Captured(model)
+            with torch.no_grad(), captured:
                 own = main_output(model(**inputs))
         except Exception as error:
             raise Unbuildable(f"{where}: {type(error).__name__}: {one_line(error)}") from error
-        if source == "captured" and padding is None:
+        if source == "captured" and padding is None and attentions:
             notes.append("weights captured from softmax")
         theirs = main_output(output)
-        if not torch.isfinite(own).all():
-            notes.append(f"{where}: own output not finite")
-        torch.manual_seed(SEED)
-        with torch.no_grad(), recording(model) as recorder:
-            ours = main_output(model(**inputs))
-        if not attentions:
-            try:
-                means = recorder.mean()
-            except RuntimeError as error:
-                raise Wrong(f"no attention anywhere, not refused: {one_line(error)}") from error
-            raise Wrong(f"no reference, yet {tuple(means.shape)} recorded")
-        with recording(model):
-            means = recorded_means(recorder)
-        compare_means(means, expected_means(attentions, inputs), where)
-        part = "decoder" if "decoder_input_ids" in inputs else "self"
-        valid = valid_rows(inputs, part, own.shape[1])
+        valid = valid_rows(inputs, "decoder" if "decoder_input_ids" in inputs else "self", own.shape[1])
+        if not torch.isfinite(own[valid]).all():
+            raise Unbuildable(f"{where}: the model's own output is not finite")
         scale = own[valid].abs().max().clamp(min=1).item()
-        differs, theirs_differ = ((ours - o)[valid].abs().max().item() / scale for o in (own, theirs))
-        if not differs < 1e-4 and not theirs_differ < 1e-4:
-            raise Wrong(f"{where}: outputs differ by {differs:.2g} of the largest, {theirs_differ:.2g} from eager")
+        apart = (own - theirs)[valid].abs().max().item() / scale
+        if not apart < 1e-4:
+            notes.append(f"{where}: eager's output is not the default's ({apart:.2g} of the largest)")
+            if captured.fused and "decoder_input_ids" not in inputs:
+                attentions = attentions_of(captured.fused, LENGTH)
+        torch.manual_seed(SEED)
+        with recording(model) as recorder, torch.no_grad():
+            ours = main_output(model(**inputs))
+        with recorded(model):
+            found = recorded_means(recorder)
+        if not attentions:
+            raise Wrong(f"no attention to compare with, yet not refused: {labels(found)} recorded")
+        differs = (ours - own)[valid].abs().max().item() / scale
         if not differs < 1e-4:
-            notes.append(f"{where}: outputs are eager's, and differ by {differs:.2g} from the default's")
+            raise Wrong(f"{where}: outputs differ by {differs:.2g} of the largest")
+        compare_means(found, expected_means(attentions, inputs), where)
+        first = first or attentions
+    return first
 
 
-def compare_generation(family: Family, model: nn.Module, eager: nn.Module, notes: list[str]) -> None:
+def compare_generation(model: nn.Module, eager: nn.Module, layers: list[Attention], notes: list[str]) -> None:
+    """The text, and the entropies of all its rows; `layers` are the attentions of a forward pass."""
     if not model.can_generate():
         notes.append("does not generate")
         return
@@ -529,6 +645,8 @@ def compare_generation(family: Family, model: nn.Module, eager: nn.Module, notes
         where = "generation" if implementation is None else f"generation with a {implementation} cache"
         options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
         options |= dict(return_dict_in_generate=True, use_cache=True)
+        if model.config.is_encoder_decoder:
+            options["decoder_start_token_id"] = TOKENS["decoder_start_token_id"]
         if implementation is not None:
             options["cache_implementation"] = implementation
         try:
@@ -549,38 +667,31 @@ def compare_generation(family: Family, model: nn.Module, eager: nn.Module, notes
                 raise Wrong(f"{where}: the text differs")
         if not torch.equal(output.sequences, plain):
             continue
-        with recording(model):
+        with recorded(model):
             found = recorded_means(recorder)
-        expected = generated_means(output, prompt, set(found))
+        expected = generated_means(output, prompt, layers)
         if expected is None:
             notes.append(f"{where}: no weights returned")
         else:
             compare_means(found, expected, where)
 
 
-def generated_means(
-    output: Any, prompt: dict[str, Tensor], keys: set[tuple[str, int]]
-) -> dict[tuple[str, int], Tensor] | None:
-    """Means over all rows of a generation, by the labels of the recording in their order."""
+def generated_means(output: Any, prompt: dict[str, Tensor], layers: list[Attention]) -> Means | None:
+    """Means over all rows of a generation; None if it returned other weights than a forward pass."""
     rows: dict[tuple[str, int], list[Tensor]] = {}
     for field, part in PARTS.items():
-        steps = getattr(output, field, None)
-        if not steps:
-            continue
-        layers = sorted(layer for p, layer in keys if p == part)
-        if part == "encoder":
-            steps = (steps,)
-        for step in steps:
-            weights = [w for w in step if isinstance(w, Tensor)]
-            if len(weights) != len(layers):
+        here = [each for each in layers if each.part == part]
+        steps = getattr(output, field, None) or ()
+        for step in (steps,) if part == "encoder" else steps:
+            weights = [w for w in step if is_distribution(w)]
+            if len(weights) != len(here):
                 return None
-            for layer, w in zip(layers, weights):
-                entropies = Attention(part, layer, w).entropies.transpose(1, 2)
-                own = {} if part in ("decoder", "cross") else prompt
-                valid = valid_rows(own, part, entropies.shape[1])
+            for each, w in zip(here, weights):
+                entropies = Attention(each.name, each.layer, part, w).entropies.transpose(1, 2)
                 if entropies.shape[0] != BATCH:
                     return None
-                rows.setdefault((part, layer), []).append(entropies[valid])
+                valid = valid_rows({} if part in ("decoder", "cross") else prompt, part, entropies.shape[1])
+                rows.setdefault((each.name, each.layer), []).append(entropies[valid])
     return {key: torch.cat(each).mean(0) for key, each in rows.items()} or None
 
 
@@ -593,8 +704,8 @@ def examine(family: Family) -> Result:
             eager = family.build(attn_implementation="eager")
         except Exception as error:
             raise Unbuildable(f"{type(error).__name__}: {one_line(error)}") from error
-        compare_passes(family, model, eager, notes)
-        compare_generation(family, model, eager, notes)
+        layers = compare_passes(model, eager, notes)
+        compare_generation(model, eager, layers, notes)
     except Unbuildable as error:
         return Result(family, "not built", str(error), notes)
     except Refused as error:
