@@ -26,7 +26,6 @@ from transformers import (
     MambaConfig,
     PreTrainedTokenizerFast,
 )
-
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from entropi import records
