@@ -155,8 +155,8 @@ def tables(study: StudyResult) -> list[Table]:
             "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
             "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
             "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
-            "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8, others "
-            "with their own.",
+            "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8, "
+            "others with their own.",
             [
                 "row",
                 "seeds",
