@@ -233,6 +233,10 @@ def test_no_command():
         (["cost", "--compare", "SM", "LSTM"], ["unknown architecture 'LSTM'"]),
         (["cost", "--calibration", "nowhere.json"], ["nowhere.json: No such file"]),
         (["cost", "--exp-iterations", "9"], ["exp_iterations is 9, 1 to 8 are possible"]),
+        (["cost", "--exp-iterations", "0"], ["exp_iterations is 0, 1 to 8 are possible"]),
+        (["cost", "--compare", "SM", "SM+R", "--budget", "2GB"], ["--compare and --budget exclude each other"]),
+        (["cost", "--budget", "2GB", "--layers", "3"], ["--layers would be ignored: --budget searches"]),
+        (["cost", "--budget", "2GB", "--picture", "x.png"], ["--picture has nothing to draw with --budget"]),
         (["cost", "--record"], ["--record needs --architecture with one run folder"]),
         (
             ["cost", "--architecture", "LSTM"],
@@ -328,7 +332,13 @@ def test_a_tokenizer_of_another_model(entropi: Callable[..., Done], model: Path,
     larger = tmp_path / "larger"
     assert main(["train", str(larger), "--corpus", str(corpus), *TINY, "--vocab-size", "350", "--steps", "1"]) == 0
     shutil.copy(larger / "model" / "tokenizer.json", model / "model" / "tokenizer.json")
-    assert_refused(entropi("evaluate", model, "--corpus", corpus), "its tokenizer has 3", "entries, the model 300")
+    tokenizer = open_model(model)[1]
+    assert tokenizer.get_vocab_size() > 300
+    for command in ("evaluate", "diagnose"):
+        done = entropi(command, model, "--corpus", corpus)
+        assert_refused(done, "held-out text of texts has the token '", "has no embedding: it has 300")
+    number = int(re.findall(r"number (\d+)", done.err)[0])
+    assert repr(tokenizer.id_to_token(number)) in done.err
 
 
 def test_corpora_that_cannot_be_used(entropi: Callable[..., Done], trained: Path, tmp_path: Path):
@@ -349,6 +359,31 @@ def test_corpora_that_cannot_be_used(entropi: Callable[..., Done], trained: Path
         said = done.err.removeprefix("training the tokenizer on 15 characters of short.txt\n")
         assert_refused(Done(done.status, done.out, said), part)
         assert not (tmp_path / "run").exists()
+
+
+def test_names_that_are_no_text(
+    trained: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: Any,
+):
+    """File systems allow names that are not UTF-8; they are printed as they are, and JSON has question marks."""
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"na\xefve")
+    shutil.copytree(corpus, odd)
+    shutil.copytree(trained / "model", f"{odd}-model")
+    assert main(["evaluate", str(trained), "--corpus", odd]) == 0
+    assert "held-out text of na?ve, " in capfdbinary.readouterr().out.decode()
+    for command in ("evaluate", "diagnose"):
+        assert main([command, str(trained), "--corpus", odd, "--json"]) == 0
+        assert json.loads(capfdbinary.readouterr().out)["corpus"] == "na?ve"
+    for words in (["cost", "--architecture", odd[:3]], ["cost", "--network", odd], ["evaluate", odd[:3]]):
+        assert main(words) == 2
+        assert capfdbinary.readouterr().err.count(b"\n") == 1
+    pytest.importorskip("jax")
+    assert main(["cost", "--architecture", f"./{odd}-model", "--seq-len", "8"]) == 0
+    assert capfdbinary.readouterr().out.startswith(b"./na\xefve-model: ")
 
 
 def test_batch_size_zero(entropi: Callable[..., Done], trained: Path):
@@ -401,9 +436,15 @@ def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained
     assert f"perplexity {recorded.perplexity:.3f}, " in done.out
     assert done.out.count("\n") == 1
 
-    done = entropi("diagnose", trained, "--corpus", corpus, "--json", "--heatmap", tmp_path / "map.png")
+    done = entropi("evaluate", trained)  # on the text it was trained on, held-out part
+    assert f"perplexity {recorded.perplexity:.3f}, " in done.out
+    assert "; held-out text of texts, " in done.out
+
+    done = entropi("diagnose", trained, "--json", "--heatmap", tmp_path / "map.png")
     diagnosis = json.loads(done.out)
     assert np.array(diagnosis["entropy"]) == pytest.approx(np.array(recorded.entropy), rel=1e-6)
+    assert (diagnosis["corpus"], diagnosis["layers"]) == (str(corpus), [0, 1])
+    assert diagnosis["attention"]["layers"] == [0, 1]
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     done = entropi("diagnose", trained, "--corpus", corpus, "--html", tmp_path / "page.html")
     assert diagnosis["verdict"] in done.out
@@ -412,8 +453,17 @@ def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained
     assert f"the perplexity is <strong>{recorded.perplexity:,.2f}</strong>" in page
     assert "Learned entropy thresholds" in page  # what the run folder holds is shown as well
     assert (trained / "entropy.png").stat().st_size > 5000
-    assert "head 1" in done.err  # the table
+    assert re.search(r"^layer +0 +1$", done.err, re.M)  # the table
+    assert "measured on held-out text of texts, " in done.out
     assert "Loading weights" not in done.err
+
+
+def test_the_corpus_of_a_run_that_has_gone(entropi: Callable[..., Done], model: Path, corpus: Path, tmp_path: Path):
+    config = model / "config.yaml"
+    config.write_text(config.read_text().replace(str(corpus), str(tmp_path / "gone")))
+    for command in ("evaluate", "diagnose"):
+        assert_refused(entropi(command, model), "gone", "(this is the corpus of the run; --corpus takes another)")
+        assert entropi(command, model, "--corpus", corpus).status == 0
 
 
 def test_progress_bars_of_transformers_come_back():
@@ -679,6 +729,17 @@ def test_a_prompt_is_text_whatever_it_looks_like(
     (recorded,) = records.read(tmp_path / "records.jsonl")
     assert isinstance(recorded, records.PrivateRun)
     assert recorded.prompt == prompt
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second in the locale "C"
+def test_a_prompt_that_is_no_text(
+    entropi: Callable[..., Done], answering: Callable[..., None], monkeypatch: pytest.MonkeyPatch, errors: str
+):
+    answering(["a"], "a")
+    latin = "caf\xe9".encode("latin-1")
+    assert_refused(entropi("ask", os.fsdecode(latin)), "the prompt is not UTF-8 text")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(latin), "utf-8", errors))
+    assert_refused(entropi("ask", "-"), "standard input is not UTF-8 text")
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------

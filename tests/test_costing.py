@@ -263,6 +263,7 @@ def test_runs_are_placed_by_cost_and_perplexity(tmp_path: Path, capsys: pytest.C
     assert main(["cost", "--seq-len", "32", "--runs", str(good), str(dear), "--picture", str(picture), "--json"]) == 0
     found = {one["run"]: one for one in json.loads(capsys.readouterr().out)}
     assert found["good"]["MB"] < found["dear"]["MB"]
+    assert found["good"]["kernel"] == "softmax kernel t=8 for a model trained with the exact softmax"
     assert (found["good"]["on_frontier"], found["dear"]["on_frontier"]) == (True, False)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -278,6 +279,7 @@ def test_a_recorded_prediction_is_in_the_report(tmp_path: Path, capsys: pytest.C
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Predicted private inference" in page
     assert prediction.trust in page
+    assert f"{prediction.embedding} token table, softmax kernel t=8 for a model trained with the exact softmax" in page
 
 
 def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -299,6 +301,8 @@ def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert "*" in shown
     assert "of the bytes;" in shown
+    assert shown.count("t=8 (trained exact)") == 4  # a column and a list of bars each
+    assert "t=8 (trained exact)" in picture.read_text(encoding="utf-8")
     assert "<svg" in picture.read_text(encoding="utf-8")
 
 
@@ -324,12 +328,66 @@ def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "polynomial kernel t=1" in shown
     assert not any(line.split()[:1] in (["max"], ["exp"], ["temperature"]) for line in shown.splitlines())
-    predicted = []
+    predicted, predictions = [], []
     for more in (["--exp-iterations", "2"], ["--polynomial"], ["--polynomial", "--exp-iterations", "2"]):
         assert main([*words, *more, "--json"]) == 0
-        predicted.append(json.loads(capsys.readouterr().out)["prediction"]["prompt"]["total"])
+        predictions.append(json.loads(capsys.readouterr().out)["prediction"])
+        predicted.append(predictions[-1]["prompt"]["total"])
+        kernel = predictions[-1]["kernel"]
+        assert kernel.startswith("polynomial kernel t=" if "--polynomial" in more else "softmax kernel t=2 for a model")
     softmax, squares, fourth = predicted
     assert squares["bytes"] < fourth["bytes"] < softmax["bytes"]
     assert squares["trips"] < 0.7 * softmax["trips"]
     with pytest.raises(UserError, match="polynomial needs exp_iterations"):
         Shape(polynomial=True)
+
+
+def test_every_prediction_names_its_kernel(capsys: pytest.CaptureFixture[str]):
+    """t=8 and a kernel of the model's own are half as many bytes again apart: a figure without t says little."""
+    import entropi
+
+    exact = entropi.cost(entropi.EntropiConfig(), 128).prediction
+    own = entropi.cost(entropi.EntropiConfig(exp_iterations=3), 128).prediction
+    squares = entropi.cost(entropi.EntropiConfig(exp_iterations=1, polynomial=True), 128).prediction
+    assert exact.kernel == "softmax kernel t=8 for a model trained with the exact softmax"
+    assert own.kernel == "softmax kernel t=3, the model's own"
+    assert squares.kernel == "polynomial kernel t=1, the model's own"
+    assert (exact.kernel_label, own.kernel_label) == ("t=8 (trained exact)", "t=3 (its own)")
+    older = msgspec.structs.replace(exact, own_kernel=None)
+    assert (older.kernel, older.kernel_label) == ("softmax kernel t=8", "t=8")
+    sizes = ["--seq-len", "16", "--network", "lan"]
+    assert main(["cost", "--architecture", "SM", *sizes]) == 0
+    shown = capsys.readouterr().out
+    for part in ("softmax kernel t=8 for a model", "by operation, t=8 (trained", "in all; t=8 (trained exact)"):
+        assert part in shown
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    own = run_folder(tmp_path / "own", 20.0, "SM+LN+R")
+    config = own / "model" / "config.json"
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    written(LLAMA_7B, llama)
+
+    def refused(*words: object) -> str:
+        assert main(["cost", "--seq-len", "16", *map(str, words)]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        return said.err
+
+    assert f"--polynomial would be ignored, as {llama} brings its own" in refused(
+        "--architecture", llama, "--polynomial"
+    )
+    both = refused("--architecture", llama, "--layers", 3, "--bias", "all")
+    assert "--layers and --bias would be ignored" in both
+    assert "--hidden-size would be ignored" in refused("--runs", own, "--hidden-size", 64)
+    assert "--polynomial would be" in refused("--compare", "SM", own, "--polynomial")  # half of it would be
+    assert main(["cost", "--seq-len", "16", "--compare", "SM", str(own), "--layers", "2", "--exp-iterations", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("t=3 (trained exact)") == 4
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"exp_iterations": 2}))
+    for words in (("--architecture", own), ("--runs", own), ("--compare", "SM", own)):
+        assert "--exp-iterations 3 would be ignored: " in refused(*words, "--exp-iterations", 3)
+    assert main(["cost", "--seq-len", "16", "--runs", str(own)]) == 0
+    assert "MB at t=2 (its own), perplexity 20.00" in capsys.readouterr().out

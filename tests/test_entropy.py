@@ -639,3 +639,34 @@ def test_diagnosis_refuses_what_is_not_a_finite_matrix():
         diagnose(torch.tensor([[1.0, 1.0], [math.nan, 1.0]]))
     with pytest.raises(ValueError, match="matrix"):
         diagnose(torch.ones(3))
+    for wrong in (torch.tensor(1.0), torch.ones(0, 2), torch.ones(2, 0), [], [torch.ones(2, 2)]):
+        with pytest.raises(ValueError, match="matrix"):
+            diagnose(wrong)
+
+
+def test_diagnosis_calls_layers_by_the_model_s_numbers():
+    found = diagnose(torch.tensor([[4.0, 3.0], [4.0, 0.5]]), layers=[1, 3])
+    assert found.layers == [1, 3]
+    assert found.overloaded == [(1, 0), (1, 1), (3, 0)]
+    assert found.collapsed == [(3, 1)]
+    assert "top quarter, in layers 1 and 3, both that have attention;" in found.verdict
+    assert "bottom quarter, in layer 3;" in found.verdict
+    rows = torch.ones(9, 2)
+    assert "in every layer;" in diagnose(rows).verdict
+    assert "in every layer that has attention;" in diagnose(rows, layers=range(0, 18, 2)).verdict
+    assert "in layers 2, 5 and 8, all that have attention;" in diagnose(rows[:3], layers=[2, 5, 8]).verdict
+    assert "in layer 7, the only one that has attention;" in diagnose(rows[:1], layers=[7]).verdict
+    with pytest.raises(ValueError, match="layer 3, head 1 is not finite"):
+        diagnose(torch.tensor([[1.0, 1.0], [1.0, math.inf]]), layers=[1, 3])
+    for wrong in ([1], [1, 2, 3], [3, 1], [1, 1], [-1, 1]):
+        with pytest.raises(ValueError, match="layers must be 2 ascending numbers"):
+            diagnose(torch.ones(2, 2), layers=wrong)
+
+
+def test_diagnosis_of_layers_with_different_numbers_of_heads():
+    found = diagnose([torch.tensor([4.0, 0.5, 2.5]), torch.tensor([4.0])], context_length=64)
+    assert found.entropy == [[4.0, 0.5, 2.5], [4.0]]
+    assert found.quartile_shares == (0.25, 0.0, 0.25, 0.5)  # of four heads
+    assert found.overloaded == [(0, 0), (1, 0)]
+    assert found.collapsed == [(0, 1)]
+    assert "in every layer" in found.verdict

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 import entropi
 from entropi.entropy.patterns import attention_pattern
@@ -18,11 +28,21 @@ CONFIGS = {
     "qwen3": Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8),
     "gemma3": Gemma3TextConfig(**COMMON, num_key_value_heads=2, head_dim=8, sliding_window=5),
 }
+WINDOWED = dict(num_key_value_heads=2, head_dim=8, sliding_window=5)
+CACHED = {
+    **CONFIGS,
+    "mistral": MistralConfig(**COMMON, **WINDOWED),
+    "gemma2": Gemma2Config(**COMMON, **WINDOWED, attn_implementation="eager"),  # a soft cap, which SDPA lacks
+    "gpt_oss": GptOssConfig(  # sinks, which SDPA lacks
+        **COMMON, **WINDOWED, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_type": "default"},
+        attn_implementation="eager",
+    ),
+}  # fmt: skip
 
 
-def make(kind, implementation="sdpa"):
+def make(kind, implementation=None):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=implementation).eval()
+    model = AutoModelForCausalLM.from_config(CACHED[kind], attn_implementation=implementation).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -33,7 +53,14 @@ def eager_entropies(model, ids, mask, **options):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(ids, attention_mask=mask, output_attentions=True, use_cache=False, **options).attentions
-    return [torch.special.entr(w.double()).sum(-1) for w in weights]
+    return [entropy_of(w) for w in weights]
+
+
+def entropy_of(weights):
+    """Of weights `(..., S)`; what a row lacks to 1 is the weight of a sink."""
+    w = weights.double()
+    sink = (1 - w.sum(-1)).clamp(min=0)
+    return torch.special.entr(w).sum(-1) + torch.where(sink > 1e-6, torch.special.entr(sink), 0)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -92,22 +119,70 @@ def test_models_train_under_autocast(kind):
             assert (ours.grad - theirs.grad).norm() <= 0.1 * theirs.grad.norm() + 1e-3, name
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_generation_with_a_cache(kind):
-    """The text is unchanged, and every token's entropies are those of one pass over all of it."""
+STATIC = {"cache_implementation": "static"}
+CACHES = {
+    "dynamic": ({}, [7] + [1] * 8),
+    "static": (STATIC, [7] + [1] * 8),
+    "dynamic, prefill in chunks": ({"prefill_chunk_size": 3}, [3, 3] + [1] * 9),
+    "static, prefill in chunks": (STATIC | {"prefill_chunk_size": 3}, [3, 3] + [1] * 9),
+}
+
+
+@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_with_a_cache(kind, cache, padded):
+    """The text is unchanged, and every token's entropies are those of one pass over all of it.
+
+    A static cache has keys for tokens to come, and no mask hides them where causality does.
+    """
     model = make(kind)
+    extra, passes = CACHES[cache]
     prompt, mask = torch.randint(1, 71, (3, 7)), torch.ones(3, 7, dtype=torch.long)
-    mask[0, :3] = 0
-    options = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    if padded:
+        mask[0, :3] = 0
+    options = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None, **extra)
     plain = model.generate(prompt, **options)
     with entropi.record_entropy(model, keep_rows=True) as recorded:
         assert torch.equal(model.generate(prompt, **options), plain)
-    assert [r.shape[-1] for r in recorded.rows[0]] == [7] + [1] * 8
+    assert [r.shape[-1] for r in recorded.rows[0]] == passes
     mask = torch.nn.functional.pad(mask, (0, 8), value=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     for layer, expected in enumerate(eager_entropies(model, plain[:, :-1], mask, position_ids=positions)):
         rows = torch.cat(recorded.rows[layer], dim=-1).double().transpose(1, 2)
-        torch.testing.assert_close(rows[mask.bool()], expected.transpose(1, 2)[mask.bool()], atol=1e-5, rtol=1e-5)
+        expected = expected.transpose(1, 2)[mask.bool()]
+        torch.testing.assert_close(rows[mask.bool()], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(recorded.mean()[layer].double(), expected.mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_models_load_with_a_static_cache_and_the_implementation(kind):
+    """Without a recorder, as one who trains with it has it."""
+    plain = make(kind)
+    entropi.register_attention()
+    model = make(kind, "entropi")
+    prompt = torch.randint(1, 71, (2, 7))
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(prompt, **options, **STATIC), plain.generate(prompt, **options))
+
+
+def test_proposed_tokens_are_rows_too():
+    """In assisted generation the model runs on proposals; those that it accepts have the rows of the text."""
+    model = make("llama")
+    prompt = torch.randint(1, 71, (1, 7), generator=torch.Generator().manual_seed(3))
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None)
+    plain = model.generate(prompt, **options)
+    with entropi.record_entropy(model, keep_rows=True) as recorded:
+        assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), plain)
+    passes = [r.shape[-1] for r in recorded.rows[0]]
+    assert max(passes[1:]) > 1
+    expected = eager_entropies(model, plain[:, :-1], None)[0][0]
+    done = 0
+    for rows in recorded.rows[0]:
+        torch.testing.assert_close(rows[0, :, 0].double(), expected[:, done], atol=1e-5, rtol=1e-5)
+        same = [torch.allclose(r.double(), e, atol=1e-5) for r, e in zip(rows[0].T, expected[:, done:].T)]
+        done += same.index(False) if False in same else len(same)
+    assert done == expected.shape[-1]
 
 
 def test_models_load_with_the_implementation(tmp_path):

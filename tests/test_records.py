@@ -89,6 +89,7 @@ EXAMPLES: list[Record] = [
         overloaded=[(0, 1)],
         collapsed=[],
         verdict="Entropic overload",
+        layers=[3],
     ),
     AttentionPattern(
         sequences=8,
@@ -99,6 +100,7 @@ EXAMPLES: list[Record] = [
         on_itself=[[0.1, 0.1]],
         positions=[0, 8],
         entropy_by_position=[[0.5, 1.5]],
+        layers=[3],
     ),
     CostRecord(
         architecture="SM",

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 from matplotlib import image as png
+from rich.text import Text
 
 from entropi import records
 from entropi.errors import UserError
@@ -45,7 +46,7 @@ from entropi.report.folder import frames, read_run
 from entropi.report.heads import in_script
 from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
 from entropi.report.traffic import by_operation, by_pass
-from entropi.report.words import even_distance, even_share
+from entropi.report.words import even_distance, even_share, table_of_heads
 
 NAN = math.nan
 LAYERS, HEADS, CONTEXT = 6, 4, 128
@@ -366,6 +367,22 @@ def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     assert not figures.entropy_heatmap([[1.0] * 21] * 10, 2.0).axes[0].texts
 
 
+def test_heatmap_of_a_model_without_attention_in_some_layers() -> None:
+    """Rows are called by the model's own numbers, and heads that a layer does not have stay blank."""
+    figure = figures.entropy_heatmap([[2.0, 2.0, 2.0], [1.0]], 2.0, layers=[1, 3])
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    labels = {tick.get_loc(): tick.label1.get_text() for tick in axes.yaxis.get_major_ticks()}
+    assert (labels[0], labels[1]) == ("1", "3")
+    assert [text.get_text() for text in axes.texts] == ["2.00", "2.00", "2.00", "1.00"]
+    drawn = figures.to_pixels(figure)
+    corner = axes.transData.transform([[1.6, 0.6]])[0] * 80 / figure.dpi
+    assert drawn[len(drawn) - 1 - int(corner[1]), int(corner[0])].tolist() == [255, 255, 255]
+    by_position = msgspec.structs.replace(pattern(), layers=[2, 3, 5, 7, 11, 13])
+    names = [line.get_label() for line in figures.entropy_by_position(by_position).axes[0].lines]
+    assert names == [*(f"layer {number}" for number in by_position.layers), "causal maximum"]
+
+
 def test_bars_of_folding_have_the_numbers_of_both_records() -> None:
     relu = OperationCount(operation="relu", count=2, shape=(128, 512))
     before = msgspec.structs.replace(cost, nonlinear=[*cost.nonlinear, relu])
@@ -430,10 +447,12 @@ def test_numbers_on_the_heatmap_can_be_read() -> None:
     assert min(contrast(colour, figures.ink_on(colour)) for colour in figures.colour_scale()) >= 4.5
 
 
-@pytest.mark.parametrize("matrix", [[], [[]], [[1.0], [1.0, 2.0]]])
+@pytest.mark.parametrize("matrix", [[], [[]], [[1.0], []]])
 def test_figures_refuse_what_is_no_matrix(matrix: list[list[float]]) -> None:
     with pytest.raises(UserError, match="layer"):
         figures.entropy_heatmap(matrix, 1.0)
+    with pytest.raises(UserError, match="layer"):
+        figures.thresholds([[1.0], [1.0, 2.0]])  # of our models, whose layers are all alike
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
@@ -544,6 +563,73 @@ def test_the_table_of_heads_holds_the_last_frame(tmp_path: Path) -> None:
     for layer, row in enumerate(some_entropy()):
         expected += [str(layer), *(f"{value:.2f}" for value in row)]
     assert "".join(words).startswith("".join(expected))
+
+
+def test_a_model_with_attention_in_some_layers(tmp_path: Path) -> None:
+    """Its own numbers of layers everywhere, and layers that differ in their number of heads."""
+    rows = [[1.0, 2.0, 3.0], [0.5]]
+    verdict = DiagnosisRecord(
+        entropy=rows,
+        layers=[1, 3],
+        context_length=CONTEXT,
+        max_observed=3.0,
+        max_possible=math.log(CONTEXT),
+        quartile_shares=[0.25] * 4,
+        overloaded=[(1, 2)],
+        collapsed=[(3, 0)],
+        verdict="in layers 1 and 3",
+    )
+    looks = dict.fromkeys(("distance", "on_first", "on_previous", "on_itself"), rows)
+    where = AttentionPattern(
+        sequences=1, context_length=CONTEXT, layers=[1, 3], positions=[0], entropy_by_position=[[2.0], [0.5]], **looks
+    )
+    page = report([folder(tmp_path / "run", [verdict, where])], tmp_path / "report.html")
+    cells = [(tag["data-layer"], tag["data-head"]) for tag in page.all("td") if "data-layer" in tag]
+    assert cells == [("1", "0"), ("1", "1"), ("1", "2"), ("3", "0")]
+    words = "".join(page.text.partition("layer \\ head")[2].split())
+    assert words.startswith("01211.002.003.0030.50")
+    for fact in ("layer 1: head 2", "layer 3: head 0", "3 of 4 heads put more than half", "looks 1.6 tokens back"):
+        assert fact in page.text
+    assert "at its end layer 1 2.00, layer 3 0.50 nats" in page.source
+    for wrong in ([1], [3, 1], [1, 1], [-1, 3]):
+        path = folder(tmp_path / f"wrong {wrong}", [msgspec.structs.replace(verdict, layers=wrong)])
+        with pytest.raises(UserError, match="damaged"):
+            read_run(path)
+    with pytest.raises(UserError, match="different layers"):
+        read_run(folder(tmp_path / "two", [verdict, msgspec.structs.replace(where, layers=[0, 1])]))
+
+
+def test_heads_in_a_terminal() -> None:
+    def found(layers: int, heads: int, largest: float = 6.5) -> DiagnosisRecord:
+        return DiagnosisRecord(
+            entropy=[[largest] * heads] * layers,
+            context_length=CONTEXT,
+            max_observed=3.0,
+            max_possible=math.log(CONTEXT),
+            quartile_shares=[0.25] * 4,
+            overloaded=[(0, 0)],
+            collapsed=[(layers - 1, heads - 1)],
+            verdict="",
+        )
+
+    def shown(record: DiagnosisRecord, width: int = 80) -> list[str]:
+        lines = table_of_heads(record, width)
+        assert lines is not None
+        return [Text.from_markup(line).plain for line in lines]
+
+    assert shown(found(2, 3)) == [
+        "layer     0      1      2",
+        "    0 6.500+ 6.500  6.500",
+        "    1 6.500  6.500  6.500-",
+    ]
+    for heads in (1, 12, 16):
+        assert max(map(len, shown(found(48, heads)))) <= 80, heads
+    assert shown(found(1, 12))[1].startswith("    0 6.50+ 6.50")
+    assert shown(found(1, 16))[1].startswith("    0 6.5+6.5")
+    assert table_of_heads(found(1, 32), 80) is None
+    hybrid = msgspec.structs.replace(found(2, 2), layers=[1, 30], overloaded=[(30, 0)], collapsed=[])
+    hybrid.entropy[1] = [1.0]
+    assert shown(hybrid) == ["layer     0      1", "    1 6.500  6.500", "   30 1.000+"]
 
 
 def test_the_script_draws_from_the_records(tmp_path: Path) -> None:

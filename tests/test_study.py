@@ -26,7 +26,7 @@ from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
 from entropi.report import study as report_study
-from entropi.report.study import markdown, outcome, read_study, tables, with_spread, write_study
+from entropi.report.study import StudyResult, markdown, outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
 from entropi.training.recipe import save_recipe
@@ -369,6 +369,9 @@ def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path
     row = summarise("base", {}, found, folder)
     assert row.perplexity.n == 0
     assert row.predicted_bytes == whole.predicted_bytes is not None
+    assert row.predicted_kernel == whole.predicted_kernel == "t=8 (trained exact)"
+    table = tables(StudyResult("study", [], [row], []))[0]
+    assert f"{row.predicted_bytes / 1e6:,.1f}, t=8 (trained exact)" in table.rows[0]
     assert (row.nonlinear, row.ffn_flops, row.folded_ffn_flops) == (
         whole.nonlinear,
         whole.ffn_flops,

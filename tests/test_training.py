@@ -683,7 +683,7 @@ def test_a_model_that_diverged_in_its_last_step_is_kept_without_a_diagnosis(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ):
     def diverged(*args: Any, **kwargs: Any) -> HeldOut:
-        return HeldOut(math.nan, 10, torch.full((2, 2), math.nan))
+        return HeldOut(math.nan, 10, dict(enumerate(torch.full((2, 2), math.nan))))
 
     monkeypatch.setattr(run, "evaluate_blocks", diverged)
     train(tiny(corpus, steps=2), tmp_path / "run")
@@ -1058,8 +1058,8 @@ def test_evaluation_does_not_depend_on_the_batch(finished: tuple[Recipe, Path], 
 
 
 def test_perplexity_of_a_diverged_model():
-    assert HeldOut(710.0, 1, torch.zeros(1, 1)).perplexity == math.inf
-    assert math.isnan(HeldOut(math.nan, 1, torch.zeros(1, 1)).perplexity)
+    assert HeldOut(710.0, 1, {}).perplexity == math.inf
+    assert math.isnan(HeldOut(math.nan, 1, {}).perplexity)
 
 
 def test_recorded_entropies_are_those_of_the_batch(tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -111,6 +112,8 @@ def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; status 0, 1 after a failure of ours, 2 after a mistake of the user's, 130 when interrupted."""
     given = _with_underscores(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 are printed as they are
     try:
         if not given:
             raise UserError(f"a command is missing: one of {', '.join(COMMANDS)} (see entropi --help)")

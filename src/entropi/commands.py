@@ -83,41 +83,58 @@ def train(
 
 def evaluate(
     model: str,
-    corpus: str = "stdlib",
+    corpus: str | None = None,
     packing: Literal["stream", "document"] | None = None,
     batch_size: int = 32,
     exp_iterations: int | None = None,
+    sequences: int | None = None,
+    context_length: int | None = None,
     json: bool = False,
 ) -> None:
-    """Held-out perplexity of a model.
+    """Perplexity of a model on text that it was not trained on.
 
     Args:
         model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
-        corpus: "stdlib" or a text file or folder; its held-out part is used
+        corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
+            a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run
             folder was trained, and else from a stream
         batch_size: sequences at a time
         exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
             softmax; by default what the model was trained with
+        sequences: how many to use; by default all, and for models that are not entropi's 32 of a data set
+        context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
+            most 1024
         json: print one JSON object
     """
     from entropi.downloads import on_disk
-    from entropi.training.saved import evaluate_heldout, open_with_heldout
+    from entropi.training.saved import evaluate_heldout, open_with_text
 
-    opened = open_with_heldout(on_disk(model), corpus, exp_iterations, packing=packing)
-    result = evaluate_heldout(*opened, batch_size)
+    opened = open_with_text(
+        on_disk(model), corpus, exp_iterations, sequences, context_length, packing, all_of_plain_text=True
+    )
+    result = evaluate_heldout(opened, batch_size, entropies=False)
     if json:
-        _print_json({k: v for k, v in vars(result).items() if k != "entropy"} | {"perplexity": result.perplexity})
+        _print_json(
+            {
+                "cross_entropy": result.cross_entropy,
+                "perplexity": result.perplexity,
+                "tokens": result.tokens,
+                "corpus": opened.corpus,
+                "text": opened.source,
+                "context_length": opened.blocks.shape[1],
+            }
+        )
     else:
         print(
             f"perplexity {result.perplexity:.3f}, cross-entropy {result.cross_entropy:.4f} nats a token, "
-            f"{result.tokens:,} tokens"
+            f"{result.tokens:,} tokens; {opened.source} of {opened.blocks.shape[1]:,} tokens"
         )
 
 
 def diagnose_heads(
     model: str,
-    corpus: str = "stdlib",
+    corpus: str | None = None,
     batch_size: int = 32,
     exp_iterations: int | None = None,
     sequences: int | None = None,
@@ -130,36 +147,41 @@ def diagnose_heads(
 
     Args:
         model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
-        corpus: "stdlib" or a text file or folder; its held-out part is used
+        corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
+            a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         batch_size: sequences at a time
         exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
-        sequences: held-out sequences to use; by default all, and 32 for models that are not entropi's
-        context_length: tokens a sequence; by default what the model takes, and at most 1024
-        heatmap: PNG or SVG to write; by default entropy.png in the folder of the model, NAME-entropy.png here for one
-            of the hub
+        sequences: how many to use; by default all, and 32 for models that are not entropi's
+        context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
+            most 1024
+        heatmap: PNG or SVG to write; by default entropy.png in a run folder, and for other models NAME-entropy.png here
         html: page to write, with everything that entropi report shows of a run
         json: print one JSON object
     """
     with _extra("report"):
         from entropi.report import figures
-        from entropi.report.page import pattern_in_words, write_diagnosis
-    from entropi.downloads import SCHEME, name_of, on_disk
+        from entropi.report.page import write_diagnosis
+        from entropi.report.words import pattern_in_words, table_of_heads
+    from entropi.downloads import name_of, on_disk
     from entropi.training.evaluation import PATTERN_SEQUENCES, diagnose_heldout, observe_patterns
-    from entropi.training.saved import evaluate_heldout, open_with_heldout
+    from entropi.training.saved import evaluate_heldout, failures_in_one_line, is_run_folder, open_with_text
 
     for path in (heatmap, html):
         if path is not None:
             _check_parent(path)
     folder, name = on_disk(model), name_of(model)
-    picture = heatmap or (Path(f"{name}-entropy.png") if model.startswith(SCHEME) else folder / "entropy.png")
-    loaded, blocks = open_with_heldout(folder, corpus, exp_iterations, sequences, context_length)
-    result = evaluate_heldout(loaded, blocks, batch_size)
-    source = f"held-out text of {Path(corpus).name}, {len(blocks):,} sequences"
-    found = diagnose_heldout(result, blocks.shape[1], source)
+    picture = heatmap or (folder / "entropy.png" if is_run_folder(folder) else Path(f"{name}-entropy.png"))
+    opened = open_with_text(folder, corpus, exp_iterations, sequences, context_length)
+    loaded, blocks = opened.model, opened.blocks
+    result = evaluate_heldout(opened, batch_size, entropies=True)
+    found = diagnose_heldout(result, blocks.shape[1], opened.source)
     found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
-    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name)
+    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name, found.layers)
     figures.write_figure(figure, picture)
-    with ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line:
+    with (
+        failures_in_one_line(opened, "diagnosed"),
+        ProgressLine("looking where the heads look", min(len(blocks), PATTERN_SEQUENCES)) as line,
+    ):
         pattern = observe_patterns(loaded, blocks[:PATTERN_SEQUENCES], line.update)
     if html is not None:
         evaluation = records.Evaluation(
@@ -171,15 +193,18 @@ def diagnose_heads(
         )
         write_diagnosis(folder, [evaluation, found, pattern], html, name)
     if json:
-        _print_json(found)
+        more = {"corpus": opened.corpus, "perplexity": result.perplexity, "attention": msgspec.to_builtins(pattern)}
+        _print_json(msgspec.to_builtins(found) | more)
         return
-    from rich.table import Table
-
-    table = Table("layer", *(f"head {h}" for h in range(len(found.entropy[0]))), title="mean entropy, nats")
-    marks = dict.fromkeys(found.overloaded, " [red]high[/red]") | dict.fromkeys(found.collapsed, " [blue]low[/blue]")
-    for layer, row in enumerate(found.entropy):
-        table.add_row(str(layer), *(f"{e:.3f}{marks.get((layer, head), '')}" for head, e in enumerate(row)))
-    make_console().print(table)
+    console = make_console()
+    if (lines := table_of_heads(found, console.width)) is None:
+        console.print(
+            f"{max(map(len, found.entropy))} heads a layer do not fit {console.width} columns: the picture and --json "
+            "have them all"
+        )
+    else:
+        console.print("mean entropy of every head in nats, by layer (+ overloaded, - collapsed)", *lines, sep="\n")
+    print(f"measured on {opened.source} of {found.context_length:,} tokens")
     shares = " / ".join(f"{share:.0%}" for share in found.quartile_shares)
     print(f"quartile shares of the largest entropy {found.max_observed:.3f} nats: {shares}")
     print(found.verdict)
@@ -188,14 +213,14 @@ def diagnose_heads(
 
 
 def cost_of(
-    architecture: str = "SM(t)+ScFuFFN",
+    architecture: str | None = None,
     compare: list[str] | None = None,
     seq_len: int = 128,
-    layers: int = 12,
-    heads: int = 12,
-    hidden_size: int = 768,
-    vocab_size: int = 50257,
-    bias: Literal["qk", "all", "none"] = "qk",
+    layers: int | None = None,
+    heads: int | None = None,
+    hidden_size: int | None = None,
+    vocab_size: int | None = None,
+    bias: Literal["qk", "all", "none"] | None = None,
     protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",
@@ -214,15 +239,15 @@ def cost_of(
     Nothing is run. The defaults are GPT-2 small's sizes.
 
     Args:
-        architecture: one of the paper's names; or the config.json of a GPT-2, GPT-NeoX, Llama or entropi model, a
-            folder that holds one, or hf://OWNER/NAME, which bring their own sizes
+        architecture: one of the paper's names, SM(t)+ScFuFFN by default; or the config.json of a GPT-2, GPT-NeoX, Llama
+            or entropi model, a folder that holds one, or hf://OWNER/NAME, which bring their own sizes
         compare: several of these side by side
         seq_len: tokens of the prompt, T
-        layers: number of layers, L
-        heads: attention heads a layer, H
-        hidden_size: width of the model, d
-        vocab_size: entries of the tokenizer, V
-        bias: linear layers with a bias
+        layers: number of layers, L; 12 by default
+        heads: attention heads a layer, H; 12 by default
+        hidden_size: width of the model, d; 768 by default
+        vocab_size: entries of the tokenizer, V; 50257 by default
+        bias: linear layers with a bias; those of queries and keys, qk, by default
         protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
         network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
         embedding: token table private to the server, or public
@@ -241,9 +266,15 @@ def cost_of(
         _check_parent(picture)
     if calibrate is not None:
         _check_parent(calibrate)
-    recorded = Path(architecture) / records.RECORDS_FILE
-    if record and (compare or not recorded.is_file()):
+    chosen_modes = {"--architecture": architecture, "--compare": compare, "--budget": budget, "--runs": runs}
+    modes = [name for name, value in chosen_modes.items() if value is not None]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other")
+    recorded = Path(architecture or "") / records.RECORDS_FILE
+    if record and (architecture is None or not recorded.is_file()):
         raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
+    if budget is not None and picture is not None:
+        raise UserError("--picture has nothing to draw with --budget")
     with _extra("private"):
         from entropi import costing
         from entropi.costs import calibration as prices
@@ -256,6 +287,23 @@ def cost_of(
         prices.write(measured, calibrate)
         print(f"prices of {measured.protocol} on {measured.machine} in {calibrate}")
         return
+    sizes = {
+        name: value
+        for name, value in (
+            ("layers", layers),
+            ("heads", heads),
+            ("hidden_size", hidden_size),
+            ("vocab_size", vocab_size),
+            ("bias", bias),
+        )
+        if value is not None
+    }
+    searched = [f"--{name.replace('_', '-')}" for name in ("layers", "heads", "hidden_size") if name in sizes]
+    if budget is not None and searched:
+        raise UserError(f"{', '.join(searched)} would be ignored: --budget searches for the sizes")
+    words = [str(run) for run in runs] if runs else compare or [architecture or "SM(t)+ScFuFFN"]
+    costing.refuse_ignored(words, list(sizes), polynomial=polynomial)
+    asked_iterations = exp_iterations
     if exp_iterations is None:
         exp_iterations = 1 if polynomial else 8
     if not 1 <= exp_iterations <= 8:
@@ -269,12 +317,12 @@ def cost_of(
             raise UserError(f"{calibration} holds prices of {chosen.protocol}, not of {protocol}")
     options = Options(embedding=embedding, exp_iterations=exp_iterations, fraction_bits=chosen.fraction_bits)
     base = Shape(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        vocab_size=50257 if vocab_size is None else vocab_size,
+        hidden_size=768 if hidden_size is None else hidden_size,
+        num_hidden_layers=12 if layers is None else layers,
+        num_attention_heads=12 if heads is None else heads,
         max_position_embeddings=max(seq_len, 1024),
-        bias=bias,
+        bias=bias or "qk",
         exp_iterations=exp_iterations if polynomial else None,
         polynomial=polynomial,
     )
@@ -282,32 +330,53 @@ def cost_of(
         with _extra("report"):
             from entropi.report import figures
 
-            points = costing.against_perplexity(runs, seq_len, chosen, line, options)
+            placed = costing.against_perplexity(runs, seq_len, chosen, line, options, asked_iterations)
+        points = {name: (one.megabytes, one.perplexity) for name, one in placed.items()}
         best = figures.frontier(points)
         if picture is not None:
-            figures.write_figure(figures.pareto(points, "predicted bytes of the prompt's pass (MB)"), picture)
+            labels = {name: one.kernel_label for name, one in placed.items()}
+            axis = "predicted bytes of the prompt's pass (MB)"
+            figures.write_figure(figures.pareto(points, axis, labels), picture)
         if json:
             _print_json(
-                [{"run": n, "MB": mb, "perplexity": p, "on_frontier": n in best} for n, (mb, p) in points.items()]
+                [
+                    {
+                        "run": name,
+                        "MB": one.megabytes,
+                        "kernel": one.kernel,
+                        "perplexity": one.perplexity,
+                        "on_frontier": name in best,
+                    }
+                    for name, one in placed.items()
+                ]
             )
             return
-        for name, (megabytes, perplexity) in sorted(points.items(), key=lambda item: item[1]):
+        for name, one in sorted(placed.items(), key=lambda item: points[item[0]]):
             remark = "" if name in best else ", another is better"
-            print(f"{name}: {megabytes:,.1f} MB, perplexity {perplexity:.2f}{remark}")
+            print(f"{name}: {one.megabytes:,.1f} MB at {one.kernel_label}, perplexity {one.perplexity:.2f}{remark}")
         if picture is not None:
             print(f"picture in {picture}")
         return
     if budget is not None:
         fits = costing.within(budget, base, seq_len, chosen, line, options)
         if json:
-            _print_json([{**msgspec.to_builtins(one.prediction), "parameters": one.parameters} for one in fits])
+            _print_json(
+                [
+                    {
+                        **msgspec.to_builtins(one.prediction),
+                        "kernel": one.prediction.kernel,
+                        "parameters": one.parameters,
+                    }
+                    for one in fits
+                ]
+            )
         else:
             costing.show_fitting(fits, budget, seq_len)
         return
-    found = [
-        costing.costed(name, shape, seq_len, chosen, line, options)
-        for name, shape in (costing.shape_of(word, base) for word in compare or [architecture])
-    ]
+    shapes = [costing.shape_of(word, base) for word in words]
+    if not polynomial:
+        costing.refuse_other_kernel(shapes, asked_iterations)
+    found = [costing.costed(name, shape, seq_len, chosen, line, options) for name, shape in shapes]
     if record:
         records.append(recorded, found[0].prediction)
     if picture is not None:
@@ -490,11 +559,12 @@ def ask(
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
+    source = "standard input" if prompt == "-" else "the prompt"
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()  # bytes that could not be decoded may have arrived as lone surrogates
+    except UnicodeError:
+        raise UserError(f"{source} is not UTF-8 text") from None
     if logits is not None:
         _check_parent(logits)
     if record is not None and not record.is_dir():
@@ -574,7 +644,7 @@ def summary_of_private_run(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line."""
     return (
         f"{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages"
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, softmax kernel t={run.exp_iterations}"
     )
 
 

@@ -109,6 +109,6 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.text = ""
             self._bar.stop()
-        elif self._shown != self._done:
+        elif self._shown != self._done and (kind is None or self._done > self._first):  # no work, nothing to tell
             self._print_plain()
         sys.stderr.flush()

@@ -48,6 +48,7 @@ class Costed(Cost):
         for name, part in parts:
             if part is not None:
                 found["prediction"][name]["total"] = _total(part)
+        found["prediction"]["kernel"] = self.prediction.kernel
         found["paper"] = None if self.paper is None else {"GB": self.paper[0], "minutes": self.paper[1]}
         found["changes"] = [asdict(change) for change in self.changes]
         return found
@@ -66,10 +67,43 @@ def shape_of(model: str, otherwise: Shape) -> tuple[str, Shape]:
     """
     if model.startswith(SCHEME):
         return name_of(model), read_shape(on_disk(model, CONFIGURATION))
-    path = Path(model)
-    if path.exists() or model.endswith(".json") or model.startswith((".", "/")):
-        return model, read_shape(path)
+    if brings_its_own(model):
+        return model, read_shape(Path(model))
     return model, replace(otherwise, architecture=split_training_name(model)[0])
+
+
+def brings_its_own(model: str) -> bool:
+    """Whether a word names a model with sizes of its own, and not an architecture."""
+    return Path(model).exists() or model.endswith(".json") or model.startswith((SCHEME, ".", "/"))
+
+
+def refuse_ignored(models: Sequence[str], sizes: Sequence[str], *, polynomial: bool) -> None:
+    """Refuse options, `sizes` and `polynomial`, that would do nothing because `models` bring their own.
+
+    Raises:
+        UserError: names them.
+    """
+    own = [model for model in models if brings_its_own(model)]
+    options = [f"--{name.replace('_', '-')}" for name in sizes if len(own) == len(models)]
+    options += ["--polynomial"] * (polynomial and bool(own))
+    if options:
+        raise UserError(
+            f"{' and '.join(options)} would be ignored, as {own[0]} brings its own: leave out, or name an architecture"
+        )
+
+
+def refuse_other_kernel(shapes: Sequence[tuple[str, Shape]], exp_iterations: int | None) -> None:
+    """Refuse a softmax kernel for models that have their own.
+
+    Raises:
+        UserError: names one.
+    """
+    for name, shape in shapes:
+        if exp_iterations is not None and shape.exp_iterations not in (None, exp_iterations):
+            raise UserError(
+                f"--exp-iterations {exp_iterations} would be ignored: {name} is trained with a kernel of its own, "
+                f"t={shape.exp_iterations}"
+            )
 
 
 def costed(
@@ -113,7 +147,7 @@ def show(found: Costed) -> None:
     console.print(
         f"{record.network}; {record.embedding} token table; {record.kernel}; prices of {record.calibrated_on}\n"
     )
-    table = Table(title="pass over the prompt, by operation", title_justify="left", box=SIMPLE)
+    table = Table(title=f"pass over the prompt, by operation, {record.kernel_label}", title_justify="left", box=SIMPLE)
     for column in ("operation", "MB", "", "messages", "trips", "computing s", "latency s"):
         table.add_column(column, justify="left" if column in ("operation", "") else "right", no_wrap=True)
     operations = record.prompt.by_operation()
@@ -140,6 +174,7 @@ def show(found: Costed) -> None:
             console.print(
                 f"{words:20} {_size(part.bytes):>10}, {part.messages:,.0f} messages, {part.trips:,.0f} trips,"
                 f" {part.seconds:,.1f} s computing, {part.latency:,.1f} s in all"
+                + ("" if part is record.set_up else f"; {record.kernel_label}")
             )
     if found.paper is not None:
         console.print(f"\nthe paper: {found.paper[0]} GB, {found.paper[1]} min. {advice.PAPER_REMARK}")
@@ -172,6 +207,7 @@ def compare(configurations: Sequence[Costed]) -> None:
             cells.append(f"{mark}{operations[name].bytes / 1e6:,.1f}" if name in operations else "")
         table.add_row(name, *cells)
     rows = (
+        ("softmax kernel", lambda one: one.prediction.kernel_label),
         ("sum", lambda one: f"{one.prediction.prompt.bytes / 1e6:,.1f}"),
         ("the paper's, GB", lambda one: "" if one.paper is None else f"{one.paper[0]}"),
         ("messages", lambda one: f"{one.prediction.prompt.messages:,.0f}"),
@@ -187,7 +223,7 @@ def compare(configurations: Sequence[Costed]) -> None:
     console.print(table)
     largest = max(one.prediction.prompt.bytes for one in configurations) or 1.0
     for one, operations in zip(configurations, sums):
-        console.print(f"\n{one.name}")
+        console.print(f"\n{one.name}, {one.prediction.kernel_label}")
         for o in operations.values():
             bar = "█" * round(2 * _BAR * o.bytes / largest)
             if bar:
@@ -223,7 +259,10 @@ def show_fitting(found: Sequence[advice.Fitting], text: str, seq_len: int) -> No
         console.print(f"nothing that was searched answers a prompt of {seq_len} tokens within {text}")
         return
     table = Table(
-        title=f"the deepest of every width within {text} for {seq_len} tokens, most parameters first",
+        title=(
+            f"the deepest of every width within {text} for {seq_len} tokens, most parameters first;"
+            f" {found[0].prediction.kernel}"
+        ),
         title_justify="left",
         box=SIMPLE,
     )
@@ -242,10 +281,27 @@ def show_fitting(found: Sequence[advice.Fitting], text: str, seq_len: int) -> No
     console.print(table)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A run by what a private prompt is predicted to cost and its measured perplexity."""
+
+    megabytes: float
+    perplexity: float
+    kernel: str  # what the prediction is for, in words
+    kernel_label: str
+
+
 def against_perplexity(
-    runs: Sequence[Path], seq_len: int, calibration: Calibration, line: Network, options: Options
-) -> dict[str, tuple[float, float]]:
+    runs: Sequence[Path],
+    seq_len: int,
+    calibration: Calibration,
+    line: Network,
+    options: Options,
+    exp_iterations: int | None = None,
+) -> dict[str, Placed]:
     """Predicted MB of a prompt's pass and measured perplexity of run folders, by name.
+
+    `exp_iterations` is the kernel that was asked for, which no run may have another of.
 
     Raises:
         UserError: a folder without a run, or a run that was not evaluated.
@@ -259,9 +315,12 @@ def against_perplexity(
         if run.evaluation is None:
             raise UserError(f"{folder} has no evaluation on held-out text: see entropi evaluate")
         shape = read_shape(folder)
+        refuse_other_kernel([(str(folder), shape)], exp_iterations)
         prediction = predict(shape, min(seq_len, shape.max_position_embeddings), calibration, line, options)
         name = run.name if run.name not in points else str(folder)
-        points[name] = (prediction.prompt.bytes / 1e6, run.evaluation.perplexity)
+        points[name] = Placed(
+            prediction.prompt.bytes / 1e6, run.evaluation.perplexity, prediction.kernel, prediction.kernel_label
+        )
     return points
 
 

@@ -1,8 +1,9 @@
 """Typed records: what every stage writes to `records.jsonl` and the report reads.
 
 One JSON object a line, tagged with its `kind` and the schema version. Entropies are in nats, sizes in bytes,
-times in seconds; matrices are nested lists, layers first, heads second. Numbers that are not finite (say, of a
-softmax-only model that diverged) are written as the strings "NaN", "Infinity" and "-Infinity".
+times in seconds; matrices are nested lists, layers first, heads second; where layers differ in their number of
+heads, rows differ in length. Numbers that are not finite (say, of a softmax-only model that diverged) are written as
+the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -108,14 +109,15 @@ class RolledBack(Base, tag="rollback"):
 class DiagnosisRecord(Base, tag="diagnosis"):
     """Section 3 and Fig. 2a of the paper for one model."""
 
-    entropy: Matrix
+    entropy: Matrix  # a row a layer that has attention, a number a head of it, nats
     context_length: int
     max_observed: float  # M, nats
     max_possible: float  # log T, nats
     quartile_shares: list[float]  # of heads in [0,M/4), [M/4,M/2), [M/2,3M/4), [3M/4,M]
-    overloaded: list[tuple[int, int]]  # (layer, head)
+    overloaded: list[tuple[int, int]]  # (layer, head), the layer by the model's own number
     collapsed: list[tuple[int, int]]
     verdict: str
+    layers: list[int] = []  # the model's number of each row's layer; empty in older records: 0, 1, ...
     source: str = ""  # what text it was measured on, in words
     model: str = ""  # name of its class, where no `RunStarted` tells what the model is
     parameters: int = 0  # likewise; 0 where it is not known
@@ -124,8 +126,8 @@ class DiagnosisRecord(Base, tag="diagnosis"):
 class AttentionPattern(Base, tag="attention"):
     """Where the heads look, and how their entropy grows with the position: means over held-out sequences.
 
-    Matrices are (L, H) but for the last. Weights are means over query rows from the third on, so that the first
-    token, the previous one and the row's own are three different ones.
+    Matrices have a row a layer and, but for the last, a column a head of it. Weights are means over query rows from the
+    third on, so that the first token, the previous one and the row's own are three different ones.
     """
 
     sequences: int
@@ -136,6 +138,7 @@ class AttentionPattern(Base, tag="attention"):
     on_itself: Matrix
     positions: list[int]  # the first query position of each of P stretches of equal length, counted from 0
     entropy_by_position: Matrix  # (L, P), nats, mean over the heads of a layer and the rows of a stretch
+    layers: list[int] = []  # as in `DiagnosisRecord`
 
 
 class OperationCount(msgspec.Struct, kw_only=True):
@@ -235,11 +238,23 @@ class PredictionRecord(Base, tag="prediction"):
     prompt: PassCost
     further: PassCost | None  # one token after the prompt
     polynomial: bool = False
+    own_kernel: bool | None = None  # whether the model is trained with this kernel; None in older records
 
     @property
     def kernel(self) -> str:
         """What stands for the softmax's exponential, in words."""
-        return f"{'polynomial' if self.polynomial else 'softmax'} kernel t={self.exp_iterations}"
+        whose = {
+            None: "",
+            True: ", the model's own",
+            False: " for a model trained with the exact softmax",
+        }[self.own_kernel]
+        return f"{'polynomial' if self.polynomial else 'softmax'} kernel t={self.exp_iterations}{whose}"
+
+    @property
+    def kernel_label(self) -> str:
+        """The same, short enough to stand beside a figure."""
+        whose = {None: "", True: " (its own)", False: " (trained exact)"}[self.own_kernel]
+        return f"{'polynomial ' if self.polynomial else ''}t={self.exp_iterations}{whose}"
 
 
 class StageTraffic(msgspec.Struct, kw_only=True):
@@ -361,6 +376,7 @@ class StudyRow(Base, tag="study_row"):
     loss_std: list[float]
     folded_ffn_flops: int = 0  # what private inference computes of them
     predicted_bytes: float | None = None  # of a private prompt of the context length (`entropi cost`), where known
+    predicted_kernel: str = ""  # the softmax kernel that they are for, in words; empty in older records
 
 
 class StudyClaim(Base, tag="study_claim"):
@@ -408,20 +424,26 @@ _header_decoder = msgspec.json.Decoder(_Header)
 _encoder = msgspec.json.Encoder()
 
 
-def _spell_nonfinite(value: Any) -> Any:
-    """msgspec would write NaN as null, and then refuse to read the null back as a number."""
+def _writable(value: Any) -> Any:
+    """What JSON has a form for.
+
+    msgspec would write NaN as null, and then refuse to read the null back as a number; and it refuses names of files
+    that are not UTF-8, of which undecodable bytes become question marks.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _spell_nonfinite(item) for key, item in value.items()}
+        return {key: _writable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_spell_nonfinite(item) for item in value]
+        return [_writable(item) for item in value]
     return value
 
 
 def encode(record: Record) -> bytes:
     """One record as one line of JSON, without the newline."""
-    return _encoder.encode(_spell_nonfinite(msgspec.to_builtins(record)))
+    return _encoder.encode(_writable(msgspec.to_builtins(record)))
 
 
 def append(path: Path, record: Record) -> None:

@@ -226,6 +226,7 @@ def predict(
         prompt=prompt,
         further=further,
         polynomial=model.polynomial,
+        own_kernel=model.exp_iterations is not None,
     )
 
 
@@ -240,6 +241,9 @@ class Cost:
 
 def cost(config: Any, seq_len: int, protocol: ProtocolName = "cheetah", network: str = "wan") -> Cost:
     """What a model costs for a prompt of `seq_len` tokens; nothing is run.
+
+    The prediction is for the model's own softmax kernel; for a model that is trained with the exact softmax
+    (`exp_iterations=None`) for the kernel t=8. `prediction.kernel` says which.
 
     Args:
         config: `EntropiConfig` or `Shape`.

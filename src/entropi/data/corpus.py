@@ -67,29 +67,41 @@ def load_corpus(source: str) -> Corpus:
 
     Raises `UserError` if the source is missing, empty, unreadable, not text, or not a file or folder.
     """
+    return _split(*_read_source(source))
+
+
+def load_texts(source: str) -> list[Document]:
+    """All documents of what `load_corpus` takes, none of them split or held out."""
+    return _read_source(source)[1]
+
+
+def _read_source(source: str) -> tuple[str, list[Document], int, int]:
+    """The name of a corpus, its documents, the number of files skipped, the number of copies."""
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         documents, skipped, duplicates = _read_all(root, _stdlib_files(root))
         if not documents:
             raise UserError("this Python carries no standard library source: give a text file or a folder")
-        return _split(f"Python {platform.python_version()} standard library", documents, skipped, duplicates)
+        return f"Python {platform.python_version()} standard library", documents, skipped, duplicates
 
     path = Path(os.path.expanduser(source))  # pathlib's own raises on an unknown user
-    shown = _shown(path)
+    shown = as_shown(path)
     try:
         if not source.strip() or not path.exists():
-            raise UserError(f"there is no file or folder {_shown(source)!r}: give a text file, a folder or {STDLIB!r}")
+            raise UserError(
+                f"there is no file or folder {as_shown(source)!r}: give a text file, a folder or {STDLIB!r}"
+            )
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a parent folder that may not be entered, a name too long
         raise UserError(f"cannot open {shown}: {_reason(error)}; give a text file or a folder") from None
-    name = _shown(path.resolve().name) or shown
+    name = as_shown(path.resolve().name) or shown
 
     if is_folder:
         documents, skipped, duplicates = _read_all(path, _walk(path))
         if not documents:
             reason = f"{skipped} files, none of them text" if skipped else "no files with text in them"
             raise UserError(f"the folder {shown} has {reason}: give a folder with UTF-8 text files")
-        return _split(name, documents, skipped, duplicates)
+        return name, documents, skipped, duplicates
 
     if not is_file:  # reading a pipe or a device could wait forever
         raise UserError(f"{shown} is a device, pipe or socket: give a text file or a folder")
@@ -98,10 +110,10 @@ def load_corpus(source: str) -> Corpus:
         raise UserError(f"{shown} is not UTF-8 text: convert it to UTF-8 or give another file")
     if not text.strip():
         raise UserError(f"{shown} is empty: give a file with text in it")
-    return _split(name, [Document(_shown(path.name), text)], 0, 0)
+    return name, [Document(as_shown(path.name), text)], 0, 0
 
 
-def _shown(path: str | Path) -> str:
+def as_shown(path: str | Path) -> str:
     """A path fit for one line of a message and for JSON, whatever bytes the file system allows."""
     return "".join(c if c.isprintable() else "?" for c in str(path))
 
@@ -112,7 +124,7 @@ def _reason(error: OSError) -> str:
 
 def _refuse(error: OSError) -> NoReturn:
     """A part of a folder that cannot be read is an error: skipping it would silently change the corpus."""
-    path = _shown(error.filename or "the corpus")
+    path = as_shown(error.filename or "the corpus")
     raise UserError(f"cannot read {path}: {_reason(error)}; make it readable or leave it out") from None
 
 

@@ -17,7 +17,7 @@ from entropi.cache import default_cache_dir, written_whole
 from entropi.console import ProgressLine
 from entropi.data import shards
 from entropi.data.books import find_books, open_books
-from entropi.data.corpus import Corpus, Document, load_corpus
+from entropi.data.corpus import STDLIB, Corpus, Document, load_corpus, load_texts
 from entropi.data.hub import Rows, find_dataset, open_dataset
 from entropi.data.shards import Blocks, Manifest, Tokens
 from entropi.data.tokenizer import (
@@ -136,10 +136,24 @@ def pack(
     return np.concatenate([np.empty((0, block_length), np.int32), *cut])
 
 
+def is_plain_text(source: str) -> bool:
+    """Whether `source` names somebody's own text file or folder: no data set with a name, no Parquet, no tokens."""
+    prepared = Path(os.path.expanduser(source)) / shards.MANIFEST
+    return source != STDLIB and not prepared.is_file() and find_books(source) is None and find_dataset(source) is None
+
+
 def heldout_blocks(
-    source: str, tokenizer: Tokenizer, block_length: int, eos_id: int, *, per_document: bool = False
+    source: str,
+    tokenizer: Tokenizer,
+    block_length: int,
+    eos_id: int,
+    *,
+    per_document: bool = False,
+    whole: bool = False,
 ) -> Tokens:
     """Blocks `(N, block_length)` int32 of the held-out part of what `prepare` takes, in memory, cut as `pack` does.
+
+    With `whole`, of all of it, which has to be plain text: for models that were trained on no part of it.
 
     Raises `UserError` for what cannot be read, and for tokens that another tokenizer made.
     """
@@ -154,6 +168,8 @@ def heldout_blocks(
             raise UserError(f"the tokens in {folder} were made with another tokenizer than this model's")
         return prepared.packed.heldout[:]
     dataset = find_dataset(source)
+    if whole and dataset is None:
+        return pack(load_texts(source), tokenizer, block_length, eos_id, per_document=per_document)
     corpus = load_corpus(source) if dataset is None else open_dataset(dataset)
     return pack(corpus.heldout, tokenizer, block_length, eos_id, per_document=per_document)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,15 @@ OVERLOAD_SHARE = 0.20
 COLLAPSE_SHARE = 0.20
 # Where even the largest entropy is this small a part of log T, quarters of it say nothing: all heads collapsed.
 NEGLIGIBLE = 0.05
+MAX_NAMED_LAYERS = 8  # where all that have attention are meant
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where the heads of a model stand; entropies in nats, heads as (layer, head)."""
+    """Where the heads of a model stand; entropies in nats, heads as (layer, head), the layer by the model's number."""
 
-    entropy: list[list[float]]  # (L, H)
+    entropy: list[list[float]]  # a row a layer that has attention, a number a head of it
+    layers: list[int]  # the layer of each row
     max_observed: float  # M
     max_possible: float  # log T, nan where the context length is not given
     quartile_shares: tuple[float, float, float, float]  # of heads in [0,M/4), [M/4,M/2), [M/2,3M/4), [3M/4,M]
@@ -30,60 +33,88 @@ class Diagnosis:
     verdict: str
 
 
-def diagnose(entropy: Tensor, context_length: int | None = None) -> Diagnosis:
+def diagnose(
+    entropy: Tensor | Sequence[Tensor], context_length: int | None = None, layers: Sequence[int] | None = None
+) -> Diagnosis:
     """Diagnose mean head entropies.
 
     Args:
-        entropy: `(L, H)` nats, the mean over batch and query rows (Eq. 5-7).
+        entropy: `(L, H)` nats, the mean over batch and query rows (Eq. 5-7); or a list of L tensors `(heads,)`, one a
+            layer, where the number of heads differs between layers.
         context_length: T; lets the verdict judge M against log T.
+        layers: the model's number of each row's layer, ascending, where not every layer has attention; by default 0
+            to L-1, and these are all layers of the model.
 
     Raises:
-        ValueError: not a matrix, or not finite.
+        ValueError: no matrix and no list of vectors, not finite, or layers that do not fit the rows.
     """
-    values = torch.as_tensor(entropy).detach().double().cpu()
-    if values.dim() != 2 or values.numel() == 0:
-        raise ValueError(f"entropy must be a matrix (layers, heads), got shape {tuple(values.shape)}")
+    if isinstance(entropy, Tensor):
+        entropy = list(entropy.detach().cpu().unbind()) if entropy.dim() else [entropy]
+    rows = [torch.as_tensor(row).detach().double().cpu() for row in entropy]
+    if not rows or any(row.dim() != 1 or row.numel() == 0 for row in rows):
+        shapes = [tuple(row.shape) for row in rows]
+        raise ValueError(
+            f"entropy must be a matrix (layers, heads), or a vector (heads,) a layer, got rows of shapes {shapes}"
+        )
+    numbers = list(range(len(rows))) if layers is None else [int(layer) for layer in layers]
+    if len(numbers) != len(rows) or numbers != sorted(set(numbers)) or numbers[0] < 0:
+        raise ValueError(f"layers must be {len(rows)} ascending numbers, one a row of entropy, got {numbers}")
+    heads = [(layer, head) for layer, row in zip(numbers, rows) for head in range(len(row))]
+    values = torch.cat(rows)
     if not bool(torch.isfinite(values).all()):
-        layer, head = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
+        layer, head = heads[int((~torch.isfinite(values)).nonzero()[0])]
         raise ValueError(f"the entropy of layer {layer}, head {head} is not finite: the model has diverged")
     largest = float(values.max())
     limit = math.log(context_length) if context_length else math.nan
     quarter = torch.clamp((values / max(largest, 1e-12) * 4).long(), 0, 3)
     if context_length and largest < NEGLIGIBLE * limit:
         quarter = torch.zeros_like(quarter)
-    shares = tuple(float((quarter == i).double().mean()) for i in range(4))
-    overloaded = _heads(quarter == 3)
-    collapsed = _heads(quarter == 0)
+    first, second, third, fourth = (float((quarter == i).double().mean()) for i in range(4))
+    shares = (first, second, third, fourth)
+    overloaded = [head for head, place in zip(heads, quarter.tolist()) if place == 3]
+    collapsed = [head for head, place in zip(heads, quarter.tolist()) if place == 0]
     return Diagnosis(
-        entropy=values.tolist(),
+        entropy=[row.tolist() for row in rows],
+        layers=numbers,
         max_observed=largest,
         max_possible=limit,
-        quartile_shares=shares,  # type: ignore[arg-type]
+        quartile_shares=shares,
         overloaded=overloaded,
         collapsed=collapsed,
-        verdict=_verdict(shares, overloaded, collapsed, values.shape[0]),
+        verdict=_verdict(shares, overloaded, collapsed, numbers, all_layers=layers is None),
     )
-
-
-def _heads(where: Tensor) -> list[tuple[int, int]]:
-    return [(int(layer), int(head)) for layer, head in where.nonzero()]
 
 
 def _verdict(
     shares: tuple[float, ...],
     overloaded: list[tuple[int, int]],
     collapsed: list[tuple[int, int]],
-    layers: int,
+    layers: list[int],
+    *,
+    all_layers: bool,
 ) -> str:
+    def where(heads: list[tuple[int, int]]) -> str:
+        touched = sorted({layer for layer, _ in heads})
+        names = f"in layer{'s' if len(touched) > 1 else ''} {_listed(touched)}"
+        if touched != layers:
+            return names
+        if all_layers:
+            return "in every layer"
+        if len(layers) > MAX_NAMED_LAYERS:
+            return "in every layer that has attention"
+        return names + {1: ", the only one that has attention", 2: ", both that have attention"}.get(
+            len(layers), ", all that have attention"
+        )
+
     sentences = []
     if shares[3] >= OVERLOAD_SHARE:
         sentences.append(
-            f"Entropic overload: {shares[3]:.0%} of the heads are in the top quarter, {_where(overloaded, layers)}; "
+            f"Entropic overload: {shares[3]:.0%} of the heads are in the top quarter, {where(overloaded)}; "
             "they attend almost evenly and are under-used."
         )
     if shares[0] >= COLLAPSE_SHARE:
         sentences.append(
-            f"Entropy collapse: {shares[0]:.0%} of the heads are in the bottom quarter, {_where(collapsed, layers)}; "
+            f"Entropy collapse: {shares[0]:.0%} of the heads are in the bottom quarter, {where(collapsed)}; "
             "they attend to almost one token, and training may become unstable."
         )
     middle = shares[1] + shares[2]
@@ -96,9 +127,7 @@ def _verdict(
     return " ".join(sentences)
 
 
-def _where(heads: list[tuple[int, int]], layers: int) -> str:
-    touched = sorted({layer for layer, _ in heads})
-    if len(touched) == layers:
-        return "in every layer"
-    names = ", ".join(map(str, touched))
-    return f"in layer {names}" if len(touched) == 1 else f"in layers {names}"
+def _listed(numbers: Sequence[int]) -> str:
+    """[1, 3, 5] -> "1, 3 and 5"."""
+    *firsts, last = map(str, numbers)
+    return f"{', '.join(firsts)} and {last}" if firsts else last

@@ -1,7 +1,8 @@
 """Records and matrices in, matplotlib figures out; no global state of pyplot, no window.
 
-Entropies are in nats. Layers and heads are counted from 0. A number that is not finite leaves a gap and never
-an exception; a matrix that is empty or ragged is a `UserError`.
+Entropies are in nats. Layers and heads are counted from 0, layers by the model's own numbers where it has some without
+attention. A number that is not finite leaves a gap and never an exception; a matrix that is empty, or ragged where
+layers cannot differ, is a `UserError`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from PIL import Image
 
@@ -78,17 +80,23 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return wrapper
 
 
-def grid(values: Sequence[Sequence[float]], what: str = "the matrix") -> np.ndarray:
-    """`values` as a float array `(L, H)`; `UserError` if it is empty or its rows differ in length."""
+def grid(values: Sequence[Sequence[float]], what: str = "the matrix", *, ragged: bool = False) -> np.ndarray:
+    """`values` as a float array `(L, H)`; `UserError` if it is empty or its rows differ in length.
+
+    With `ragged` they may differ: shorter rows are filled up with NaN. None may be empty.
+    """
     widths = {len(row) for row in values}
-    if len(widths) != 1 or widths == {0}:
+    if not widths or 0 in widths or (len(widths) > 1 and not ragged):
         raise UserError(f"{what} must have one row a layer and one column a head, but has rows of {sorted(widths)}")
-    return np.asarray(values, dtype=float)
+    result = np.full((len(values), max(widths)), np.nan)
+    for filled, row in zip(result, values):
+        filled[: len(row)] = row
+    return result
 
 
 def mean_over_heads(values: Sequence[Sequence[float]]) -> np.ndarray:
     """`(L, H)` -> `(L,)`; heads that are not finite are left out, a layer without any other is NaN."""
-    return np.ma.masked_invalid(grid(values)).mean(axis=1).filled(np.nan)
+    return np.ma.masked_invalid(grid(values, ragged=True)).mean(axis=1).filled(np.nan)
 
 
 def causal_maximum(context_length: int) -> float:
@@ -109,9 +117,27 @@ def _dark(colour: Any) -> bool:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.179
 
 
-def _cells(axes: Any, values: np.ndarray, low: float, high: float, label: str) -> None:
-    """A heatmap with layers downwards and heads to the right, and numbers where they fit."""
+def _numbers(rows: int, layers: Sequence[int] | None) -> FuncFormatter:
+    """The labels of an axis with a place a row: the layers' own numbers."""
+    numbers = layers or range(rows)
+    return FuncFormatter(lambda place, _: str(numbers[int(place)]) if place in range(rows) else "")
+
+
+def _cells(
+    axes: Any,
+    values: np.ndarray,
+    low: float,
+    high: float,
+    label: str,
+    numbers: Sequence[int] | None = None,
+    widths: Sequence[int] | None = None,
+) -> None:
+    """A heatmap with layers downwards and heads to the right, and numbers where they fit.
+
+    `numbers` are those of the layers, `widths` how many heads each has, where they differ.
+    """
     layers, heads = values.shape
+    widths = widths or [heads] * layers
     cmap = matplotlib.colormaps["cividis"].with_extremes(bad=MISSING)
     image = axes.imshow(
         np.ma.masked_invalid(values), cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
@@ -120,13 +146,20 @@ def _cells(axes: Any, values: np.ndarray, low: float, high: float, label: str) -
     axes.set_ylabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(min(heads, 16), integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(min(layers, 16), integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(_numbers(layers, numbers))
     axes.set_xlim(-0.5, heads - 0.5)
     axes.set_ylim(layers - 0.5, -0.5)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+    for row, width in enumerate(widths):
+        if width < heads:  # no such heads, which is not the same as an entropy that is not finite
+            blank = Rectangle((width - 0.5, row - 0.5), heads - width, 1, facecolor="white", edgecolor="none")
+            axes.add_patch(blank)
     if values.size <= MAX_CELLS_WITH_NUMBERS:
         for (row, column), value in np.ndenumerate(values):
+            if column >= widths[row]:
+                continue
             finite = math.isfinite(value)
             ink = "white" if finite and _dark(cmap(image.norm(value))) else "black"
             text = f"{value:.2f}" if finite else "n/a"
@@ -139,15 +172,20 @@ def _heatmap_height(layers: int) -> float:
 
 
 @_styled
-def entropy_heatmap(entropy: Sequence[Sequence[float]], max_possible: float, title: str = "") -> Figure:
-    """Mean entropy of every head, `(L, H)` in nats, on the fixed scale 0 to `max_possible` (Fig. 3)."""
-    values = grid(entropy, "entropy")
+def entropy_heatmap(
+    entropy: Sequence[Sequence[float]], max_possible: float, title: str = "", layers: Sequence[int] | None = None
+) -> Figure:
+    """Mean entropy of every head, `(L, H)` in nats, on the fixed scale 0 to `max_possible` (Fig. 3).
+
+    Rows may differ in length. `layers` are the model's numbers of the rows' layers, by default 0 to L-1.
+    """
+    values = grid(entropy, "entropy", ragged=True)
     if not (math.isfinite(max_possible) and max_possible > 0):
         max_possible = float(values[np.isfinite(values)].max(initial=1.0))
     figure = Figure(figsize=(max(6.0, 1.6 + 0.5 * min(values.shape[1], 16)), _heatmap_height(len(values))))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    _cells(axes, values, 0.0, max_possible, "mean entropy (nats)")
+    _cells(axes, values, 0.0, max_possible, "mean entropy (nats)", layers, [len(row) for row in entropy])
     axes.set_title(_name(title))
     return figure
 
@@ -174,14 +212,21 @@ def layerwise_entropy(snapshots: Sequence[EntropySnapshot], context_length: int 
     return figure
 
 
-def _lines_by_layer(axes: Any, x: Sequence[int], series: np.ndarray, ceiling: np.ndarray | None) -> None:
+def _lines_by_layer(
+    axes: Any,
+    x: Sequence[int],
+    series: np.ndarray,
+    ceiling: np.ndarray | None,
+    numbers: Sequence[int] | None = None,
+) -> None:
     """A line a layer of `series` `(L, len(x))` nats, told apart by a legend or, where they are many, by a scale."""
     layers = len(series)
+    numbers = numbers or range(layers)
     cmap = matplotlib.colormaps["viridis"]
     marker = "o" if len(x) <= 12 else ""
     for layer, values in enumerate(series):
         colour = cmap(0.9 * layer / max(layers - 1, 1))  # the last tenth is too pale for white
-        axes.plot(x, values, color=colour, marker=marker, markersize=3.5, label=f"layer {layer}")
+        axes.plot(x, values, color=colour, marker=marker, markersize=3.5, label=f"layer {numbers[layer]}")
     top = float(series[np.isfinite(series)].max(initial=0.0))
     if ceiling is not None:
         top = max(top, float(ceiling.max()))
@@ -198,7 +243,8 @@ def _lines_by_layer(axes: Any, x: Sequence[int], series: np.ndarray, ceiling: np
         shades = matplotlib.colors.ListedColormap([cmap(0.9 * i / (layers - 1)) for i in range(layers)])
         norm = matplotlib.colors.Normalize(-0.5, layers - 0.5)
         scale = matplotlib.cm.ScalarMappable(norm=norm, cmap=shades)
-        bar = axes.figure.colorbar(scale, ax=axes, label="layer", ticks=MaxNLocator(12, integer=True))
+        ticks = dict(ticks=MaxNLocator(12, integer=True), format=_numbers(layers, numbers))
+        bar = axes.figure.colorbar(scale, ax=axes, label="layer", **ticks)
         bar.ax.invert_yaxis()
 
 
@@ -217,7 +263,7 @@ def entropy_by_position(pattern: AttentionPattern) -> Figure:
     # Means over a stretch of rows, as the values are.
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, edges[-1] + 1)))])
     ceiling = (logs[edges[1:]] - logs[edges[:-1]]) / np.diff(edges)
-    _lines_by_layer(axes, ((edges[1:] + edges[:-1] - 1) / 2).tolist(), values, ceiling)
+    _lines_by_layer(axes, ((edges[1:] + edges[:-1] - 1) / 2).tolist(), values, ceiling, pattern.layers)
     return figure
 
 
@@ -340,14 +386,17 @@ def perplexity_by_row(values: Mapping[str, Sequence[float]]) -> Figure:
 
 
 @_styled
-def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
+def pareto(points: Mapping[str, tuple[float, float]], cost: str, kernels: Mapping[str, str] | None = None) -> Figure:
     """Cost against held-out perplexity, a point a run, and the staircase of runs that no other beats in both.
 
-    `points` maps a run's name to (cost, perplexity), both positive; `cost` is the axis' label with its unit.
+    `points` maps a run's name to (cost, perplexity), both positive; `cost` is the axis' label with its unit. `kernels`
+    are the softmax kernels that the costs are for, said once where all are the same, and else under each name.
     """
+    kernels = kernels or {}
+    shared = set(kernels.values()) if kernels.keys() >= points.keys() else set()
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel(cost)
+    axes.set_xlabel(f"{cost}, {shared.pop()}" if len(shared) == 1 else cost)
     axes.set_ylabel("held-out perplexity")
     axes.grid()
     axes.set_axisbelow(True)
@@ -366,7 +415,7 @@ def pareto(points: Mapping[str, tuple[float, float]], cost: str) -> Figure:
         axes.plot(x, y, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face, markeredgewidth=1.6)
         right = x > middle
         axes.annotate(
-            _name(name),
+            f"{_name(name)}\n{kernels[name]}" if shared and name in kernels else _name(name),
             (x, y),
             xytext=(-7 if right else 7, 6),
             textcoords="offset points",
@@ -543,7 +592,7 @@ def predicted_bytes(predictions: Mapping[str, PredictionRecord]) -> Figure:
         sizes = [found[operation].bytes / 1e6 if operation in found else 0.0 for operation in operations]
         y = places + (index - (len(sums) - 1) / 2) * height
         total = sum(sizes)
-        label = f"{_name(name)}, {total:,.0f} MB"
+        label = f"{_name(name)}, {total:,.0f} MB, {predictions[name].kernel_label}"
         axes.barh(y, sizes, height=0.92 * height, color=PALETTE[index % len(PALETTE)], label=label)
         for place, size in zip(y, sizes):
             if size:

@@ -34,7 +34,7 @@ from entropi.records import (
 from entropi.report import figures
 from entropi.report.traffic import OperationTraffic, Traffic, by_operation, by_pass
 
-# Fields that hold a row a layer; all but the last a column a head.
+# Fields that hold a row a layer; all but the last a column a head, of which layers may have different numbers.
 LOOKS = ("distance", "on_first", "on_previous", "on_itself")
 MATRICES = ("entropy", "threshold", "temperature", *LOOKS, "entropy_by_position")
 
@@ -86,6 +86,15 @@ class Run:
             if record is not None and record.context_length > 1:
                 return record.context_length
         return None
+
+    @property
+    def layers(self) -> list[int]:
+        """The model's number of each row's layer."""
+        for record in (self.diagnosis, self.pattern):
+            if record is not None:
+                return _numbers(record)
+        found = frames(self)
+        return list(range(len(found[-1].entropy) if found else 0))
 
     @property
     def margin(self) -> float | None:
@@ -184,17 +193,20 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} is damaged: its entropies differ in their numbers of layers and heads")
     if run.pattern is not None and (found := frames(run)) and _shape(run.pattern.distance) not in _shapes(found[-1]):
         raise UserError(f"{path} is damaged: its attention pattern is that of a model of another shape")
+    if run.pattern and run.diagnosis and _numbers(run.pattern) != _numbers(run.diagnosis):
+        raise UserError(f"{path} is damaged: its diagnosis and its attention pattern are of different layers")
     _read_settings(run)
     return run
 
 
 def _check_shapes(record: Record, path: Path) -> None:
     """Types are checked when a line is read; shapes are not."""
+    may_differ = isinstance(record, Evaluation | DiagnosisRecord | AttentionPattern)  # of any model, not ours alone
     for name in MATRICES:
         matrix = getattr(record, name, None)
         if matrix is not None:
             try:
-                figures.grid(matrix, name)
+                figures.grid(matrix, name, ragged=may_differ and name != "entropy_by_position")
             except UserError as error:
                 raise UserError(f"{path} is damaged: {error}") from None
     if isinstance(record, AttentionPattern):
@@ -205,8 +217,23 @@ def _check_shapes(record: Record, path: Path) -> None:
             )
         if len({_shape(getattr(record, name)) for name in LOOKS}) > 1:
             raise UserError(f"{path} is damaged: an attention pattern has matrices of several shapes")
+    if isinstance(record, DiagnosisRecord | AttentionPattern):
+        rows, numbers = _rows(record), _numbers(record)
+        if len(numbers) != rows or numbers != sorted(set(numbers)) or numbers[0] < 0:
+            raise UserError(
+                f"{path} is damaged: {len(numbers)} layers are named for {rows} rows, or not in their order"
+            )
     if isinstance(record, DiagnosisRecord) and len(record.quartile_shares) != 4:
         raise UserError(f"{path} is damaged: a diagnosis has {len(record.quartile_shares)} quartile shares, not 4")
+
+
+def _rows(record: DiagnosisRecord | AttentionPattern) -> int:
+    return len(record.entropy if isinstance(record, DiagnosisRecord) else record.distance)
+
+
+def _numbers(record: DiagnosisRecord | AttentionPattern) -> list[int]:
+    """The model's number of each row's layer, which older records do not hold."""
+    return record.layers or list(range(_rows(record)))
 
 
 def _read_settings(run: Run) -> None:
@@ -247,7 +274,7 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 @dataclass
 class Frame:
-    """The heads of a run at one moment; matrices `(L, H)`."""
+    """The heads of a run at one moment; matrices `(L, H)`, whose rows may differ in length."""
 
     label: str
     step: int
@@ -287,10 +314,11 @@ def frames(run: Run, most: int | None = None) -> list[Frame]:
     return result
 
 
-def _shapes(frame: Frame) -> list[tuple[int, int]]:
+def _shapes(frame: Frame) -> list[tuple[int, ...]]:
     matrices = (frame.entropy, frame.threshold, frame.temperature)
     return [_shape(matrix) for matrix in matrices if matrix is not None]
 
 
-def _shape(matrix: records.Matrix) -> tuple[int, int]:
-    return len(matrix), len(matrix[0])
+def _shape(matrix: records.Matrix) -> tuple[int, ...]:
+    """How many heads each layer has."""
+    return tuple(len(row) for row in matrix)

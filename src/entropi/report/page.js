@@ -27,6 +27,11 @@
     temperature: { of: (run, frame) => frame.temperature, unit: "", digits: 2 },
   };
 
+  // The row of a matrix that a cell shows: not every layer of a model has attention.
+  function rowOf(cell) {
+    return cell.parentElement.sectionRowIndex;
+  }
+
   function scaled(matrix, by) {
     return by && matrix && matrix.map((row) => row.map((value) => (value === null ? null : value / by)));
   }
@@ -68,7 +73,7 @@
       const run = data.runs[index];
       const matrix = chosen[index];
       table.querySelectorAll("td").forEach((cell) => {
-        const value = matrix ? matrix[cell.dataset.layer][cell.dataset.head] : null;
+        const value = matrix ? matrix[rowOf(cell)][cell.dataset.head] : null;
         cell.firstElementChild.textContent = spelt(value, how);
         paint(cell, value, low, high);
       });
@@ -97,10 +102,10 @@
     current = cell;
     const run = data.runs[Number(cell.closest("table").dataset.run)];
     const frame = frameOf(run);
-    const [layer, head] = [cell.dataset.layer, cell.dataset.head];
-    const entropy = frame.entropy[layer][head];
+    const [row, head] = [rowOf(cell), cell.dataset.head];
+    const entropy = frame.entropy[row][head];
     tip.replaceChildren();
-    line("Layer " + layer + ", head " + head, true);
+    line("Layer " + cell.dataset.layer + ", head " + head, true);
     line(frame.label);
     if (entropy === null) {
       line("entropy not finite");
@@ -114,10 +119,10 @@
       const quarter = largest > 0 ? Math.min(Math.floor((4 * entropy) / largest), 3) : 0;
       line(["lowest quarter of M: collapsed", "second quarter of M", "third quarter of M", "top quarter of M: overloaded"][quarter]);
     }
-    if (frame.threshold) line("threshold θ " + spelt(frame.threshold[layer][head], nats));
-    if (frame.temperature) line("temperature " + spelt(frame.temperature[layer][head], nats));
+    if (frame.threshold) line("threshold θ " + spelt(frame.threshold[row][head], nats));
+    if (frame.temperature) line("temperature " + spelt(frame.temperature[row][head], nats));
     if (run.pattern) {
-      const at = (name) => run.pattern[name][layer][head];
+      const at = (name) => run.pattern[name][row][head];
       line("looks " + spelt(at("distance"), { digits: 1 }) + " tokens back on average (even attention: " + run.pattern.even_distance + ")");
       line("first token " + spelt(at("on_first"), share) + ", previous " + spelt(at("on_previous"), share) + ", itself " + spelt(at("on_itself"), share) + " of the weight (even: " + spelt(run.pattern.even_share, share) + " each)");
     } else {
@@ -141,15 +146,19 @@
 
   function move(cell, key) {
     const table = cell.closest("table");
-    const [layer, head] = [Number(cell.dataset.layer), Number(cell.dataset.head)];
+    const [row, head] = [rowOf(cell), Number(cell.dataset.head)];
     const rows = table.tBodies[0].rows;
-    const last = rows[0].cells.length - 2; // the first cell of a row is its heading
+    const last = (place) => rows[place].cells.length - 2; // the first cell of a row is its heading
     const to = {
-      ArrowUp: [layer - 1, head], ArrowDown: [layer + 1, head],
-      ArrowLeft: [layer, head - 1], ArrowRight: [layer, head + 1],
-      Home: [layer, 0], End: [layer, last],
+      ArrowUp: [row - 1, head], ArrowDown: [row + 1, head],
+      ArrowLeft: [row, head - 1], ArrowRight: [row, head + 1],
+      Home: [row, 0], End: [row, last(row)],
     }[key];
-    if (!to || to[0] < 0 || to[0] >= rows.length || to[1] < 0 || to[1] > last) return Boolean(to);
+    if (!to || to[0] < 0 || to[0] >= rows.length || to[1] < 0) return Boolean(to);
+    if (to[1] > last(to[0])) {
+      if (to[0] === row) return true;
+      to[1] = last(to[0]); // layers may differ in their number of heads
+    }
     const next = rows[to[0]].cells[to[1] + 1];
     cell.tabIndex = -1;
     next.tabIndex = 0;

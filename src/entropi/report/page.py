@@ -179,7 +179,8 @@ def _positions(run: Run, dpi: float) -> Panel:
     if run.pattern is None:
         return Panel(title, missing="No entropies by position are recorded.")
     pattern = run.pattern
-    ends = ", ".join(f"layer {layer} {number(row[-1])}" for layer, row in enumerate(pattern.entropy_by_position))
+    numbers = pattern.layers or range(len(pattern.entropy_by_position))
+    ends = ", ".join(f"layer {layer} {number(row[-1])}" for layer, row in zip(numbers, pattern.entropy_by_position))
     alt = f"Mean entropy of each layer of {run.name} by position in the sequence; at its end {ends} nats."
     note = (
         f"Mean over the heads of a layer, {pattern.sequences} held-out sequences of {pattern.context_length:,} tokens. "
@@ -228,16 +229,19 @@ def _prediction(run: Run, dpi: float) -> Panel:
 
 def _pareto(runs: Sequence[Run], dpi: float) -> Panel:
     title = "Cost against perplexity"
+    kernels: dict[str, str] = {}  # that stand for the softmax in these costs
     evaluated = [run for run in runs if run.evaluation is not None]
     asked = [run for run in evaluated if run.private is not None and run.private.new_tokens]
     counted = [run for run in evaluated if run.cost is not None]
     predicted = [run for run in evaluated if run.prediction is not None]
     if len(asked) >= 2:
         label = "private inference, both directions (MB a generated token)"
+        kernels = {run.name: f"kernel t={run.private.exp_iterations}" for run in asked if run.private is not None}
         cost = {run.name: run.private_bytes / 1e6 / len(run.private.new_tokens) for run in asked if run.private}
         chosen = asked
     elif len(predicted) >= 2:
         label = "private inference of a prompt, predicted (MB)"
+        kernels = {run.name: run.prediction.kernel_label for run in predicted if run.prediction is not None}
         cost = {run.name: run.prediction.prompt.bytes / 1e6 for run in predicted if run.prediction is not None}
         chosen = predicted
     elif len(counted) >= 2:
@@ -251,11 +255,15 @@ def _pareto(runs: Sequence[Run], dpi: float) -> Panel:
     else:
         return Panel(title, missing="Fewer than two of these runs have both a held-out perplexity and a cost.")
     points = {run.name: (cost[run.name], run.evaluation.perplexity) for run in chosen if run.evaluation is not None}
-    texts = (f"{name}: {figures.quantity(x)} and perplexity {number(y)}" for name, (x, y) in points.items())
+    texts = (
+        f"{name}: {figures.quantity(x)} and perplexity {number(y)}" + (f", {kernels[name]}" if kernels else "")
+        for name, (x, y) in points.items()
+    )
     note = "Filled: no other run is both cheaper and better. Perplexities compare only on the same text and tokenizer."
     if any(run.name not in points for run in runs):
         note += " Runs without both figures are left out."
-    return _panel(title, figures.pareto(points, label), f"{label} against perplexity. {'; '.join(texts)}.", note, dpi)
+    alt = f"{label} against perplexity. {'; '.join(texts)}."
+    return _panel(title, figures.pareto(points, label, kernels), alt, note, dpi)
 
 
 def _sweep(runs: Sequence[Run], dpi: float) -> Panel | None:
@@ -296,7 +304,7 @@ def _bytes(run: Run, dpi: float) -> Panel:
     top = run.operations[0]
     whole = size(run.staged.bytes)
     alt = f"Bars of bytes by operation; the longest is {top.name} with {size(top.total.bytes)} of {whole}."
-    note = "Sent and received by the client, summed over layers."
+    note = f"Sent and received by the client, summed over layers; softmax kernel t={run.private.exp_iterations}."
     return _panel(title, figures.bytes_per_operation(run.private.stages), alt, note, dpi)
 
 

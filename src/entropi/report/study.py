@@ -127,6 +127,13 @@ def _flops(row: StudyRow) -> list[int]:
     return [row.ffn_flops, row.folded_ffn_flops, row.attention_flops] if row.nonlinear else []
 
 
+def _predicted(row: StudyRow) -> str:
+    """ "545.1, t=2 (its own)": megabytes, and the softmax kernel that they are predicted for, where it is recorded."""
+    if row.predicted_bytes is None:
+        return "–"
+    return f"{row.predicted_bytes / 1e6:,.1f}" + (f", {row.predicted_kernel}" if row.predicted_kernel else "")
+
+
 def _perplexity(row: StudyRow) -> str:
     if not row.diverged:
         return with_spread(row.perplexity)
@@ -148,7 +155,8 @@ def tables(study: StudyResult) -> list[Table]:
             "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
             "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
             "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
-            "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8.",
+            "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8, "
+            "others with their own.",
             [
                 "row",
                 "seeds",
@@ -166,7 +174,7 @@ def tables(study: StudyResult) -> list[Table]:
                     _perplexity(row),
                     with_spread(row.cross_entropy, 4),
                     rounded(row.parameters),
-                    "–" if row.predicted_bytes is None else f"{row.predicted_bytes / 1e6:,.1f}",
+                    _predicted(row),
                     _operations(row),
                     " / ".join(map(rounded, flops)) if (flops := _flops(row)) else "–",
                 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from entropi.records import AttentionPattern, Matrix
+from entropi.records import AttentionPattern, DiagnosisRecord, Matrix
 
 NO_BREAK = "\u00a0"  # no line is broken between a number and its unit
 MAX_QUOTE = 240  # characters of a prompt or an answer in the summary; the transcript has all
@@ -92,7 +92,7 @@ def pattern_in_words(pattern: AttentionPattern) -> str:
     """Where the heads look, in two sentences."""
 
     def mean(matrix: Matrix) -> float:
-        return float(np.mean(matrix))
+        return float(np.mean([value for row in matrix for value in row]))  # rows may differ in length
 
     sinks = sum(value > 0.5 for row in pattern.on_first for value in row)
     total = sum(len(row) for row in pattern.on_first)
@@ -104,3 +104,31 @@ def pattern_in_words(pattern: AttentionPattern) -> str:
         f"(even attention: {percent(even_share(tokens))} each). "
         f"{sinks} of {total} heads put more than half of their weight on the first token."
     )
+
+
+def table_of_heads(found: DiagnosisRecord, width: int) -> list[str] | None:
+    """Mean entropies as lines of `rich` markup, at most `width` columns wide; None if so many heads do not fit.
+
+    "+" marks an overloaded head, "-" a collapsed one, so that nothing depends on colours.
+    """
+    layers = found.layers or list(range(len(found.entropy)))
+    columns = max(map(len, found.entropy))
+    for digits, gap in ((3, 1), (2, 1), (2, 0), (1, 0)):
+        heading = max(len("layer"), *(len(str(layer)) for layer in layers)) + (gap == 0)
+        cells = [[f"{value:.{digits}f}" for value in row] for row in found.entropy]
+        wide = gap + max(len(str(columns - 1)), *(len(cell) for row in cells for cell in row))  # and a mark
+        if heading + columns * (wide + 1) <= width:
+            break
+    else:
+        return None
+    marks = dict.fromkeys(map(tuple, found.overloaded), ("+", "red"))
+    marks |= dict.fromkeys(map(tuple, found.collapsed), ("-", "blue"))
+    lines = ["layer".ljust(heading) + "".join(f"{head:{wide}} " for head in range(columns)).rstrip()]
+    for layer, row in zip(layers, cells):
+        line = str(layer).rjust(heading - (gap == 0)).ljust(heading)
+        for head, cell in enumerate(row):
+            mark, colour = marks.get((layer, head), (" ", ""))
+            text = cell.rjust(wide) + mark
+            line += f"[{colour}]{text}[/{colour}]" if colour else text
+        lines.append(line.rstrip())
+    return lines

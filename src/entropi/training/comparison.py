@@ -65,6 +65,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     thresholds = [found[-1].threshold for found in snapshots if whole and found and found[-1].threshold is not None]
     evaluated = [_of_kind(found, records.Evaluation)[-1].entropy for found in whole]
     shares = list(zip(*(d.quartile_shares for d in diagnoses)))
+    predicted = _prediction(model, started.context_length)
     return records.StudyRow(
         name=name,
         settings=settings,
@@ -93,7 +94,8 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
         loss=_mean(losses).tolist(),
         loss_std=_std(losses).tolist(),
         folded_ffn_flops=folded.ffn_flops,
-        predicted_bytes=_predicted_bytes(model, started.context_length),
+        predicted_bytes=None if predicted is None else predicted.prompt.bytes,
+        predicted_kernel="" if predicted is None else predicted.kernel_label,
     )
 
 
@@ -104,15 +106,15 @@ def _model(run: Path, vocab_size: int) -> EntropiConfig:
     return model_config(load_recipe(run / CONFIG_FILE), vocab_size)
 
 
-def _predicted_bytes(model: EntropiConfig, seq_len: int) -> float | None:
-    """What a private prompt of `seq_len` tokens moves; None where that cannot be predicted."""
+def _prediction(model: EntropiConfig, seq_len: int) -> records.PredictionRecord | None:
+    """What a private prompt of `seq_len` tokens costs; None where that cannot be predicted."""
     try:
         from entropi.costs.calibration import shipped
         from entropi.costs.prediction import line_of, predict
     except ImportError:  # the extra "private"
         return None
     try:
-        return predict(model, seq_len, shipped("cheetah"), line_of("wan")).prompt.bytes
+        return predict(model, seq_len, shipped("cheetah"), line_of("wan"))
     except UserError:
         return None
 

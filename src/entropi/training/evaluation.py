@@ -29,7 +29,13 @@ class HeldOut:
 
     cross_entropy: float  # nats per token
     tokens: int  # predicted
-    entropy: Tensor  # (L, H), nats, mean over all sequences and rows
+    heads: dict[int, Tensor]  # by layer that has attention (heads,), nats, mean over all sequences and rows
+    layers: int | None = None  # of the model, those without attention included; None where that is not known
+
+    @property
+    def entropy(self) -> Tensor:
+        """`(L, H)` of a model whose layers all have as many heads."""
+        return torch.stack(list(self.heads.values()))
 
     @property
     def perplexity(self) -> float:
@@ -39,13 +45,22 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate_blocks(
-    model: nn.Module, blocks: Blocks | np.ndarray, batch_size: int = 32, progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    blocks: Blocks | np.ndarray,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+    *,
+    entropies: bool = True,
 ) -> HeldOut:
     """Evaluate on `blocks` `(N, T)`; every token after the first of a block is predicted.
 
-    `model` is ours or any causal LM that `record_entropy` takes. Float32 whatever the training precision, so that
-    figures of different runs can be compared. `progress` is called with the number of blocks done. The processes of
-    a run share the batches out, and all get the result of all.
+    `model` is ours or any causal LM; with `entropies`, one that `record_entropy` takes, and without them its own
+    attention is left alone. Float32 whatever the training precision, so that figures of different runs can be compared.
+    `progress` is called with the number of blocks done. The processes of a run share the batches out, and all get the
+    result of all.
+
+    Raises:
+        ValueError: entropies of a model without attention, or of one whose attention cannot be recorded.
     """
     was_training = model.training
     model.eval()
@@ -53,12 +68,12 @@ def evaluate_blocks(
     starts = list(range(0, len(blocks), batch_size))
     # Every process runs as many batches as the others, since a sharded model is put together by all of them.
     rounds = math.ceil(len(starts) / processes())
-    loss_sum, tokens, entropy = 0.0, 0, torch.zeros(())
+    loss_sum, tokens, sums = 0.0, 0, dict[int, Tensor]()
     for turn in range(rounds):
         number = turn * processes() + rank()
         start = starts[number % len(starts)]
         ids = _ids(model, blocks[start : start + batch_size])
-        with _own_forward(model), nullcontext() if ours else record_entropy(model) as recorded:
+        with _own_forward(model), record_entropy(model) if entropies and not ours else nullcontext() as recorded:
             out = model(ids, use_cache=False)
         counts = float(number < len(starts))  # 0 for a batch that another process has already
         losses = nn.functional.cross_entropy(
@@ -66,19 +81,25 @@ def evaluate_blocks(
         )
         loss_sum += counts * float(losses)
         tokens += int(counts) * ids.shape[0] * (ids.shape[1] - 1)
-        if recorded is None:
-            heads = torch.stack([e.double().mean(dim=-1).sum(dim=0) for e in out.entropies])
-        else:
-            heads = recorded.mean().double() * len(ids)
-        entropy = entropy.to(heads.device) + counts * heads
+        heads, layers = dict[int, Tensor](), None
+        if recorded is not None:
+            heads = {layer: mean.double() * len(ids) for layer, mean in recorded.by_layer().items()}
+            layers = recorded.num_layers
+        elif entropies:
+            heads = dict(enumerate(e.double().mean(dim=-1).sum(dim=0) for e in out.entropies))
+            layers = len(heads)
+        sums = {layer: sums.get(layer, 0.0) + counts * values for layer, values in heads.items()}
         if progress is not None:
             progress(min((turn + 1) * processes() * batch_size, len(blocks)))
     model.train(was_training)
-    sums = total(torch.cat([entropy.new_tensor([loss_sum, tokens], dtype=torch.float64), entropy.flatten()])).cpu()
+    flat = torch.cat([torch.tensor([loss_sum, tokens], dtype=torch.float64, device=ids.device), *sums.values()])
+    summed = total(flat).cpu()
+    means = (summed[2:] / len(blocks)).split([len(values) for values in sums.values()])
     return HeldOut(
-        cross_entropy=float(sums[0] / sums[1]),
-        tokens=int(sums[1]),
-        entropy=sums[2:].reshape(entropy.shape) / len(blocks),
+        cross_entropy=float(summed[0] / summed[1]),
+        tokens=int(summed[1]),
+        heads=dict(zip(sums.keys(), means)),
+        layers=layers,
     )
 
 
@@ -88,12 +109,15 @@ def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> 
     Raises:
         UserError: entropies that are not finite: the model has diverged.
     """
+    numbers = list(result.heads)
+    everywhere = numbers == list(range(result.layers or 0))
     try:
-        found = diagnose(result.entropy, context_length)
+        found = diagnose(list(result.heads.values()), context_length, None if everywhere else numbers)
     except ValueError as error:
         raise UserError(str(error)) from None
     return records.DiagnosisRecord(
         entropy=found.entropy,
+        layers=found.layers,
         context_length=context_length,
         max_observed=found.max_observed,
         max_possible=found.max_possible,
@@ -127,31 +151,40 @@ def observe_patterns(
     """Where the heads of `model` look on `blocks` `(N, T)`, one at a time, and their entropy by position.
 
     `model` is ours or any causal LM that `record_entropy` takes. T x T weights are held for no layer.
+
+    Raises:
+        ValueError: a model without attention, or one whose attention cannot be recorded.
     """
-    forward = type(model).forward
     was_training = model.training
     model.eval()
-    sums, entropy = torch.zeros(0), torch.zeros(0)
+    looks, entropy = dict[int, Tensor](), dict[int, Tensor]()  # by layer: (4, heads), and (T,) means over heads
     for done, block in enumerate(blocks, start=1):
-        with record_entropy(model, keep_rows=True, keep_patterns=True) as recorded:
-            forward(model, _ids(model, block[None]), use_cache=False)
-        patterns = torch.stack([torch.stack(recorded.patterns[i][0])[:, 0] for i in recorded.layers]).cpu()  # (L, 4, H)
-        rows = torch.stack([recorded.rows[layer][0].double().mean(dim=(0, 1)) for layer in recorded.layers]).cpu()
-        sums, entropy = (patterns, rows) if done == 1 else (sums + patterns, entropy + rows)
+        with _own_forward(model), record_entropy(model, keep_rows=True, keep_patterns=True) as recorded:
+            model(_ids(model, block[None]), use_cache=False)
+        patterns, rows = recorded.patterns, recorded.rows
+        for layer in recorded.layers:
+            pattern = torch.stack(patterns[layer][0])[:, 0].cpu()
+            looks[layer] = looks.get(layer, 0.0) + pattern / len(blocks)
+            means = rows[layer][0].double().mean(dim=(0, 1)).cpu()
+            entropy[layer] = entropy.get(layer, 0.0) + means / len(blocks)
         if progress is not None:
             progress(done)
     model.train(was_training)
-    distance, on_first, on_previous, on_itself = (sums / len(blocks)).unbind(dim=1)
+    distance, on_first, on_previous, on_itself = (
+        [looks[layer][measure].tolist() for layer in sorted(looks)] for measure in range(4)
+    )
     length = blocks.shape[1]
     edges = [round(i * length / min(length, MAX_STRETCHES)) for i in range(min(length, MAX_STRETCHES) + 1)]
-    stretches = [(entropy[:, a:b] / len(blocks)).mean(dim=1) for a, b in itertools.pairwise(edges)]
     return records.AttentionPattern(
         sequences=len(blocks),
         context_length=length,
-        distance=distance.tolist(),
-        on_first=on_first.tolist(),
-        on_previous=on_previous.tolist(),
-        on_itself=on_itself.tolist(),
+        layers=sorted(looks),
+        distance=distance,
+        on_first=on_first,
+        on_previous=on_previous,
+        on_itself=on_itself,
         positions=edges[:-1],
-        entropy_by_position=torch.stack(stretches, dim=1).tolist(),
+        entropy_by_position=[
+            [float(entropy[layer][a:b].mean()) for a, b in itertools.pairwise(edges)] for layer in sorted(looks)
+        ],
     )

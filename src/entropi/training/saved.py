@@ -1,10 +1,11 @@
-"""Models as they lie in a folder: opened or refused in one line, and evaluated on held-out text cut for them."""
+"""Models as they lie in a folder: opened or refused in one line, and evaluated on text cut for them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from entropi.console import ProgressLine
-from entropi.data.packing import heldout_blocks
+from entropi.data.corpus import STDLIB, as_shown
+from entropi.data.hub import NAMED
+from entropi.data.packing import heldout_blocks, is_plain_text
 from entropi.data.tokenizer import end_of_text_id
 from entropi.errors import UserError
 from entropi.model.configuration import EntropiConfig
@@ -32,6 +35,8 @@ MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
     """Model, tokenizer and model folder of a run folder or a saved model.
+
+    The tokenizer may have more entries than the model: a text that uses one of those is what cannot be evaluated.
 
     Raises:
         UserError: nothing there, unfinished, or damaged; one line that says which.
@@ -71,16 +76,13 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the model in {folder} is damaged: tokenizer.json cannot be read: {error}") from None
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise UserError(
-            f"the model in {folder} is damaged: its tokenizer has {tokenizer.get_vocab_size()} entries, "
-            f"the model {model.config.vocab_size}"
-        )
     return model.eval(), tokenizer, folder
 
 
 def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     """Any causal LM that transformers saved in a folder, without running code of the folder's.
+
+    The tokenizer may have more entries than the model, as for `open_model`.
 
     Returns:
         The model in float32, its tokenizer, the id that ends a text, and whether that id also begins every sequence.
@@ -111,9 +113,6 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     end = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
     if end is None:
         raise UserError(f"the tokenizer in {path} cannot be used: it has no token that ends a text")
-    entries = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > entries:
-        raise UserError(f"the model in {path} is damaged: its tokenizer has {len(tokenizer)} entries, it has {entries}")
     return model.eval(), tokenizer.backend_tokenizer, int(end), begins
 
 
@@ -131,69 +130,147 @@ def model_type(path: Path) -> str | None:
         return None
 
 
-def open_with_heldout(
+def is_run_folder(path: Path) -> bool:
+    """Whether a training began there."""
+    return (path / CONFIG_FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and the text it is to be evaluated on."""
+
+    model: PreTrainedModel
+    blocks: np.ndarray  # (N, T) ids of the model's own tokenizer
+    corpus: str  # as --corpus names it
+    text: str  # what it is, in words
+    amount: str  # how much of it is used, in words
+    ours: bool
+
+    @property
+    def source(self) -> str:
+        """The text and how much of it is used, in words."""
+        return f"{self.text}, {self.amount}"
+
+
+def open_with_text(
     model: Path,
-    corpus: str,
-    exp_iterations: int | None,
+    corpus: str | None = None,
+    exp_iterations: int | None = None,
     sequences: int | None = None,
     context_length: int | None = None,
     packing: Literal["stream", "document"] | None = None,
-) -> tuple[PreTrainedModel, np.ndarray]:
-    """A model, and blocks `(N, T)` of the held-out part of `corpus`, made with its own tokenizer.
+    *,
+    all_of_plain_text: bool = False,
+) -> Opened:
+    """A model, and blocks `(N, T)` of `corpus`, made with its own tokenizer.
 
-    `exp_iterations` is t of the softmax kernel to evaluate with, 0 for the exact softmax, None for the model's own. The
-    defaults of the others: of a model that is not ours 32 sequences, of ours all; as many tokens as the model takes, of
-    others at most 1024; the packing of a run folder's training, and else a stream.
+    Of models of ours these are of the held-out part. Other models were trained on none of it: of a text file or folder
+    all is used, and of data sets, to compare with ours, the held-out part.
+
+    Args:
+        model: run folder, saved model, or any causal LM that transformers saved.
+        corpus: by default the run's own, and for what is no run folder "stdlib".
+        exp_iterations: t of the softmax kernel to evaluate with, 0 for the exact softmax, None for the model's own.
+        sequences: how many blocks at most; by default all, of models that are not ours 32.
+        context_length: T; by default as many tokens as the model takes, of models that are not ours at most 1024.
+        packing: by default that of a run folder's training, and else a stream.
+        all_of_plain_text: of a text file or folder all blocks by default, whatever the model.
 
     Raises:
-        UserError: no such model or corpus, or what the model cannot take.
+        UserError: no such model or corpus, what the model cannot take, or a token that it has no embedding for.
     """
     for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
         if value is not None and value < least:
             raise UserError(f"{name} is {value}, at least {least} is needed")
-    if model_type(model) in (None, "entropi"):
-        loaded, tokenizer, _ = open_model(model)
+    loaded: PreTrainedModel
+    trained_on = ""
+    if ours := model_type(model) in (None, EntropiConfig.model_type):
+        entropi_model, tokenizer, _ = open_model(model)
+        loaded = entropi_model
         end, begins = end_of_text_id(tokenizer), False
         longest = usual = loaded.config.max_position_embeddings
-        if packing is None and (model / CONFIG_FILE).is_file():  # a run folder
-            packing = load_recipe(model / CONFIG_FILE).packing
+        if is_run_folder(model) and (packing is None or corpus is None):
+            recipe = load_recipe(model / CONFIG_FILE)
+            packing = packing or recipe.packing
+            trained_on = recipe.corpus
         if exp_iterations is not None:
-            loaded.set_exp_iterations(exp_iterations or None)
+            entropi_model.set_exp_iterations(exp_iterations or None)
     else:
         if exp_iterations is not None:
             raise UserError("exp_iterations is for models of entropi: others have the exact softmax")
         loaded, tokenizer, end, begins = open_causal_lm(model)
-        sequences = sequences or FOREIGN_SEQUENCES
-        longest = getattr(loaded.config, "max_position_embeddings", None) or FOREIGN_CONTEXT
+        config = loaded.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or FOREIGN_CONTEXT
         usual = min(longest, FOREIGN_CONTEXT)
+    of_the_run = corpus is None and trained_on != ""
+    corpus = (trained_on or STDLIB) if corpus is None else corpus
+    plain = not ours and is_plain_text(corpus)
     length = context_length or usual
     if length > longest:
         raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
+    name = corpus if corpus in NAMED or corpus == STDLIB else as_shown(Path(corpus).expanduser().resolve().name)
+    named = name if plain else f"held-out text of {name}"
     # Models with a token that begins every text expect it, and many heads rest on it.
-    cut = heldout_blocks(corpus, tokenizer, length - begins, end, per_document=packing == "document")[:sequences]
-    blocks = np.insert(cut, 0, end, axis=1) if begins else cut
-    if not len(blocks):
-        raise UserError(f"the held-out part of {corpus} is shorter than one block of {length} tokens")
-    return loaded, blocks
+    try:
+        cut = heldout_blocks(corpus, tokenizer, length - begins, end, per_document=packing == "document", whole=plain)
+    except UserError as error:
+        if not of_the_run:
+            raise
+        raise UserError(f"{error} (this is the corpus of the run; --corpus takes another)") from None
+    if not len(cut):
+        raise UserError(
+            f"{named} is shorter than one block of {length} tokens: give more text or a smaller --context-length"
+        )
+    most = sequences or (len(cut) if ours or (plain and all_of_plain_text) else FOREIGN_SEQUENCES)
+    blocks = np.insert(cut[:most], 0, end, axis=1) if begins else cut[:most]
+    entries = _entries(loaded)
+    if (largest := int(blocks.max())) >= entries:
+        raise UserError(
+            f"{named} has the token {tokenizer.id_to_token(largest)!r}, number {largest}, for which the model in "
+            f"{model} has no embedding: it has {entries}"
+        )
+    part = f" of {len(cut):,}" if len(blocks) < len(cut) else ""
+    amount = f"{len(blocks):,}{part} sequence{'s' if len(cut) > 1 else ''}"
+    return Opened(loaded, blocks, corpus, named, amount, ours)
 
 
-def evaluate_heldout(model: PreTrainedModel, blocks: np.ndarray, batch_size: int) -> HeldOut:
-    """`evaluate_blocks` of an opened model on `blocks` `(N, T)` where this machine is fastest, with a progress bar.
+def _entries(model: PreTrainedModel) -> int:
+    """For how many tokens a model has an embedding."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):  # not every family says where its embeddings are
+        return int(model.config.get_text_config().vocab_size)
+
+
+def evaluate_heldout(opened: Opened, batch_size: int, *, entropies: bool) -> HeldOut:
+    """`evaluate_blocks` of an opened model where this machine is fastest, with a progress bar.
 
     Raises:
-        UserError: an impossible batch size, or attention that `record_entropy` cannot stand in for.
+        UserError: an impossible batch size, or a model of others that fails, or whose entropies cannot be recorded.
     """
+    model, blocks = opened.model, opened.blocks
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, at least 1 is needed")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    batch_size = max(1, min(batch_size, MAX_LOGITS // (blocks.shape[1] * model.config.vocab_size)))
-    with ProgressLine("evaluating on held-out text", len(blocks)) as line:
-        try:
-            return evaluate_blocks(model, blocks, batch_size, line.update)
-        except ValueError as error:
-            if model.config.model_type == "entropi":
-                raise
-            raise UserError(str(error)) from None
+    batch_size = max(1, min(batch_size, MAX_LOGITS // (blocks.shape[1] * _entries(model))))
+    with (
+        failures_in_one_line(opened, "diagnosed" if entropies else "evaluated"),
+        ProgressLine(f"evaluating on {opened.text}", len(blocks)) as line,
+    ):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return evaluate_blocks(model, blocks, batch_size, line.update, entropies=entropies)
+
+
+@contextmanager
+def failures_in_one_line(opened: Opened, purpose: str) -> Iterator[None]:
+    """Whatever the code of somebody else's model raises becomes a `UserError`; a failure of ours stays what it is."""
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:
+        if opened.ours or isinstance(error, UserError):
+            raise
+        name, reason = type(opened.model).__name__, " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name} cannot be {purpose}: {reason}") from None
 
 
 @contextmanager
