@@ -58,7 +58,7 @@ _rule(64, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_voc
 _rule(HIDDEN, "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim embedding_dim")
 _rule(HIDDEN, "input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim entity_emb_size")
 _rule(HIDDEN, "backbone_hidden_size projection_dim lru_width hidden_size_global text_hidden_size condition_dim audio_hidden_size d_latents decoder_hidden_size proj_dim output_dim")
-_rule(HIDDEN, "text_embed_dim vision_embed_dim projector_hidden_size out_hidden_size attention_hidden_size")
+_rule(HIDDEN, "text_embed_dim vision_embed_dim projector_hidden_size out_hidden_size")
 _rule(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads")
 _rule(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads")
 _rule(HEADS, "num_self_attention_heads num_cross_attention_heads t2u_encoder_attention_heads")
@@ -122,7 +122,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         rope_parameters={"sliding_attention": SECTIONS_ROPE, "full_attention": SECTIONS_ROPE},
     ),
     "cosmos3_edge_text": dict(rope_parameters=SECTIONS_ROPE),
-    "dbrx": dict(attn_config=dict(rope_theta=10000.0, kv_n_heads=2)),
+    "dbrx": dict(attn_config=dict(rope_theta=10000.0, kv_n_heads=2, clip_qkv=8.0)),
     "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[48, 24]),
     "esmc": dict(num_key_value_heads=HEADS),
     "evolla": dict(
@@ -280,13 +280,13 @@ def reads_text(class_name: str) -> bool:
     """Whether a model's first input is tokens, as far as its class says."""
     model_class = getattr(transformers, class_name, None)
     try:
-        known = hasattr(model_class, "main_input_name")
-    except ImportError:  # a stand-in for a class that needs another package
-        known = False
-    return known and model_class.main_input_name == "input_ids" and takes_tokens(model_class)
+        return model_class.main_input_name == "input_ids" and takes_tokens(model_class)
+    except (AttributeError, ImportError):  # a stand-in for a class that needs another package: building says which
+        return True
 
 
 def takes_tokens(model_class: type[nn.Module]) -> bool:
+    """Whether a model can be called with tokens."""
     return "input_ids" in inspect.signature(model_class.forward).parameters
 
 
@@ -297,14 +297,16 @@ def takes_tokens(model_class: type[nn.Module]) -> bool:
 class Attention:
     """One layer's weights `(B, H, T, S)` by eager attention.
 
-    `name` is the path of the attention's modules with * for the layer, as recorders call it, and `part` is self,
+    `path` is that of the module and `name` what recorders call the attention, with * for the layer; `part` is self,
     encoder, decoder or cross.
     """
 
+    path: str
     name: str
     layer: int
     part: str
     weights: Tensor
+    sinks: Tensor | None = None  # that the weights which eager attention computes are without
 
     @property
     def entropies(self) -> Tensor:
@@ -323,17 +325,37 @@ PARTS = {
 }
 
 
-class Captured(TorchFunctionMode):
-    """Keeps the weights of every softmax and fused attention and every tuple of a module; with where they were taken.
+@dataclasses.dataclass
+class Seen:
+    """Attention weights `(B, H, T, S)` and where they were computed.
 
-    Where is the path of the module and the number of the outermost layer that runs, which tells the layers apart that
-    share a module.
+    `path` is that of the module and `layer` the number of the outermost layer that runs, which tells the layers apart
+    that share a module.
     """
+
+    path: str
+    layer: int
+    weights: Tensor
+    logits: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """As recorders call the attention: its path with * for the layer."""
+        return ".".join("*" if part.isdigit() else part for part in self.path.split("."))
+
+    def with_sinks(self, sinks: Tensor) -> Tensor:
+        """The weights as they are with sinks that the module applies to its output afterwards."""
+        assert self.logits is not None
+        return self.weights * (self.logits.logsumexp(-1) - sinks.view(1, -1, 1)).sigmoid()[..., None]
+
+
+class Captured(TorchFunctionMode):
+    """Keeps the weights of every softmax and fused attention, and which module returned which tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.softmaxes: list[tuple[tuple[str, int], Tensor]] = []
-        self.fused: list[tuple[tuple[str, int], Tensor]] = []
+        self.softmaxes: list[Seen] = []
+        self.fused: list[Seen] = []
         self._returned: dict[int, tuple[tuple[str, int], Tensor]] = {}
         self._stack: list[str] = [""]
         self._hooks: list[Any] = []
@@ -361,9 +383,9 @@ class Captured(TorchFunctionMode):
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "softmax" and isinstance(result, Tensor) and result.ndim == 4:
-            self.softmaxes.append((self._where(), result.detach()))
+            self.softmaxes.append(Seen(*self._where(), result.detach(), args[0].detach()))
         elif name == "scaled_dot_product_attention":
-            self.fused.append((self._where(), fused_weights(*args, **kwargs)))
+            self.fused.append(Seen(*self._where(), fused_weights(*args, **kwargs)))
         return result
 
     def __exit__(self, *args: Any) -> None:
@@ -403,8 +425,8 @@ def is_distribution(weights: Any) -> bool:
     return weights.min().item() >= 0 and weights.sum(-1).max().item() < 1 + 1e-4
 
 
-def reference(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Attention], Any, str]:
-    """Weights of eager attention and the output; and which reference it is: returned or captured."""
+def reference(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Attention], list[Seen], Any]:
+    """Weights that eager attention returns; all that it computed; and the output."""
     captured = Captured(model)
     with torch.no_grad(), captured:
         torch.manual_seed(SEED)
@@ -413,23 +435,31 @@ def reference(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Attenti
     for field, part in PARTS.items():
         for weights in getattr(output, field, None) or ():
             if is_distribution(weights):
-                found.append((captured.where(weights), part, weights))
-    if found:
-        return numbered(found), output, "returned"
-    return attentions_of(captured.softmaxes, inputs["input_ids"].shape[1]), output, "captured"
+                found.append((Seen(*captured.where(weights), weights), part))
+    parts: dict[str, set[str]] = {}
+    for seen, part in found:
+        parts.setdefault(seen.name, set()).add(part)
+    # Where one attention is two fields, over its own keys and the encoder's, both are shares of one distribution.
+    merged = {name for name, several in parts.items() if len(several) > 1}
+    found = [(seen, part) for seen, part in found if seen.name not in merged]
+    found += [(seen, "decoder") for seen in captured.softmaxes if seen.name in merged]
+    attentions = numbered(found)
+    for each in attentions:
+        sinks = getattr(model.get_submodule(each.path), "sinks", None)
+        if isinstance(sinks, Tensor) and each.weights.sum(-1).min().item() > 1 - 1e-4:
+            same = [s for s in captured.softmaxes if s.path == each.path and s.weights.shape == each.weights.shape]
+            each.sinks, each.weights = sinks, same[0].with_sinks(sinks)
+    return attentions, captured.softmaxes, output
 
 
-def attentions_of(seen: list[tuple[tuple[str, int], Tensor]], length: int) -> list[Attention]:
-    """Those of captured weights that are a self attention's over `length` tokens."""
-    return numbered([(where, "self", w) for where, w in seen if w.shape[2] == length <= w.shape[3]])
+def not_returned(seen: list[Seen], names: set[str]) -> list[Attention]:
+    """Captured weights as those of self attentions, of the attentions named."""
+    return numbered([(each, "self") for each in seen if each.name in names])
 
 
-def numbered(found: list[tuple[tuple[str, int], str, Tensor]]) -> list[Attention]:
+def numbered(found: list[tuple[Seen, str]]) -> list[Attention]:
     """Layers by the model's own numbers, or in the order of their use where one is used several times."""
-    attentions = [
-        Attention(".".join("*" if part.isdigit() else part for part in name.split(".")), layer, part, weights)
-        for (name, layer), part, weights in found
-    ]
+    attentions = [Attention(seen.path, seen.name, seen.layer, part, seen.weights) for seen, part in found]
     for name in {each.name for each in attentions}:
         same = [each for each in attentions if each.name == name]
         if len({each.layer for each in same}) < len(same):
@@ -499,6 +529,8 @@ def make_inputs(model: nn.Module, padding: str | None) -> dict[str, Tensor]:
         inputs["decoder_input_ids"] = tokens()
         if padding is not None and "decoder_attention_mask" in parameters:
             inputs["decoder_attention_mask"] = mask(inputs["decoder_input_ids"])
+    if "bbox" in parameters:  # where the tokens stand on a page
+        inputs["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     return inputs
@@ -522,11 +554,17 @@ def main_output(output: Any) -> Tensor:
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
-    return next(v for v in output.values() if isinstance(v, Tensor) and v.ndim == 3)
+    return next(v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point())
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    """An error's message in one short line; of transformers' checks what they say, of lacking packages their name."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ImportError) and (package := re.search(r"requires the (\S+) library", message)):
+        return f"needs {package[1]}"
+    message = re.sub(r"^(Class validation error for validator '\w+': )", "", message)
+    named = type(error).__name__.startswith("Strict") or not message
+    return (message if named else f"{type(error).__name__}: {message}")[:160]
 
 
 @contextlib.contextmanager
@@ -537,10 +575,10 @@ def recorded(model: nn.Module) -> Iterator[None]:
     except ValueError as error:
         message = str(error)
         if len(message) > 200 or "\n" in message or not raised_by_us(error):
-            raise Wrong(f"crashes: {type(error).__name__}: {one_line(error)}") from error
+            raise Wrong(f"crashes: {one_line(error)}") from error
         raise Refused(message) from error
     except Exception as error:
-        raise Wrong(f"crashes: {type(error).__name__}: {one_line(error)}") from error
+        raise Wrong(f"crashes: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -600,33 +638,39 @@ def compare_passes(model: nn.Module, eager: nn.Module, notes: list[str]) -> list
         where = f"{padding or 'no'} padding"
         inputs = make_inputs(model, padding)
         try:
-            attentions, output, source = reference(eager, inputs)
+            attentions, softmaxes, output = reference(eager, inputs)
             torch.manual_seed(SEED)
             captured = Captured(model)
             with torch.no_grad(), captured:
                 own = main_output(model(**inputs))
         except Exception as error:
-            raise Unbuildable(f"{where}: {type(error).__name__}: {one_line(error)}") from error
-        if source == "captured" and padding is None and attentions:
-            notes.append("weights captured from softmax")
+            failure = f"{where}: {one_line(error)}"
+            if padding is None:
+                raise Unbuildable(failure) from error
+            notes.append(f"fails by itself, {failure}")
+            continue
         theirs = main_output(output)
         valid = valid_rows(inputs, "decoder" if "decoder_input_ids" in inputs else "self", own.shape[1])
+        valid = valid if own.ndim == 3 else torch.ones(own.shape, dtype=torch.bool)
         if not torch.isfinite(own[valid]).all():
             raise Unbuildable(f"{where}: the model's own output is not finite")
         scale = own[valid].abs().max().clamp(min=1).item()
-        apart = (own - theirs)[valid].abs().max().item() / scale
-        if not apart < 1e-4:
-            notes.append(f"{where}: eager's output is not the default's ({apart:.2g} of the largest)")
-            if captured.fused and "decoder_input_ids" not in inputs:
-                attentions = attentions_of(captured.fused, LENGTH)
         torch.manual_seed(SEED)
         with recording(model) as recorder, torch.no_grad():
             ours = main_output(model(**inputs))
         with recorded(model):
             found = recorded_means(recorder)
+        apart, differs = ((own - o)[valid].abs().max().item() / scale for o in (theirs, ours))
+        if not apart < 1e-4:
+            notes.append(f"{where}: eager's output is not the default's ({apart:.2g} of the largest)")
+            if captured.fused and "decoder_input_ids" not in inputs:
+                attentions = not_returned(captured.fused, {seen.name for seen in captured.fused})
+        missing = {name for name, _ in found} - {each.name for each in attentions}
+        if missing and (more := not_returned(softmaxes, missing)):
+            notes.append(f"{where}: weights not returned but captured")
+            attentions += more
         if not attentions:
             raise Wrong(f"no attention to compare with, yet not refused: {labels(found)} recorded")
-        differs = (ours - own)[valid].abs().max().item() / scale
         if not differs < 1e-4:
             raise Wrong(f"{where}: outputs differ by {differs:.2g} of the largest")
         compare_means(found, expected_means(attentions, inputs), where)
@@ -652,10 +696,12 @@ def compare_generation(model: nn.Module, eager: nn.Module, layers: list[Attentio
         try:
             torch.manual_seed(SEED)
             plain = model.generate(**prompt, **options).sequences
+            captured = Captured(eager)
             torch.manual_seed(SEED)
-            output = eager.generate(**prompt, **options, output_attentions=True)
+            with captured:
+                output = eager.generate(**prompt, **options)
         except Exception as error:
-            notes.append(f"{where} fails by itself: {type(error).__name__}: {one_line(error)[:80]}")
+            notes.append(f"{where} fails by itself: {one_line(error)}")
             continue
         torch.manual_seed(SEED)
         with recording(model) as recorder:
@@ -669,30 +715,45 @@ def compare_generation(model: nn.Module, eager: nn.Module, layers: list[Attentio
             continue
         with recorded(model):
             found = recorded_means(recorder)
-        expected = generated_means(output, prompt, layers)
+        expected = generated_means(captured.softmaxes, prompt, layers)
         if expected is None:
-            notes.append(f"{where}: no weights returned")
+            notes.append(f"{where}: its weights could not be captured")
         else:
             compare_means(found, expected, where)
 
 
-def generated_means(output: Any, prompt: dict[str, Tensor], layers: list[Attention]) -> Means | None:
-    """Means over all rows of a generation; None if it returned other weights than a forward pass."""
+def generated_means(seen: list[Seen], prompt: dict[str, Tensor], layers: list[Attention]) -> Means | None:
+    """Means over all rows of a generation; None if it ran other attentions than a forward pass."""
     rows: dict[tuple[str, int], list[Tensor]] = {}
-    for field, part in PARTS.items():
-        here = [each for each in layers if each.part == part]
-        steps = getattr(output, field, None) or ()
-        for step in (steps,) if part == "encoder" else steps:
-            weights = [w for w in step if is_distribution(w)]
-            if len(weights) != len(here):
+    for name in {each.name for each in layers}:
+        once = [each for each in layers if each.name == name]
+        steps = [each for each in seen if each.name == name]
+        if not steps or len(steps) % len(once):
+            return None
+        for index, step in enumerate(steps):  # every pass runs the layers in the same order
+            each = once[index % len(once)]
+            weights = step.weights if each.sinks is None else step.with_sinks(each.sinks)
+            entropies = dataclasses.replace(each, weights=weights).entropies.transpose(1, 2)
+            if entropies.shape[0] != BATCH:
                 return None
-            for each, w in zip(here, weights):
-                entropies = Attention(each.name, each.layer, part, w).entropies.transpose(1, 2)
-                if entropies.shape[0] != BATCH:
-                    return None
-                valid = valid_rows({} if part in ("decoder", "cross") else prompt, part, entropies.shape[1])
-                rows.setdefault((each.name, each.layer), []).append(entropies[valid])
-    return {key: torch.cat(each).mean(0) for key, each in rows.items()} or None
+            valid = valid_rows({} if each.part in ("decoder", "cross") else prompt, each.part, entropies.shape[1])
+            rows.setdefault((name, each.layer), []).append(entropies[valid])
+    return {key: torch.cat(each).mean(0) for key, each in rows.items()}
+
+
+def text_part(model: nn.Module) -> str | None:
+    """The path of a model within `model` that runs on text alone; None if there is none, "" if it does so itself."""
+    parts = [
+        (len(path), path) for path, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel) and path
+    ]
+    for _, path in [(0, ""), *sorted(parts)]:
+        part = model.get_submodule(path)
+        if not takes_tokens(type(part)):
+            continue
+        with contextlib.suppress(Exception), torch.no_grad():
+            main_output(part(**make_inputs(part, None)))
+            return path
+    return None
 
 
 def examine(family: Family) -> Result:
@@ -703,7 +764,11 @@ def examine(family: Family) -> Result:
             model = family.build()
             eager = family.build(attn_implementation="eager")
         except Exception as error:
-            raise Unbuildable(f"{type(error).__name__}: {one_line(error)}") from error
+            raise Unbuildable(one_line(error)) from error
+        path = text_part(model)
+        if path:
+            notes.append(f"its {path}")
+            model, eager = model.get_submodule(path), eager.get_submodule(path)
         layers = compare_passes(model, eager, notes)
         compare_generation(model, eager, layers, notes)
     except Unbuildable as error:
