@@ -1,6 +1,7 @@
 """What becomes of the GPU kernels on an architecture, without a GPU: compiled ahead of time, looked at, not run.
 
     python benchmarks/compiled_kernels.py [--arch 90 80] [--dtype bf16 fp16 fp32] [--width 64 128 100] [--first 1]
+        [--value-width 128] [--softcap 50] [--sinks]
 
 For every kernel and tuning choice: registers a thread, spilled bytes, shared memory, which tensor-core instruction the
 products became (wgmma on Hopper, mma on Ampere, none for exact float32), and how many of it there are. A choice that
@@ -36,26 +37,39 @@ KERNELS = {
     "backward both": triton_kernel._backward_key_kernel,
 }
 POINTERS = {"FIRST": "*i32", "MASK": "*u8"} | dict.fromkeys(
-    ("ENTROPY", "LOG_NORMALISER", "LARGEST", "GRAD_ENTROPY", "ROW_SUM", "CORRECTION"), "*fp32"
+    ("SINKS", "ENTROPY", "LOG_NORMALISER", "LARGEST", "GRAD_ENTROPY", "ROW_SUM", "CORRECTION"), "*fp32"
 )
 ROWS_ARE_ALIGNED = 16  # what a launch finds of pointers and strides of usual tensors, and tells the compiler
 
 
-def compile_kernel(name: str, choice: Any, arch: int, dtype: str, width: int, iterations: int, **options: Any) -> Any:
-    """One kernel of one tuning choice, for tensors as they usually are; `options` override its constants."""
+def compile_kernel(
+    name: str,
+    choice: Any,
+    arch: int,
+    dtype: str,
+    width: int,
+    iterations: int,
+    value_width: int,
+    softcap: float = 0.0,
+    sinks: bool = False,
+) -> Any:
+    """One kernel of one tuning choice, for tensors as they usually are."""
     kernel = KERNELS[name].fn
     constants = {
         "D": width,
         "PADDED": max(16, triton.next_power_of_2(width)),
+        "E": value_width,
+        "PADDED_E": max(16, triton.next_power_of_2(value_width)),
         "CAUSAL": True,
         "MASK_KIND": 0,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "ITERATIONS": max(iterations, 0),
         "LOWEST": lowest(iterations or None),
         "POLYNOMIAL": max(-iterations, 0),
+        "SOFTCAP": softcap,
+        **({"HAS_SINKS": sinks} if name == "forward" else {}),
         **({"ADDS_DQ": name == "backward both"} if kernel is KERNELS["backward key"].fn else {}),
         **choice.kwargs,
-        **options,
     }
     pointers = POINTERS | ({"DQ": "*fp32"} if kernel is KERNELS["backward key"].fn else {})
     signature, attributes = {}, {}
@@ -101,6 +115,9 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="*", default=[90, 80])
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16", "fp32"])
     parser.add_argument("--width", type=int, nargs="*", default=[64, 128, 100])
+    parser.add_argument("--value-width", type=int, help="that of queries and keys where it is not given")
+    parser.add_argument("--softcap", type=float, default=0.0, help="0: none")
+    parser.add_argument("--sinks", action="store_true")
     parser.add_argument("--iterations", type=int, nargs="*", default=[0, 5, -1], help="t; -t: the polynomial")
     parser.add_argument("--kernel", nargs="*", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--choice", nargs=4, type=int, action="append", help="ROWS KEYS warps stages instead of ours")
@@ -114,7 +131,8 @@ def main() -> None:
                     for name in options.kernel:
                         if name == "backward both" and iterations > 0:
                             continue  # the keys need what the queries' pass finds
-                        padded = max(16, triton.next_power_of_2(width))
+                        wider = max(width, options.value_width or width)
+                        padded = max(16, triton.next_power_of_2(wider))
                         choices = triton_kernel.choices(name, padded, dtype == "fp32")
                         if options.choice:
                             choices = [
@@ -126,7 +144,7 @@ def main() -> None:
     def do(task: Any) -> dict[str, Any]:
         name, choice, arch, dtype, width, iterations = task
         started = time.perf_counter()
-        seen = look_at(compile_kernel(*task))
+        seen = look_at(compile_kernel(*task, options.value_width or width, options.softcap, options.sinks))
         blocks = (choice.kwargs["ROWS"], choice.kwargs["KEYS"], choice.num_warps, choice.num_stages)
         row = {"kernel": name, "choice": blocks, "arch": arch, "dtype": dtype, "width": width, "iterations": iterations}
         row |= seen | {"fits": seen["shared_kb"] <= SHARED_KB[arch]}

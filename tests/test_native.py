@@ -28,6 +28,79 @@ def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_ca
     assert_as_exact("native", *make(length, length, width), is_causal=is_causal, **kernel(iterations))
 
 
+def sinks_of(heads, seed=5):
+    return torch.randn(heads, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "value_width"),
+    [(1, 1, 8, 3), (63, 63, 100, 36), (111, 111, 36, 100), (1, 200, 192, 128), (130, 170, 24, 64), (70, 50, 16, 48)],
+)
+@pytest.mark.parametrize("iterations", [None, 5, -1])
+def test_values_of_another_width(queries, keys, width, value_width, iterations, is_causal):
+    arguments = make(queries, keys, width, value_width=value_width)
+    assert_as_exact("native", *arguments, is_causal=is_causal, **kernel(iterations))
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5, 50.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "value_width"),
+    [
+        (1, 1, 8, 8),
+        (2, 2, 32, 32),
+        (63, 63, 48, 48),
+        (111, 111, 100, 36),
+        (300, 300, 64, 64),
+        (1, 200, 64, 64),
+        (9, 4, 8, 8),
+    ],
+)
+def test_sinks_and_softcap(queries, keys, width, value_width, with_sinks, softcap):
+    for is_causal in (True, False):
+        options = dict(is_causal=is_causal, softcap=softcap, sinks=sinks_of(3) if with_sinks else None)
+        assert_as_exact("native", *make(queries, keys, width, value_width=value_width), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "keys"), [(65, 65), (300, 300), (1, 200)])
+def test_sinks_softcap_and_values_of_another_width_in_half_precision(products, dtype, queries, keys):
+    """Sinks of rows: the error of a sum over rows would be one of few numbers, and compared by chance."""
+    sinks = torch.randn(2, 3, queries, generator=torch.Generator().manual_seed(5))
+    arguments = make(queries, keys, 40, dtype, value_width=72)
+    assert_as_exact("native", *arguments, dtype=dtype, softcap=3.0, sinks=sinks)
+
+
+def test_sinks_and_softcap_of_masked_rows_in_pieces():
+    """Rows that see nothing but their sinks, sinks of rows, and more threads than heads."""
+    generator = torch.Generator().manual_seed(3)
+    visible = torch.rand(1, 1, 330, 300, generator=generator) > 0.3
+    visible[:, :, [0, 3, 77]] = False
+    added = torch.randn(330, 300, generator=generator).masked_fill(~visible, -math.inf)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for mask in (visible, added):
+            for sinks in (sinks_of(1), torch.randn(1, 1, 330, generator=generator)):
+                arguments = make(330, 300, 48, batch=1, heads=1, value_width=16)
+                assert_as_exact("native", *arguments, attn_mask=mask, softcap=2.0, sinks=sinks)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_sink_of_minus_infinity_is_none_and_a_large_one_takes_all():
+    tensors, *rest = make(140, 140, 16)
+    with_one = everything("native", tensors, *rest, torch.float32, sinks=torch.full((3,), -math.inf))
+    without = everything("native", tensors, *rest, torch.float32)
+    for got, expected in zip(with_one, without):
+        assert torch.equal(got, expected)
+    assert with_one[5].abs().max() == 0
+    large = everything("native", tensors, *rest, torch.float32, sinks=torch.full((3,), 300.0))
+    for got in large[:5]:
+        assert got.abs().max() == 0
+
+
 @pytest.mark.parametrize("iterations", [None, 5, -1])
 def test_a_thousand_rows(iterations):
     assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), **kernel(iterations))
@@ -147,6 +220,24 @@ def test_large_logits_keep_the_entropy(iterations):
     assert_as_exact("native", tensors, *rest, slack=1e-5, **kernel(iterations))
 
 
+def test_large_logits_keep_the_entropy_under_a_softcap_and_with_sinks():
+    (query, key, value), *rest = make(200, 200, 32)
+    for sinks in (sinks_of(3), sinks_of(3) + 50, None):
+        options = dict(softcap=50.0, sinks=sinks)
+        assert_as_exact("native", [query * 30, key + 5, value], *rest, slack=1e-5, **options)
+        assert_as_exact("native", [query * 30, key + 5, value], *rest, slack=1e-5, sinks=sinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_masks_of_another_dtype(dtype):
+    """They are converted, and what they become has to live as long as the kernel runs."""
+    mask = torch.randn(2, 3, 150, 170, generator=torch.Generator().manual_seed(3)).to(dtype)
+    arguments = make(150, 170, 24)
+    got = everything("native", *arguments, torch.float32, attn_mask=mask)
+    for a, b in zip(got, everything("native", *arguments, torch.float32, attn_mask=mask.float())):
+        assert torch.equal(a, b)
+
+
 def test_grouped_queries_and_strided_inputs():
     tensors, grad_output, grad_entropy = make(70, 70, 16, heads=4)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
@@ -215,17 +306,43 @@ def test_not_a_number_is_not_hidden(iterations):
     assert torch.isfinite(output[0, 1]).all()
 
 
-@pytest.mark.parametrize("iterations", [None, 5, -1])
-def test_compiled_without_graph_breaks(iterations):
-    (query, key, value), grad_output, grad_entropy = make(70, 70, 16)
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": torch.zeros(3)}, {"exp_iterations": 5}])
+def test_not_a_number_is_not_hidden_by_a_mask(additive, options):
+    (query, key, value), *_ = make(150, 150, 16)
+    query[0, 0, 70, 3] = math.nan
+    mask = torch.zeros(150, 150) if additive else torch.ones(150, 150, dtype=torch.bool)
+    for implementation in ("native", "blockwise", "reference"):
+        output, entropy = entropy_attention(query, key, value, attn_mask=mask, implementation=implementation, **options)
+        assert output[0, 0, 70].isnan().all()
+        assert entropy[0, 0, 70].isnan()
+        assert torch.isfinite(output[0, 1]).all()
 
-    def loss(q, k, v):
-        output, entropy = entropy_attention(q, k, v, **kernel(iterations))
+
+def test_a_sink_that_is_not_a_number_is_not_hidden():
+    tensors, *_ = make(150, 150, 16)
+    for implementation in ("native", "blockwise", "reference"):
+        sinks = torch.tensor([0.0, math.nan, 0.0])
+        output, entropy = entropy_attention(*tensors, sinks=sinks, implementation=implementation)
+        assert output[:, 1].isnan().all()
+        assert entropy[:, 1].isnan().all()
+        assert torch.isfinite(output[:, ::2]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "sinks": True}, {"exp_iterations": 5}, kernel(-1)])
+def test_compiled_without_graph_breaks(options):
+    (query, key, value), grad_output, grad_entropy = make(70, 70, 16, value_width=12)
+    mask = torch.rand(2, 1, 1, 70, generator=torch.Generator().manual_seed(1)) > 0.1
+    options = dict(options)
+    sinks = [sinks_of(3)] if options.pop("sinks", False) else []
+
+    def loss(q, k, v, s=None):
+        output, entropy = entropy_attention(q, k, v, sinks=s, attn_mask=mask, **options)
         return (output * grad_output).sum() + (entropy * grad_entropy).sum()
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        inputs = [x.clone().requires_grad_() for x in (query, key, value, *sinks)]
         results.append(torch.autograd.grad(function(*inputs), inputs))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
@@ -234,8 +351,11 @@ def test_compiled_without_graph_breaks(iterations):
 def test_the_operator_is_registered_correctly():
     (query, key, value), *_ = make(20, 20, 8)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(native.attention, (*inputs, None, True, None))
-    torch.library.opcheck(native.attention, (*inputs, None, True, 5))
+    torch.library.opcheck(native.attention, (*inputs, None, None, True, None, None))
+    torch.library.opcheck(native.attention, (*inputs, None, None, True, 5, None))
+    inputs[2] = torch.randn(2, 3, 20, 12, requires_grad=True)
+    sinks = torch.randn(3, 1, requires_grad=True).expand(2, 3, 20)
+    torch.library.opcheck(native.attention, (*inputs, None, sinks, True, None, 20.0))
 
 
 @pytest.mark.parametrize("iterations", [None, 5])

@@ -42,6 +42,66 @@ def test_queries_and_keys_of_different_length(queries, keys, iterations):
     assert_as_exact("triton", *on_device(queries, keys, 32), **kernel(iterations))
 
 
+def sinks_of(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 2
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "value_width"),
+    [(1, 70, 32, 8), (63, 63, 100, 36), (40, 33, 16, 48), (20, 20, 192, 128)],
+)
+def test_values_of_another_width(monkeypatch, passes, queries, keys, width, value_width, is_causal):
+    from entropi.entropy import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "ONE_PASS", passes == 1)
+    for iterations in (None, 5, -1) if is_causal and queries == 40 else (None,):
+        arguments = on_device(queries, keys, width, value_width=value_width)
+        assert_as_exact("triton", *arguments, is_causal=is_causal, **kernel(iterations))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(1.5, False), (50.0, True), (None, True)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "value_width"), [(1, 70, 32, 32), (63, 63, 48, 48), (33, 40, 100, 36), (9, 4, 16, 16)]
+)
+def test_sinks_and_softcap(monkeypatch, passes, queries, keys, width, value_width, with_sinks, softcap):
+    from entropi.entropy import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "ONE_PASS", passes == 1)
+    options = dict(is_causal=queries != 33, softcap=softcap, sinks=sinks_of(2) if with_sinks else None)
+    assert_as_exact("triton", *on_device(queries, keys, width, value_width=value_width), **options)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("sink_shape", [(2,), (1, 1, 50)])
+def test_sinks_and_softcap_of_masked_rows(additive, sink_shape):
+    """Rows that see nothing but their sinks, of which one is none."""
+    generator = torch.Generator().manual_seed(3)
+    visible = torch.rand(1, 1, 50, 70, generator=generator) > 0.4
+    visible[..., [5, 17], :] = False
+    mask = torch.randn(50, 70, generator=generator).masked_fill(~visible, -math.inf) if additive else visible
+    sinks = sinks_of(*sink_shape)
+    sinks[..., 0] = -math.inf
+    options = dict(attn_mask=mask.to(DEVICE), is_causal=False, softcap=2.0, sinks=sinks)
+    assert_as_exact("triton", *on_device(50, 70, 32), **options)
+
+
+def test_sinks_softcap_and_values_of_another_width_in_half_precision():
+    arguments = on_device(65, 65, 64, dtype=torch.float16, value_width=24)
+    assert_as_exact("triton", *arguments, dtype=torch.float16, softcap=3.0, sinks=sinks_of(1, 2, 65))
+
+
+def test_a_sink_that_is_not_a_number_is_not_hidden():
+    tensors, *_ = on_device(40, 40, 32)
+    sinks = torch.tensor([0.0, math.nan], device=DEVICE)
+    output, entropy = entropy_attention(*tensors, sinks=sinks, implementation="triton")
+    assert output[:, 1].isnan().all()
+    assert entropy[:, 1].isnan().all()
+    assert torch.isfinite(output[:, 0]).all()
+
+
 @pytest.mark.parametrize("iterations", [None, 5, -1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_plain(dtype, iterations):
@@ -162,6 +222,24 @@ def test_tuned_kernels_on_a_gpu(monkeypatch, passes, dtype, length, width, is_ca
     assert_as_exact("triton", *on_device(length, length, width, dtype=dtype), **options)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("length", "width", "value_width", "softcap", "with_sinks"),
+    [(300, 192, 128, None, False), (300, 64, 64, None, True), (300, 256, 256, 50.0, False), (65, 100, 36, 20.0, True)],
+)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_tuned_kernels_of_real_models_on_a_gpu(
+    monkeypatch, passes, length, width, value_width, softcap, with_sinks, dtype
+):
+    from entropi.entropy import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "ONE_PASS", passes == 1)
+    options = dict(dtype=dtype, softcap=softcap, sinks=sinks_of(1, 2, length) if with_sinks else None)
+    assert_as_exact("triton", *on_device(length, length, width, dtype=dtype, value_width=value_width), **options)
+
+
 @pytest.mark.slow
 def test_the_gpu_script_runs_dry():
     """What waits for a GPU must not turn out to be broken when there is one."""
@@ -225,4 +303,13 @@ def test_no_tuning_choice_of_usual_heads_spills_registers(tmp_path):
 def test_every_precision_and_an_odd_width_compile(tmp_path, dtype, iterations):
     rows = compiled(tmp_path, dtype=[dtype], width=[64, 128, 100], iterations=[iterations], first=[1])
     assert len(rows) == (18 if iterations > 0 else 24)  # three or four kernels, three widths, two architectures
+    assert_fit_for(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (192, 128)])
+def test_sinks_softcap_and_values_of_another_width_compile(tmp_path, width, value_width):
+    options = {"width": [width], "value-width": [value_width], "softcap": [50.0], "sinks": []}
+    rows = compiled(tmp_path, dtype=["bf16"], iterations=[0], first=[1], **options)
+    assert len(rows) == 8  # four kernels, two architectures
     assert_fit_for(rows)

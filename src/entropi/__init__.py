@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from entropi.entropy.announcing import announce
+
 if TYPE_CHECKING:
     from entropi.costs.prediction import cost
     from entropi.entropy.attention import entropy_attention
@@ -60,3 +62,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+announce()  # so that transformers takes attn_implementation="entropi"

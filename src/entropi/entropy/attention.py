@@ -108,9 +108,6 @@ def entropy_attention(
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     able = available_implementations(query)
-    if softcap is not None or sinks is not None or value.shape[3] != query.shape[3]:
-        lacks = "it knows neither sinks, nor softcap, nor values of another width than keys"
-        able |= {name: able[name] or lacks for name in ("native", "triton")}
     if implementation == "auto":
         fused = "triton" if query.is_cuda else "native"
         implementation = fused if able[fused] is None else "blockwise"  # type: ignore[assignment]
@@ -121,12 +118,10 @@ def entropy_attention(
     if implementation == "triton":
         from entropi.entropy import triton_kernel
 
-        output, entropy, *_ = triton_kernel.attention(query, key, value, attn_mask, is_causal, iterations)
-    elif implementation == "native":
-        output, entropy, *_ = native.attention(query, key, value, attn_mask, is_causal, iterations)
+        attend: Any = triton_kernel.attention
     else:
-        attend: Any = _reference if implementation == "reference" else _Blockwise.apply
-        output, entropy = attend(query, key, value, attn_mask, sinks, is_causal, iterations, softcap)
+        attend = {"reference": _reference, "blockwise": _Blockwise.apply, "native": native.attention}[implementation]
+    output, entropy, *_ = attend(query, key, value, attn_mask, sinks, is_causal, iterations, softcap)
     return output.reshape(shape), entropy.reshape(shape[:3])
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropi.entropy.announcing import NAME
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.patterns import Pattern, attention_pattern
-from entropi.entropy.recorder import recorders, replay, replaying
+from entropi.entropy.recorder import left_out_for_causality, mask_left_out, recorders, replay, replaying
 
-NAME = "entropi"  # of the attention implementation
 CONFIGURED = "_attn_implementation_internal"  # the attribute of a configuration, without its sub-configurations
 CHECKPOINT = "_gradient_checkpointing_func"  # the attribute of modules under gradient checkpointing
 SOFTMAXES = {"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -56,8 +56,8 @@ def attention_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any)
     """
     from transformers.masking_utils import sdpa_mask
 
-    queries = kwargs.get("q_length")
-    skip = allow_is_causal_skip and (queries is None or queries == kwargs.get("kv_length") > 1)
+    queries, keys = kwargs.get("q_length"), kwargs.get("kv_length")
+    skip = allow_is_causal_skip and (queries is None or (queries == keys and queries > 1))
     return sdpa_mask(*args, allow_is_causal_skip=skip, **kwargs)
 
 
@@ -89,9 +89,7 @@ def attention_forward(
         lacking.append("a paged cache (continuous batching)")
     named = getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
     if named:
-        family = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-        own = {*SELECTIONS, *_own_arguments(family.get("eager_attention_forward", attention_forward))}
-        lacking += [name for name in sorted(own) if kwargs.get(name) is not None]
+        lacking += [name for name in _own_arguments(type(module)) if kwargs.get(name) is not None]
     if s_aux is not None and s_aux.numel() != query.shape[1]:
         lacking.append("sinks other than one a head")
     if query.dim() != 4 or key.dim() != 4:
@@ -111,6 +109,11 @@ def attention_forward(
     if key.shape[0] != query.shape[0]:  # learned queries for all of a batch, or keys
         batch = max(key.shape[0], query.shape[0])
         query, key, value = (x.expand(batch, *x.shape[1:]) for x in (query, key, value))
+    if attention_mask is None and not is_causal and length > 1 and left_out_for_causality((length, key.shape[2])):
+        raise ValueError(
+            f"{type(module).__name__} is not causal, yet got no mask where its model is: its attention is one thing "
+            "under SDPA and another under eager"
+        )
     mask = attention_mask
     if causal and key.shape[2] < length:
         mask, causal = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(), False
@@ -152,10 +155,16 @@ def _pattern(query: Tensor, key: Tensor, is_causal: bool, settings: dict[str, An
     return attention_pattern(query, key, **settings)
 
 
+@torch.compiler.assume_constant_result
+def _own_arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What the attention of a module's family takes besides what is understood here."""
+    eager = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get("eager_attention_forward")
+    return (*SELECTIONS, *(_parameters(eager) if callable(eager) else ()))
+
+
 @functools.cache
-def _own_arguments(eager: Callable[..., Any]) -> frozenset[str]:
-    """What the eager attention of a family takes besides what is understood here."""
-    return frozenset(inspect.signature(eager).parameters) - UNDERSTOOD
+def _parameters(eager: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(eager).parameters if name not in UNDERSTOOD)
 
 
 # Which modules attend, and which name serves them
@@ -319,26 +328,41 @@ def _checkpoint(
 @contextmanager
 def _standing_in() -> Iterator[None]:
     """With attention of recorded modules instead of SDPA's; everyone else's stays."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    mapping = AttentionInterface._global_mapping
+    with ExitStack() as stack:
+        for interface, stand_in in ((AttentionInterface, _attend_or), (AttentionMaskInterface, _noting)):
+            stack.enter_context(_replaced(interface, "sdpa", stand_in))
+        yield
+
+
+@contextmanager
+def _replaced(interface: Any, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """With `stand_in`, which is given what it stands in for, until the last one who wants it is done."""
     with _lock:
-        held = _held.setdefault((id(mapping), "sdpa"), [mapping, mapping["sdpa"], 0])
+        held = _held.setdefault((id(interface), name), [interface, interface._global_mapping[name], 0])
         held[2] += 1
         if held[2] == 1:
-            AttentionInterface.register("sdpa", functools.partial(_attend_or, held[1]))
+            interface.register(name, functools.partial(stand_in, held[1]))
     try:
         yield
     finally:
         with _lock:
             held[2] -= 1
             if not held[2]:
-                AttentionInterface.register("sdpa", held[1])
-                del _held[id(mapping), "sdpa"]
+                interface.register(name, held[1])
+                del _held[id(interface), name]
 
 
 def _attend_or(before: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return (attention_forward if recorders(module) or replaying() else before)(module, *args, **kwargs)
+
+
+def _noting(before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    mask = before(*args, **kwargs)
+    if mask is None and "q_length" in kwargs and "kv_length" in kwargs:
+        mask_left_out((kwargs["q_length"], kwargs["kv_length"]), kwargs.get("allow_is_causal_skip", True))
+    return mask
 
 
 @contextmanager

@@ -14,6 +14,9 @@
 // such rule for a new maximum, so the logits of a block of rows are all kept until m is known. Then l = sum k(x),
 // w = sum k(x) log k(x), L = log l. With `iterations` = -t < 0 logits become l = 2^t log |1 + s / 2^t|, the polynomial's,
 // when they are computed, and everything above holds for them.
+//
+// A row's sink is a logit of its own, seen first: m, l and w start with it and everything else goes on as it would, in the
+// backward pass with L and H that count it.
 
 #include <atomic>
 #include <cmath>
@@ -115,6 +118,29 @@ static inline vec polynomial_rate(vec s, int iterations) {
   return 1.0f / (base * base < 1e-18f ? splat(1e-9f) : base);
 }
 
+// tanh: an odd polynomial below 0.625, where the quotient loses digits. Relative error below 2e-7.
+static inline vec hyperbolic_tangent(vec x) {
+  const vec size = x < 0.0f ? -x : x, e = exp_nonpositive(size * -2.0f), z = x * x;
+  vec quotient = (1.0f - e) / (1.0f + e), p = splat(-5.7049867715e-3f);
+  p = p * z + 2.0639087005e-2f;
+  p = p * z - 5.3739714996e-2f;
+  p = p * z + 1.3331442197e-1f;
+  p = p * z - 3.3333281942e-1f;
+  return size < 0.625f ? x + x * z * p : (x < 0.0f ? -quotient : quotient);
+}
+// Logits s of a row become c tanh(s / c).
+static inline void cap(float *row, long columns, float c) {
+  for (long j = 0; j < columns; j += LANES) store(row + j, hyperbolic_tangent(load(row + j) * (1.0f / c)) * c);
+}
+// And `rates` what that multiplies their slopes by.
+static inline void cap(float *row, long columns, float c, float *rates) {
+  for (long j = 0; j < columns; j += LANES) {
+    const vec y = hyperbolic_tangent(load(row + j) * (1.0f / c));
+    store(row + j, y * c);
+    store(rates + j, 1.0f - y * y);
+  }
+}
+
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // A row of `width` numbers as floats, zeros behind it up to `padded`.
@@ -138,14 +164,15 @@ static void write_row(const float *from, float scale, long width, int kind, void
   }
 }
 
-struct Tensor {  // (B, H, T, D), the last dimension contiguous
+struct Tensor {  // (B, H, T, width), the last dimension contiguous
   void *data;
   long batch, head, row;  // strides in elements
+  long width;
 };
 struct Problem {
-  long batches, heads, queries, keys, width;
+  long batches, heads, queries, keys;
   int kind, causal;
-  Tensor query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+  Tensor query, key, value, output, grad_output, grad_query, grad_key, grad_value;  // of two widths: queries', values'
   Tensor mask;    // (B, H, T, S) with strides 0 where it is broadcast, the last one in mask_column
   long mask_column;
   int mask_kind;  // 0 none, 1 bytes (0 hides), 2 floats that are added
@@ -155,6 +182,8 @@ struct Problem {
   float lowest;    // where it clips x
   float *largest;  // (B, H, T): what the backward pass needs of it, m and the first key that has it
   int32_t *first;
+  float softcap;       // c, or 0 for none
+  const float *sinks;  // (B, H, T) contiguous, or null
 };
 
 struct Free {
@@ -170,7 +199,7 @@ static const void *at(const Tensor &x, long b, long h, long t, int kind) {
 // Products of bfloat16 tensors are those of bfloat16 numbers where the processor has instructions for them.
 static bool in_bfloat16(const Problem &p) { return p.kind == BFLOAT16 && bfloat16_instructions() != NONE; }
 // How long a row of a (T, D) matrix is with the zeros behind its width.
-template <typename E> static long padded_width(const Problem &p) { return round_up(terms<E>(p.width), LANES); }
+template <typename E> static long padded_width(const Tensor &x) { return round_up(terms<E>(x.width), LANES); }
 
 // `count` rows from `first` and zeros up to `padded_rows`, each `padded` long.
 template <typename E>
@@ -179,10 +208,10 @@ static void take_rows(const Problem &p, const Tensor &x, long b, long h, long fi
     const void *row = at(x, b, h, first + i, p.kind);
     E *to = out + i * padded;
     if constexpr (sizeof(E) == 4) {
-      read_row(row, p.width, padded, p.kind, to);
+      read_row(row, x.width, padded, p.kind, to);
     } else {
-      std::memcpy(to, row, size_t(p.width) * sizeof(E));
-      std::memset(to + p.width, 0, size_t(padded - p.width) * sizeof(E));
+      std::memcpy(to, row, size_t(x.width) * sizeof(E));
+      std::memset(to + x.width, 0, size_t(padded - x.width) * sizeof(E));
     }
   }
   std::memset(out + count * padded, 0, size_t((padded_rows - count) * padded) * sizeof(E));
@@ -197,7 +226,7 @@ template <typename E> struct Rows {
 template <typename E>
 static Rows<E> rows_of(const Problem &p, const Tensor &x, long b, long h, long first, long count, long padded_rows, long padded, E *memory) {
   const bool same_numbers = sizeof(E) == 2 || p.kind == FLOAT32;
-  if (same_numbers && count == padded_rows && p.width == padded && x.row % PAIR<E> == 0)
+  if (same_numbers && count == padded_rows && x.width == padded && x.row % PAIR<E> == 0)
     return {static_cast<const E *>(at(x, b, h, first, p.kind)), x.row};
   take_rows(p, x, b, h, first, count, padded_rows, padded, memory);
   return {memory, padded};
@@ -229,29 +258,31 @@ static void transposed(const Rows<bfloat16> &rows, long size, long padded, bfloa
 // kept where more than one block of queries will ask.
 template <typename E> struct Sources {
   const Problem &p;
-  const long b, h, seen, padded, depth;
+  const long b, h, seen;
   const bool kept;
-  const Scratch<E> copied = scratch<E>(KEYS * padded), keys = scratch<E>(slots() * KEYS * depth), values = scratch<E>(slots() * KEYS * padded);
+  const long key_width = padded_width<E>(p.key), value_width = padded_width<E>(p.value), depth = terms<E>(p.key.width);
+  const Scratch<E> copied = scratch<E>(KEYS * (key_width > value_width ? key_width : value_width));
+  const Scratch<E> keys = scratch<E>(slots() * KEYS * depth), values = scratch<E>(slots() * KEYS * value_width);
   long end_of_keys = 0;    // of the blocks that are made
   long end_of_values = 0;
 
   long slots() const { return kept ? (seen + KEYS - 1) / KEYS : 1; }
-  Rows<E> rows(const Tensor &x, long block, E *memory) const {
+  Rows<E> rows(const Tensor &x, long block, long padded, E *memory) const {
     return rows_of(p, x, b, h, block, seen - block < KEYS ? seen - block : KEYS, KEYS, padded, memory);
   }
   const E *keys_at(long block) {
     E *to = keys.get() + (kept ? block * depth : 0);
     if (block >= end_of_keys) {
-      sum_columns(rows(p.key, block, copied.get()), KEYS, depth, to);
+      sum_columns(rows(p.key, block, key_width, copied.get()), KEYS, depth, to);
       end_of_keys = block + KEYS;
     }
     return to;
   }
   Rows<E> values_at(long block) {
-    E *to = values.get() + (kept ? block * padded : 0);
-    if (PAIR<E> == 2 && block < end_of_values) return {to, padded};
+    E *to = values.get() + (kept ? block * value_width : 0);
+    if (PAIR<E> == 2 && block < end_of_values) return {to, value_width};
     end_of_values = block + KEYS;
-    return sum_rows(rows(p.value, block, PAIR<E> == 2 ? copied.get() : to), KEYS, padded, to);
+    return sum_rows(rows(p.value, block, value_width, PAIR<E> == 2 ? copied.get() : to), KEYS, value_width, to);
   }
 };
 
@@ -288,7 +319,7 @@ static inline void hide(const Problem &p, long b, long h, long t, long block, lo
       const float *mask = static_cast<const float *>(p.mask.data) + first;
       for (long j = 0; j < end; j++) {
         const float x = row[j] + mask[j * p.mask_column];
-        row[j] = x > MASKED ? x : MASKED;
+        row[j] = x < MASKED ? MASKED : x;  // what is not a number stays
       }
     }
   }
@@ -310,14 +341,14 @@ static void store_rows(const Problem &p, long b, long h, long start, long rows, 
     p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
     p.log_normaliser[index] = sees ? (p.iterations > 0 ? log_l : m[r] + log_l) : MASKED;
     void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
-    write_row(out + r * padded, sees ? 1.0f / l[r] : 0.0f, p.width, p.kind, to);
+    write_row(out + r * padded, sees ? 1.0f / l[r] : 0.0f, p.output.width, p.kind, to);
   }
 }
 
 // Sums m, l, w and the unnormalised output of a block of rows under the power kernel; `s` holds all their logits.
 template <typename E>
 static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const Rows<E> &q, Sources<E> &sources, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
-  const long offset = p.keys - p.queries, padded = sources.padded;
+  const long offset = p.keys - p.queries, padded = sources.value_width;
   int32_t *first = p.first + (b * p.heads + h) * p.queries + start;
   for (long r = 0; r < rows; r++) first[r] = 0;
   for (long block = 0; block < reach; block += KEYS) {
@@ -367,20 +398,25 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
 }
 
 template <typename E> static void forward_chunk(const Problem &p, long b, long h, long first, long last) {
-  const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
+  const long offset = p.keys - p.queries;
   long seen = p.causal ? last + offset : p.keys;
   seen = seen < 0 ? 0 : (seen > p.keys ? p.keys : seen);
-  Sources<E> sources{p, b, h, seen, padded, depth, last - first > ROWS};
+  Sources<E> sources{p, b, h, seen, last - first > ROWS};
+  const long depth = sources.depth, key_width = sources.key_width, padded = sources.value_width;
   const Scratch<float> s_memory = scratch<float>(ROWS * (p.iterations > 0 ? round_up(seen, KEYS) : KEYS)), out_memory = scratch<float>(ROWS * padded);
-  const Scratch<E> q_memory = scratch<E>(ROWS * padded);
+  const Scratch<E> q_memory = scratch<E>(ROWS * key_width);
   float *s = s_memory.get(), *out = out_memory.get();
   Block<E> weights;
   for (long start = first; start < last; start += ROWS) {
     const long rows = last - start < ROWS ? last - start : ROWS;
-    const Rows<E> q = rows_of(p, p.query, b, h, start, rows, ROWS, padded, q_memory.get());
+    const Rows<E> q = rows_of(p, p.query, b, h, start, rows, ROWS, key_width, q_memory.get());
     std::memset(out, 0, size_t(ROWS * padded) * 4);
     float m[ROWS], l[ROWS], w[ROWS];
-    for (long r = 0; r < rows; r++) m[r] = MASKED, l[r] = 0, w[r] = 0;
+    for (long r = 0; r < rows; r++) {
+      const float sink = p.sinks ? p.sinks[(b * p.heads + h) * p.queries + start + r] : MASKED;
+      const bool none = sink <= MASKED / 2;
+      m[r] = none ? MASKED : sink, l[r] = none ? 0.0f : 1.0f, w[r] = 0;
+    }
     const long reach = p.causal ? (start + rows + offset < seen ? start + rows + offset : seen) : seen;
     if (p.iterations > 0) {
       power_rows(p, b, h, start, rows, reach, seen, q, sources, s, weights, out, m, l, w);
@@ -393,6 +429,7 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
       for (long r = 0; r < rows; r++) {
         float *row = s + r * KEYS;
         const long limit = p.causal ? (start + r + offset + 1 < seen ? start + r + offset + 1 : seen) : seen;
+        if (p.softcap > 0) cap(row, columns, p.softcap);
         hide(p, b, h, start + r, block, columns, limit, row);
         if (p.iterations < 0)
           for (long j = 0; j < columns; j += LANES) store(row + j, polynomial_logits(load(row + j), p.iterations));
@@ -457,7 +494,7 @@ static float power_slopes(const Problem &p, float *sr, float *dr, long columns, 
 struct Sums {
   Scratch<float> dq, dk, correction;
 };
-static long padded_sums(const Problem &p) { return in_bfloat16(p) ? padded_width<bfloat16>(p) : padded_width<float>(p); }
+static long padded_sums(const Problem &p) { return in_bfloat16(p) ? padded_width<bfloat16>(p.key) : padded_width<float>(p.key); }
 static Sums sums_of(const Problem &p, bool with_dk) {
   const long padded = padded_sums(p);
   return {scratch<float>(round_up(p.queries, ROWS) * padded), with_dk ? scratch<float>(round_up(p.keys, KEYS) * padded) : nullptr, scratch<float>(p.queries)};
@@ -467,52 +504,57 @@ static Sums sums_of(const Problem &p, bool with_dk) {
 // left in `dq`, `dk` and `correction` for `backward_finish`.
 template <typename E>
 static void backward_blocks(const Problem &p, long b, long h, long piece, long pieces, float *dq, float *dk, float *correction) {
-  const long padded = padded_width<E>(p), depth = terms<E>(p.width), offset = p.keys - p.queries;
-  const long padded_keys = round_up(p.keys, KEYS), padded_queries = round_up(p.queries, ROWS);
-  const long left = padded_queries * padded, right = padded_keys * padded;
-  const Scratch<E> operands = scratch<E>(4 * left + 2 * right + 2 * padded_keys * depth);
-  E *q_t = operands.get(), *g_t = q_t + left, *keys_t = g_t + left, *values_t = keys_t + padded_keys * depth;
-  E *copies = values_t + padded_keys * depth;
-  const Rows<E> q = rows_of(p, p.query, b, h, 0, p.queries, padded_queries, padded, copies);
-  const Rows<E> g = rows_of(p, p.grad_output, b, h, 0, p.queries, padded_queries, padded, copies + left);
-  const Rows<E> value_rows = rows_of(p, p.value, b, h, 0, p.keys, padded_keys, padded, copies + 2 * left);
-  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(value_rows.from(block), KEYS, depth, values_t + block * depth);
+  const long offset = p.keys - p.queries, padded_keys = round_up(p.keys, KEYS), padded_queries = round_up(p.queries, ROWS);
+  const long key_width = padded_width<E>(p.key), key_depth = terms<E>(p.key.width);
+  const long value_width = padded_width<E>(p.value), value_depth = terms<E>(p.value.width);
+  const long wider = key_width > value_width ? key_width : value_width;
+  const long q_size = padded_queries * key_width, g_size = padded_queries * value_width;
+  const Scratch<E> operands =
+      scratch<E>(2 * (q_size + g_size) + padded_keys * (key_depth + value_depth + wider + (PAIR<E> == 2 ? key_width : 0)));
+  E *q_t = operands.get(), *g_t = q_t + q_size, *keys_t = g_t + g_size, *values_t = keys_t + padded_keys * key_depth;
+  E *q_copy = values_t + padded_keys * value_depth, *g_copy = q_copy + q_size, *copy = g_copy + g_size;
+  const Rows<E> q = rows_of(p, p.query, b, h, 0, p.queries, padded_queries, key_width, q_copy);
+  const Rows<E> g = rows_of(p, p.grad_output, b, h, 0, p.queries, padded_queries, value_width, g_copy);
+  const Rows<E> value_rows = rows_of(p, p.value, b, h, 0, p.keys, padded_keys, value_width, copy);
+  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(value_rows.from(block), KEYS, value_depth, values_t + block * value_depth);
   // Values are needed no more as they were: keys may take the place of their copy.
-  const Rows<E> key_rows = rows_of(p, p.key, b, h, 0, p.keys, padded_keys, padded, copies + 2 * left);
-  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(key_rows.from(block), KEYS, depth, keys_t + block * depth);
-  const Rows<E> keys = sum_rows(key_rows, padded_keys, padded, copies + 2 * left + right);
+  const Rows<E> key_rows = rows_of(p, p.key, b, h, 0, p.keys, padded_keys, key_width, copy);
+  for (long block = 0; block < padded_keys; block += KEYS) sum_columns(key_rows.from(block), KEYS, key_depth, keys_t + block * key_depth);
+  const Rows<E> keys = sum_rows(key_rows, padded_keys, key_width, copy + padded_keys * wider);
   for (long start = 0; start < padded_queries; start += ROWS) {
-    transposed(q.from(start), ROWS, padded, q_t + start * padded);
-    transposed(g.from(start), ROWS, padded, g_t + start * padded);
+    transposed(q.from(start), ROWS, key_width, q_t + start * key_width);
+    transposed(g.from(start), ROWS, value_width, g_t + start * value_width);
   }
-  const Scratch<float> memory = scratch<float>(2 * (ROWS + padded) * KEYS + p.queries);
-  float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + padded * KEYS, *row_sum = dk_t + padded * KEYS;
+  const Scratch<float> memory = scratch<float>((2 * ROWS + value_width + wider) * KEYS + p.queries);
+  float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + value_width * KEYS, *row_sum = dk_t + wider * KEYS;
   Block<E> probabilities, slopes;
-  std::memset(dq, 0, size_t(padded_queries * padded) * 4);
+  std::memset(dq, 0, size_t(q_size) * 4);
   const long base = (b * p.heads + h) * p.queries;
   const float *log_n = p.log_normaliser + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
   const float *largest = p.largest + base;
   for (long t = 0; t < p.queries; t++) {  // rowsum(g_O * O) + g_H H, what every dP of the row is reduced by
-    read_row(at(p.output, b, h, t, p.kind), p.width, padded, p.kind, dv_t);
-    read_row(at(p.grad_output, b, h, t, p.kind), p.width, padded, p.kind, dk_t);
+    read_row(at(p.output, b, h, t, p.kind), p.output.width, value_width, p.kind, dv_t);
+    read_row(at(p.grad_output, b, h, t, p.kind), p.output.width, value_width, p.kind, dk_t);
     vec total{};
-    for (long d = 0; d < padded; d += LANES) total += load(dv_t + d) * load(dk_t + d);
+    for (long d = 0; d < value_width; d += LANES) total += load(dv_t + d) * load(dk_t + d);
     row_sum[t] = sum(total) + grad_h[t] * entropy[t];
     correction[t] = 0;
   }
   for (long block = piece * KEYS; block < p.keys; block += pieces * KEYS) {
-    std::memset(dv_t, 0, size_t(2 * padded * KEYS) * 4);  // and dk_t
+    std::memset(dv_t, 0, size_t((value_width + key_width) * KEYS) * 4);  // and dk_t
     long begin = p.causal ? block - offset : 0;  // the first row that sees this block
     begin = begin < 0 ? 0 : begin / ROWS * ROWS;
     for (long start = begin; start < p.queries; start += ROWS) {
       const long rows = p.queries - start < ROWS ? p.queries - start : ROWS;
       const long reach = p.causal && start + rows + offset < p.keys ? start + rows + offset : p.keys;
       const long columns = columns_of<E>(block, reach);
-      matmul(rows, columns, depth, q.from(start).first, q.stride, keys_t + block * depth, KEYS, s, KEYS, false);
-      matmul(rows, columns, depth, g.from(start).first, g.stride, values_t + block * depth, KEYS, dp, KEYS, false);
+      matmul(rows, columns, key_depth, q.from(start).first, q.stride, keys_t + block * key_depth, KEYS, s, KEYS, false);
+      matmul(rows, columns, value_depth, g.from(start).first, g.stride, values_t + block * value_depth, KEYS, dp, KEYS, false);
       for (long r = 0; r < rows; r++) {
         float *sr = s + r * KEYS, *dr = dp + r * KEYS;
         const long t = start + r, limit = p.causal && t + offset + 1 < p.keys ? t + offset + 1 : p.keys;
+        float rates[KEYS];
+        if (p.softcap > 0) cap(sr, columns, p.softcap, rates);
         hide(p, b, h, t, block, columns, limit, sr);
         if (log_n[t] <= MASKED / 2) {  // a row that sees nothing
           std::memset(sr, 0, KEYS * 4);
@@ -533,19 +575,21 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
           store(sr + j, prob);
           store(dr + j, prob * (iterations < 0 ? slope * polynomial_rate(given, iterations) : slope));
         }
+        if (p.softcap > 0)
+          for (long j = 0; j < columns; j += LANES) store(dr + j, load(dr + j) * load(rates + j));
       }
       probabilities.take_rows(s, rows, columns);
       slopes.take_rows(dp, rows, columns);
       slopes.take_columns(dp, rows, columns);
       const long summed = terms<E>(rows);
-      matmul(p.width, columns, summed, g_t + start * padded, ROWS, probabilities.over_rows, KEYS, dv_t, KEYS, true);
-      matmul(p.width, columns, summed, q_t + start * padded, ROWS, slopes.over_rows, KEYS, dk_t, KEYS, true);
-      matmul(rows, padded, columns, slopes.over_columns, KEYS, keys.from(block).first, keys.stride, dq + start * padded, padded, true);
+      matmul(p.value.width, columns, summed, g_t + start * value_width, ROWS, probabilities.over_rows, KEYS, dv_t, KEYS, true);
+      matmul(p.key.width, columns, summed, q_t + start * key_width, ROWS, slopes.over_rows, KEYS, dk_t, KEYS, true);
+      matmul(rows, key_width, columns, slopes.over_columns, KEYS, keys.from(block).first, keys.stride, dq + start * key_width, key_width, true);
     }
-    transpose(reinterpret_cast<uint32_t *>(dk_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk + block * padded));
-    transpose(reinterpret_cast<uint32_t *>(dv_t), padded, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk_t));
+    transpose(reinterpret_cast<uint32_t *>(dk_t), key_width, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk + block * key_width));
+    transpose(reinterpret_cast<uint32_t *>(dv_t), value_width, KEYS, KEYS, reinterpret_cast<uint32_t *>(dk_t));
     for (long j = 0; j < KEYS && block + j < p.keys; j++)
-      write_row(dk_t + j * padded, 1.0f, p.width, p.kind, const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind)));
+      write_row(dk_t + j * value_width, 1.0f, p.value.width, p.kind, const_cast<void *>(at(p.grad_value, b, h, block + j, p.kind)));
   }
 }
 
@@ -562,17 +606,17 @@ static void backward_finish(const Problem &p, long b, long h, const Sums *sums, 
   for (long t = 0; t < p.queries; t++) {
     if (p.iterations > 0 && p.log_normaliser[base + t] > MASKED / 2) {
       const long j = p.first[base + t];
-      read_row(at(p.query, b, h, t, p.kind), p.width, padded, p.kind, q);
-      read_row(at(p.key, b, h, j, p.kind), p.width, padded, p.kind, k);
-      for (long d = 0; d < p.width; d++) {
+      read_row(at(p.query, b, h, t, p.kind), p.key.width, padded, p.kind, q);
+      read_row(at(p.key, b, h, j, p.kind), p.key.width, padded, p.kind, k);
+      for (long d = 0; d < p.key.width; d++) {
         dq[t * padded + d] -= correction[t] * k[d];
         dk[j * padded + d] -= correction[t] * q[d];
       }
     }
-    write_row(dq + t * padded, 1.0f, p.width, p.kind, const_cast<void *>(at(p.grad_query, b, h, t, p.kind)));
+    write_row(dq + t * padded, 1.0f, p.key.width, p.kind, const_cast<void *>(at(p.grad_query, b, h, t, p.kind)));
   }
   for (long j = 0; j < p.keys; j++)
-    write_row(dk + j * padded, 1.0f, p.width, p.kind, const_cast<void *>(at(p.grad_key, b, h, j, p.kind)));
+    write_row(dk + j * padded, 1.0f, p.key.width, p.kind, const_cast<void *>(at(p.grad_key, b, h, j, p.kind)));
 }
 
 // OpenMP's entry point `GOMP_parallel`: run a function on so many threads, the caller among them.

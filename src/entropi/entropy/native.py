@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entropi.cache import default_cache_dir
 from entropi.entropy.secure_softmax import lowest
+from entropi.entropy.sinks import gradient as gradient_of_sinks
 from entropi.errors import UserError
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
@@ -36,6 +37,7 @@ class _Tensor(ctypes.Structure):
         ("batch", ctypes.c_long),
         ("head", ctypes.c_long),
         ("row", ctypes.c_long),
+        ("width", ctypes.c_long),
     )
 
 
@@ -46,7 +48,7 @@ class _Problem(ctypes.Structure):
     """`Problem` of native.cpp, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("batches", "heads", "queries", "keys", "width")),
+        *((name, ctypes.c_long) for name in ("batches", "heads", "queries", "keys")),
         ("kind", ctypes.c_int),
         ("causal", ctypes.c_int),
         *((name, _Tensor) for name in _TENSORS),
@@ -56,6 +58,8 @@ class _Problem(ctypes.Structure):
         ("iterations", ctypes.c_int),
         ("lowest", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("largest", "first")),
+        ("softcap", ctypes.c_float),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -139,20 +143,29 @@ ROW_RESULTS = ("entropy", "log_normaliser", "largest", "first")
 
 
 def _problem(
-    query: Tensor, key: Tensor, causal: bool, mask: Tensor | None, exp_iterations: int | None, **tensors: Tensor
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    exp_iterations: int | None,
+    softcap: float | None,
+    **tensors: Tensor,
 ) -> _Problem:
+    """The kernel's view of tensors, which have to outlive it; sinks are float32 and contiguous."""
     problem = _Problem(
         batches=query.shape[0],
         heads=query.shape[1],
         queries=query.shape[2],
         keys=key.shape[2],
-        width=query.shape[3],
         kind=KINDS[query.dtype],
         causal=int(causal),
         query=_view(query),
         key=_view(key),
         iterations=exp_iterations or 0,
         lowest=lowest(exp_iterations),
+        softcap=softcap or 0.0,
+        sinks=None if sinks is None else sinks.data_ptr(),
     )
     for name, tensor in tensors.items():
         value: Any = tensor.data_ptr() if name in (*ROW_RESULTS, "grad_entropy") else _view(tensor)
@@ -164,7 +177,7 @@ def _problem(
 
 
 def _view(tensor: Tensor) -> _Tensor:
-    return _Tensor(tensor.data_ptr(), *tensor.stride()[:3])
+    return _Tensor(tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[3])
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
@@ -194,20 +207,31 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 @torch.library.custom_op("entropi::attention", mutates_args=(), device_types="cpu")
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, exp_iterations: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    exp_iterations: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output `(B, H, T, D)`, entropy and log-normaliser `(B, H, T)` of scaled queries; see `row_results`."""
+    """Output `(B, H, T, E)`, entropy and log-normaliser `(B, H, T)` of scaled queries; see `row_results`."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
-    output = torch.empty(query.shape, dtype=query.dtype)
+    sinks = None if sinks is None else sinks.contiguous()
+    mask = _mask(mask, query, key)
+    output = query.new_empty(*query.shape[:3], value.shape[3])
     rows = row_results(query, exp_iterations)
     problem = _problem(
         query,
         key,
+        mask,
+        sinks,
         causal,
-        _mask(mask, query, key),
         exp_iterations,
+        softcap,
         value=value,
         output=output,
         **dict(zip(ROW_RESULTS, rows)),
@@ -227,8 +251,10 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     causal: bool,
     exp_iterations: int | None,
+    softcap: float | None,
     output: Tensor,
     entropy: Tensor,
     log_normaliser: Tensor,
@@ -246,13 +272,16 @@ def attention_backward(
         contiguous_rows(value),
         contiguous_rows(grad_output),
     )
+    mask = _mask(mask, query, key)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
     problem = _problem(
         query,
         key,
+        mask,
+        None,  # the log-normaliser counts them
         causal,
-        _mask(mask, query, key),
         exp_iterations,
+        softcap,
         value=value,
         output=output,
         grad_output=grad_output,
@@ -273,34 +302,37 @@ def attention_backward(
     return grads[0], grads[1], grads[2]
 
 
-def make_differentiable(forward: Any, backward: Any) -> None:
+def make_differentiable(forward: Any, backward: Any, unit: float = 1.0) -> None:
     """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
 
-    Both kernels have these two operators: forward(query, key, value, mask, causal, exp_iterations) -> output and
-    `row_results`, with `secure_softmax`'s signed iterations; backward(those six, those five, gradients of output and
-    entropy) -> gradients of q, k, v.
+    Both kernels have these two operators: forward(query, key, value, mask, sinks, causal, exp_iterations, softcap) ->
+    output and `row_results`, with `secure_softmax`'s signed iterations and float32 sinks `(B, H, T)`; backward(those
+    eight, those five, gradients of output and entropy) -> gradients of q, k, v. Log-normalisers are in `unit` nats.
     """
 
     @forward.register_fake
-    def _(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, exp_iterations: int | None
-    ) -> tuple[Tensor, ...]:
-        return query.new_empty(query.shape), *row_results(query, exp_iterations)
+    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        exp_iterations = rest[3]
+        return query.new_empty(*query.shape[:3], value.shape[3]), *row_results(query, exp_iterations)
 
     @backward.register_fake
     def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, mask, ctx.causal, ctx.exp_iterations = inputs
-        ctx.save_for_backward(query, key, value, mask, *output)
+        query, key, value, mask, sinks, *ctx.options = inputs
+        ctx.save_for_backward(query, key, value, mask, sinks, *output)
         ctx.mark_non_differentiable(*output[2:])
 
     def differentiate(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, *results = ctx.saved_tensors
+        query, key, value, mask, sinks, *results = ctx.saved_tensors
         incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
-        grads = backward(query, key, value, mask, ctx.causal, ctx.exp_iterations, *results, *incoming)
-        return (*grads, None, None, None)
+        grads = backward(query, key, value, mask, sinks, *ctx.options, *results, *incoming)
+        grad_sinks = None
+        if ctx.needs_input_grad[4]:
+            output, entropy, log_normaliser = results[:3]
+            grad_sinks = gradient_of_sinks(sinks, log_normaliser * unit, output, entropy, *incoming)
+        return (*grads, None, grad_sinks, None, None, None)
 
     forward.register_autograd(differentiate, setup_context=save)
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.attention import entropy_attention
 
 BLOCK_ROWS = 64  # rows that are asked at a time; values get as many columns
@@ -19,9 +19,12 @@ FIRST_ROW = 2  # the first row in which first token, previous token and itself a
 
 
 class Pattern(NamedTuple):
-    """Of every head, `(B, H)` means over the query rows from the third on (over all, where there are fewer)."""
+    """Of every head, `(B, H)` means over the query rows from the third on (over all, where there are fewer).
 
-    distance: Tensor  # tokens back, sum_j a_ij (i - j)
+    Weights are those of the whole row: with a sink those of the keys sum to less than 1.
+    """
+
+    distance: Tensor  # tokens back, sum over keys of a_ij (i - j): what goes to a sink goes no way
     on_first: Tensor  # weight on the first token
     on_previous: Tensor
     on_itself: Tensor
@@ -46,7 +49,6 @@ def attention_pattern(
 
     The queries are the last T of S positions, as with a cache. Padding is not told from text: give sequences without.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)  # positions have no room in bfloat16
     query, key = query.to(wide), key.to(wide)
     length, total = query.shape[2], key.shape[2]
@@ -56,25 +58,26 @@ def attention_pattern(
         attn_mask = attn_mask.expand(*attn_mask.shape[:2], length, total)
     if temperature is not None:
         temperature = temperature.expand(*temperature.shape[:-1], length)
+    if sinks is not None:
+        sinks = attention_sinks.per_row(sinks, query)
     skipped = max(FIRST_ROW - offset, 0) if length > FIRST_ROW - offset else 0
     sums = torch.zeros(4, *query.shape[:2], dtype=torch.float64, device=query.device)
-    for start in range(skipped, length, BLOCK_ROWS):
+    seeing = -offset if is_causal else 0  # the first row that may see a key
+    for start in range(max(skipped, seeing), length, BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, length))
         keys = rows.stop + offset if is_causal else total
         first = rows.start + offset  # the position of the block's first row
         values = _values(keys, first, rows.stop + offset, query)
-        width = max(values.shape[1], query.shape[-1])  # values are as wide as keys: zeros fill up the narrower
-        filling = (0, width - query.shape[-1])
         seen, _ = entropy_attention(
-            pad(query[:, :, rows], filling),
-            pad(key[:, :, :keys], filling),
-            pad(values, (0, width - values.shape[1])).expand(*key.shape[:2], keys, width),
+            query[:, :, rows],
+            key[:, :, :keys],
+            values.expand(*key.shape[:2], *values.shape),
             is_causal=is_causal,
             scale=scale,
             temperature=None if temperature is None else temperature[..., rows],
             softcap=softcap,
             attn_mask=None if attn_mask is None else attn_mask[:, :, rows, :keys],
-            sinks=sinks,
+            sinks=None if sinks is None else sinks[..., rows],
             enable_gqa=enable_gqa,
             exp_iterations=exp_iterations,
             polynomial=polynomial,

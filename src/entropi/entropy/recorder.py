@@ -22,6 +22,7 @@ ATTACHED = "_entropi_recorders"  # an attribute of modules; replicas for data pa
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch, left out of names
 HIDES = -1.0e3  # additive masks hide from -65504 in float16, -1e4 by an old habit; no position bias reaches so far
 _replay = threading.local()  # `depth` > 0 while a gradient checkpoint runs a forward pass again
+_left_out = threading.local()  # `masks`: sizes (T, S) of masks that were left out in this pass, and if for causality
 
 
 class Place(NamedTuple):
@@ -80,11 +81,30 @@ class _Cell:
     place: Place
     use: int
     order: int  # among all uses of modules of this attention in a pass
-    sums: Tensor
-    count: Tensor
     dtype: torch.dtype
+    sums: Tensor | None = None
+    count: Tensor | None = None
+    pending: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # entropies with gradients, valid rows
     rows: list[Tensor] = field(default_factory=list)
     patterns: list[Pattern] = field(default_factory=list)
+
+    def add(self, entropy: Tensor, valid: Tensor | None) -> None:
+        """Add entropies `(B, H, T)` of which the rows `(B, 1, T)` count."""
+        wide = torch.float32 if entropy.device.type == "mps" else torch.float64
+        weights = torch.ones_like(entropy[:, :1]) if valid is None else valid.to(entropy)
+        total = (entropy * weights).sum(dim=(0, 2), dtype=wide)
+        count = weights.expand_as(entropy[:, :1]).sum(dtype=wide)
+        self.sums = total if self.sums is None else self.sums + total.to(self.sums.device)
+        self.count = count if self.count is None else self.count + count.to(self.count.device)
+
+    def mean(self) -> Tensor:
+        """`(heads,)` nats."""
+        for entropy, valid in self.pending:
+            self.add(entropy, valid)
+        self.pending.clear()
+        assert self.sums is not None
+        assert self.count is not None
+        return (self.sums / self.count).to(self.dtype)
 
 
 class Attention:
@@ -102,7 +122,7 @@ class Attention:
         shared = any(cell.use for cell in cells)
         numbered = {cell.order if shared else cell.place.layer: cell for cell in cells}
         self._cells = {n: numbered[n] for n in sorted(numbered) if layers is None or n in layers}
-        self.num_layers: int | None = len(numbered) if shared else cells[0].place.layers
+        self.num_layers: int | None = max(numbered) + 1 if shared else cells[0].place.layers
 
     @property
     def layers(self) -> list[int]:
@@ -121,7 +141,7 @@ class Attention:
 
     def by_layer(self) -> dict[int, Tensor]:
         """Of every layer `(heads,)` nats: the mean over all rows that are not padding; layers may differ in heads."""
-        return {layer: (cell.sums / cell.count).to(cell.dtype) for layer, cell in self._cells.items()}
+        return {layer: cell.mean() for layer, cell in self._cells.items()}
 
     def mean(self) -> Tensor:
         """`(layers, heads)` nats, the mean over all rows that are not padding (Eq. 5-7 of 2501.03489).
@@ -164,6 +184,7 @@ class EntropyRecorder:
         self._layers = None if layers is None else set(layers)
         self._keep_rows, self.gradients, self._keep_patterns = keep_rows, gradients, keep_patterns
         self._cells: dict[str, dict[tuple[int, int], _Cell]] = {}
+        self._left_out: set[int] = set()  # numbers of layers that were not asked for
         self._unseen: set[str] = set()  # names of attentions that ran without being recorded
         self._lock = threading.Lock()
         self._running = _Running()
@@ -185,9 +206,9 @@ class EntropyRecorder:
         """
         found = self.attentions
         if not found and not self._unseen:
-            if self._cells:
-                seen = ", ".join(sorted({str(c.place.layer) for cells in self._cells.values() for c in cells.values()}))
-                raise RuntimeError(f"none of the layers asked for was run: the model has attention in layers {seen}")
+            if self._left_out:
+                seen = ", ".join(map(str, sorted(self._left_out)))
+                raise RuntimeError(f"none of the layers asked for was run, but these with attention: {seen}")
             raise RuntimeError("no attention was recorded: run the model inside the `with` block")
         unseen = f"; not recorded, as they compute it themselves: {', '.join(sorted(self._unseen))}"
         listed = (", ".join(found) or "none") + (unseen if self._unseen else "")
@@ -301,23 +322,21 @@ class EntropyRecorder:
         use = max(use - len(places) + 1, 0)
         if call is None:
             order = place.rank
-        if self._layers is not None and order == place.rank and place.layer not in self._layers:
-            return  # modules that are used out of their order are shared, and numbered when they are asked for
+        if self._layers is not None and order == place.rank and not {place.layer, order} & self._layers:
+            self._left_out.add(place.layer)  # a module that is used out of its order is shared: numbered when asked for
+            return
         if not self.gradients:
             entropy = entropy.detach()
-        wide = torch.float32 if entropy.device.type == "mps" else torch.float64
-        weights = torch.ones_like(entropy[:, :1]) if valid is None else valid.to(entropy)
-        total = (entropy * weights).sum(dim=(0, 2), dtype=wide)
-        count = weights.expand_as(entropy[:, :1]).sum(dtype=wide)
         seen = pattern() if self._keep_patterns and pattern is not None else None
         with self._lock:
-            cells = self._cells.setdefault(place.attention, {})
-            cell = cells.get((place.rank, use))
-            if cell is None:
-                cell = cells[place.rank, use] = _Cell(place, use, order, total, count, entropy.dtype)
+            cell = self._cells.setdefault(place.attention, {}).setdefault(
+                (place.rank, use), _Cell(place, use, order, entropy.dtype)
+            )
+            if self.gradients:
+                # Not now: within a checkpoint, what the sum keeps for its gradient would be missed the second time.
+                cell.pending.append((entropy, valid))
             else:
-                cell.sums = cell.sums + total.to(cell.sums.device)
-                cell.count = cell.count + count.to(cell.count.device)
+                cell.add(entropy, valid)
             if self._keep_rows:
                 cell.rows.append(entropy)
             if seen is not None:
@@ -361,6 +380,8 @@ class EntropyRecorder:
 
     def _model_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not replaying():
+            if not self._running.frames:
+                _left_out.masks = {}
             self._running.frames.append(_Frame(_mask_of(module, args, kwargs), torch.is_grad_enabled()))
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -407,6 +428,16 @@ def observe(
         return  # `record_entropy` runs compiled models uncompiled; what is computed again was recorded before
     for recorder in recorders(module):
         recorder.take(module, entropy, valid, pattern)
+
+
+def mask_left_out(sizes: tuple[int, int], for_causality: bool) -> None:
+    """Note that no mask was made for attention of `(T, S)`, as causality says it all, or as all is visible."""
+    _left_out.__dict__.setdefault("masks", {})[sizes] = for_causality
+
+
+def left_out_for_causality(sizes: tuple[int, int]) -> bool:
+    """Whether the last mask of `(T, S)` in this pass was left out because causality says it all."""
+    return bool(_left_out.__dict__.get("masks", {}).get(sizes))
 
 
 def replaying() -> bool:
@@ -498,6 +529,8 @@ def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if cache is not None and getattr(cache, "is_compileable", False):
         with suppress(ValueError):  # of a cache without attention layers
             past = int(cache.get_seq_length())
+    if any(given.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")):
+        return _Mask("other", None, queries, past, cache is not None)  # its mask is the encoder's, not the decoder's
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return _Mask("tokens", mask, queries, past, cache is not None)
     return _Mask("none" if mask is None else "other", None, queries, past, cache is not None)

@@ -14,6 +14,9 @@ There are two backward passes. One has a kernel for dQ and another for dK and dV
 products. The other adds to dQ from the kernel of the keys, atomically: five products, but 4 D bytes of traffic for each
 query and block of keys, and sums in any order. Which is faster has to be measured (`ONE_PASS`).
 
+With SOFTCAP = c > 0 logits are c tanh(s / c) before they are masked; the backward multiplies by 1 - tanh^2. A sink is a
+logit that is seen first: m and z start with it, and nothing else of a row knows. Values are E wide, queries and keys D.
+
 With POLYNOMIAL = t > 0 the logits become l = 2^t log |1 + s / 2^t| when they are computed, and everything else holds
 for them; the backward divides by 1 + s / 2^t.
 
@@ -26,6 +29,7 @@ With TRITON_INTERPRET=1 the same code runs on the CPU, slowly; that is how it is
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -82,7 +86,7 @@ CHOICES: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
 
 
 def choices(kernel: str, padded: int, float32: bool) -> list[Any]:
-    """The tuning choices of a kernel for one width and precision."""
+    """The tuning choices of a kernel for one width, the wider of the two, and precision."""
     kind = "float32" if float32 else "64" if padded <= 64 else "128" if padded == 128 else "256"
     return [triton.Config({"ROWS": r, "KEYS": k}, num_warps=w, num_stages=n) for r, k, w, n in CHOICES[kernel][kind]]
 
@@ -92,7 +96,7 @@ def _tuned(kernel: str, adds_to: tuple[str, ...] = ()) -> Any:
 
     What a kernel `adds_to` is set to zero before every run of the tuner.
     """
-    key = ["SIZE", "PADDED", "CAUSAL", "MASK_KIND", "ITERATIONS", "POLYNOMIAL"]
+    key = ["SIZE", "PADDED", "PADDED_E", "CAUSAL", "MASK_KIND", "ITERATIONS", "POLYNOMIAL", "SOFTCAP"]
     if adds_to:
         key.append("ADDS_DQ")
     if INTERPRETED:  # nothing to tune; small blocks reach every branch on small tensors
@@ -100,7 +104,8 @@ def _tuned(kernel: str, adds_to: tuple[str, ...] = ()) -> Any:
 
     def chosen(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
         name = "backward both" if constants.get("ADDS_DQ") else kernel
-        return choices(name, constants["PADDED"], arguments["Q"].dtype == torch.float32)
+        wider = max(constants["PADDED"], constants["PADDED_E"])
+        return choices(name, wider, arguments["Q"].dtype == torch.float32)
 
     # More than one configuration, or the tuner would not ask which ones are meant.
     prune = {"early_config_prune": chosen}
@@ -135,12 +140,28 @@ def _write(base, rows, count, stride, x, D: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _tanh(x):
+    """An odd polynomial below 0.625, where the quotient loses digits; relative error below 2e-7."""
+    size, z = tl.abs(x), x * x
+    e = tl.exp2(size * (-2.0 * LOG2_E))
+    quotient = (1.0 - e) / (1.0 + e)
+    p = -5.7049867715e-3 * z + 2.0639087005e-2
+    p = p * z - 5.3739714996e-2
+    p = p * z + 1.3331442197e-1
+    p = p * z - 3.3333281942e-1
+    return tl.where(size < 0.625, x + x * z * p, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
 def _logits(
     q, k, t, j, MASK, mr, mc, T, S,
     CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr,
-    KEYS_DOWN: tl.constexpr = False,
+    SOFTCAP: tl.constexpr, KEYS_DOWN: tl.constexpr = False,
 ):  # fmt: skip
-    """Logits in float32, queries down and keys across or the other way round as t and j, their numbers, broadcast."""
+    """Logits in float32, queries down and keys across or the other way round as t and j, their numbers, broadcast.
+
+    And the softcap's slope, which means something if there is one.
+    """
     if not KEYS_DOWN:
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     elif NUMPY:
@@ -148,6 +169,11 @@ def _logits(
         s = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
     else:
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    slope = s
+    if SOFTCAP > 0:
+        y = _tanh(s * (1.0 / SOFTCAP))
+        s = y * SOFTCAP
+        slope = 1.0 - y * y
     if HIDES:
         seen = j < S
         if CAUSAL:
@@ -161,7 +187,7 @@ def _logits(
             s += tl.load(MASK + t.to(tl.int64) * mr + j.to(tl.int64) * mc, mask=seen, other=0.0)
             s = tl.where(s < MASKED, MASKED, s)
         s = tl.where(seen, s, MASKED)
-    return s
+    return s, slope
 
 
 @triton.jit
@@ -199,15 +225,16 @@ def _polynomial_logits(s, POLYNOMIAL: tl.constexpr):
 @triton.jit
 def _forward_block(
     q, K, V, MASK, m, z, w, out, row, col, kt, vt, mr, mc, T, S,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into m, z, w and the unnormalised output; with ITERATIONS m is known and stays."""
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
     k = _read(K, keys, S, kt, D, PADDED, HIDES)
-    s = _logits(q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION)
-    v = _read(V, keys, S, vt, D, PADDED, HIDES)
+    s, _ = _logits(q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION, SOFTCAP)
+    v = _read(V, keys, S, vt, E, PADDED_E, HIDES)
     if POLYNOMIAL:
         s = _polynomial_logits(s, POLYNOMIAL)
     if ITERATIONS:
@@ -239,7 +266,7 @@ def _largest_block(
     """The row's largest logit and the first key that has it, over one more block of keys."""
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
     k = _read(K, keys, S, kt, D, PADDED, HIDES)
-    s = _logits(q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION)
+    s, _ = _logits(q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION, 0.0)
     largest, place = tl.max(s, 1, return_indices=True)
     first = tl.where(largest > m, col + place, first)
     return tl.maximum(m, largest), first
@@ -261,11 +288,13 @@ def _key_ranges(row, T, S, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, ROWS: 
 @_tuned("forward")
 @triton.jit(do_not_specialize=["SIZE"])
 def _forward_kernel(
-    Q, K, V, MASK, OUT, ENTROPY, LOG_NORMALISER, LARGEST, FIRST,
+    Q, K, V, MASK, SINKS, OUT, ENTROPY, LOG_NORMALISER, LARGEST, FIRST,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, ROWS)
     row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # the longest rows of a causal head first
@@ -277,9 +306,13 @@ def _forward_kernel(
     m = tl.full((ROWS,), MASKED / 2, tl.float32)
     z = tl.zeros((ROWS,), tl.float32)
     w = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, PADDED), tl.float32)
+    out = tl.zeros((ROWS, PADDED_E), tl.float32)
     middle, end = _key_ranges(row, T, S, CAUSAL, MASK_KIND, ROWS, KEYS)
     at = pair.to(tl.int64) * T + rows
+    if HAS_SINKS:
+        sink = tl.load(SINKS + at, mask=rows < T, other=MASKED) * LOG2_E
+        m = tl.where(sink <= MASKED / 2, m, sink)
+        z = tl.where(sink <= MASKED / 2, z, 1.0)
     if ITERATIONS:
         first = tl.zeros((ROWS,), tl.int32)
         for col in range(0, middle, KEYS):
@@ -297,12 +330,14 @@ def _forward_kernel(
     for col in range(0, middle, KEYS):
         m, z, w, out = _forward_block(
             q, K, V, MASK, m, z, w, out, row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, False,
+            D, PADDED, E, PADDED_E, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP,
+            ROWS, KEYS, False,
         )  # fmt: skip
     for col in range(middle, end, KEYS):
         m, z, w, out = _forward_block(
             q, K, V, MASK, m, z, w, out, row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, True,
+            D, PADDED, E, PADDED_E, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP,
+            ROWS, KEYS, True,
         )  # fmt: skip
     sees = z != 0  # true of what is not a number, which must not be hidden
     total = tl.where(sees, z, 1.0)
@@ -316,13 +351,14 @@ def _forward_kernel(
     entropy = tl.where(sees, tl.where(entropy < 0, 0.0, entropy), 0.0)
     tl.store(ENTROPY + at, entropy, mask=rows < T)
     tl.store(LOG_NORMALISER + at, tl.where(sees, log_normaliser, -MASKED), mask=rows < T)
-    _write(_head(OUT, batch, head, ob, oh), rows, T, ot, out / total[:, None], D, PADDED)
+    _write(_head(OUT, batch, head, ob, oh), rows, T, ot, out / total[:, None], E, PADDED_E)
 
 
 @triton.jit
 def _slopes(
-    s, dp, log_normaliser, row_sum, grad_entropy, largest,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, HIDES: tl.constexpr,
+    s, slope, dp, log_normaliser, row_sum, grad_entropy, largest,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
     """p and dS of a block, but for what flows through the row's maximum; `row_sum` is `_row_sum`'s."""
     if ITERATIONS:
@@ -341,6 +377,8 @@ def _slopes(
         ds = p * (dp - row_sum - (grad_entropy * LN_2) * log_p)
         if POLYNOMIAL:
             ds = ds / _polynomial_base(s, POLYNOMIAL)
+        if SOFTCAP > 0:
+            ds = ds * slope
     return p, ds
 
 
@@ -353,18 +391,21 @@ def _row_sum(g, out, grad_entropy, entropy):
 @triton.jit
 def _backward_query_block(
     q, g, K, V, MASK, dq, correction, log_normaliser, row_sum, grad_entropy, largest, row, col, kt, vt, mr, mc, T, S,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
     k = _read(K, keys, S, kt, D, PADDED, HIDES)
-    v = _read(V, keys, S, vt, D, PADDED, HIDES)
-    s = _logits(q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION)
+    v = _read(V, keys, S, vt, E, PADDED_E, HIDES)
+    s, slope = _logits(
+        q, k, rows[:, None], keys[None, :], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION, SOFTCAP
+    )
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     _, ds = _slopes(
-        s, dp, log_normaliser[:, None], row_sum[:, None], grad_entropy[:, None], largest[:, None],
-        ITERATIONS, LOWEST, POLYNOMIAL, HIDES,
+        s, slope, dp, log_normaliser[:, None], row_sum[:, None], grad_entropy[:, None], largest[:, None],
+        ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP, HIDES,
     )  # fmt: skip
     if ITERATIONS:
         correction += tl.sum(ds, 1)
@@ -377,8 +418,10 @@ def _backward_query_kernel(
     Q, K, V, MASK, OUT, GO, DQ, ENTROPY, LOG_NORMALISER, LARGEST, FIRST, GRAD_ENTROPY, ROW_SUM, CORRECTION,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, gb, gh, gt, db, dh, dt, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dQ; and of every row what the keys' gradients need too, which `_backward_key_kernel` reads."""
     blocks = tl.cdiv(T, ROWS)
@@ -389,8 +432,8 @@ def _backward_query_kernel(
     at = pair.to(tl.int64) * T + rows
     grad_entropy = tl.load(GRAD_ENTROPY + at, mask=rows < T, other=0.0)
     log_normaliser = tl.load(LOG_NORMALISER + at, mask=rows < T, other=-MASKED)
-    g = _read(_head(GO, batch, head, gb, gh), rows, T, gt, D, PADDED, True)
-    out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, D, PADDED, True)
+    g = _read(_head(GO, batch, head, gb, gh), rows, T, gt, E, PADDED_E, True)
+    out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, E, PADDED_E, True)
     row_sum = _row_sum(g, out, grad_entropy, tl.load(ENTROPY + at, mask=rows < T, other=0.0))
     tl.store(ROW_SUM + at, row_sum, mask=rows < T)
     q = _read(_head(Q, batch, head, qb, qh), rows, T, qt, D, PADDED, True)
@@ -405,13 +448,15 @@ def _backward_query_kernel(
         dq, correction = _backward_query_block(
             q, g, K, V, MASK, dq, correction, log_normaliser, row_sum, grad_entropy, largest,
             row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, False,
+            D, PADDED, E, PADDED_E, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP,
+            ROWS, KEYS, False,
         )  # fmt: skip
     for col in range(middle, end, KEYS):
         dq, correction = _backward_query_block(
             q, g, K, V, MASK, dq, correction, log_normaliser, row_sum, grad_entropy, largest,
             row, col, kt, vt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ROWS, KEYS, True,
+            D, PADDED, E, PADDED_E, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP,
+            ROWS, KEYS, True,
         )  # fmt: skip
     if ITERATIONS:
         tl.store(CORRECTION + at, correction, mask=rows < T)
@@ -424,26 +469,29 @@ def _backward_query_kernel(
 def _backward_key_block(
     k, v, Q, GO, MASK, DQ, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
     row, col, qt, gt, mr, mc, T, S,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ADDS_DQ: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    ADDS_DQ: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Keys down and queries across, so that p and dS need not be transposed for their products."""
     rows, keys = row + tl.arange(0, ROWS), col + tl.arange(0, KEYS)
     exists = rows < T
     q = _read(Q, rows, T, qt, D, PADDED, True)
-    g = _read(GO, rows, T, gt, D, PADDED, True)
+    g = _read(GO, rows, T, gt, E, PADDED_E, True)
     log_normaliser = tl.load(LOG_NORMALISER + rows, mask=exists, other=-MASKED)
     row_sum = tl.load(ROW_SUM + rows, mask=exists, other=0.0)
     grad_entropy = tl.load(GRAD_ENTROPY + rows, mask=exists, other=0.0)
     largest = row_sum
     if ITERATIONS:
         largest = tl.load(LARGEST + rows, mask=exists, other=0.0)
-    s = _logits(q, k, rows[None, :], keys[:, None], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION, True)
+    s, slope = _logits(
+        q, k, rows[None, :], keys[:, None], MASK, mr, mc, T, S, CAUSAL, MASK_KIND, HIDES, PRECISION, SOFTCAP, True
+    )
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     p, ds = _slopes(
-        s, dp, log_normaliser[None, :], row_sum[None, :], grad_entropy[None, :], largest[None, :],
-        ITERATIONS, LOWEST, POLYNOMIAL, HIDES,
+        s, slope, dp, log_normaliser[None, :], row_sum[None, :], grad_entropy[None, :], largest[None, :],
+        ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP, HIDES,
     )  # fmt: skip
     if ITERATIONS:
         first = tl.load(FIRST + rows, mask=exists, other=-1)
@@ -463,15 +511,15 @@ def _backward_key_block(
 @triton.jit
 def _row_sum_kernel(
     OUT, GO, ENTROPY, GRAD_ENTROPY, ROW_SUM, ob, oh, ot, gb, gh, gt, HEADS, T,
-    D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    E: tl.constexpr, PADDED_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What `_backward_query_kernel` tells that of the keys, if only the latter runs."""
     blocks = tl.cdiv(T, ROWS)
     pair = tl.program_id(0) // blocks
     batch, head = pair // HEADS, pair % HEADS
     rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    g = _read(_head(GO, batch, head, gb, gh), rows, T, gt, D, PADDED, True)
-    out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, D, PADDED, True)
+    g = _read(_head(GO, batch, head, gb, gh), rows, T, gt, E, PADDED_E, True)
+    out = _read(_head(OUT, batch, head, ob, oh), rows, T, ot, E, PADDED_E, True)
     at = pair.to(tl.int64) * T + rows
     grad_entropy = tl.load(GRAD_ENTROPY + at, mask=rows < T, other=0.0)
     row_sum = _row_sum(g, out, grad_entropy, tl.load(ENTROPY + at, mask=rows < T, other=0.0))
@@ -482,11 +530,12 @@ def _row_sum_kernel(
 @triton.jit(do_not_specialize=["SIZE"])
 def _backward_key_kernel(
     Q, K, V, MASK, GO, DQ, DK, DV, LOG_NORMALISER, LARGEST, FIRST, GRAD_ENTROPY, ROW_SUM, CORRECTION,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, db, dh, dt, mb, mh, mr, mc,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, db, dh, dt, eb, eh, et, mb, mh, mr, mc,
     HEADS, T, S, SIZE,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
-    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, ADDS_DQ: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ITERATIONS: tl.constexpr, LOWEST: tl.constexpr, POLYNOMIAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    ADDS_DQ: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, KEYS)
     col = tl.program_id(0) % blocks * KEYS
@@ -494,13 +543,13 @@ def _backward_key_kernel(
     batch, head = pair // HEADS, pair % HEADS
     keys = col + tl.arange(0, KEYS)
     k = _read(_head(K, batch, head, kb, kh), keys, S, kt, D, PADDED, True)
-    v = _read(_head(V, batch, head, vb, vh), keys, S, vt, D, PADDED, True)
+    v = _read(_head(V, batch, head, vb, vh), keys, S, vt, E, PADDED_E, True)
     Q, GO, MASK = _head(Q, batch, head, qb, qh), _head(GO, batch, head, gb, gh), _head(MASK, batch, head, mb, mh)
     at = pair.to(tl.int64) * T
     LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY = LOG_NORMALISER + at, ROW_SUM + at, GRAD_ENTROPY + at
     LARGEST, FIRST, CORRECTION, DQ = LARGEST + at, FIRST + at, CORRECTION + at, DQ + at * D
     dk = tl.zeros((KEYS, PADDED), tl.float32)
-    dv = tl.zeros((KEYS, PADDED), tl.float32)
+    dv = tl.zeros((KEYS, PADDED_E), tl.float32)
     # From the first row that sees any of these keys to the first block of rows that see all of them. Keys behind the
     # last one need not be hidden: nothing of them is written.
     begin, middle = 0, 0
@@ -513,16 +562,18 @@ def _backward_key_kernel(
         dk, dv = _backward_key_block(
             k, v, Q, GO, MASK, DQ, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
             row, col, qt, gt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ADDS_DQ, ROWS, KEYS, True,
+            D, PADDED, E, PADDED_E, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP, ADDS_DQ,
+            ROWS, KEYS, True,
         )  # fmt: skip
     for row in range(middle, T, ROWS):
         dk, dv = _backward_key_block(
             k, v, Q, GO, MASK, DQ, dk, dv, LOG_NORMALISER, ROW_SUM, GRAD_ENTROPY, LARGEST, FIRST, CORRECTION,
             row, col, qt, gt, mr, mc, T, S,
-            D, PADDED, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, ADDS_DQ, ROWS, KEYS, False,
+            D, PADDED, E, PADDED_E, CAUSAL, MASK_KIND, PRECISION, ITERATIONS, LOWEST, POLYNOMIAL, SOFTCAP, ADDS_DQ,
+            ROWS, KEYS, False,
         )  # fmt: skip
     _write(_head(DK, batch, head, db, dh), keys, S, dt, dk, D, PADDED)
-    _write(_head(DV, batch, head, db, dh), keys, S, dt, dv, D, PADDED)
+    _write(_head(DV, batch, head, eb, eh), keys, S, et, dv, E, PADDED_E)
 
 
 def _mask_arguments(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
@@ -542,11 +593,15 @@ def _shape_arguments(query: Tensor, key: Tensor) -> tuple[int, ...]:
     return query.shape[1], length, keys, 8 * size[0] + size[1]
 
 
-def _constants(query: Tensor, causal: bool, mask_kind: int, exp_iterations: int | None) -> dict[str, Any]:
-    width = query.shape[3]
+def _constants(
+    query: Tensor, value: Tensor, causal: bool, mask_kind: int, exp_iterations: int | None, softcap: float | None
+) -> dict[str, Any]:
+    width, value_width = query.shape[3], value.shape[3]
     return {
         "D": width,
         "PADDED": max(16, triton.next_power_of_2(width)),
+        "E": value_width,
+        "PADDED_E": max(16, triton.next_power_of_2(value_width)),
         "CAUSAL": causal,
         "MASK_KIND": mask_kind,
         # float32 products are exact ones, not tf32: the entropy of sharp rows needs the digits.
@@ -554,23 +609,32 @@ def _constants(query: Tensor, causal: bool, mask_kind: int, exp_iterations: int 
         "ITERATIONS": max(exp_iterations or 0, 0),
         "LOWEST": secure_softmax.lowest(exp_iterations),
         "POLYNOMIAL": max(-(exp_iterations or 0), 0),
+        "SOFTCAP": float(softcap or 0.0),
     }
 
 
 @torch.library.custom_op("entropi::attention_triton", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, exp_iterations: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    exp_iterations: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output `(B, H, T, D)` and `row_results` of scaled queries; without iterations L is to base 2."""
+    """Output `(B, H, T, E)` and `row_results` of scaled queries; without iterations L is to base 2."""
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     batch, heads, length, _ = query.shape
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = query.new_empty(batch, heads, length, value.shape[3])
     rows = row_results(query, exp_iterations)
     mask_data, mask_strides, mask_kind = _mask_arguments(mask, query, key)
     strides = [s for x in (query, key, value, output) for s in x.stride()[:3]]
     _forward_kernel[lambda meta: (triton.cdiv(length, meta["ROWS"]) * batch * heads,)](
-        query, key, value, mask_data, output, *rows, *strides, *mask_strides, *_shape_arguments(query, key),
-        **_constants(query, causal, mask_kind, exp_iterations),
+        query, key, value, mask_data, rows[0] if sinks is None else sinks.contiguous(), output, *rows,
+        *strides, *mask_strides, *_shape_arguments(query, key),
+        **_constants(query, value, causal, mask_kind, exp_iterations, softcap), HAS_SINKS=sinks is not None,
     )  # fmt: skip
     return output, *rows
 
@@ -581,8 +645,10 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     causal: bool,
     exp_iterations: int | None,
+    softcap: float | None,
     output: Tensor,
     entropy: Tensor,
     log_normaliser: Tensor,
@@ -598,14 +664,14 @@ def attention_backward(
     mask_data, mask_strides, mask_kind = _mask_arguments(mask, query, key)
     inputs = [s for x in (query, key, value) for s in x.stride()[:3]]
     rest = (*mask_strides, *_shape_arguments(query, key))
-    constants = _constants(query, causal, mask_kind, exp_iterations)
+    constants = _constants(query, value, causal, mask_kind, exp_iterations, softcap)
     one_pass = ONE_PASS and not constants["ITERATIONS"] and not torch.are_deterministic_algorithms_enabled()
     if one_pass:
         grad_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         _row_sum_kernel[(triton.cdiv(length, 64) * batch * heads,)](
             output, grad_output, entropy, grad_entropy, row_sum,
             *output.stride()[:3], *grad_output.stride()[:3], heads, length,
-            D=constants["D"], PADDED=constants["PADDED"], ROWS=64,
+            E=constants["E"], PADDED_E=constants["PADDED_E"], ROWS=64,
         )  # fmt: skip
     else:
         grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -619,9 +685,10 @@ def attention_backward(
     _backward_key_kernel[lambda meta: (triton.cdiv(key.shape[2], meta["KEYS"]) * batch * heads,)](
         query, key, value, mask_data, grad_output, added_to, grad_key, grad_value,
         log_normaliser, largest, first, grad_entropy, row_sum, correction,
-        *inputs, *(s for x in (grad_output, grad_key) for s in x.stride()[:3]), *rest, ADDS_DQ=one_pass, **constants,
+        *inputs, *(s for x in (grad_output, grad_key, grad_value) for s in x.stride()[:3]), *rest,
+        ADDS_DQ=one_pass, **constants,
     )  # fmt: skip
     return grad_query.to(query.dtype), grad_key, grad_value
 
 
-make_differentiable(attention, attention_backward)
+make_differentiable(attention, attention_backward, unit=math.log(2.0))
