@@ -151,7 +151,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": dict(num_heads=8),
     "mimi": dict(upsample_groups=2, num_filters=4, codebook_dim=16, vector_quantization_hidden_dimension=16),
     "molmo2": dict(adapter_config=dict(vision_feature_layer=[1, 0])),
-    "muse_spark": dict(vision_config=dict(num_hidden_layers=4)),
+    "muse_spark_audio": dict(hidden_sizes=(16, 16), patch_sizes=(4, 4), depths=(1, 1)),
     "neomme": dict(hidden_size=64, head_dim=16),
     "qwen2_5_omni_text": dict(rope_parameters=SECTIONS_ROPE),
     "qwen4_exp_text": dict(indexer_kv_heads=1),
