@@ -361,6 +361,7 @@ class EntropyRecorder:
             return None  # tokens without a mask: what hides keys from them is no padding
         if inner is not None and inner.mask.given is not None and inner.mask.queries == length:
             mask, total = inner.mask.given, inner.mask.given.shape[-1]  # what models hide besides is not padding
+            is_causal = is_causal or inner.mask.cached
         if length == total or is_causal:
             visible = mask if mask.dtype == torch.bool else mask > HIDES
             visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
@@ -535,5 +536,8 @@ def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return _Mask("other", None, queries, past, cache is not None)  # its mask is the encoder's, not the decoder's
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return _Mask("tokens", mask, queries, past, cache is not None)
+    if isinstance(mask, dict):  # of masks by kind of layer: any for attention tells padding
+        masks = [each for each in mask.values() if each is not None]
+        mask = next((each for each in masks if isinstance(each, Tensor) and each.dim() == 4), masks or None)
     made = mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
     return _Mask("none" if mask is None else "other", made, queries, past, cache is not None)
