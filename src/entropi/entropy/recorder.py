@@ -532,12 +532,12 @@ def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if cache is not None and getattr(cache, "is_compileable", False):
         with suppress(ValueError):  # of a cache without attention layers
             past = int(cache.get_seq_length())
+    if isinstance(mask, dict):  # of masks by kind of layer: each of them tells padding
+        masks = [each for each in mask.values() if isinstance(each, Tensor)]
+        mask = max(masks, key=Tensor.dim, default=None)
     if any(given.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")):
         return _Mask("other", None, queries, past, cache is not None)  # its mask is the encoder's, not the decoder's
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return _Mask("tokens", mask, queries, past, cache is not None)
-    if isinstance(mask, dict):  # of masks by kind of layer: any for attention tells padding
-        masks = [each for each in mask.values() if each is not None]
-        mask = next((each for each in masks if isinstance(each, Tensor) and each.dim() == 4), masks or None)
     made = mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
     return _Mask("none" if mask is None else "other", made, queries, past, cache is not None)
