@@ -1,0 +1,81 @@
+"""Recording every family of models that transformers can build tiny: right, or refused in one line (docs/families.md)."""
+
+import pytest
+import torch
+import transformers
+
+import families
+
+
+@pytest.mark.slow
+def test_every_family_is_right_or_refused_and_the_table_says_which():
+    found, without = families.families()
+    results = families.sweep(found)
+    wrong = [f"{r.family.section} {r.family.name}: {r.reason}" for r in results if r.outcome == "wrong"]
+    assert not wrong, "\n".join(wrong)
+    right = sum(r.outcome == "right" for r in results)
+    assert right > len(results) / 2
+    written = families.TABLE.read_text()
+    if f"transformers {transformers.__version__}," in written:
+        here = families.rows(families.table(results, without))
+        there = families.rows(written)
+        stale = [f"{here.get(key)} | written: {there.get(key)}" for key in here | there if here.get(key) != there.get(key)]
+        assert not stale, "python tests/families.py --write\n" + "\n".join(stale)
+
+
+def family(name, section="causal"):
+    return next(f for f in families.families()[0] if (f.name, f.section) == (name, section))
+
+
+def test_the_sweep_finds_what_is_wrong(monkeypatch):
+    """Entropies a little off, rows counted that are padding, and outputs that differ."""
+    from entropi.entropy import interface, recorder
+
+    assert families.examine(family("llama")).outcome == "right"
+    operation = interface.entropy_attention
+
+    def off(*args, **kwargs):
+        output, entropy = operation(*args, **kwargs)
+        return output, entropy + 1e-4
+
+    def other(*args, **kwargs):
+        output, entropy = operation(*args, **kwargs)
+        return output * 1.01, entropy
+
+    for changed, words in ((off, "entropies of layer 0"), (other, "outputs differ")):
+        with monkeypatch.context() as patch:
+            patch.setattr(interface, "entropy_attention", changed)
+            result = families.examine(family("llama"))
+        assert result.outcome == "wrong"
+        assert words in result.reason
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.EntropyRecorder, "valid_rows", lambda *args: None)
+        result = families.examine(family("bert", "text"))
+    assert result.outcome == "wrong"
+    assert result.reason.startswith("left padding: entropies of layer 0")
+
+
+def test_refusals_and_crashes_are_told_apart(monkeypatch):
+    refused = families.examine(family("bloom"))
+    assert refused.outcome == "refused"
+    assert "BloomAttention" in refused.reason
+
+    def crash(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("two\nlines")
+
+    from entropi.entropy import interface
+
+    monkeypatch.setattr(interface, "entropy_attention", crash)
+    result = families.examine(family("llama"))
+    assert result.outcome == "wrong"
+    assert result.reason == "crashes: OutOfMemoryError: two lines"
+
+
+def test_a_sinks_share_counts_and_what_an_attention_hides_is_found():
+    weights = torch.tensor([0.5, 0.25]).expand(1, 1, 1, 2)
+    attention = families.Attention("a.0", "a.*", 0, "self", weights)
+    assert attention.entropies.item() == pytest.approx(1.0397207708, abs=1e-6)  # of 1/2, 1/4, 1/4
+    for name in ("granite_swa", "gpt_oss"):  # sinks after and in the softmax
+        model = family(name).build(attn_implementation="eager")
+        attentions, _, _ = families.reference(model, families.make_inputs(model, None))
+        assert all(each.weights.sum(-1).max() < 1 for each in attentions)
