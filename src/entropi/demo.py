@@ -28,17 +28,17 @@ from entropi.training.run import train
 from entropi.training.saved import open_model
 
 BASELINE = "SM+LN+G"
-SOFTMAX_ONLY = "EReg(SM(t)+ScFFN)"  # at four layers two matrices train better than their product; both fold away
+SOFTMAX_ONLY = "EReg(SM(t)+ScFFN)"  # its two matrices a layer fold away
 PROMPT = "    def __init__(self, name, value):\n        self.name ="
 NEW_TOKENS = 6
 SERVER_START_SECONDS = 120
 
 
 def recipes(steps: int) -> dict[str, Recipe]:
-    """The paper's baseline, and a softmax-only model with what our studies found to help.
+    """The paper's baseline, and a softmax-only model that is cheap in private.
 
-    Rotary positions, the softmax kernel of private inference from the start, which is then exact and cheap, and a
-    regulariser against collapse alone.
+    It has rotary positions, the softmax kernel of private inference from the start, which is then exact and cheap, and
+    a regulariser against collapse alone.
     """
     softmax_only = Recipe(
         architecture=SOFTMAX_ONLY,
