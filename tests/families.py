@@ -58,11 +58,13 @@ _rule(HIDDEN, "input_embedding_size output_embedding_size pronunciation_embed_di
 _rule(HIDDEN, "backbone_hidden_size projection_dim lru_width hidden_size_global text_hidden_size condition_dim audio_hidden_size d_latents decoder_hidden_size proj_dim output_dim")
 _rule(HIDDEN, "text_embed_dim vision_embed_dim projector_hidden_size out_hidden_size")
 _rule(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads")
-_rule(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads")
+_rule(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads")
 _rule(HEADS, "num_self_attention_heads num_cross_attention_heads t2u_encoder_attention_heads")
 _rule(HEADS, "t2u_decoder_attention_heads speech_encoder_attention_heads linear_num_heads linear_num_value_heads")
 _rule(HEADS, "mamba_num_heads n_mamba_heads mamba_n_heads num_local_attention_heads")
-_rule(2, "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_global_key_value_heads")
+_rule(2, "swa_num_attention_heads")  # layers that differ in heads
+_rule(1, "swa_num_key_value_heads")
+_rule(2, "num_key_value_heads num_kv_heads linear_num_key_heads num_global_key_value_heads")
 _rule(HEAD_DIM, "head_dim dim_head d_kv d_head swa_head_dim kv_channels attention_head_size global_head_dim")
 _rule(HEAD_DIM, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim mamba_d_head mamba_headdim")
 _rule(LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers")
@@ -87,6 +89,9 @@ _rule(8, "qk_nope_head_dim")
 _rule(6, "v_head_dim")  # not that of queries and keys
 _rule(5, "sliding_window sliding_window_size attention_window_size window_size attention_chunk_size keep_window_size")
 _rule(5, "local_attention_window_len")
+_rule(6, "local_attention")  # of which each side is half
+_rule(2.0, "attn_logit_softcapping")  # a cap that the small logits of tiny models reach
+_rule(4, "floor_scale log_scaling_n_floor original_max_position_embeddings")
 _rule(4, "index_topk indexer_budget index_block_size")
 _rule(2, "index_topk_blocks compress_ratio indexer_compress_ratio")
 _rule(8, "index_head_dim indexer_head_dim")
@@ -145,6 +150,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 1, 1]}),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
     "led": dict(attention_window=4),
+    "laguna": dict(num_attention_heads_per_layer=[4, 2, 8, 2]),
     "layoutlmv3": dict(coordinate_size=5, shape_size=6),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "lilt": dict(hidden_size=48),
@@ -154,6 +160,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": dict(hidden_sizes=(16, 16), patch_sizes=(4, 4), depths=(1, 1)),
     "neomme": dict(hidden_size=64, head_dim=16),
     "qwen2_5_omni_text": dict(rope_parameters=SECTIONS_ROPE),
+    "qwen2": dict(max_window_layers=2),
+    "qwen2_moe": dict(max_window_layers=2),
+    "qwen3": dict(max_window_layers=2),
     "qwen4_exp_text": dict(indexer_kv_heads=1),
     "recurrent_gemma": dict(num_hidden_layers=4),
     "reformer": dict(axial_pos_embds=False),
@@ -180,11 +189,14 @@ def tiny_arguments(kind: type) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         default = None if field.default is dataclasses.MISSING else field.default
+        if name == "use_sliding_window":
+            arguments[name] = True
         if isinstance(default, bool) or not (default is None or isinstance(default, (int, float))):
             continue
-        if default == 0 and name not in TOKENS:  # off
+        off = default == 0 and name not in TOKENS or default is None and name == "attn_logit_softcapping"
+        if off:
             continue
-        if name in RULES and re.search(r"(?<!\[)\bint\b", str(field.type)):
+        if name in RULES and re.search(r"(?<!\[)\b(int|float)\b", str(field.type)):
             arguments[name] = RULES[name]
         elif name in TOKENS:
             arguments[name] = TOKENS[name]
@@ -318,6 +330,8 @@ class Attention:
     part: str
     weights: Tensor
     sinks: Tensor | None = None  # that the weights which eager attention computes are without
+    order: int = 0  # among the softmaxes of all of its layers in a pass, of which there are
+    total: int = 1
 
     @property
     def entropies(self) -> Tensor:
@@ -463,6 +477,21 @@ def reference(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Attenti
     return attentions, captured.softmaxes, output
 
 
+def ordered(attentions: list[Attention], seen: list[Seen]) -> list[Attention]:
+    """Attentions that know which of the softmaxes that were seen is theirs; a module may compute several."""
+    found, taken = [], set()
+    for each in attentions:
+        same = [s for s in seen if s.name == each.name]
+        for order, s in enumerate(same):
+            weights = s.weights if each.sinks is None else s.with_sinks(each.sinks)
+            share = weights[..., : each.weights.shape[-1]]  # the last key may be a sink
+            if (s.path, order) not in taken and share.shape == each.weights.shape and torch.equal(share, each.weights):
+                taken.add((s.path, order))
+                found.append(dataclasses.replace(each, order=order, total=len(same)))
+                break
+    return found
+
+
 def not_returned(seen: list[Seen], names: set[str]) -> list[Attention]:
     """Captured weights as those of self attentions, of the attentions named."""
     return numbered([(each, "self") for each in seen if each.name in names])
@@ -517,29 +546,30 @@ def recorded_means(recorder: Any) -> Means:
 
 
 def make_inputs(model: nn.Module, padding: str | None) -> dict[str, Tensor]:
-    """Tokens for a forward pass; one row of the batch is padded on that side, if any."""
+    """Tokens for a forward pass, a row of the batch padded left or right, or in the encoder alone.
+
+    A decoder's text has another length than its encoder's, and another row of it is padded.
+    """
     parameters = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(SEED + 1)
 
-    def tokens() -> Tensor:
-        return torch.randint(FIRST_TOKEN, VOCABULARY, (BATCH, LENGTH), generator=generator)
-
-    def mask(ids: Tensor) -> Tensor:
+    def text(length: int, padded: int, side: str | None) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(FIRST_TOKEN, VOCABULARY, (BATCH, length), generator=generator)
         mask = torch.ones_like(ids)
-        if padding == "left":
-            mask[0, :5] = 0
-        elif padding == "right":
-            mask[1, -4:] = 0
-        ids.masked_fill_(mask == 0, pad_token(model))
-        return mask
+        if side == "left":
+            mask[padded, :5] = 0
+        elif side == "right":
+            mask[padded, -4:] = 0
+        return ids.masked_fill(mask == 0, pad_token(model)), mask
 
-    inputs = {"input_ids": tokens()}
+    ids, mask = text(LENGTH, 0, "left" if padding == "encoder" else padding)
+    inputs = {"input_ids": ids}
     if padding is not None:
-        inputs["attention_mask"] = mask(inputs["input_ids"])
+        inputs["attention_mask"] = mask
     if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = tokens()
-        if padding is not None and "decoder_attention_mask" in parameters:
-            inputs["decoder_attention_mask"] = mask(inputs["decoder_input_ids"])
+        inputs["decoder_input_ids"], mask = text(LENGTH - 3, 1, None if padding == "encoder" else padding)
+        if padding not in (None, "encoder") and "decoder_attention_mask" in parameters:
+            inputs["decoder_attention_mask"] = mask
     if "bbox" in parameters:  # where the tokens stand on a page
         inputs["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
     if "use_cache" in parameters:
@@ -645,7 +675,9 @@ def labels(means: Means) -> str:
 def compare_passes(model: nn.Module, eager: nn.Module, notes: list[str]) -> list[Attention]:
     """Forward passes; the reference of one without padding, if all is right."""
     first: list[Attention] = []
-    for padding in (None, "left", "right"):
+    before = torch.empty(0)
+    two = "decoder_input_ids" in make_inputs(model, None)
+    for padding in (None, "left", "right", "encoder") if two else (None, "left", "right"):
         where = f"{padding or 'no'} padding"
         inputs = make_inputs(model, padding)
         try:
@@ -685,7 +717,14 @@ def compare_passes(model: nn.Module, eager: nn.Module, notes: list[str]) -> list
         if not differs < 1e-4:
             raise Wrong(f"{where}: outputs differ by {differs:.2g} of the largest")
         compare_means(found, expected_means(attentions, inputs), where)
-        first = first or attentions
+        if padding is None:
+            first, before = ordered(attentions, softmaxes), own
+    inputs = make_inputs(model, None)
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        after = main_output(model(**inputs))
+    if not torch.equal(after, before):
+        raise Wrong("the model is not what it was before recording")
     return first
 
 
@@ -736,20 +775,18 @@ def compare_generation(model: nn.Module, eager: nn.Module, layers: list[Attentio
 def generated_means(seen: list[Seen], prompt: dict[str, Tensor], layers: list[Attention]) -> Means | None:
     """Means over all rows of a generation; None if it ran other attentions than a forward pass."""
     rows: dict[tuple[str, int], list[Tensor]] = {}
-    for name in {each.name for each in layers}:
-        once = [each for each in layers if each.name == name]
-        steps = [each for each in seen if each.name == name]
-        if not steps or len(steps) % len(once):
+    for each in layers:
+        steps = [s for s in seen if s.name == each.name]
+        if not steps or len(steps) % each.total:
             return None
-        for index, step in enumerate(steps):  # every pass runs the layers in the same order
-            each = once[index % len(once)]
+        for step in steps[each.order :: each.total]:  # every pass runs the layers in the same order
             weights = step.weights if each.sinks is None else step.with_sinks(each.sinks)
             entropies = dataclasses.replace(each, weights=weights).entropies.transpose(1, 2)
             if entropies.shape[0] != BATCH:
                 return None
             valid = valid_rows({} if each.part in ("decoder", "cross") else prompt, each.part, entropies.shape[1])
-            rows.setdefault((name, each.layer), []).append(entropies[valid])
-    return {key: torch.cat(each).mean(0) for key, each in rows.items()}
+            rows.setdefault((each.name, each.layer), []).append(entropies[valid])
+    return {key: torch.cat(each).mean(0) for key, each in rows.items()} or None
 
 
 def text_part(model: nn.Module) -> str | None:
