@@ -12,3 +12,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; more threads would wait for each other
 
 pytest.register_assert_rewrite("serving")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """A pretrained language model and its tokenizer."""
+    from pretrained import smollm2
+
+    return smollm2()

@@ -166,14 +166,35 @@ def test_models_load_with_a_static_cache_and_the_implementation(kind):
     assert torch.equal(model.generate(prompt, **options, **STATIC), plain.generate(prompt, **options))
 
 
-def test_proposed_tokens_are_rows_too():
+def test_generation_with_a_quantised_cache():
+    """Its keys are those that the model then attends to, so the reference is eager attention over the same."""
+    model = make("llama")
+    cache = dict(cache_implementation="quantized", cache_config={"backend": "fp8"})
+    options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True, **cache)
+    prompt = torch.randint(1, 71, (2, 7), generator=torch.Generator().manual_seed(3))
+    try:
+        plain = model.generate(prompt, **options)
+    except (ImportError, ValueError, KeyError) as error:
+        pytest.skip(f"transformers has no such cache: {error}")
+    with entropi.record_entropy(model) as recorded:
+        assert torch.equal(model.generate(prompt, **options).sequences, plain.sequences)
+    model.set_attn_implementation("eager")
+    steps = model.generate(prompt, **options, output_attentions=True).attentions
+    for layer in range(3):
+        rows = torch.cat([entropy_of(step[layer]) for step in steps], dim=-1)
+        torch.testing.assert_close(recorded.mean()[layer].double(), rows.mean(dim=(0, 2)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("proposer", ["prompt", "assistant"])
+def test_proposed_tokens_are_rows_too(proposer):
     """In assisted generation the model runs on proposals; those that it accepts have the rows of the text."""
     model = make("llama")
+    how = dict(prompt_lookup_num_tokens=3) if proposer == "prompt" else dict(assistant_model=make("llama"))
     prompt = torch.randint(1, 71, (1, 7), generator=torch.Generator().manual_seed(3))
     options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None)
     plain = model.generate(prompt, **options)
     with entropi.record_entropy(model, keep_rows=True) as recorded:
-        assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), plain)
+        assert torch.equal(model.generate(prompt, **how, **options), plain)
     passes = [r.shape[-1] for r in recorded.rows[0]]
     assert max(passes[1:]) > 1
     expected = eager_entropies(model, plain[:, :-1], None)[0][0]
@@ -209,6 +230,26 @@ def test_entropi_models_record_too():
     with torch.no_grad(), entropi.record_entropy(model) as recorded:
         out = model(ids)
     torch.testing.assert_close(recorded.mean(), torch.stack([e.mean(dim=(0, 2)) for e in out.entropies]))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_entropi_models_with_checkpoints_record_too():
+    config = entropi.EntropiConfig(
+        architecture="SM+ScFuFFN", vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = entropi.EntropiForCausalLM(config).train()
+    ids = torch.arange(20)[None]
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        with entropi.record_entropy(model, keep_rows=True, gradients=True) as recorded:
+            out = model(ids, labels=ids, use_cache=False)
+        (out.loss + recorded.mean().sum()).backward()
+        assert [len(rows) for rows in recorded.rows.values()] == [1, 1]
+        gradients.append(model.model.blocks[0].attention.query.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_what_the_operation_lacks_is_refused():

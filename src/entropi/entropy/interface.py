@@ -82,12 +82,14 @@ def attention_forward(
     Raises:
         ValueError: what `entropy_attention` does not have.
     """
+    named = getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+    if named and not _takes_others(type(module)):
+        raise ValueError(f"{type(module).__name__}: transformers supports no attention for it but its own")
     lacking = []
     if dropout:
         lacking.append("attention dropout (use model.eval(), or set it to 0)")
     if kwargs.get("cache") is not None:
         lacking.append("a paged cache (continuous batching)")
-    named = getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
     if named:
         lacking += [name for name in _own_arguments(type(module)) if kwargs.get(name) is not None]
     if s_aux is not None and s_aux.numel() != query.shape[1]:
@@ -160,6 +162,15 @@ def _own_arguments(kind: type[nn.Module]) -> tuple[str, ...]:
     """What the attention of a module's family takes besides what is understood here."""
     eager = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get("eager_attention_forward")
     return (*SELECTIONS, *(_parameters(eager) if callable(eager) else ()))
+
+
+@torch.compiler.assume_constant_result
+def _takes_others(kind: type[nn.Module]) -> bool:
+    """Whether the models in whose file a module is written take other attention than their own."""
+    family = getattr(inspect.unwrap(kind.forward), "__globals__", {})
+    models = [each for each in family.values() if isinstance(each, type) and hasattr(each, "_supports_sdpa")]
+    models = [each for each in models if each.__module__ == family.get("__name__")]
+    return not models or any(each._supports_sdpa or _supports_ours(each) for each in models)
 
 
 @functools.cache
@@ -257,8 +268,14 @@ def _serving(owner: Any) -> str | None:
     try:
         owner.get_correct_attn_implementation("sdpa")
     except (ValueError, ImportError):
-        return NAME if owner._supports_attention_backend else None
+        return NAME if _supports_ours(owner) else None
     return "sdpa"
+
+
+def _supports_ours(model: Any) -> bool:
+    """Whether a model that SDPA cannot serve takes others: one tried with none may rely on the masks of its own."""
+    tried = model._supports_flash_attn or model._supports_flex_attn
+    return bool(model._supports_attention_backend and tried)
 
 
 def _nested(config: Any) -> Iterator[Any]:

@@ -38,7 +38,7 @@ class _Mask(NamedTuple):
     """What a model was called with."""
 
     kind: str  # "none", "tokens" for a 2-D mask, "other" for one made already
-    tokens: Tensor | None  # (B, S) where the kind is "tokens"
+    given: Tensor | None  # (B, S), or (B, 1 or H, T, S) for one made already
     queries: int | None  # T
     past: int | None  # tokens before these, in a preallocated cache
     cached: bool
@@ -353,12 +353,14 @@ class EntropyRecorder:
         """
         batch, length, total = queries.shape[0], queries.shape[2], keys.shape[2]
         frames = self._running.frames
+        inner = frames[-1] if frames else None
         frame = next((f for f in reversed(frames) if f.mask.kind != "other"), None)
         if frame is not None and (found := _rows_of(frame.mask, batch, length)) is not None:
             return found
-        if mask is None:
-            return None
-        inner = frames[-1] if frames else None
+        if mask is None or (frame is not None and frame.mask.kind == "none" and frame.mask.queries == length):
+            return None  # tokens without a mask: what hides keys from them is no padding
+        if inner is not None and inner.mask.given is not None and inner.mask.queries == length:
+            mask, total = inner.mask.given, inner.mask.given.shape[-1]  # what models hide besides is not padding
         if length == total or is_causal:
             visible = mask if mask.dtype == torch.bool else mask > HIDES
             visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
@@ -503,8 +505,8 @@ def _within(parts: list[str], path: list[str]) -> bool:
 
 def _rows_of(mask: _Mask, batch: int, length: int) -> Tensor | None:
     """Which rows `(B, 1, T)` a mask of tokens says are not padding; None where it does not speak of them."""
-    tokens = mask.tokens
-    if tokens is None or tokens.shape[0] != batch or (mask.queries is not None and mask.queries != length):
+    tokens = mask.given
+    if tokens is None or tokens.dim() != 2 or tokens.shape[0] != batch or (mask.queries is not None and mask.queries != length):
         return None
     total = tokens.shape[1]
     if total < length or (total > length and not mask.cached):
@@ -533,4 +535,5 @@ def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return _Mask("other", None, queries, past, cache is not None)  # its mask is the encoder's, not the decoder's
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return _Mask("tokens", mask, queries, past, cache is not None)
-    return _Mask("none" if mask is None else "other", None, queries, past, cache is not None)
+    made = mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
+    return _Mask("none" if mask is None else "other", made, queries, past, cache is not None)

