@@ -130,6 +130,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cosmos3_edge_text": dict(rope_parameters=SECTIONS_ROPE),
     "dbrx": dict(attn_config=dict(rope_theta=10000.0, kv_n_heads=2, clip_qkv=8.0)),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"] * 2),
+    "dots1": dict(max_window_layers=2),
     "ernie4_5_vl_moe_text": dict(
         moe_intermediate_size=[48, 24], head_dim=16, rope_parameters=ROPE | {"mrope_section": [3, 3, 2]}
     ),
@@ -150,22 +151,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 1, 1]}),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
     "led": dict(attention_window=4),
-    "laguna": dict(num_attention_heads_per_layer=[4, 2, 8, 2]),
+    "laguna": dict(layer_types=["full_attention", "sliding_attention"] * 2, num_attention_heads_per_layer=[4, 2, 8, 2]),
     "layoutlmv3": dict(coordinate_size=5, shape_size=6),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "lilt": dict(hidden_size=48),
     "mamba2": dict(num_heads=8),
+    "mellum": dict(layer_types=["full_attention", "sliding_attention"] * 2),
     "mimi": dict(upsample_groups=2, num_filters=4, codebook_dim=16, vector_quantization_hidden_dimension=16),
     "molmo2": dict(adapter_config=dict(vision_feature_layer=[1, 0])),
+    "minimax_m3_vl_text": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "muse_spark_audio": dict(hidden_sizes=(16, 16), patch_sizes=(4, 4), depths=(1, 1)),
+    "nemo_speechlm": dict(text_config=dict(hybrid_override_pattern="M*E*", num_hidden_layers=4)),
+    "nemotron3_5_transcribe": dict(text_config=dict(hybrid_override_pattern="M*E*", num_hidden_layers=4)),
     "neomme": dict(hidden_size=64, head_dim=16),
     "qwen2_5_omni_text": dict(rope_parameters=SECTIONS_ROPE),
-    "qwen2": dict(max_window_layers=2),
-    "qwen2_moe": dict(max_window_layers=2),
-    "qwen3": dict(max_window_layers=2),
     "qwen4_exp_text": dict(indexer_kv_heads=1),
     "recurrent_gemma": dict(num_hidden_layers=4),
     "reformer": dict(axial_pos_embds=False),
+    "step3p7_text": dict(layer_types=["full_attention", "sliding_attention"] * 2),
     "unlimited_ocr_text": dict(num_key_value_heads=HEADS),
     "vibevoice_acoustic_tokenizer": dict(depths=(1, 1, 1, 1, 1, 1, 1), num_filters=2),
     "vibevoice_acoustic_tokenizer_encoder": dict(depths=(1, 1, 1, 1, 1, 1, 1), num_filters=2),
@@ -176,10 +179,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(layers_block_type=["mamba", "hybrid"] * 2),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2),
-    "zaya": dict(num_experts_per_tok=1),
+    "zaya": dict(num_experts_per_tok=1, layer_types=["hybrid", "hybrid_sliding"] * 2),
 }
 for _name in "glm4v_text glm_ocr_text glm_image_text qwen2_vl_text qwen2_5_vl_text paddleocr_vl_text".split():
     EXCEPTIONS[_name] = dict(rope_parameters=SECTIONS_ROPE)
+for _name in "qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3 qwen3_moe".split():
+    EXCEPTIONS[_name] = EXCEPTIONS.get(_name, {}) | dict(max_window_layers=2)
 
 
 def tiny_arguments(kind: type) -> dict[str, Any]:
