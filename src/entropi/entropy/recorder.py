@@ -361,6 +361,7 @@ class EntropyRecorder:
             return None  # tokens without a mask: what hides keys from them is no padding
         if inner is not None and inner.mask.given is not None and inner.mask.queries == length:
             mask, total = inner.mask.given, inner.mask.given.shape[-1]  # what models hide besides is not padding
+            is_causal = is_causal or inner.mask.cached
         if length == total or is_causal:
             visible = mask if mask.dtype == torch.bool else mask > HIDES
             visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
@@ -531,6 +532,9 @@ def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if cache is not None and getattr(cache, "is_compileable", False):
         with suppress(ValueError):  # of a cache without attention layers
             past = int(cache.get_seq_length())
+    if isinstance(mask, dict):  # of masks by kind of layer: each of them tells padding
+        masks = [each for each in mask.values() if isinstance(each, Tensor)]
+        mask = max(masks, key=Tensor.dim, default=None)
     if any(given.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")):
         return _Mask("other", None, queries, past, cache is not None)  # its mask is the encoder's, not the decoder's
     if isinstance(mask, Tensor) and mask.dim() == 2:
