@@ -55,7 +55,8 @@ _rule(VOCABULARY, "entity_vocab_size t2u_vocab_size char_vocab_size decoder_voca
 _rule(64, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base")
 _rule(HIDDEN, "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim embedding_dim")
 _rule(HIDDEN, "input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim entity_emb_size")
-_rule(HIDDEN, "backbone_hidden_size projection_dim lru_width hidden_size_global text_hidden_size condition_dim audio_hidden_size d_latents decoder_hidden_size proj_dim output_dim")
+_rule(HIDDEN, "backbone_hidden_size projection_dim lru_width hidden_size_global text_hidden_size condition_dim")
+_rule(HIDDEN, "audio_hidden_size d_latents decoder_hidden_size proj_dim output_dim")
 _rule(HIDDEN, "text_embed_dim vision_embed_dim projector_hidden_size out_hidden_size")
 _rule(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads")
 _rule(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads")
@@ -101,16 +102,17 @@ _rule(16, "mamba_d_ssm time_step_rank mamba_dt_rank hidden_size_per_layer_input 
 _rule(1, "mamba_n_groups n_groups mamba_ngroups")
 _rule(8, "mamba_chunk_size chunk_size block_size global_block_size")
 _rule(3, "local_radius")
-_rule(HEADS * HEAD_DIM**0, "q_groups k_groups v_groups intermediate_groups output_groups")
+_rule(HEADS, "q_groups k_groups v_groups intermediate_groups output_groups")
 _rule(16, "image_size num_landmarks segment_means_seq_len intra_bottleneck_size true_hidden_size num_centroids")
 _rule(8, "patch_size")
 
-# Fields that lay out kinds of layers; a pattern shows only in a few of them.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-LAYOUT = (
-    "layer_types layers_block_type attn_layer_indices sliding_window_pattern no_rope_layers full_attn_idxs"
-    " local_layer_ids attn_layer_period layer_group_size global_attn_every_n_layers max_window_layers mlp_layer_types"
-).split()
+# Fields that lay out kinds of layers; a pattern shows only in a few of them.
+LAYOUT = {
+    *("layer_types", "layers_block_type", "mlp_layer_types", "attn_layer_indices", "attn_layer_period"),
+    *("sliding_window_pattern", "no_rope_layers", "full_attn_idxs", "local_layer_ids", "layer_group_size"),
+    *("global_attn_every_n_layers", "max_window_layers"),
+}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -145,7 +147,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm5_next_text": dict(index_kpool=2),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granite4_vision": dict(
-        deepstack_layer_map=[[-1, 0]], spatial_target_layers=[0], downsample_rate="1/2", vision_config=dict(hidden_size=64)
+        deepstack_layer_map=[[-1, 0]],
+        spatial_target_layers=[0],
+        downsample_rate="1/2",
+        vision_config=dict(hidden_size=64),
     ),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
     "hunyuan_vl_text": dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 1, 1]}),
@@ -164,7 +169,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemo_speechlm": dict(text_config=dict(hybrid_override_pattern="M*E*", num_hidden_layers=4)),
     "nemotron3_5_transcribe": dict(text_config=dict(hybrid_override_pattern="M*E*", num_hidden_layers=4)),
     "neomme": dict(hidden_size=64, head_dim=16),
-    "qwen2_5_omni_text": dict(rope_parameters=SECTIONS_ROPE),
     "qwen4_exp_text": dict(indexer_kv_heads=1),
     "recurrent_gemma": dict(num_hidden_layers=4),
     "reformer": dict(axial_pos_embds=False),
@@ -173,17 +177,23 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer": dict(depths=(1, 1, 1, 1, 1, 1, 1), num_filters=2),
     "vibevoice_acoustic_tokenizer_encoder": dict(depths=(1, 1, 1, 1, 1, 1, 1), num_filters=2),
     "vits": dict(
-        upsample_initial_channel=32, resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1,),), num_attention_heads=2,
-        flow_size=16, spectrogram_bins=17, posterior_encoder_num_wavenet_layers=1, prior_encoder_num_wavenet_layers=1,
+        upsample_initial_channel=32,
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),),
+        num_attention_heads=2,
+        flow_size=16,
+        spectrogram_bins=17,
+        posterior_encoder_num_wavenet_layers=1,
+        prior_encoder_num_wavenet_layers=1,
     ),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(layers_block_type=["mamba", "hybrid"] * 2),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2),
     "zaya": dict(num_experts_per_tok=1, layer_types=["hybrid", "hybrid_sliding"] * 2),
 }
-for _name in "glm4v_text glm_ocr_text glm_image_text qwen2_vl_text qwen2_5_vl_text paddleocr_vl_text".split():
-    EXCEPTIONS[_name] = dict(rope_parameters=SECTIONS_ROPE)
-for _name in "qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3 qwen3_moe".split():
+for _name in ("glm4v", "glm_ocr", "glm_image", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl"):
+    EXCEPTIONS[f"{_name}_text"] = dict(rope_parameters=SECTIONS_ROPE)
+for _name in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"):
     EXCEPTIONS[_name] = EXCEPTIONS.get(_name, {}) | dict(max_window_layers=2)
 
 
@@ -198,8 +208,7 @@ def tiny_arguments(kind: type) -> dict[str, Any]:
             arguments[name] = True
         if isinstance(default, bool) or not (default is None or isinstance(default, (int, float))):
             continue
-        off = default == 0 and name not in TOKENS or default is None and name == "attn_logit_softcapping"
-        if off:
+        if (default == 0 and name not in TOKENS) or (default is None and name == "attn_logit_softcapping"):  # off
             continue
         if name in RULES and re.search(r"(?<!\[)\b(int|float)\b", str(field.type)):
             arguments[name] = RULES[name]
@@ -211,7 +220,7 @@ def tiny_arguments(kind: type) -> dict[str, Any]:
         for name, value in (("num_key_value_heads", HEADS), ("head_dim", RULES["qk_rope_head_dim"])):
             if name in arguments:
                 arguments[name] = value
-    if any(name in fields for name in LAYOUT):
+    if LAYOUT & set(fields):
         arguments |= {name: 2 * LAYERS for name in DEPTHS if name in arguments}
     for name, specification in getattr(kind, "sub_configs_defaults", {}).items():
         sub = specification.config_class
@@ -850,9 +859,10 @@ def table(results: list[Result], without: list[str]) -> str:
         " `python tests/families.py --write`; a slow test compares it with what it finds.",
         "",
         "Every family that transformers can build from a tiny configuration and run on text is compared with eager"
-        " attention's weights: the mean entropy of every layer and head to 1e-5, and the model's output, without padding,"
-        " padded left and padded right; then the text and the entropies of a generation with a growing and with a static"
-        " cache. *Right* is a family that agrees in all of it, *refused* one that `record_entropy` declines in one line.",
+        " attention's weights: the mean entropies of every layer and head to 1e-5 nats, and the model's output, without"
+        " padding, padded left and right; then the text and the entropies of a generation, with a growing and with a"
+        " static cache. *Right* is a family that agrees in all of it but what its row names, *refused* one that"
+        " `record_entropy` declines in one line.",
         "",
         *(f"- {counts[outcome]} {words}" for outcome, words in OUTCOMES.items() if counts[outcome]),
         f"- {len(without)} have no text as their first input (at the end)",

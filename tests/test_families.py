@@ -1,4 +1,4 @@
-"""Recording every family of models that transformers can build tiny: right, or refused in one line (docs/families.md)."""
+"""Recording every family of models that transformers can build tiny: right, or refused in one line."""
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ def test_every_family_is_right_or_refused_and_the_table_says_which():
     if f"transformers {transformers.__version__}," in written:
         here = families.rows(families.table(results, without))
         there = families.rows(written)
-        stale = [f"{here.get(key)} | written: {there.get(key)}" for key in here | there if here.get(key) != there.get(key)]
+        differ = [key for key in here | there if here.get(key) != there.get(key)]
+        stale = [f"{key[0]}: {here.get(key)}, written: {there.get(key)}" for key in differ]
         assert not stale, "python tests/families.py --write\n" + "\n".join(stale)
 
 
