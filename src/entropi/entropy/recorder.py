@@ -366,7 +366,8 @@ class EntropyRecorder:
             return found
         if mask is None or (frame is not None and frame.mask.kind == "none" and frame.mask.queries == length):
             return None  # tokens without a mask: what hides keys from them is no padding
-        if inner is not None and inner.mask.given is not None and inner.mask.queries == length:
+        made = inner is not None and inner.mask.kind == "other" and inner.mask.queries == length
+        if inner is not None and made and inner.mask.given is not None:
             mask, total = inner.mask.given, inner.mask.given.shape[-1]  # what models hide besides is not padding
             is_causal = is_causal or inner.mask.cached
         if length == total or is_causal:
@@ -383,7 +384,7 @@ class EntropyRecorder:
                 return valid
         if inner is not None and (batch, length) in inner.valid:
             return inner.valid[batch, length]  # cross-attention has the rows of the self-attention before it
-        if inner is not None and inner.mask.kind == "other" and inner.mask.queries == length:
+        if made:
             raise ValueError("this attention mask does not tell padding from text: give the model a 2-D mask of tokens")
         # Rows of something else than tokens, as patches or latents: those that see nothing fill up a batch.
         return _visible(mask).any(dim=-1).any(dim=1, keepdim=True).expand(batch, 1, length)
