@@ -507,6 +507,17 @@ def replica_of(model):
     return made[model]
 
 
+def test_a_copy_made_while_recording_is_recorded_until_the_end():
+    model = build(LLAMA)
+    with torch.no_grad(), entropi.record_entropy(model) as recorded:
+        copied = copy.deepcopy(model)
+        copied(tokens(), use_cache=False)
+    expected = means(eager(model, input_ids=tokens()).attentions)
+    with torch.no_grad():
+        copied(tokens(seed=5), use_cache=False)
+    close(recorded.mean(), expected)
+
+
 def test_wrapped_models():
     model = build(LLAMA)
     expected = means(eager(model, input_ids=tokens()).attentions)

@@ -188,6 +188,11 @@ class EntropyRecorder:
         self._unseen: set[str] = set()  # names of attentions that ran without being recorded
         self._lock = threading.Lock()
         self._running = _Running()
+        self.open = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EntropyRecorder:
+        """Itself: a copy of a model that is made while it is recorded is recorded too, until the block ends."""
+        return self
 
     # What was recorded
 
@@ -278,9 +283,11 @@ class EntropyRecorder:
         # Replicas are other objects with the same attributes: they are known by what is written on them.
         for module, places in self._places.items():
             module.__dict__[f"{ATTACHED}_{id(self)}"] = places
+        self.open = True
         try:
             yield
         finally:
+            self.open = False
             for hook in hooks:
                 hook.remove()
             for module in self._places:
@@ -345,8 +352,8 @@ class EntropyRecorder:
     def valid_rows(self, mask: Tensor | None, queries: Tensor, keys: Tensor, is_causal: bool) -> Tensor | None:
         """Which rows `(B, 1, T)` of an attention under `mask` are not padding; None if all count.
 
-        The mask of tokens that the model was called with says it. Where there was none or its shape is another's, a
-        row of self-attention is padding if its own key is hidden from it.
+        The mask of tokens that the model was called with says it. Where it was another or its shape does not fit, a row
+        of self-attention is padding if its own key is hidden from it, any other if it sees nothing.
 
         Raises:
             ValueError: a mask that does not tell padding from text.
@@ -359,12 +366,12 @@ class EntropyRecorder:
             return found
         if mask is None or (frame is not None and frame.mask.kind == "none" and frame.mask.queries == length):
             return None  # tokens without a mask: what hides keys from them is no padding
-        if inner is not None and inner.mask.given is not None and inner.mask.queries == length:
+        made = inner is not None and inner.mask.kind == "other" and inner.mask.queries == length
+        if inner is not None and made and inner.mask.given is not None:
             mask, total = inner.mask.given, inner.mask.given.shape[-1]  # what models hide besides is not padding
             is_causal = is_causal or inner.mask.cached
         if length == total or is_causal:
-            visible = mask if mask.dtype == torch.bool else mask > HIDES
-            visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
+            visible = _visible(mask)
             visible = visible.expand(*visible.shape[:2], length, total)
             # With keys preallocated for what comes, the last row's own key is the last one that it sees.
             seen = visible[:, :, -1].flatten(0, 1).any(dim=0).nonzero()
@@ -377,22 +384,23 @@ class EntropyRecorder:
                 return valid
         if inner is not None and (batch, length) in inner.valid:
             return inner.valid[batch, length]  # cross-attention has the rows of the self-attention before it
-        if inner is not None and inner.mask.kind == "other" and inner.mask.queries == length:
+        if made:
             raise ValueError("this attention mask does not tell padding from text: give the model a 2-D mask of tokens")
-        return None
+        # Rows of something else than tokens, as patches or latents: those that see nothing fill up a batch.
+        return _visible(mask).any(dim=-1).any(dim=1, keepdim=True).expand(batch, 1, length)
 
     def _model_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not replaying():
+        if self.open and not replaying():
             if not self._running.frames:
                 _left_out.masks = {}
             self._running.frames.append(_Frame(_mask_of(module, args, kwargs), torch.is_grad_enabled()))
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not replaying() and self._running.frames:
+        if self.open and not replaying() and self._running.frames:
             self._running.frames.pop()
 
     def _attention_begins(self, module: nn.Module, args: Any) -> None:
-        if replaying():
+        if not self.open or replaying():
             return
         call = _Call(module)
         if self._running.frames:
@@ -404,7 +412,7 @@ class EntropyRecorder:
         self._running.calls.append(call)
 
     def _attention_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if replaying() or not self._running.calls:
+        if not self.open or replaying() or not self._running.calls:
             return
         call = self._running.calls.pop()
         if not call.seen and output is not None:  # None after an exception
@@ -414,13 +422,13 @@ class EntropyRecorder:
             )
 
     def _own_attention_ran(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._unseen.add(self._own[module] if module in self._own else type(module).__name__)
+        if self.open and not replaying():
+            self._unseen.add(self._own[module] if module in self._own else type(module).__name__)
 
 
 def recorders(module: nn.Module) -> tuple[EntropyRecorder, ...]:
-    """The recorders that are attached to a module."""
-    attached: tuple[EntropyRecorder, ...] = module.__dict__.get(ATTACHED, ())
-    return attached
+    """The recorders that are attached to a module and open."""
+    return tuple(recorder for recorder in module.__dict__.get(ATTACHED, ()) if recorder.open)
 
 
 def observe(
@@ -504,10 +512,21 @@ def _within(parts: list[str], path: list[str]) -> bool:
     return all(part in rest for part in parts)
 
 
+def _visible(mask: Tensor) -> Tensor:
+    """Which keys a mask shows, boolean, of four dimensions."""
+    visible = mask if mask.dtype == torch.bool else mask > HIDES
+    return visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
+
+
 def _rows_of(mask: _Mask, batch: int, length: int) -> Tensor | None:
     """Which rows `(B, 1, T)` a mask of tokens says are not padding; None where it does not speak of them."""
     tokens = mask.given
-    if tokens is None or tokens.dim() != 2 or tokens.shape[0] != batch or (mask.queries is not None and mask.queries != length):
+    if (
+        tokens is None
+        or tokens.dim() != 2
+        or tokens.shape[0] != batch
+        or (mask.queries is not None and mask.queries != length)
+    ):
         return None
     total = tokens.shape[1]
     if total < length or (total > length and not mask.cached):
