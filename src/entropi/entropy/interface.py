@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -132,7 +133,7 @@ def attention_forward(
     how: Any = "reference" if learned else "auto"
     output, entropy = entropy_attention(query, key, value, **settings, implementation=how)
     if mask is not None and mask.dtype != torch.bool:
-        output = _averaged_where_all_is_hidden(output, value, mask)
+        output, entropy = _even_where_all_is_hidden(output, entropy, value, mask)
     if not torch.compiler.is_compiling() and not replaying():
         for recorder in recorders(module):
             valid = recorder.valid_rows(attention_mask, query, key, bool(is_causal))
@@ -148,15 +149,17 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None, key: Tensor) -> Tensor 
     return bias + mask
 
 
-def _averaged_where_all_is_hidden(output: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The output `(B, H, T, E)` as SDPA has it in rows to whose logits all the same huge number is added.
+def _even_where_all_is_hidden(output: Tensor, entropy: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `(B, H, T, E)` and entropy `(B, H, T)` as SDPA has them where one huge number is added to all of a row.
 
-    They are padding, and their entropy does not count; but models exist in which text looks at what becomes of them.
+    All keys have the same weight there. The rows are padding, and do not count; but in some models text looks at what
+    becomes of them, or has such rows itself.
     """
     highest = mask.amax(dim=-1, keepdim=True)
     hidden = (highest <= HIDES) & highest.isfinite()
     average = value.mean(dim=2, keepdim=True).repeat_interleave(output.shape[1] // value.shape[1], dim=1)
-    return torch.where(hidden, average.to(output.dtype), output)
+    even = torch.where(hidden.squeeze(-1), math.log(value.shape[2]), entropy)
+    return torch.where(hidden, average.to(output.dtype), output), even
 
 
 def _pattern(query: Tensor, key: Tensor, is_causal: bool, settings: dict[str, Any]) -> Pattern:
