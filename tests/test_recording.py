@@ -166,6 +166,22 @@ def test_models_load_with_a_static_cache_and_the_implementation(kind):
     assert torch.equal(model.generate(prompt, **options, **STATIC), plain.generate(prompt, **options))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_patterns_with_a_static_cache(kind):
+    """Keys for tokens to come are no distance."""
+    model = make(kind)
+    prompt = torch.randint(1, 71, (2, 7), generator=torch.Generator().manual_seed(3))
+    options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+    found = []
+    for extra in ({}, STATIC):
+        with entropi.record_entropy(model, keep_patterns=True) as recorded:
+            model.generate(prompt, **options, **extra)
+        found.append(recorded.patterns)
+    for dynamic, static in zip(found[0][0], found[1][0]):
+        torch.testing.assert_close(tuple(static), tuple(dynamic), atol=1e-5, rtol=1e-5)
+    assert len(found[1][0]) == 9
+
+
 def test_generation_with_a_quantised_cache():
     """Its keys are those that the model then attends to, so the reference is eager attention over the same."""
     model = make("llama")

@@ -151,9 +151,13 @@ def test_masks_made_by_the_user(side, additive):
     if additive:
         made = torch.zeros(made.shape).masked_fill(~made, torch.finfo(torch.float32).min)
     expected = means(eager(model, input_ids=ids, attention_mask=mask, position_ids=positions).attentions, mask.bool())
-    with torch.no_grad(), entropi.record_entropy(model) as recorded:
-        model(ids, attention_mask=made, position_ids=positions, use_cache=False)
+    inputs = dict(input_ids=ids, attention_mask=made, position_ids=positions, use_cache=False)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with entropi.record_entropy(model) as recorded:
+            logits = model(**inputs).logits
     close(recorded.mean(), expected)
+    torch.testing.assert_close(logits, plain, atol=1e-4, rtol=1e-4)  # those of padding too
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -194,7 +198,9 @@ def test_encoder_decoder_and_cross_attention_are_told_apart(config, padded):
     inputs = dict(input_ids=ids, attention_mask=mask, decoder_input_ids=answers, decoder_attention_mask=answer_mask)
     out = eager(model, **inputs)
     with torch.no_grad(), entropi.record_entropy(model, keep_rows=True) as recorded:
-        model(**inputs, use_cache=False)
+        logits = model(**inputs, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)  # those of padding too
     cross = "encoder_attn" if config is BART else "EncDecAttention"
     own = "decoder.self_attn" if config is BART else "decoder.SelfAttention"
     close(recorded.mean("encoder"), means(out.encoder_attentions, mask.bool()))

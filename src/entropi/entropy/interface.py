@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from entropi.entropy.attention import entropy_attention
 from entropi.entropy.patterns import Pattern, attention_pattern
 from entropi.entropy.recorder import left_out_for_causality, mask_left_out, recorders, replay, replaying
 
+HIDES = -5.0e29  # what `entropy_attention` takes for hidden
 CONFIGURED = "_attn_implementation_internal"  # the attribute of a configuration, without its sub-configurations
 CHECKPOINT = "_gradient_checkpointing_func"  # the attribute of modules under gradient checkpointing
 SOFTMAXES = {"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -119,7 +121,7 @@ def attention_forward(
     mask = attention_mask
     if causal and key.shape[2] < length:
         mask, causal = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(), False
-    mask = _with_bias(mask, position_bias)
+    mask = _with_bias(mask, position_bias, key)
     settings: dict[str, Any] = dict(is_causal=causal, scale=scaling, attn_mask=mask)
     settings["enable_gqa"] = key.shape[1] != query.shape[1]
     if softcap is not None:
@@ -130,6 +132,8 @@ def attention_forward(
     learned = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     how: Any = "reference" if learned else "auto"
     output, entropy = entropy_attention(query, key, value, **settings, implementation=how)
+    if mask is not None and mask.dtype != torch.bool:
+        output, entropy = _even_where_all_is_hidden(output, entropy, value, mask)
     if not torch.compiler.is_compiling() and not replaying():
         for recorder in recorders(module):
             valid = recorder.valid_rows(attention_mask, query, key, bool(is_causal))
@@ -137,12 +141,25 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def _with_bias(mask: Tensor | None, bias: Tensor | None, key: Tensor) -> Tensor | None:
     if bias is None or mask is None:
         return mask if bias is None else bias
     if mask.dtype == torch.bool:
-        return torch.where(mask, bias, -torch.inf)
+        return torch.where(mask, bias, torch.finfo(key.dtype).min)
     return bias + mask
+
+
+def _even_where_all_is_hidden(output: Tensor, entropy: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `(B, H, T, E)` and entropy `(B, H, T)` as SDPA has them where one huge number is added to all of a row.
+
+    All keys have the same weight there. The rows are padding, and do not count; but in some models text looks at what
+    becomes of them, or has such rows itself.
+    """
+    highest = mask.amax(dim=-1, keepdim=True)
+    hidden = (highest <= HIDES) & highest.isfinite()
+    average = value.mean(dim=2, keepdim=True).repeat_interleave(output.shape[1] // value.shape[1], dim=1)
+    even = torch.where(hidden.squeeze(-1), math.log(value.shape[2]), entropy)
+    return torch.where(hidden, average.to(output.dtype), output), even
 
 
 def _pattern(query: Tensor, key: Tensor, is_causal: bool, settings: dict[str, Any]) -> Pattern:
