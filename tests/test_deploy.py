@@ -243,32 +243,6 @@ def test_impossible_sampling(options):
         Sampling(**options)
 
 
-def test_quota_of_a_client():
-    quota = admission.Quota(admission.Limits(client_sessions=2, client_tokens=10))
-    with quota.session("alice", 4), quota.session("alice", 4):
-        with pytest.raises(admission.Refusal, match="2 sessions already"), quota.session("alice", 1):
-            pass
-        with quota.session("bob", 10), quota.session("", 1000), quota.session("", 1000), quota.session("", 1000):
-            pass
-        for _ in range(3):
-            quota.count_token("alice")
-    with pytest.raises(admission.Refusal, match="7 more tokens"), quota.session("alice", 8):
-        pass
-    with quota.session("alice", 7):
-        pass
-
-
-def test_quota_forgets_after_a_day(monkeypatch):
-    quota = admission.Quota(admission.Limits(client_tokens=1))
-    quota.count_token("alice")
-    with pytest.raises(admission.Refusal), quota.session("alice", 1):
-        pass
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + admission.DAY_SECONDS + 1)
-    with quota.session("alice", 1):
-        pass
-
-
 class Line:
     """A client in the queue: what it was told, and nothing to say."""
 

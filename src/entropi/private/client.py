@@ -344,7 +344,8 @@ class _Session:
         work = asyncio.create_task(self._generate(party, length, left))
         watch = asyncio.create_task(self._watch_server(tunnel))
         link = asyncio.create_task(self._watch_link(tunnel))
-        tasks = {work, watch, link}
+        suspended = asyncio.create_task(party.suspended())
+        tasks = {work, watch, link, suspended}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() or work.exception() is not None:
@@ -352,6 +353,8 @@ class _Session:
                 await asyncio.wait({watch}, timeout=LAST_WORDS_SECONDS)
                 if watch.done():
                     watch.result()
+            if suspended.done():  # the server's slot is not ours for as long as nothing happens here
+                raise UserError("this side's private computation was stopped by somebody")
             if not work.done():
                 link.result()
             work.result()
