@@ -41,6 +41,10 @@ class LostServer(UserError):
     """The server or the way to it failed in the middle; the same question may be continued in a new session."""
 
 
+class RefusedByServer(UserError):
+    """The server does not want this session; in the middle of a question it may want it a little later."""
+
+
 @dataclass(frozen=True)
 class ServerAddress:
     """Where a server is, and how to recognise it."""
@@ -153,7 +157,7 @@ async def receive(  # type: ignore[no-untyped-def]
         raise UserError(f"{where} closed the connection during the handshake")
     decoded = decode(message.data, where)
     if isinstance(decoded, Refused):
-        raise UserError(f"{where} refused: {decoded.reason}")
+        raise RefusedByServer(f"{where} refused: {decoded.reason}")
     if not isinstance(decoded, kind):
         raise UserError(f"{where} does not follow the protocol")
     return decoded

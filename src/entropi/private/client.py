@@ -25,6 +25,7 @@ from entropi.private.channel import (
     HANDSHAKE_SECONDS,
     LAST_WORDS_SECONDS,
     LostServer,
+    RefusedByServer,
     ServerAddress,
     decode,
     greet,
@@ -280,8 +281,9 @@ async def _ask(server: ServerAddress, question: _Question) -> Answer:
                 session = _Session(server, http, socket, question)
                 await session.run()
                 return session.answer(time.monotonic() - started)
-        except LostServer as error:
-            if attempt == question.retries:
+        except (LostServer, RefusedByServer) as error:
+            # Another server may still count the session that broke as under way, or be just starting.
+            if attempt == question.retries or (isinstance(error, RefusedByServer) and attempt == 0):
                 raise
             question.watcher.status(f"{error}; retry {attempt + 1} of {question.retries}")
             await asyncio.sleep(RETRY_SECONDS * 2**attempt)
