@@ -462,7 +462,7 @@ def test_options_of_the_pages_exist():
     serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
     asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
     certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
-    known = {*serving, *asking, *certifying, "no_deps", "link"}
+    known = {*serving, *asking, *certifying, "no_deps", "require_hashes", "link"}
     text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
 

@@ -70,6 +70,11 @@ def flush(url):
     redis.Redis.from_url(url).flushall()
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(quotas, "ENDING_SECONDS", 0.1)
+
+
 @pytest.fixture(params=["sqlite", "redis"])
 def where(request, tmp_path):
     """A place to keep quotas."""
@@ -180,6 +185,19 @@ def test_many_at_once_get_no_more_than_there_is(where):
     asyncio.run(scenario())
 
 
+def test_a_session_that_is_just_ending_keeps_nobody_out(where, monkeypatch):
+    async def scenario():
+        async with opened(where, client_sessions=1) as quota:
+            async with quota.session("alice", 1):
+                following = asyncio.create_task(refused(quota, "alice", 1))
+                await asyncio.sleep(0.1)
+                assert not following.done()
+            assert await following is None
+
+    monkeypatch.setattr(quotas, "ENDING_SECONDS", 2.0)
+    asyncio.run(scenario())
+
+
 def test_tokens_are_forgotten_after_a_day(tmp_path, monkeypatch):
     where = str(tmp_path / "quotas.sqlite")
 
@@ -241,6 +259,26 @@ def test_a_store_that_is_gone_lets_nobody_take_more(tmp_path, capfd):
     asyncio.run(scenario())
     with pytest.raises(UserError, match="cannot be read"):
         quotas.open_store("redes://here", Limits(client_tokens=1))
+
+
+def test_a_password_that_is_on_no_command_line(redis_server, monkeypatch):
+    import redis
+
+    direct = redis.Redis.from_url(redis_server)
+    direct.config_set("requirepass", "open sesame")
+    try:
+
+        async def scenario():
+            async with opened(redis_server, client_tokens=1) as quota:
+                assert await refused(quota, "alice", 1) is None
+
+        monkeypatch.setenv("ENTROPI_REDIS_PASSWORD", "open wheat")
+        with pytest.raises(UserError, match="does not answer"):
+            asyncio.run(scenario())
+        monkeypatch.setenv("ENTROPI_REDIS_PASSWORD", "open sesame")
+        asyncio.run(scenario())
+    finally:
+        redis.Redis.from_url(redis_server, password="open sesame").config_set("requirepass", "")
 
 
 def test_where_quotas_are_kept(tmp_path, monkeypatch):

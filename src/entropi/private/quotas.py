@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,8 +27,17 @@ DAY_MINUTES = 24 * 60
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 5.0
 PATIENCE_SECONDS = 5.0  # for the store to answer
+ENDING_SECONDS = 3.0  # for a client's session before, whose answer it has, to end
 FILE = "quotas.sqlite"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Denied:
+    """Why a client may not have a session: a sentence, and whether that may pass when another one ends."""
+
+    reason: str
+    passing: bool = False
 
 
 class StoreFailed(Exception):
@@ -37,8 +47,8 @@ class StoreFailed(Exception):
 class Store(Protocol):
     """Where counts are kept. All methods raise `StoreFailed`."""
 
-    async def begin(self, client: str, session: str, promised: int, limits: Limits) -> str | None:
-        """Note a session that may generate `promised` tokens, or say in a sentence why the client may not have it."""
+    async def begin(self, client: str, session: str, promised: int, limits: Limits) -> Denied | None:
+        """Note a session that may generate `promised` tokens, or say why the client may not have it."""
 
     async def renew(self, client: str, session: str) -> None:
         """Extend the session's lease."""
@@ -53,12 +63,12 @@ class Store(Protocol):
         """Let go of the file or the connection."""
 
 
-def _verdict(limits: Limits, sessions: int, used: int, promised: int) -> str | None:
+def _verdict(limits: Limits, sessions: int, used: int, promised: int) -> Denied | None:
     """Why a client with so many sessions, and tokens used or promised, may not have `promised` more."""
     if limits.client_sessions is not None and sessions >= limits.client_sessions:
-        return f"this client has {limits.client_sessions} sessions already"
+        return Denied(f"this client has {limits.client_sessions} sessions already", passing=True)
     if limits.client_tokens is not None and promised > limits.client_tokens - used:
-        return f"this client may ask for {max(limits.client_tokens - used, 0)} more tokens within 24 hours"
+        return Denied(f"this client may ask for {max(limits.client_tokens - used, 0)} more tokens within 24 hours")
     return None
 
 
@@ -114,11 +124,11 @@ class Sqlite:
         except sqlite3.Error as error:
             raise StoreFailed(str(error)) from None
 
-    async def begin(self, client: str, session: str, promised: int, limits: Limits) -> str | None:
+    async def begin(self, client: str, session: str, promised: int, limits: Limits) -> Denied | None:
         """See `Store`."""
         now = time.time()
 
-        def work(connection: sqlite3.Connection) -> str | None:
+        def work(connection: sqlite3.Connection) -> Denied | None:
             connection.execute("DELETE FROM tokens WHERE minute < ?", (now // 60 - DAY_MINUTES,))
             connection.execute("DELETE FROM sessions WHERE until < ?", (now,))
             (used,) = connection.execute(
@@ -127,12 +137,12 @@ class Sqlite:
             sessions, more = connection.execute(
                 "SELECT COUNT(*), COALESCE(SUM(promised), 0) FROM sessions WHERE client = ?", (client,)
             ).fetchone()
-            refusal = _verdict(limits, sessions, used + more, promised)
-            if refusal is None:
+            denied = _verdict(limits, sessions, used + more, promised)
+            if denied is None:
                 connection.execute(
                     "INSERT INTO sessions VALUES (?, ?, ?, ?)", (session, client, promised, now + LEASE_SECONDS)
                 )
-            return refusal
+            return denied
 
         return await self._run(work)
 
@@ -206,7 +216,8 @@ class Redis:
     """A Redis server that several of ours use.
 
     Args:
-        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py reads it.
+        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py reads it; where it has no password, that of the
+            variable `ENTROPI_REDIS_PASSWORD`, which other users of this machine cannot read.
 
     Raises:
         UserError: redis-py is not installed, or cannot read the URL.
@@ -219,7 +230,10 @@ class Redis:
             raise UserError("quotas in Redis need redis-py: pip install 'entropi[redis]'") from None
         try:
             self._redis = redis.asyncio.Redis.from_url(
-                url, socket_timeout=PATIENCE_SECONDS, socket_connect_timeout=PATIENCE_SECONDS
+                url,
+                password=os.environ.get("ENTROPI_REDIS_PASSWORD"),  # which one in the URL precedes
+                socket_timeout=PATIENCE_SECONDS,
+                socket_connect_timeout=PATIENCE_SECONDS,
             )
         except ValueError as error:
             raise UserError(f"the URL of the quota store cannot be read: {error}") from None
@@ -237,7 +251,7 @@ class Redis:
         except self._failures as error:  # whose texts name host and port, not the password
             raise StoreFailed(" ".join(str(error).split()) or type(error).__name__) from None
 
-    async def begin(self, client: str, session: str, promised: int, limits: Limits) -> str | None:
+    async def begin(self, client: str, session: str, promised: int, limits: Limits) -> Denied | None:
         """See `Store`."""
         most = [-1 if limit is None else limit for limit in (limits.client_sessions, limits.client_tokens)]
         with self._failing():
@@ -308,12 +322,17 @@ class Quota:
             yield Usage(None, client, "")
             return
         session = secrets.token_hex(16)
-        try:
-            refusal = await self._store.begin(client, session, new_tokens, self._limits)
-        except StoreFailed:
-            raise Refusal("the server cannot tell what this client has used; try again later") from None
-        if refusal is not None:
-            raise Refusal(refusal)
+        deadline = time.monotonic() + ENDING_SECONDS
+        while True:
+            try:
+                denied = await self._store.begin(client, session, new_tokens, self._limits)
+            except StoreFailed:
+                raise Refusal("the server cannot tell what this client has used; try again later") from None
+            if denied is None:
+                break
+            if not denied.passing or time.monotonic() > deadline:
+                raise Refusal(denied.reason)
+            await asyncio.sleep(ENDING_SECONDS / 10)
         renewing = asyncio.create_task(self._renew(client, session))
         try:
             yield Usage(self._store, client, session)
