@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,19 +71,18 @@ async def open_door(limits, handler=None):
     """A door without TLS before a server that says yes, its port and its counters."""
 
     async def yes(request):
-        with opened.answering(request) as guest:
-            if handler is not None:
-                return await handler(request, guest)
-            return web.Response(text="yes")
+        if handler is not None:
+            return await handler(request, opened.guest(request))
+        return web.Response(text="yes")
 
-    app = web.Application()
+    counters, events = make_audit()
+    opened = door.Door(None, limits.max_startups, limits.source_startups, events)
+    app = web.Application(middlewares=[opened.attend])
     app.router.add_get("/", yes)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    counters, events = make_audit()
-    opened = door.Door(runner.server, None, limits, events)
     try:
-        yield opened, opened.open("127.0.0.1", 0), counters
+        yield opened, opened.open(runner.server, "127.0.0.1", 0), counters
     finally:
         opened.close()
         await runner.cleanup()
@@ -286,6 +287,36 @@ def test_nothing_is_sent_for_ever():
         asyncio.run(admission.leave_in_time(never(), 0.01))
 
 
+def test_a_client_that_does_not_read_is_not_waited_for_when_its_session_ends(monkeypatch):
+    monkeypatch.setattr(server, "LEAVE_SECONDS", 0.05)
+
+    class Full:
+        """A connection whose other side takes nothing."""
+
+        async def send_str(self, text):
+            await asyncio.sleep(HANGING)
+
+        async def close(self):
+            await asyncio.sleep(HANGING)
+
+    started = time.monotonic()
+    asyncio.run(server._dismiss(Full(), "stopping"))
+    asyncio.run(server._dismiss(Full()))
+    assert time.monotonic() - started < HANGING / 2
+
+
+def test_strangers_cannot_fill_the_log(caplog):
+    logger = logging.getLogger("entropi.test.strangers")
+    sparing = monitoring.Sparing(10)
+    logger.addFilter(sparing)
+    for number in range(1000):
+        logger.error("garbage %d", number)
+    sparing._began -= 60
+    logger.error("garbage %s", "again")
+    assert len(caplog.messages) == 11
+    assert caplog.messages[-1] == "garbage again (990 lines before were not written)"
+
+
 # --- The audit log ----------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +504,30 @@ def test_idle_connections(guarded, unguarded, model, authority, first):
     for serving, tls in ((guarded, tls_of(authority, "alice")), (unguarded, None)):
         with held(serving, IDLE, "127.0.0.1", first):
             assert honest(serving, model, tls)
+
+
+@two_party
+def test_the_metrics_take_no_more_than_their_part(unguarded, model):
+    unguarded.address()
+    address = re.search(r"metrics on http://([^/]+)/", unguarded.log)[1]
+    with held(SimpleNamespace(address=lambda: address), 1000, "127.0.0.1"):
+        assert metrics(unguarded)["entropi_sessions"] == 0
+        assert honest(unguarded, model, None)
+        assert len(os.listdir(f"/proc/{unguarded.process.pid}/fd")) < 200
+
+
+@two_party
+def test_garbage_in_numbers(unguarded, model):
+    """What is not even HTTP, from a machine where nobody needs a certificate."""
+    host, port = unguarded.address().split(":")
+    before = unguarded.log.count("\n")
+    for number in range(1000):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), HANGING) as raw:
+            raw.sendall(b"\0 nothing \r\n\r\n")
+            if number == 500:
+                assert honest(unguarded, model, None)
+    assert unguarded.log.count("\n") - before < 200
+    assert "Traceback" not in unguarded.log
 
 
 @two_party

@@ -157,7 +157,7 @@ async def send(socket: web.WebSocketResponse, message: FromServer) -> None:
     await leave_in_time(socket.send_str(encode(message).decode()))
 
 
-async def leave_in_time(sending: Awaitable[None], seconds: float = SEND_SECONDS) -> None:
+async def leave_in_time(sending: Awaitable[object], seconds: float = SEND_SECONDS) -> None:
     """Wait for something to be sent; `ClientLeft` if the client does not take it."""
     try:
         await asyncio.wait_for(sending, seconds)

@@ -113,8 +113,10 @@ async def open_channel(
             cause = error if isinstance(error, ssl.SSLError) else error.__cause__ or error
             if "ALERT" in str(cause).upper():  # in TLS 1.3 the server looks at our certificate after the handshake
                 raise UserError(f"{where} does not accept this client's certificate") from None
-            raise UserError(not_a_server) from None
-        except (aiohttp.ClientError, ConnectionResetError):
+            raise LostServer(not_a_server) from None
+        except (aiohttp.ServerDisconnectedError, ConnectionResetError):  # it may be full, or just going
+            raise LostServer(not_a_server) from None
+        except aiohttp.ClientError:
             raise UserError(not_a_server) from None
 
 
@@ -154,7 +156,7 @@ async def receive(  # type: ignore[no-untyped-def]
     if message.type == aiohttp.WSMsgType.BINARY:
         raise UserError(f"{where} does not follow the protocol")
     if message.type != aiohttp.WSMsgType.TEXT:
-        raise UserError(f"{where} closed the connection during the handshake")
+        raise LostServer(f"{where} closed the connection during the handshake")
     decoded = decode(message.data, where)
     if isinstance(decoded, Refused):
         raise RefusedByServer(f"{where} refused: {decoded.reason}")

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from entropi.errors import UserError
 from entropi.private.admission import Limits
@@ -32,7 +33,7 @@ from entropi.private.audit import Audit
 from entropi.private.certificates import Peer, Watched
 
 HANDSHAKE_SECONDS = 10  # for TLS, and for a request once it is done
-ACCEPTS_AT_ONCE = 16  # before other events have their turn
+ACCEPTS_AT_ONCE = 4  # before other events, and so the handshakes under way, have their turn
 BACKLOG = 512
 TICK_SECONDS = 1.0
 PAUSE_SECONDS = 0.1  # after the system had no descriptor or memory for a connection
@@ -57,6 +58,7 @@ class Guest:
     transport: asyncio.Transport | None = None  # once TLS is done
     task: asyncio.Task[None] | None = None  # until then
     gone: bool = False
+    asked: bool = False  # something, at some time
 
     @property
     def progress(self) -> tuple[int, float]:
@@ -82,30 +84,34 @@ class Guest:
 
 
 class Door:
-    """Accepts connections for an aiohttp server.
+    """Accepts connections for an aiohttp server, whose application has `attend` among its middlewares.
 
     Args:
-        answering: speaks HTTP on connections that came in.
         files: whose context is the TLS side of new connections; None for no TLS.
-        limits: `max_startups` and `source_startups`.
+        startups: connections without a session that there may be.
+        of_source: of these, of one address or client certificate.
         audit: is told who was refused, and why.
     """
 
-    def __init__(self, answering: web.Server, files: Watched | None, limits: Limits, audit: Audit) -> None:
-        self._answering, self._files, self._audit = answering, files, audit
-        self._startups, self._of_source = startups_that_fit(limits), limits.source_startups
+    def __init__(self, files: Watched | None, startups: int, of_source: int, audit: Audit) -> None:
+        self._files, self._audit = files, audit
+        self._answering: web.Server
+        self._startups, self._of_source = startups, of_source
         self._guests: list[Guest] = []
         self._listening: list[socket.socket] = []
         self._spare = -1  # a descriptor to be given up for one connection that must be closed
         self._ticking: asyncio.Task[None] | None = None
 
-    def open(self, host: str, port: int) -> int:
+    def open(self, answering: web.Server, host: str, port: int) -> int:
         """Listen; the port, which a free one takes the place of 0.
+
+        Args:
+            answering: speaks HTTP on connections that came in.
 
         Raises:
             OSError: the address is in use, unknown or not allowed.
         """
-        loop = asyncio.get_running_loop()
+        loop, self._answering = asyncio.get_running_loop(), answering
         for family, kind, protocol, _, where in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
@@ -139,14 +145,24 @@ class Door:
             os.close(self._spare)
             self._spare = -1
 
+    @web.middleware
+    async def attend(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Know of a request for as long as it is being answered."""
+        with self._answer(request):
+            return await handler(request)
+
+    def guest(self, request: web.BaseRequest) -> Guest:
+        """The connection of a request that is being answered."""
+        return next(guest for guest in self._guests if guest.protocol is request.protocol)
+
     @contextlib.contextmanager
-    def answering(self, request: web.BaseRequest) -> Iterator[Guest]:
-        """The connection of a request, for as long as it is being answered."""
-        guest = next(guest for guest in self._guests if guest.protocol is request.protocol)
+    def _answer(self, request: web.BaseRequest) -> Iterator[None]:
+        guest = self.guest(request)
         guest.requests += 1
+        guest.asked = True
         guest.since = time.monotonic()
         try:
-            yield guest
+            yield
         finally:
             guest.requests -= 1
             guest.since = time.monotonic()
@@ -246,7 +262,8 @@ class Door:
             late = time.monotonic() - HANDSHAKE_SECONDS
             for guest in self._outside():
                 if guest.transport is not None and not guest.requests and guest.since < late:
-                    self._audit.refused(guest.source, "silent", f"no request within {HANDSHAKE_SECONDS} s")
+                    if not guest.asked:
+                        self._audit.refused(guest.source, "silent", f"no request within {HANDSHAKE_SECONDS} s")
                     guest.leave()
 
 

@@ -108,6 +108,31 @@ class SessionLog(_Adapter):
         return f"session {fields['session']}: {msg}", {**kwargs, "extra": {"fields": fields}}
 
 
+class Sparing(logging.Filter):
+    """Lets so many lines of a logger pass within a minute, and says with the next one how many it did not.
+
+    Args:
+        most: lines within a minute.
+    """
+
+    def __init__(self, most: int = 30) -> None:
+        super().__init__()
+        self._most, self._passed, self._kept, self._began = most, 0, 0, time.monotonic()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        if time.monotonic() - self._began >= 60:
+            self._passed, self._began = 0, time.monotonic()
+        if self._passed >= self._most:
+            self._kept += 1
+            return False
+        self._passed += 1
+        if self._kept:
+            record.msg, record.args = f"{record.getMessage()} ({self._kept} lines before were not written)", ()
+            self._kept = 0
+        return True
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, message, and the fields a session's lines carry."""
 

@@ -37,7 +37,7 @@ from entropi.private.admission import (
 )
 from entropi.private.audit import Audit
 from entropi.private.certificates import Peer, Revoked, Tls, Watched
-from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, cut
+from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
 from entropi.private.messages import (
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
@@ -56,7 +56,7 @@ from entropi.private.messages import (
     Welcome,
     encode,
 )
-from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
+from entropi.private.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
 from entropi.private.program import Description
 from entropi.private.quotas import Quota, Usage, open_store
 from entropi.private.ranges import settle
@@ -68,6 +68,7 @@ WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer ei
 TABLE_BYTES_PER_SECOND = 50_000  # a client that takes the token embeddings more slowly is not waited for
 FRAME = 64 << 10  # bytes of the welcome that leave at a time, and so about what one client's buffer holds of it
 WATCH_SECONDS = 2.0  # between two looks at files that may be replaced
+METRICS_CONNECTIONS = 16
 QUIET_SESSIONS = 100  # connections within a minute that have log lines of their own before they have a slot
 LINK_SECONDS = 60.0  # for both engines to start and find each other
 HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
@@ -192,27 +193,22 @@ def _check_tokenizer(tokenizer: str, description: Description) -> None:
 
 
 async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int]) -> None:
-    door: Door
-    files = host.watched
-
     async def handler(request: web.Request) -> web.WebSocketResponse:
-        with door.answering(request) as guest:
-            return await _session(request, host, guest)
+        return await _session(request, host, entrance.guest(request))
 
     async def table(request: web.Request) -> web.FileResponse:
         assert host.table is not None
         peer, transport = Peer.of(request.transport), request.transport
         if peer is not None and peer in host.revoked:
             raise web.HTTPForbidden
-        with door.answering(request):
-            response = web.FileResponse(host.table)
-            patience = SEND_SECONDS + host.table.stat().st_size / TABLE_BYTES_PER_SECOND
-            try:
-                await asyncio.wait_for(response.prepare(request), patience)  # which sends it
-            except asyncio.TimeoutError:
-                if transport is not None:
-                    cut(transport)
-            return response
+        response = web.FileResponse(host.table)
+        patience = SEND_SECONDS + host.table.stat().st_size / TABLE_BYTES_PER_SECOND
+        try:
+            await asyncio.wait_for(response.prepare(request), patience)  # which sends it
+        except asyncio.TimeoutError:
+            if transport is not None:
+                cut(transport)
+        return response
 
     async def end_sessions(_: web.Application) -> None:
         await asyncio.gather(*(_dismiss(socket, "the server is stopping") for socket in host.sockets))
@@ -223,6 +219,11 @@ async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int])
         app.router.add_get("/v1/table", table)
     app.on_shutdown.append(end_sessions)
     request_log.addFilter(_without_trace)
+    for strangers in (request_log, logging.getLogger("asyncio")):
+        strangers.addFilter(Sparing())
+    files = host.watched
+    entrance = Door(files, startups_that_fit(host.limits), host.limits.source_startups, host.audit)
+    side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, host.audit)
     loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
@@ -233,28 +234,28 @@ async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int])
         await host.quota.check()
         for task in (loop.create_task(host.audit.keep()), loop.create_task(_watch_files(host, again))):
             closing.callback(task.cancel)
-        for each, where in ((app, address), (monitoring_app(host.counters), watched)):
+        for each, door, where in (
+            (app, entrance, address),
+            (monitoring_app(host.counters), side_door, watched),
+        ):
+            each.middlewares.append(door.attend)
             runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
             await runner.setup()
             closing.push_async_callback(runner.cleanup)
-            if each is not app:
-                site = web.TCPSite(runner, *where)
-                with _listening(where):
-                    await site.start()
-                log.info("metrics on http://%s/metrics", _spell(where[0], runner.addresses[0][1]))
-                continue
             assert runner.server is not None
-            door = Door(runner.server, files, host.limits, host.audit)
             closing.callback(door.close)
             with _listening(where):
-                port = door.open(*where)
-            log.info(
-                "listening on %s, %s, protocol %s, %s",
-                _spell(where[0], port),
-                host.welcome.description.architecture,
-                host.welcome.settings.protocol,
-                "TLS 1.3 with client certificates" if files is not None else "no TLS: this machine only",
-            )
+                port = door.open(runner.server, *where)
+            if each is app:
+                log.info(
+                    "listening on %s, %s, protocol %s, %s",
+                    _spell(where[0], port),
+                    host.welcome.description.architecture,
+                    host.welcome.settings.protocol,
+                    "TLS 1.3 with client certificates" if files is not None else "no TLS: this machine only",
+                )
+            else:
+                log.info("metrics on http://%s/metrics", _spell(where[0], port))
         await stopping.wait()
         log.info("stopping")
 
@@ -365,7 +366,7 @@ async def _dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> 
     with contextlib.suppress(ConnectionError, RuntimeError, ClientLeft):
         if reason is not None:
             await leave_in_time(socket.send_str(encode(Refused(reason=reason[:300])).decode()), LEAVE_SECONDS / 2)
-        await socket.close()
+        await leave_in_time(socket.close(), LEAVE_SECONDS)  # a client that does not read would be waited for
 
 
 async def _greet(request: web.Request, greeting: tuple[bytes, ...]) -> None:
