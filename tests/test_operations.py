@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 pytest.importorskip("spu")
 pytest.importorskip("cryptography")
@@ -23,15 +24,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from entropi import cli
 from entropi.errors import UserError
-from entropi.private import connect, quotas
+from entropi.private import client, connect, quotas
 from entropi.private.admission import Limits, Refusal, SessionError
 from entropi.private.certificates import Peer, Revoked, Tls, Watched, issue, revoke
 from entropi.private.client import Watcher
+from entropi.private.messages import Refused, encode
 from serving import (
     HANGING,
     PROMPT,
     TOLERANCE,
     Server,
+    ThreadedApp,
     free_port,
     no_parties_left,
     parties,
@@ -294,6 +297,41 @@ def test_where_quotas_are_kept(tmp_path, monkeypatch):
     (tmp_path / "garbage").write_bytes(b"\xff" * 5000)
     with pytest.raises(UserError, match="cannot keep quotas"):
         quotas.open_store(str(tmp_path / "garbage"), Limits(client_tokens=1))
+
+
+# --- A client that tries again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "retries", "complaint"),
+    [
+        (["lost", "refused", "lost", "refused"], 3, "refused: later"),
+        (["lost", "lost"], 1, "closed the connection"),
+        (["refused"], 5, "refused: later"),  # the first refusal is meant
+    ],
+)
+def test_what_is_tried_again(monkeypatch, answers, retries, complaint):
+    """A refusal ends a question, but not one that was going on elsewhere: its session may still be counted there."""
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.01)
+    met = []
+
+    async def handler(request):
+        channel = web.WebSocketResponse()
+        await channel.prepare(request)
+        await channel.receive()
+        met.append(answers[len(met)])
+        if met[-1] == "refused":
+            await channel.send_str(encode(Refused("later")).decode())
+        await channel.close()
+        return channel
+
+    app = ThreadedApp(handler)
+    try:
+        with pytest.raises(UserError, match=complaint):
+            client.ask(app.address, PROMPT, 1, retries=retries)
+    finally:
+        app.close()
+    assert met == answers
 
 
 # --- Revocation -------------------------------------------------------------------------------------------------------

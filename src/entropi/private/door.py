@@ -153,7 +153,10 @@ class Door:
 
     def guest(self, request: web.BaseRequest) -> Guest:
         """The connection of a request that is being answered."""
-        return next(guest for guest in self._guests if guest.protocol is request.protocol)
+        for guest in self._guests:
+            if guest.protocol is request.protocol:
+                return guest
+        raise web.HTTPServiceUnavailable  # displaced just now
 
     @contextlib.contextmanager
     def _answer(self, request: web.BaseRequest) -> Iterator[None]:
