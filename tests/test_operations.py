@@ -511,7 +511,7 @@ def test_who_is_revoked_is_out_at_once_and_a_new_certificate_comes_without_a_res
         wait_for(lambda: audit.read_text().count("certificates reloaded") > before)
         wait_for(lambda: served_certificate(address, bob) == (folder / "127.0.0.1.pem").read_bytes())
         # Files that cannot be used change nothing.
-        revoked.write_text("alice\n")
+        revoked.write_bytes(b"\xff\0")
         wait_for(lambda: "what was read before stays in use" in serving.log)
         honest(address, model, bob)
         with pytest.raises(UserError, match="revoked"):

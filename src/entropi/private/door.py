@@ -254,7 +254,12 @@ class Door:
             return
         guest.transport, guest.task = transport, None
         guest.stage, guest.since = 1, time.monotonic()
-        peer = Peer.of(transport)
+        try:
+            peer = Peer.of(transport)
+        except ValueError:  # OpenSSL reads more than the parser does
+            self._audit.refused(guest.source, "certificate", "a certificate that cannot be read")
+            guest.leave()
+            return
         if peer is not None:
             guest.source = f"client {peer.name}"
 

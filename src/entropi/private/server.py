@@ -282,7 +282,7 @@ async def _watch_files(host: Host, again: asyncio.Event) -> None:
         again.clear()
         try:
             files.reload()
-        except UserError as error:
+        except Exception as error:  # whatever it is, the next change is to be looked at
             log.error("what was read before stays in use: %s", error)
             host.audit.happened("certificates not reloaded", str(error))
             continue
