@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import logging
 import os
@@ -35,6 +36,7 @@ from entropi.private.certificates import Peer, Watched
 HANDSHAKE_SECONDS = 10  # for TLS, and for a request once it is done
 ACCEPTS_AT_ONCE = 4  # before other events, and so the handshakes under way, have their turn
 BACKLOG = 512
+SEARCH_EVERY = 64  # connections
 TICK_SECONDS = 1.0
 PAUSE_SECONDS = 0.1  # after the system had no descriptor or memory for a connection
 SESSION_DESCRIPTORS = 16  # of one session: its connection, the tunnel, the engine's sockets, the process's pipes
@@ -101,6 +103,7 @@ class Door:
         self._listening: list[socket.socket] = []
         self._spare = -1  # a descriptor to be given up for one connection that must be closed
         self._ticking: asyncio.Task[None] | None = None
+        self._entered = 0
 
     def open(self, answering: web.Server, host: str, port: int) -> int:
         """Listen; the port, which a free one takes the place of 0.
@@ -216,6 +219,11 @@ class Door:
         elif len(startups) >= self._startups:
             ((busiest, _),) = Counter(guest.source for guest in startups).most_common(1)
             self._displace([guest for guest in startups if guest.source == busiest])
+        self._entered += 1
+        if self._entered % SEARCH_EVERY == 0:
+            # asyncio's TLS has buffers of 256 KB for every connection, in a circle of references: what a flood leaves
+            # would wait for the collector's own pace, by the hundred.
+            gc.collect()
         protocol = self._answering()
         guest = Guest(source, address, protocol)
         self._guests.append(guest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -159,6 +160,9 @@ def serve(
         greeting = text_frames(encode(welcome))
         digest = welcome.digest()
         host = Host(folder, welcome, digest, limits, slots, quota, counters, table, audit, files, greeting)
+        # What is here by now stays; the door searches often for what connections leave behind.
+        gc.collect()
+        gc.freeze()
         asyncio.run(_serve(host, address, watched))
         audit.close()
     log.info("stopped")
