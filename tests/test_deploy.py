@@ -653,7 +653,9 @@ def test_what_the_server_tells_of_itself(secured):
     status, text = fetch(secured, "/metrics")
     found = metrics_of(text)
     lines = [json.loads(line) for line in secured.log.splitlines()]
-    endings = [line["ending"] for line in lines if "ending" in line]
+    endings = [line["ending"] for line in lines if "ending" in line and "event" not in line]
+    events = [line for line in lines if line.get("event", "").startswith("session")]  # of the audit
+    assert sum(line.get("count", 1) for line in events) == len(endings)
     for ending in ("finished", "left", "refused", "failed"):
         assert found[f'entropi_connections_total{{ending="{ending}"}}'] == endings.count(ending)
     assert endings.count("finished") >= 3

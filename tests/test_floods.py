@@ -361,17 +361,11 @@ def tls_of(folder, name, ca=None):
 
 @pytest.fixture(scope="module")
 def talkative(folded, tmp_path_factory):
-    """The folded model with a tokenizer file that is large because of what it does not need."""
+    """The folded model with a tokenizer file that is large, by spaces that mean nothing."""
     folder = tmp_path_factory.mktemp("models") / "talkative"
     shutil.copytree(folded, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    # Normalizer rules for a character that no prompt here has.
-    rules = [
-        {"type": "Replace", "pattern": {"String": "\u2603"}, "content": f"{number:010d}" * 1000}
-        for number in range(LARGE_TOKENIZER // 10_000)
-    ]
-    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": rules}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text() + " " * LARGE_TOKENIZER)
     return folder
 
 
@@ -462,7 +456,9 @@ def test_half_open_handshakes(guarded, model, authority, source, greets):
         assert honest(guarded, model, tls_of(authority, "alice"))
         assert len(os.listdir(f"/proc/{guarded.process.pid}/fd")) < 200
         assert memory_of(guarded.process) - before < MOST_GROWTH
-    assert metrics(guarded)['entropi_refused_handshakes_total{kind="crowded"}'] >= HALF_OPEN - 200
+    counted = metrics(guarded)
+    kinds = ("crowded", "timeout")  # the latter where a slow machine takes ten seconds for so many connections
+    assert sum(counted[f'entropi_refused_handshakes_total{{kind="{kind}"}}'] for kind in kinds) >= HALF_OPEN - 200
     assert guarded.log.count("\n") - lines < 100
     assert address == guarded.address()
     assert "Traceback" not in guarded.log
@@ -514,7 +510,7 @@ def test_the_metrics_take_no_more_than_their_part(unguarded, model):
     unguarded.address()
     address = re.search(r"metrics on http://([^/]+)/", unguarded.log)[1]
     with held(SimpleNamespace(address=lambda: address), 1000, "127.0.0.1"):
-        assert metrics(unguarded)["entropi_sessions"] == 0
+        wait_for(lambda: metrics(unguarded)["entropi_sessions"] == 0)  # the one before may be just ending
         assert honest(unguarded, model, None)
         assert len(os.listdir(f"/proc/{unguarded.process.pid}/fd")) < 200
 
