@@ -267,6 +267,7 @@ def test_a_store_that_is_gone_lets_nobody_take_more(tmp_path, capfd):
 def test_a_password_that_is_on_no_command_line(redis_server, monkeypatch):
     import redis
 
+    flush(redis_server)
     direct = redis.Redis.from_url(redis_server)
     direct.config_set("requirepass", "open sesame")
     try:
