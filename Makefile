@@ -4,13 +4,19 @@ PYTHON ?= $(shell command -v python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Apart from the rest, whose versions exclude some of theirs.
+TOOLS := .venv-tools
+LOCKING := --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
+	--no-emit-index-url --custom-compile-command "make lock"
+# Dates in what is built: the last commit's, or what the caller says.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 
-.PHONY: demo test check install format clean
+.PHONY: demo test check install format clean tools lock sbom wheel
 
 demo: install
 	$(BIN)/entropi demo
 
-test: check
+test: check tools
 	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu"
 
 # Under three minutes once installed: style, types, fast tests.
@@ -32,9 +38,36 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[private,report,dev]"
 	@touch $(INSTALLED)
 
+tools: $(TOOLS)/.installed
+
+$(TOOLS)/.installed: deploy/tools.lock
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: the pins are for it"; exit 2; }
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r deploy/tools.lock
+	@touch $@
+
+# Exact versions and hashes of all that a server or client needs, within constraints.txt. PyTorch is not among it: only
+# training and folding need it, and which build is right depends on the machine.
+lock: tools
+	$(TOOLS)/bin/uv pip compile deploy/requirements.in --constraints constraints.txt $(LOCKING) -o requirements.lock
+	$(TOOLS)/bin/uv pip compile deploy/tools.in $(LOCKING) -o deploy/tools.lock
+
+# A list of the parts in requirements.lock, CycloneDX 1.6.
+sbom: tools
+	@mkdir -p dist
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(TOOLS)/bin/cyclonedx-py requirements requirements.lock \
+		--pyproject pyproject.toml --output-reproducible --output-file dist/entropi.cdx.json
+
+# Of the last commit, whatever lies in the folder; the same bytes whoever builds it.
+wheel: tools
+	rm -rf dist/source && mkdir -p dist/source
+	git -c tar.umask=0022 archive HEAD | tar -x -C dist/source
+	umask 022 && SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(TOOLS)/bin/python -m build --wheel --no-isolation --outdir dist dist/source
+	rm -rf dist/source
+
 format: install
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

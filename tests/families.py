@@ -658,6 +658,10 @@ def raised_by_us(error: BaseException) -> bool:
     return bool(frames) and Path(entropi.__file__).parent in Path(frames[-1][0].f_code.co_filename).parents
 
 
+# Parts of models that run without the mask of tokens: to them nothing is padding.
+UNMASKED = ("model.patcher.",)  # of BLT
+
+
 def expected_means(attentions: list[Attention], inputs: dict[str, Tensor]) -> Means:
     rows: dict[tuple[str, int], list[Tensor]] = {}
     for each in attentions:
@@ -665,6 +669,8 @@ def expected_means(attentions: list[Attention], inputs: dict[str, Tensor]) -> Me
         if entropies.shape[0] != BATCH:
             raise Unbuildable(f"no reference: weights of shape {tuple(each.weights.shape)}")
         valid = valid_rows(inputs, each.part, entropies.shape[1])
+        if each.name.startswith(UNMASKED):
+            valid = torch.ones_like(valid)
         if entropies.shape[1] not in {mask.shape[1] for name, mask in inputs.items() if name.endswith("mask")}:
             # Rows of patches, not of tokens: those that see nothing, which have no attention, are even under eager.
             valid &= (each.weights != each.weights[..., :1]).any(dim=(1, 3))

@@ -40,6 +40,7 @@ def scratch(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("ENTROPI_TEST_MARK", str(folder))
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         yield folder
 

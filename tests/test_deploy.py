@@ -243,32 +243,6 @@ def test_impossible_sampling(options):
         Sampling(**options)
 
 
-def test_quota_of_a_client():
-    quota = admission.Quota(admission.Limits(client_sessions=2, client_tokens=10))
-    with quota.session("alice", 4), quota.session("alice", 4):
-        with pytest.raises(admission.Refusal, match="2 sessions already"), quota.session("alice", 1):
-            pass
-        with quota.session("bob", 10), quota.session("", 1000), quota.session("", 1000), quota.session("", 1000):
-            pass
-        for _ in range(3):
-            quota.count_token("alice")
-    with pytest.raises(admission.Refusal, match="7 more tokens"), quota.session("alice", 8):
-        pass
-    with quota.session("alice", 7):
-        pass
-
-
-def test_quota_forgets_after_a_day(monkeypatch):
-    quota = admission.Quota(admission.Limits(client_tokens=1))
-    quota.count_token("alice")
-    with pytest.raises(admission.Refusal), quota.session("alice", 1):
-        pass
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + admission.DAY_SECONDS + 1)
-    with quota.session("alice", 1):
-        pass
-
-
 class Line:
     """A client in the queue: what it was told, and nothing to say."""
 
@@ -488,7 +462,7 @@ def test_options_of_the_pages_exist():
     serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
     asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
     certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
-    known = {*serving, *asking, *certifying, "no_deps", "link"}
+    known = {*serving, *asking, *certifying, "no_deps", "require_hashes", "link"}
     text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
 
@@ -679,14 +653,19 @@ def test_what_the_server_tells_of_itself(secured):
     status, text = fetch(secured, "/metrics")
     found = metrics_of(text)
     lines = [json.loads(line) for line in secured.log.splitlines()]
-    endings = [line["ending"] for line in lines if "ending" in line]
+    endings = [line["ending"] for line in lines if "ending" in line and "event" not in line]
+    events = [line for line in lines if line.get("event", "").startswith("session")]  # of the audit
+    assert sum(line.get("count", 1) for line in events) == len(endings)
     for ending in ("finished", "left", "refused", "failed"):
         assert found[f'entropi_connections_total{{ending="{ending}"}}'] == endings.count(ending)
     assert endings.count("finished") >= 3
     assert endings.count("failed") >= 2
     assert found["entropi_tokens_total"] == sum("a token" in line["message"] for line in lines)
     assert found["entropi_sent_bytes_total"] >= max(line.get("sent_bytes", 0) for line in lines) > 0
-    assert {line["client"].partition("/")[0] for line in lines if "client" in line} == {"alice", "bob"}
+    strangers = {line["client"] for line in lines if line.get("event") == "handshake refused"}
+    assert strangers <= {"127.0.0.1"}
+    named = {line["client"].partition("/")[0] for line in lines if "client" in line}
+    assert named - strangers == {"alice", "bob"}
     assert PROMPT not in secured.log
     assert fetch(secured, "/v1/session")[0] == 404
 

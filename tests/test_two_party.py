@@ -854,18 +854,6 @@ def test_web_pages_may_not_talk_to_the_server(running):
         asyncio.run(pose_as_a_page())
 
 
-def test_connections_are_limited(running):
-    async def crowd():
-        async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as open_channels:
-            for _ in range(admission.Limits(max_queue=1).max_connections + 1):
-                connecting = http.ws_connect(f"http://{running.address()}/v1/session")
-                channel = await open_channels.enter_async_context(connecting)
-            return json.loads((await channel.receive(HANGING)).data)
-
-    assert "too many connections" in asyncio.run(crowd())["reason"]
-    wait_for(running.sessions_closed)
-
-
 def test_sessions_in_which_nothing_happens_end():
     class Stalled:
         async def event(self):
@@ -873,7 +861,7 @@ def test_sessions_in_which_nothing_happens_end():
 
     host = SimpleNamespace(limits=admission.Limits(stall_seconds=0.1))
     with pytest.raises(admission.SessionError, match=r"nothing happened for 0\.1 s"):
-        asyncio.run(server._watch_party(Stalled(), server.log, host, "", server._Progress()))
+        asyncio.run(server._watch_party(Stalled(), server.log, host, None, server._Progress()))
 
 
 # --- Last: what ran all the time --------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
             command.add_argument("--compare", nargs="+", metavar="MODEL", help=helps["compare"])
             command.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help=helps["runs"])
         if function is commands.certificates:
-            for option in ("server", "client"):
+            for option in ("server", "client", "revoke"):
                 skipped.add(option)
                 command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
         if function is commands.train:

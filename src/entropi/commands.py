@@ -434,6 +434,11 @@ def serve(
     memory_gb: float | None = None,
     client_sessions: int | None = None,
     client_tokens: int | None = None,
+    max_startups: int = 64,
+    source_startups: int = 48,
+    revoked: Path | None = None,
+    audit_log: Path | None = None,
+    quota_store: str | None = None,
     output: Literal["logits", "top_k", "argmax"] = "logits",
     choices: int = 8,
     embedding: Literal["private", "public"] = "private",
@@ -459,6 +464,13 @@ def serve(
         memory_gb: most memory of a session's process, in GB; no limit by default
         client_sessions: sessions at a time of one client certificate; no limit by default
         client_tokens: tokens within 24 hours of one client certificate; no limit by default
+        max_startups: connections that have no session yet; beyond these the oldest are ended for new ones
+        source_startups: of these, of one address or one client certificate
+        revoked: file of revoked certificates: a revocation list (see `entropi certificates`), fingerprints, or both;
+            read again, like the TLS files, when it changes and on SIGHUP
+        audit_log: file to add one JSON object to for every refusal and session; by default they go to the log
+        quota_store: file, or redis://HOST:PORT/NUMBER for several servers, that keeps what clients use of their two
+            limits; by default entropi/quotas.sqlite in the user's state folder
         output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
         choices: how many tokens top_k reveals, 1 to 16
         embedding: public gives the token embeddings to every client and saves their part of the computation
@@ -498,6 +510,8 @@ def serve(
         memory_gb,
         client_sessions,
         client_tokens,
+        max_startups,
+        source_startups,
     )
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
     parse_address(listen, tls=tls is not None)  # before a model is folded, which takes a while
@@ -514,7 +528,19 @@ def serve(
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
         choose = fraction_bits is None
-        serve_folder(folder, tokenizer, listen, settings, limits, tls, metrics, choose_fraction_bits=choose)
+        serve_folder(
+            folder,
+            tokenizer,
+            listen,
+            settings,
+            limits,
+            tls,
+            metrics,
+            choose_fraction_bits=choose,
+            revoked=revoked,
+            audit_log=audit_log,
+            quota_store=quota_store,
+        )
 
 
 def ask(
@@ -624,20 +650,24 @@ def ask(
     console.print(summary_of_private_run(answer.record), markup=False)
 
 
-def certificates(folder: Path, server: list[str], client: list[str], days: int = 365) -> None:
+def certificates(folder: Path, server: list[str], client: list[str], revoke: list[str], days: int = 365) -> None:
     """Make an authority in FOLDER, or use the one there, and let it certify servers and clients for TLS.
 
     Args:
         folder: of the authority; ca-key.pem in it can certify anybody, so it belongs on neither machine
         server: host names and addresses under which clients reach one server
         client: names of clients, one certificate each
+        revoke: names whose certificates in FOLDER are added to its revocation list, revoked.pem, for `serve --revoked`
         days: for which the certificates are valid
     """
     with _extra("private"):
-        from entropi.private.certificates import issue
+        from entropi.private import certificates as authority
 
-    for path in issue(folder, server, client, days):
-        print(path)
+    if server or client or not revoke:
+        for path in authority.issue(folder, server, client, days):
+            print(path)
+    if revoke:
+        print(authority.revoke(folder, revoke))
 
 
 def summary_of_private_run(run: records.PrivateRun) -> str:

@@ -1,12 +1,12 @@
-"""Which clients a server lets in, when, and what it takes from them: limits, quotas, the queue, messages."""
+"""Which clients a server lets in, when, and what it takes from them: limits, the queue, messages."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from entropi.errors import UserError
 from entropi.private.messages import (
     MAX_CLIENT_MESSAGE,
     BadMessage,
+    FromServer,
     Hello,
     Next,
     Queued,
@@ -27,8 +28,7 @@ from entropi.private.messages import (
 from entropi.private.monitoring import Counters
 
 QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
-SPARE_CONNECTIONS = 32  # open control channels beyond those that compute or wait in the queue
-DAY_SECONDS = 86400.0
+SEND_SECONDS = 30.0  # for a message to leave; a peer that does not read is gone
 
 
 class SessionError(Exception):
@@ -57,6 +57,8 @@ class Limits:
         memory_gb: address space that a session's process may write to, in 10^9 bytes; None for no limit.
         client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
         client_tokens: generated within a day, of one client certificate; None for no limit.
+        max_startups: connections that have no session yet.
+        source_startups: of these, of one address or client certificate.
 
     Raises:
         UserError: a limit that would let nobody in.
@@ -71,54 +73,13 @@ class Limits:
     memory_gb: float | None = None
     client_sessions: int | None = None
     client_tokens: int | None = None
+    max_startups: int = 64
+    source_startups: int = 48
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not (value > 0 or (name == "max_queue" and value == 0)):
                 raise UserError(f"{name} is {value} but must be positive")
-
-    @property
-    def max_connections(self) -> int:
-        return self.max_sessions + self.max_queue + SPARE_CONNECTIONS
-
-
-class Quota:
-    """What every client's certificate has used; clients without one are on this machine, and free."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._sessions: Counter[str] = Counter()
-        self._promised: Counter[str] = Counter()  # tokens that sessions under way may still generate, at most
-        self._generated: dict[str, deque[float]] = {}  # when
-
-    @contextlib.contextmanager
-    def session(self, name: str, new_tokens: int) -> Iterator[None]:
-        """Count a session while it waits and computes; `Refusal` if the client has no right to it."""
-        limits = self._limits
-        if name and limits.client_sessions is not None and self._sessions[name] >= limits.client_sessions:
-            raise Refusal(f"this client has {limits.client_sessions} sessions already")
-        if name and limits.client_tokens is not None:
-            left = limits.client_tokens - self._promised[name] - self._generated_today(name)
-            if new_tokens > left:
-                raise Refusal(f"this client may ask for {max(left, 0)} more tokens within 24 hours")
-        self._sessions[name] += 1
-        self._promised[name] += new_tokens
-        try:
-            yield
-        finally:
-            self._sessions[name] -= 1
-            self._promised[name] -= new_tokens
-
-    def count_token(self, name: str) -> None:
-        """Note that a token was generated just now."""
-        if name and self._limits.client_tokens is not None:
-            self._generated.setdefault(name, deque()).append(time.monotonic())
-
-    def _generated_today(self, name: str) -> int:
-        times = self._generated.get(name, deque())
-        while times and times[0] < time.monotonic() - DAY_SECONDS:
-            times.popleft()
-        return len(times)
 
 
 class Slots:
@@ -130,19 +91,28 @@ class Slots:
         self._waiting: list[asyncio.Future[None]] = []
 
     @contextlib.asynccontextmanager
-    async def slot(self, socket: web.WebSocketResponse) -> AsyncIterator[None]:
-        """One slot; the client is told how many are before it, and `Refusal` if there is no room to wait."""
-        if self._free and not self._waiting:
-            self._free -= 1
-        else:
-            await self._wait(socket)
-        self._counters.sessions += 1
-        try:
-            yield
-        finally:
-            self._counters.sessions -= 1
-            self._free += 1
-            self._call_next()
+    async def slot(
+        self, socket: web.WebSocketResponse, admitted: AbstractContextManager[None] | None = None
+    ) -> AsyncIterator[None]:
+        """One slot; the client is told how many are before it, and `Refusal` if there is no room to wait.
+
+        `admitted` is entered once it has a slot or a place in the queue.
+        """
+        queued = not (self._free and not self._waiting)
+        if queued and len(self._waiting) >= self._limits.max_queue:
+            raise Refusal("the server is busy with other sessions; try again later")
+        with admitted or contextlib.nullcontext():
+            if queued:
+                await self._wait(socket)
+            else:
+                self._free -= 1
+            self._counters.sessions += 1
+            try:
+                yield
+            finally:
+                self._counters.sessions -= 1
+                self._free += 1
+                self._call_next()
 
     def _call_next(self) -> None:
         for turn in self._waiting:
@@ -151,8 +121,6 @@ class Slots:
                 turn.set_result(None)
 
     async def _wait(self, socket: web.WebSocketResponse) -> None:
-        if len(self._waiting) >= self._limits.max_queue:
-            raise Refusal("the server is busy with other sessions; try again later")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._counters.waiting += 1
@@ -170,7 +138,7 @@ class Slots:
                 patience = min(QUEUE_SECONDS, max(deadline - time.monotonic(), 0.0))
                 await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not (turn.done() or leaves.done()) and told != (told := self._waiting.index(turn)):
-                    await socket.send_str(encode(Queued(told)).decode())
+                    await send(socket, Queued(told))
         except BaseException:
             if turn.done():  # it came just now, and somebody else may have it
                 self._free += 1
@@ -182,6 +150,19 @@ class Slots:
             leaves.cancel()
             await asyncio.gather(leaves, return_exceptions=True)
             self._call_next()
+
+
+async def send(socket: web.WebSocketResponse, message: FromServer) -> None:
+    """A control message; `ClientLeft` if the client does not take it."""
+    await leave_in_time(socket.send_str(encode(message).decode()))
+
+
+async def leave_in_time(sending: Awaitable[object], seconds: float = SEND_SECONDS) -> None:
+    """Wait for something to be sent; `ClientLeft` if the client does not take it."""
+    try:
+        await asyncio.wait_for(sending, seconds)
+    except asyncio.TimeoutError:
+        raise ClientLeft(f"the client took nothing for {seconds:g} s") from None
 
 
 M = TypeVar("M", Hello, Start, Next)

@@ -19,12 +19,14 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from entropi.errors import UserError
 
-CA, CA_KEY = "ca.pem", "ca-key.pem"
+CA, CA_KEY, REVOKED = "ca.pem", "ca-key.pem", "revoked.pem"
+RESERVED = ("ca", "revoked")  # names that would be those of these files
+_CRL = re.compile(r"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._@-]{0,62}[A-Za-z0-9])?\Z")  # also of files; common names end at 64
 
 
@@ -96,15 +98,196 @@ def tls_files(cert: Path | None, key: Path | None, ca: Path | None, ca_option: s
     return None
 
 
-def name_of_peer(transport: Any) -> str:
-    """Name and fingerprint in the verified certificate of the other side, safe to log; "" without TLS."""
-    connection = transport.get_extra_info("ssl_object") if transport is not None else None
-    if connection is None:
-        return ""
-    names = [value for part in connection.getpeercert()["subject"] for key, value in part if key == "commonName"]
-    fingerprint = hashlib.sha256(connection.getpeercert(binary_form=True)).hexdigest()[:16]
-    name = re.sub(r"[^A-Za-z0-9._@-]", "?", names[0])[:64] if names else "?"
-    return f"{name}/{fingerprint}"
+@dataclass(frozen=True)
+class Peer:
+    """The other side of a connection, as its verified certificate has it.
+
+    Attributes:
+        name: common name, safe to log.
+        fingerprint: SHA-256 of the certificate, hex.
+        issuer: name of the authority, DER.
+        serial: number of the certificate, of this issuer.
+    """
+
+    name: str
+    fingerprint: str
+    issuer: bytes
+    serial: int
+
+    @classmethod
+    def of(cls, transport: Any) -> Peer | None:
+        """None without TLS."""
+        connection = transport.get_extra_info("ssl_object") if transport is not None else None
+        encoded = connection.getpeercert(binary_form=True) if connection is not None else None
+        return cls.in_certificate(x509.load_der_x509_certificate(encoded)) if encoded else None
+
+    @classmethod
+    def in_certificate(cls, certificate: x509.Certificate) -> Peer:
+        """As `of`, for a certificate that somebody has verified."""
+        names = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        name = re.sub(r"[^A-Za-z0-9._@-]", "?", names[0])[:64] if names else "?"
+        fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
+        return cls(name, fingerprint, certificate.issuer.public_bytes(), certificate.serial_number)
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.fingerprint[:16]}"
+
+
+@dataclass(frozen=True)
+class Revoked:
+    """Certificates that are no longer believed although their authority and dates are.
+
+    Attributes:
+        serials: issuer and number, from revocation lists.
+        fingerprints: SHA-256, hex; or the first 16 digits, as logs have them.
+    """
+
+    serials: frozenset[tuple[bytes, int]] = frozenset()
+    fingerprints: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, path: Path, ca: Path) -> Revoked:
+        """From a file with X.509 revocation lists (PEM) of authorities in `ca`, fingerprints, or both.
+
+        A list is honoured after the date for its next issue too: what it revokes stays revoked.
+
+        Raises:
+            UserError: unreadable, a line that is neither, or a list that no authority in `ca` has signed.
+        """
+        try:
+            text = path.read_text(encoding="ascii")
+            authorities = x509.load_pem_x509_certificates(ca.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        except ValueError:  # bytes that are no ASCII; no PEM
+            raise UserError(f"{path} is no list of revoked certificates") from None
+        serials: set[tuple[bytes, int]] = set()
+        for block in _CRL.findall(text):
+            try:
+                found = x509.load_pem_x509_crl(block.encode())
+                signed = any(
+                    authority.subject == found.issuer and _has_signed(authority, found) for authority in authorities
+                )
+                serials |= {(found.issuer.public_bytes(), entry.serial_number) for entry in found}
+            except ValueError:
+                raise UserError(f"{path} holds a damaged revocation list") from None
+            if not signed:
+                raise UserError(f"{path} holds a revocation list that no authority in {ca} has signed")
+        fingerprints = set()
+        for number, line in enumerate(_CRL.sub(_blank, text).splitlines(), start=1):
+            word = line.partition("#")[0].strip().replace(":", "").lower()
+            if word and not re.fullmatch("[0-9a-f]{16}|[0-9a-f]{64}", word):
+                raise UserError(f"line {number} of {path} is neither a SHA-256 fingerprint nor a revocation list")
+            if word:
+                fingerprints.add(word)
+        return cls(frozenset(serials), frozenset(fingerprints))
+
+    def __contains__(self, peer: Peer) -> bool:
+        known = {peer.fingerprint, peer.fingerprint[:16]}
+        return (peer.issuer, peer.serial) in self.serials or bool(self.fingerprints & known)
+
+    def __len__(self) -> int:
+        return len(self.serials) + len(self.fingerprints)
+
+
+def _blank(match: re.Match[str]) -> str:
+    """As many empty lines, so that the numbers of the others stay."""
+    return "\n" * match[0].count("\n")
+
+
+def _has_signed(authority: x509.Certificate, revoked: x509.CertificateRevocationList) -> bool:
+    key = authority.public_key()
+    if isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey):
+        return revoked.is_signature_valid(key)
+    return False
+
+
+def revoke(folder: Path, names: Sequence[str], days: int = 365) -> Path:
+    """Add certificates in `folder` to its authority's revocation list, which is made if it is not there yet.
+
+    Args:
+        names: of servers or clients whose certificates `issue` wrote.
+        days: after which a new list is due; ours is honoured longer.
+
+    Returns:
+        the list, to be copied to the servers.
+
+    Raises:
+        UserError: no such certificate, or no usable authority.
+    """
+    authority, authority_key = _read_authority(folder)
+    path, now = folder / REVOKED, datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(authority.subject)
+    builder = builder.last_update(now).next_update(now + datetime.timedelta(days=days))
+    entries: dict[int, x509.RevokedCertificate] = {}
+    try:
+        if path.exists():
+            entries = {entry.serial_number: entry for entry in x509.load_pem_x509_crl(path.read_bytes())}
+    except ValueError:
+        raise UserError(f"{path} is damaged") from None
+    for name in names:
+        file = folder / f"{_file_name(name)}.pem"
+        try:
+            serial = x509.load_pem_x509_certificate(file.read_bytes()).serial_number
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        except ValueError:
+            raise UserError(f"{file} is no certificate") from None
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+        entries.setdefault(serial, entry)
+    for entry in entries.values():
+        builder = builder.add_revoked_certificate(entry)
+    numbered = builder.add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+    fresh = path.with_suffix(".new")
+    try:  # a server that reads it meanwhile finds the old list or the new one
+        fresh.write_bytes(numbered.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        os.replace(fresh, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+class Watched:
+    """Files of the server's side that may change while it runs.
+
+    Attributes:
+        context: the TLS side of new connections.
+        revoked: what is no longer believed.
+
+    Raises:
+        UserError: unusable files, from the constructor alone.
+    """
+
+    def __init__(self, tls: Tls, revoked: Path | None) -> None:
+        self._tls, self._list = tls, revoked
+        self._seen = self._stamps()
+        self.context, self.revoked = self._read()
+
+    def _read(self) -> tuple[ssl.SSLContext, Revoked]:
+        return self._tls.server_context(), Revoked.read(self._list, self._tls.ca) if self._list else Revoked()
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        stamps: list[tuple[int, int, int] | None] = []
+        for path in (self._tls.cert, self._tls.key, self._tls.ca, self._list):
+            try:
+                status = path.stat() if path is not None else None
+            except OSError:
+                status = None
+            stamps.append((status.st_mtime_ns, status.st_ino, status.st_size) if status is not None else None)
+        return stamps
+
+    def has_changed(self) -> bool:
+        """Whether any of the files is another than when they were last read."""
+        return self._stamps() != self._seen
+
+    def reload(self) -> None:
+        """Read all of them again; what was read before stays if one cannot be used.
+
+        Raises:
+            UserError: why not.
+        """
+        self._seen = self._stamps()
+        self.context, self.revoked = self._read()
 
 
 def issue(folder: Path, servers: Sequence[str], clients: Sequence[str], days: int) -> list[Path]:
@@ -122,7 +305,7 @@ def issue(folder: Path, servers: Sequence[str], clients: Sequence[str], days: in
     Raises:
         UserError: an impossible name, nothing to do, a damaged authority, or a file that exists already.
     """
-    problems = [f"{name!r} cannot name a client" for name in clients if not _NAME.match(name) or name == "ca"]
+    problems = [f"{name!r} cannot name a client" for name in clients if not _NAME.match(name) or name in RESERVED]
     problems += [f"{name!r} is no host name or address" for name in servers if not _is_host(name)]
     if not servers and not clients:
         problems.append("neither a server nor a client is named")

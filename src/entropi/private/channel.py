@@ -41,6 +41,10 @@ class LostServer(UserError):
     """The server or the way to it failed in the middle; the same question may be continued in a new session."""
 
 
+class RefusedByServer(UserError):
+    """The server does not want this session; in the middle of a question it may want it a little later."""
+
+
 @dataclass(frozen=True)
 class ServerAddress:
     """Where a server is, and how to recognise it."""
@@ -109,8 +113,10 @@ async def open_channel(
             cause = error if isinstance(error, ssl.SSLError) else error.__cause__ or error
             if "ALERT" in str(cause).upper():  # in TLS 1.3 the server looks at our certificate after the handshake
                 raise UserError(f"{where} does not accept this client's certificate") from None
-            raise UserError(not_a_server) from None
-        except (aiohttp.ClientError, ConnectionResetError):
+            raise LostServer(not_a_server) from None
+        except (aiohttp.ServerDisconnectedError, ConnectionResetError):  # it may be full, or just going
+            raise LostServer(not_a_server) from None
+        except aiohttp.ClientError:
             raise UserError(not_a_server) from None
 
 
@@ -150,10 +156,10 @@ async def receive(  # type: ignore[no-untyped-def]
     if message.type == aiohttp.WSMsgType.BINARY:
         raise UserError(f"{where} does not follow the protocol")
     if message.type != aiohttp.WSMsgType.TEXT:
-        raise UserError(f"{where} closed the connection during the handshake")
+        raise LostServer(f"{where} closed the connection during the handshake")
     decoded = decode(message.data, where)
     if isinstance(decoded, Refused):
-        raise UserError(f"{where} refused: {decoded.reason}")
+        raise RefusedByServer(f"{where} refused: {decoded.reason}")
     if not isinstance(decoded, kind):
         raise UserError(f"{where} does not follow the protocol")
     return decoded

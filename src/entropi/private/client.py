@@ -25,6 +25,7 @@ from entropi.private.channel import (
     HANDSHAKE_SECONDS,
     LAST_WORDS_SECONDS,
     LostServer,
+    RefusedByServer,
     ServerAddress,
     decode,
     greet,
@@ -280,8 +281,9 @@ async def _ask(server: ServerAddress, question: _Question) -> Answer:
                 session = _Session(server, http, socket, question)
                 await session.run()
                 return session.answer(time.monotonic() - started)
-        except LostServer as error:
-            if attempt == question.retries:
+        except (LostServer, RefusedByServer) as error:
+            # Another server may still count the session that broke as under way, or be just starting.
+            if attempt == question.retries or (isinstance(error, RefusedByServer) and attempt == 0):
                 raise
             question.watcher.status(f"{error}; retry {attempt + 1} of {question.retries}")
             await asyncio.sleep(RETRY_SECONDS * 2**attempt)
@@ -344,7 +346,8 @@ class _Session:
         work = asyncio.create_task(self._generate(party, length, left))
         watch = asyncio.create_task(self._watch_server(tunnel))
         link = asyncio.create_task(self._watch_link(tunnel))
-        tasks = {work, watch, link}
+        suspended = asyncio.create_task(party.suspended())
+        tasks = {work, watch, link, suspended}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() or work.exception() is not None:
@@ -352,6 +355,8 @@ class _Session:
                 await asyncio.wait({watch}, timeout=LAST_WORDS_SECONDS)
                 if watch.done():
                     watch.result()
+            if suspended.done():  # the server's slot is not ours for as long as nothing happens here
+                raise UserError("this side's private computation was stopped by somebody")
             if not work.done():
                 link.result()
             work.result()

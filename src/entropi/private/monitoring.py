@@ -17,6 +17,9 @@ import msgspec
 from aiohttp import web
 
 Ending = Literal["finished", "left", "refused", "failed"]
+# Why a connection was ended before it had a session: no certificate or a wrong one, no TLS 1.3, nothing said in time,
+# displaced by others, no descriptor left, something else the system could not do.
+HANDSHAKES = ("certificate", "tls", "timeout", "silent", "crowded", "descriptors", "system")
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Counters:
     sessions: int = 0  # computing right now
     waiting: int = 0  # in the queue right now
     endings: Counter[Ending] = field(default_factory=Counter)  # connections that are over
+    handshakes: Counter[str] = field(default_factory=Counter)  # refused, by `HANDSHAKES`
+    revoked: int = 0  # certificates on the list
     prompt_tokens: int = 0  # of sessions that were accepted
     tokens: int = 0  # generated
     sent_bytes: int = 0  # by the server's engines, as their meters count
@@ -44,6 +49,11 @@ class Counters:
         yield "# TYPE entropi_connections_total counter"
         for ending in ("finished", "left", "refused", "failed"):
             yield f'entropi_connections_total{{ending="{ending}"}} {self.endings[ending]}'
+        yield "# HELP entropi_refused_handshakes_total Connections that were ended before they had a session."
+        yield "# TYPE entropi_refused_handshakes_total counter"
+        for kind in HANDSHAKES:
+            yield f'entropi_refused_handshakes_total{{kind="{kind}"}} {self.handshakes[kind]}'
+        yield from _metric("revoked", "gauge", "Certificates that are revoked.", self.revoked)
         yield from _metric("prompt_tokens_total", "counter", "Lengths of the prompts accepted.", self.prompt_tokens)
         yield from _metric("tokens_total", "counter", "Tokens generated.", self.tokens)
         yield from _metric("sent_bytes_total", "counter", "Bytes the engines sent.", self.sent_bytes)
@@ -82,15 +92,45 @@ else:  # which Python 3.10 cannot subscript
 
 
 class SessionLog(_Adapter):
-    """Log lines of one session: its name in front, and as fields for `JsonLines`."""
+    """Log lines of one session: its name in front, and as fields for `JsonLines`; none below errors while `quiet`."""
 
-    def __init__(self, logger: logging.Logger, session: str, client: str) -> None:
+    def __init__(self, logger: logging.Logger, session: str, client: str, *, quiet: bool = False) -> None:
         super().__init__(logger, {"session": session, **({"client": client} if client else {})})
+        self.session, self.quiet = session, quiet
+
+    def isEnabledFor(self, level: int) -> bool:
+        """Whether a line of this level is written."""
+        return (not self.quiet or level >= logging.ERROR) and super().isEnabledFor(level)
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         """Add the session to a line, and move `fields` to where `JsonLines` finds them."""
         fields = {**(self.extra or {}), **kwargs.pop("fields", {})}
         return f"session {fields['session']}: {msg}", {**kwargs, "extra": {"fields": fields}}
+
+
+class Sparing(logging.Filter):
+    """Lets so many lines of a logger pass within a minute, and says with the next one how many it did not.
+
+    Args:
+        most: lines within a minute.
+    """
+
+    def __init__(self, most: int = 30) -> None:
+        super().__init__()
+        self._most, self._passed, self._kept, self._began = most, 0, 0, time.monotonic()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        if time.monotonic() - self._began >= 60:
+            self._passed, self._began = 0, time.monotonic()
+        if self._passed >= self._most:
+            self._kept += 1
+            return False
+        self._passed += 1
+        if self._kept:
+            record.msg, record.args = f"{record.getMessage()} ({self._kept} lines before were not written)", ()
+            self._kept = 0
+        return True
 
 
 class JsonLines(logging.Formatter):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
 import signal
-import ssl
+import struct
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +25,20 @@ from tokenizers import Tokenizer
 
 from entropi.errors import UserError
 from entropi.private.admission import (
-    SPARE_CONNECTIONS,
+    SEND_SECONDS,
     ClientLeft,
     Limits,
-    Quota,
     Refusal,
     SessionError,
     Slots,
     expect,
+    leave_in_time,
     receive,
+    send,
 )
-from entropi.private.certificates import Tls, name_of_peer
+from entropi.private.audit import Audit
+from entropi.private.certificates import Peer, Revoked, Tls, Watched
+from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
 from entropi.private.messages import (
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
@@ -52,16 +57,23 @@ from entropi.private.messages import (
     Welcome,
     encode,
 )
-from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
+from entropi.private.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
 from entropi.private.program import Description
+from entropi.private.quotas import Quota, Usage, open_store
 from entropi.private.ranges import settle
 from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
 
-HANDSHAKE_SECONDS = 10
+WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
+TABLE_BYTES_PER_SECOND = 50_000  # a client that takes the token embeddings more slowly is not waited for
+FRAME = 64 << 10  # bytes of the welcome that leave at a time, and so about what one client's buffer holds of it
+WATCH_SECONDS = 2.0  # between two looks at files that may be replaced
+METRICS_CONNECTIONS = 16
+QUIET_SESSIONS = 100  # connections within a minute that have log lines of their own before they have a slot
 LINK_SECONDS = 60.0  # for both engines to start and find each other
 HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
+REVOKED = "this client's certificate was revoked"
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 GRACE_SECONDS = 3.0  # for a party to end after its link
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
@@ -81,8 +93,15 @@ class Host:
     quota: Quota
     counters: Counters
     table: Path | None  # the token embeddings, where they are public
-    sockets: set[web.WebSocketResponse] = field(default_factory=set)
-    busy: set[asyncio.BaseTransport | None] = field(default_factory=set)  # connections that are being answered
+    audit: Audit
+    watched: Watched | None  # certificates and what is revoked; None without TLS
+    greeting: tuple[bytes, ...] = ()  # the welcome as it goes over every connection
+    sockets: dict[web.WebSocketResponse, Peer | None] = field(default_factory=dict)
+    recent: deque[float] = field(default_factory=deque)  # when connections had their own log lines
+
+    @property
+    def revoked(self) -> Revoked:
+        return self.watched.revoked if self.watched is not None else Revoked()
 
 
 def serve(
@@ -95,6 +114,9 @@ def serve(
     metrics: str = "127.0.0.1:0",
     *,
     choose_fraction_bits: bool = False,
+    revoked: Path | None = None,
+    audit_log: Path | None = None,
+    quota_store: str | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -105,13 +127,18 @@ def serve(
         tls: only clients with a certificate of its authority are answered; needed unless `listen` is loopback.
         metrics: "HOST:PORT" for `/health` and `/metrics`, which know no certificates: loopback only.
         choose_fraction_bits: by the range check, instead of checking those of `settings`.
+        revoked: certificates that are refused, see `Revoked.read`; reread like the TLS files when they change.
+        audit_log: file for who was refused and who was answered; None for the log.
+        quota_store: path or URL, see `open_store`; None for a file of its own.
 
     Raises:
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
             point would not hold.
     """
     address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
-    where = address, watched, tls.server_context() if tls is not None else None
+    if revoked is not None and tls is None:
+        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    files = Watched(tls, revoked) if tls is not None else None
     description, weights = load_folded(folder)
     _check_tokenizer(tokenizer, description)
     if settings.output == "top_k" and settings.choices > description.vocab_size:
@@ -128,9 +155,33 @@ def serve(
             save_file({"embedding": weights["embedding"]}, table)
         del weights
         welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None)
-        slots, quota = Slots(limits, counters), Quota(limits)
-        asyncio.run(_serve(Host(folder, welcome, welcome.digest(), limits, slots, quota, counters, table), *where))
+        slots, quota = Slots(limits, counters), Quota(limits, open_store(quota_store, limits))
+        audit = Audit(counters, audit_log)
+        greeting = text_frames(encode(welcome))
+        digest = welcome.digest()
+        host = Host(folder, welcome, digest, limits, slots, quota, counters, table, audit, files, greeting)
+        # What is here by now stays; the door searches often for what connections leave behind.
+        gc.collect()
+        gc.freeze()
+        asyncio.run(_serve(host, address, watched))
+        audit.close()
     log.info("stopped")
+
+
+def text_frames(message: bytes, size: int = FRAME) -> tuple[bytes, ...]:
+    """A WebSocket text message in fragments of at most `size` bytes, as a server sends them (RFC 6455, section 5.4)."""
+    parts = [message[start : start + size] for start in range(0, len(message), size)] or [b""]
+    frames = []
+    for index, part in enumerate(parts):
+        first = (aiohttp.WSMsgType.TEXT if index == 0 else 0) | (0x80 if index == len(parts) - 1 else 0)
+        if len(part) < 126:
+            head = struct.pack("!BB", first, len(part))
+        elif len(part) < 1 << 16:
+            head = struct.pack("!BBH", first, 126, len(part))
+        else:
+            head = struct.pack("!BBQ", first, 127, len(part))
+        frames.append(head + part)
+    return tuple(frames)
 
 
 def _check_tokenizer(tokenizer: str, description: Description) -> None:
@@ -145,19 +196,23 @@ def _check_tokenizer(tokenizer: str, description: Description) -> None:
         raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
 
 
-async def _serve(
-    host: Host, address: tuple[str, int], watched: tuple[str, int], context: ssl.SSLContext | None
-) -> None:
+async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int]) -> None:
     async def handler(request: web.Request) -> web.WebSocketResponse:
-        with _answered(request, host):
-            return await _session(request, host)
+        return await _session(request, host, entrance.guest(request))
 
     async def table(request: web.Request) -> web.FileResponse:
         assert host.table is not None
-        with _answered(request, host):
-            response = web.FileResponse(host.table)
-            await response.prepare(request)  # which sends it
-            return response
+        peer, transport = Peer.of(request.transport), request.transport
+        if peer is not None and peer in host.revoked:
+            raise web.HTTPForbidden
+        response = web.FileResponse(host.table)
+        patience = SEND_SECONDS + host.table.stat().st_size / TABLE_BYTES_PER_SECOND
+        try:
+            await asyncio.wait_for(response.prepare(request), patience)  # which sends it
+        except asyncio.TimeoutError:
+            if transport is not None:
+                cut(transport)
+        return response
 
     async def end_sessions(_: web.Application) -> None:
         await asyncio.gather(*(_dismiss(socket, "the server is stopping") for socket in host.sockets))
@@ -168,22 +223,40 @@ async def _serve(
         app.router.add_get("/v1/table", table)
     app.on_shutdown.append(end_sessions)
     request_log.addFilter(_without_trace)
-    stopping = asyncio.Event()
+    for strangers in (request_log, logging.getLogger("asyncio")):
+        strangers.addFilter(Sparing())
+    files = host.watched
+    entrance = Door(files, startups_that_fit(host.limits), host.limits.source_startups, host.audit)
+    side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, host.audit)
+    loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stopping.set)
+    if files is not None:
+        loop.add_signal_handler(signal.SIGHUP, again.set)
     async with contextlib.AsyncExitStack() as closing:
-        for each, where, trusted in ((app, address, context), (monitoring_app(host.counters), watched, None)):
+        closing.push_async_callback(host.quota.close)
+        await host.quota.check()
+        for task in (loop.create_task(host.audit.keep()), loop.create_task(_watch_files(host, again))):
+            closing.callback(task.cancel)
+        for each, door, where in (
+            (app, entrance, address),
+            (monitoring_app(host.counters), side_door, watched),
+        ):
+            each.middlewares.append(door.attend)
             runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
             await runner.setup()
             closing.push_async_callback(runner.cleanup)
-            port = await _listen(runner, host, where, trusted, closing)
+            assert runner.server is not None
+            closing.callback(door.close)
+            with _listening(where):
+                port = door.open(runner.server, *where)
             if each is app:
                 log.info(
                     "listening on %s, %s, protocol %s, %s",
                     _spell(where[0], port),
                     host.welcome.description.architecture,
                     host.welcome.settings.protocol,
-                    "TLS 1.3 with client certificates" if context else "no TLS: this machine only",
+                    "TLS 1.3 with client certificates" if files is not None else "no TLS: this machine only",
                 )
             else:
                 log.info("metrics on http://%s/metrics", _spell(where[0], port))
@@ -191,62 +264,36 @@ async def _serve(
         log.info("stopping")
 
 
-async def _listen(
-    runner: web.AppRunner,
-    host: Host,
-    address: tuple[str, int],
-    context: ssl.SSLContext | None,
-    closing: contextlib.AsyncExitStack,
-) -> int:
-    """Accept connections until `closing` does; the port."""
-    loop, answering = asyncio.get_running_loop(), runner.server
-    assert answering is not None
-
-    def accept() -> asyncio.BaseProtocol:
-        if len(answering.connections) >= host.limits.max_connections + SPARE_CONNECTIONS:
-            return _Closed()
-        return answering()
-
-    patience = HANDSHAKE_SECONDS if context else None
+@contextlib.contextmanager
+def _listening(address: tuple[str, int]) -> Iterator[None]:
     try:
-        listening = await loop.create_server(accept, *address, ssl=context, ssl_handshake_timeout=patience)
+        yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
         raise UserError(f"cannot listen on {_spell(*address)}: {reason}") from None
-    closing.callback(listening.close)
-    closing.callback(loop.create_task(_drop_silent(answering, host)).cancel)
-    return int(listening.sockets[0].getsockname()[1])
 
 
-@contextlib.contextmanager
-def _answered(request: web.Request, host: Host) -> Iterator[None]:
-    """Keep the request's connection among those that are not silent."""
-    transport = request.transport  # which the request forgets when the connection ends
-    host.busy.add(transport)
-    try:
-        yield
-    finally:
-        host.busy.discard(transport)
-
-
-async def _drop_silent(answering: web.Server, host: Host) -> None:
-    """End connections that are older than a handshake may take and have not asked for anything."""
-    before: set[web.RequestHandler] = set()
+async def _watch_files(host: Host, again: asyncio.Event) -> None:
+    """Read certificates and revocations again on SIGHUP and when they change, and end sessions of who is revoked."""
+    files = host.watched
+    host.counters.revoked = len(host.revoked)
     while True:
-        await asyncio.sleep(HANDSHAKE_SECONDS)
-        silent = {protocol for protocol in answering.connections if protocol.transport not in host.busy}
-        for protocol in silent & before:
-            if isinstance(protocol.transport, asyncio.Transport):
-                protocol.transport.abort()
-        before = silent - before
-
-
-class _Closed(asyncio.Protocol):
-    """For connections beyond all limits."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(again.wait(), WATCH_SECONDS)
+        if files is None or not (again.is_set() or files.has_changed()):
+            again.clear()
+            continue
+        again.clear()
+        try:
+            files.reload()
+        except Exception as error:  # whatever it is, the next change is to be looked at
+            log.error("what was read before stays in use: %s", error)
+            host.audit.happened("certificates not reloaded", str(error))
+            continue
+        host.counters.revoked = len(files.revoked)
+        host.audit.happened("certificates reloaded", f"{len(files.revoked)} revoked")
+        ended = [socket for socket, peer in host.sockets.items() if peer is not None and peer in files.revoked]
+        await asyncio.gather(*(_dismiss(socket, REVOKED) for socket in ended))
 
 
 def _spell(host: str, port: int) -> str:
@@ -259,56 +306,94 @@ def _without_trace(record: logging.LogRecord) -> bool:
     return True
 
 
-async def _session(request: web.Request, host: Host) -> web.WebSocketResponse:
+async def _session(request: web.Request, host: Host, guest: Guest) -> web.WebSocketResponse:
     if "Origin" in request.headers:  # a web page in somebody's browser
         raise web.HTTPForbidden
     socket = web.WebSocketResponse(
         max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
     )
+    transport, peer = request.transport, Peer.of(request.transport)
     await socket.prepare(request)
-    client = name_of_peer(request.transport)
-    session_log = SessionLog(log, secrets.token_hex(4), client)
+    client = str(peer) if peer is not None else ""
+    session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(host))
     started = time.monotonic()
     session_log.info("opened%s", f" by {client}" if client else "")
-    host.sockets.add(socket)
+    host.sockets[socket] = peer
     ending: Ending = "failed"
+    progress, reason = _Progress(), ""
     try:
-        if len(host.sockets) > host.limits.max_connections:
-            raise Refusal("too many connections; try again later")
-        await _talk(socket, client.partition("/")[0], session_log, host)
+        if peer is not None and peer in host.revoked:
+            raise Refusal(REVOKED)
+        await _talk(request, socket, peer.name if peer is not None else "", session_log, host, guest, progress)
         ending = "finished"
         await _dismiss(socket)
-    except (ClientLeft, ConnectionError):  # the latter where this side was about to say something
+    except (ClientLeft, ConnectionError) as error:  # the latter where this side was about to say something
         ending = "left"
+        if peer is not None and peer in host.revoked:
+            ending, reason = "refused", REVOKED
+        elif isinstance(error, ClientLeft):
+            reason = str(error)
     except SessionError as error:
-        ending = "refused" if isinstance(error, Refusal) else "failed"
+        ending, reason = "refused" if isinstance(error, Refusal) else "failed", str(error)
         session_log.warning("%s", error)
-        await _dismiss(socket, str(error))
+        await _dismiss(socket, reason)
     except Exception:
         session_log.exception("failed")
-        await _dismiss(socket, "the server failed")
+        reason = "the server failed"
+        await _dismiss(socket, reason)
     finally:
-        host.sockets.discard(socket)
+        del host.sockets[socket]
+        if transport is not None:  # what a client that does not read has not taken by then is thrown away
+            asyncio.get_running_loop().call_later(LEAVE_SECONDS / 2, cut, transport)
         host.counters.endings[ending] += 1
-        seconds = time.monotonic() - started
-        session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": round(seconds, 3)})
+        seconds = round(time.monotonic() - started, 3)
+        session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": seconds})
+        told = {"session": session_log.session, "address": guest.address, "seconds": seconds}
+        told["tokens"] = progress.revealed
+        host.audit.session(client or guest.address, ending, reason, told, computed=progress.computing)
     return socket
+
+
+def _too_many_lines(host: Host) -> bool:
+    """Whether so many connections had lines in the log of late that another one's would only fill it."""
+    now = time.monotonic()
+    while host.recent and host.recent[0] < now - 60:
+        host.recent.popleft()
+    if len(host.recent) >= QUIET_SESSIONS:
+        return True
+    host.recent.append(now)
+    return False
 
 
 async def _dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> None:
     """Close the control channel, with a reason if there is one to tell."""
-    with contextlib.suppress(ConnectionError, RuntimeError):
+    with contextlib.suppress(ConnectionError, RuntimeError, ClientLeft):
         if reason is not None:
-            await socket.send_str(encode(Refused(reason=reason[:300])).decode())
-        await socket.close()
+            await leave_in_time(socket.send_str(encode(Refused(reason=reason[:300])).decode()), LEAVE_SECONDS / 2)
+        await leave_in_time(socket.close(), LEAVE_SECONDS)  # a client that does not read would be waited for
 
 
-async def _talk(socket: web.WebSocketResponse, name: str, session_log: SessionLog, host: Host) -> None:
+async def _greet(request: web.Request, greeting: tuple[bytes, ...]) -> None:
+    """Send the welcome, a piece whenever there is room for one."""
+    for frame in greeting:
+        await request.writer.write(frame)
+        await request.writer.drain()
+
+
+async def _talk(
+    request: web.Request,
+    socket: web.WebSocketResponse,
+    name: str,
+    session_log: SessionLog,
+    host: Host,
+    guest: Guest,
+    progress: _Progress,
+) -> None:
     """Handshake, then the session itself once there is room for it."""
     hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
-    await socket.send_str(encode(host.welcome).decode())
+    await leave_in_time(_greet(request, host.greeting), WELCOME_SECONDS)
     start = await receive(socket, Start, HANDSHAKE_SECONDS)
     if start.digest != host.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
@@ -320,22 +405,37 @@ async def _talk(socket: web.WebSocketResponse, name: str, session_log: SessionLo
             f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
             f"{positions} positions"
         )
-    with host.quota.session(name, start.max_new_tokens):
-        async with host.slots.slot(socket):
-            host.counters.prompt_tokens += start.prompt_length
-            began = time.monotonic()
-            try:
-                await asyncio.wait_for(_compute(socket, name, session_log, host, start), host.limits.session_seconds)
-            except asyncio.TimeoutError:
-                raise SessionError("the session's time limit was reached") from None
-            finally:
-                host.counters.session_seconds += time.monotonic() - began
+    async with host.quota.session(name, start.max_new_tokens) as usage, host.slots.slot(socket, guest.admitted()):
+        session_log.quiet, progress.computing = False, True
+        host.counters.prompt_tokens += start.prompt_length
+        began = time.monotonic()
+        try:
+            work = _compute(socket, usage, session_log, host, start, progress)
+            await asyncio.wait_for(work, host.limits.session_seconds)
+        except asyncio.TimeoutError:
+            raise SessionError("the session's time limit was reached") from None
+        finally:
+            host.counters.session_seconds += time.monotonic() - began
 
 
-async def _compute(socket: web.WebSocketResponse, name: str, session_log: SessionLog, host: Host, start: Start) -> None:
+async def _compute(
+    socket: web.WebSocketResponse,
+    usage: Usage,
+    session_log: SessionLog,
+    host: Host,
+    start: Start,
+    progress: _Progress,
+) -> None:
     """One pass for the prompt and one for every `Next`."""
     session, welcome, memory = secrets.token_hex(16), host.welcome, host.limits.memory_gb
-    async with Tunnel(SERVER, socket.send_bytes) as tunnel:
+
+    async def carry(message: bytes) -> None:
+        try:
+            await leave_in_time(socket.send_bytes(message))
+        except ClientLeft:
+            raise ConnectionResetError from None  # the link is broken, as where the connection is
+
+    async with Tunnel(SERVER, carry) as tunnel:
         party = await Party.start(
             Job(
                 rank=SERVER,
@@ -350,13 +450,13 @@ async def _compute(socket: web.WebSocketResponse, name: str, session_log: Sessio
             memory_bytes=int(memory * 1e9) if memory is not None else None,
         )
         tasks: list[asyncio.Task[None]] = []
-        progress = _Progress()
         try:
-            await socket.send_str(encode(Accepted(session)).decode())
-            work = asyncio.create_task(_watch_party(party, session_log, host, name, progress))
+            await send(socket, Accepted(session))
+            work = asyncio.create_task(_watch_party(party, session_log, host, usage, progress))
             listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start.max_new_tokens, progress))
             link = asyncio.create_task(_watch_link(tunnel))
-            tasks += [work, listen, link]
+            suspended = asyncio.create_task(party.suspended())
+            tasks += [work, listen, link, suspended]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if work.done() and work.exception() is None:  # the client may still be reading its last share
                 await asyncio.wait([listen], timeout=LEAVE_SECONDS)
@@ -365,6 +465,9 @@ async def _compute(socket: web.WebSocketResponse, name: str, session_log: Sessio
             for task in (work, listen):
                 if task.done():
                     task.result()
+            if suspended.done():
+                session_log.warning("somebody stopped the party's process")
+                raise SessionError("the server's party failed")
             if not (work.done() or listen.done()):
                 link.result()
             if progress.revealed < progress.asked:
@@ -389,9 +492,10 @@ class _Progress:
 
     asked: int = 1
     revealed: int = 0
+    computing: bool = False  # it had a slot
 
 
-async def _watch_party(party: Party, session_log: SessionLog, host: Host, name: str, progress: _Progress) -> None:
+async def _watch_party(party: Party, session_log: SessionLog, host: Host, usage: Usage, progress: _Progress) -> None:
     """Log what the party reports, until it has finished."""
     sent = received = 0
     patience = min(LINK_SECONDS, host.limits.stall_seconds)
@@ -412,7 +516,7 @@ async def _watch_party(party: Party, session_log: SessionLog, host: Host, name: 
             case Revealed():
                 progress.revealed += 1
                 host.counters.tokens += 1
-                host.quota.count_token(name)
+                await usage.count_token()
                 session_log.info(
                     "a token, %d bytes sent, %d received so far",
                     sent,

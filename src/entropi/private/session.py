@@ -23,6 +23,7 @@ from entropi.private.program import Description, Stage, forward
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
+SUSPENDED_SECONDS = 10.0  # that a party may be stopped by a signal
 _LINE_LIMIT = 64 << 20  # a line of logits of the largest vocabulary fits
 
 
@@ -155,6 +156,20 @@ class Party:
         if status := await self._process.wait():
             return Failed(reason=f"the party's process ended with status {status}")
         return None
+
+    async def suspended(self) -> None:
+        """Return once somebody has stopped the process (SIGSTOP) and not let it go on for a while; Linux only.
+
+        Its parent still answers for it on the control channel, so that the other side could not tell it from one that
+        computes.
+        """
+        looks = 0
+        while looks < 2:
+            await asyncio.sleep(SUSPENDED_SECONDS / 2)
+            state = ""
+            with contextlib.suppress(OSError, IndexError):  # the name before it, in parentheses, may hold anything
+                state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            looks = looks + 1 if state == "T" else 0
 
     async def stop(self) -> None:
         """End the process, whatever it is doing, and wait until it is gone."""
