@@ -490,7 +490,7 @@ def test_options_of_the_pages_exist():
     certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
     known = {*serving, *asking, *certifying, "no_deps", "link"}
     text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
+    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z0-9-]+)", text)} <= known
 
 
 # --- Two parties over TLS ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from entropi import cli, records
 from entropi.errors import UserError
@@ -273,6 +274,24 @@ def test_tokens_are_looked_up_in_pairs(running, model, length):
     assert begun == [len(done)]  # every operation was counted in advance
 
 
+def test_lengths_need_not_tell_what_a_prompt_and_its_answer_are(running, model):
+    """A prompt filled up to eight tokens, and an answer whose end only the client knows."""
+    _, plain, tokenizer = model
+    ids = [0] * (8 - len(tokenizer.encode(PROMPT).ids)) + tokenizer.encode(PROMPT).ids
+    first = tokenizer.id_to_token(int(plain_logits(plain, ids).argmax()))
+    privacy = client.Privacy(pad_to=8, full_length=True, stop_tokens=(first,))
+    answer = client.ask(running.address(), PROMPT, 2, privacy=privacy)
+    assert len(ids) == 8
+    assert answer.record.padding_tokens == 8 - len(answer.record.prompt_tokens) > 0
+    assert len(answer.record.new_tokens) == 2
+    assert answer.record.new_text == tokenizer.decode(answer.record.new_tokens[:1])
+    for row, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        assert np.abs(row - plain_logits(plain, ids)).max() < TOLERANCE
+        ids.append(token)
+    shorter = client.ask(running.address(), PROMPT, 2, privacy=client.Privacy(pad_to=8, stop_tokens=(first,)))
+    assert shorter.record.new_tokens == answer.record.new_tokens[:1]
+
+
 # --- Nothing readable on the wire -------------------------------------------------------------------------------------
 
 
@@ -516,6 +535,17 @@ def a_welcome(folded, **changes):
     return encode({**plain, **changes})
 
 
+_BYTES = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+SPELLING = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"Regex": "^h"}, "content": "hhhhhhhhhhhh"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": _BYTES, "merges": []},
+    }
+)
 BAD_SERVERS = {
     "says nothing sensible": ([b"\x00\xff garbage"], "does not follow the protocol"),
     "another message": ([encode(Accepted("0" * 32))], "does not follow the protocol"),
@@ -523,6 +553,7 @@ BAD_SERVERS = {
     "hangs up": ([], "closed the connection"),
     "a bad description": (["description", {"layers": 10**9}], "does not follow the protocol"),
     "a bad tokenizer": (["tokenizer", "{}"], "sent a tokenizer that cannot be read"),
+    "a tokenizer that spells out prompts": (["tokenizer", SPELLING], "sent a tokenizer that could change the prompt"),
     "other settings": (["settings", {"protocol": "none"}], "does not follow the protocol"),
     "a huge description": (["description", {"vocab_size": 1 << 20, "hidden_size": 1 << 20}], "more than this client"),
     "an embedding to fetch": (["table", "0" * 64], "does not follow the protocol"),

@@ -87,6 +87,9 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
             for option in ("server", "client"):
                 skipped.add(option)
                 command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
+        if function is commands.ask:
+            skipped.add("stop")
+            command.add_argument("--stop", nargs="+", metavar="TOKEN", help=helps["stop"])
         if function is commands.train:
             skipped.add("recipe")
             command.add_argument("--config", type=str, help="YAML file of a recipe; options override it")

@@ -458,6 +458,11 @@ def ask(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int | None = None,
+    tokenizer: Path | None = None,
+    tokenizer_sha256: str | None = None,
+    pad_to: int = 1,
+    stop: list[str] | None = None,
+    full_length: bool = False,
     retries: int = 0,
     json: bool = False,
     record: Path | None = None,
@@ -476,6 +481,13 @@ def ask(
         temperature: of sampling, which happens here; 0 takes the likeliest token
         top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
         seed: of sampling
+        tokenizer: tokenizer.json of the model, to use in place of the one that the server sends
+        tokenizer_sha256: hash of the tokenizer.json that the server must send; without one of these two options only
+            tokenizers are applied that can neither change a prompt nor spell it out by their number of tokens
+        pad_to: fill the prompt up, at its front, to a multiple of so many tokens: the server sees that length; the
+            model reads the filling, which changes the answer a little
+        stop: names of the tokens that end an answer; by default those that usually end a text
+        full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
@@ -483,16 +495,19 @@ def ask(
     """
     with _extra("private"):
         from entropi.private.certificates import tls_files
-        from entropi.private.client import Sampling, Watcher
+        from entropi.private.client import Privacy, Sampling, Watcher
         from entropi.private.client import ask as ask_server
+        from entropi.private.tokenization import MAX_PROMPT
         from entropi.private.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
+    own = _read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
+    privacy = Privacy(own, tokenizer_sha256, pad_to, tuple(stop) if stop else None, full_length)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     if prompt == "-":
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read(MAX_PROMPT + 1)  # more is refused, whatever it is
         except UnicodeDecodeError:
             raise UserError("standard input is not UTF-8 text") from None
     if logits is not None:
@@ -532,7 +547,16 @@ def ask(
     try:
         watcher = Watcher(begin, stage, text, status)
         with _terminated_like_interrupted():  # nothing stays in the temporary folder
-            answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
+            answer = ask_server(
+                server,
+                prompt,
+                max_new_tokens,
+                watcher,
+                tls=tls,
+                sampling=sampling,
+                retries=retries,
+                privacy=privacy,
+            )
         received[0], finished = answer.record.new_text, True
     finally:
         for shown in line:
@@ -672,6 +696,14 @@ def _extra(name: str) -> Iterator[None]:
     except ImportError as error:  # there, but it does not load
         reason = " ".join(str(error).split())
         raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
+
+
+def _read_text(path: Path, what: str) -> str:
+    """The content of a file that has to be UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _check_parent(path: Path) -> None:

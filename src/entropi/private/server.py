@@ -19,7 +19,6 @@ import aiohttp
 import jax
 from aiohttp import web
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from entropi.errors import UserError
 from entropi.private.admission import (
@@ -56,6 +55,7 @@ from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_
 from entropi.private.program import Description
 from entropi.private.ranges import settle
 from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
+from entropi.private.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
 
@@ -136,13 +136,16 @@ def serve(
 def _check_tokenizer(tokenizer: str, description: Description) -> None:
     """Raise `UserError` for what every client would refuse."""
     try:
-        size = Tokenizer.from_str(tokenizer).get_vocab_size()
-    except Exception:  # tokenizers raises plain Exception for malformed input
+        size = own_tokenizer(tokenizer).tokenizer.get_vocab_size()
+    except UserError:
         raise UserError("the model's tokenizer.json is damaged") from None
     if size > description.vocab_size:
         raise UserError(f"the tokenizer has {size} tokens, but the model only {description.vocab_size}")
     if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
         raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
+    log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))
+    if found := objections(tokenizer, description.vocab_size):
+        log.warning("clients will not apply this tokenizer unless they name its SHA-256: %s", "; ".join(found))
 
 
 async def _serve(
