@@ -30,7 +30,7 @@ from tokenizers import pre_tokenizers
 from entropi import cli, records
 from entropi.errors import UserError
 from entropi.private import admission, channel, client, server
-from entropi.private.messages import Accepted, Settings, Start, Welcome, decode_from_server, encode
+from entropi.private.messages import Accepted, Canary, Settings, Start, Welcome, decode_from_server, encode
 from entropi.private.program import Description, forward
 from entropi.private.tunnel import Tunnel
 from serving import (
@@ -64,6 +64,7 @@ pytestmark = [
 
 NEW_TOKENS = 3
 FRACTION_BITS = 18
+CANARY = "the key"
 
 
 # --- The servers most tests ask ---------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ FRACTION_BITS = 18
 @pytest.fixture(scope="module")
 def running(folded, scratch):
     """The server most tests ask."""
-    started = Server(folded, scratch / "server.log", "--max-queue", 1)
+    started = Server(folded, scratch / "server.log", "--max-queue", 1, "--canary", CANARY)
     yield started
     started.process.kill()
     started.process.wait()
@@ -248,6 +249,41 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
     # With keys and values kept, one more token costs less than the prompt did.
     per_token = [sum(s.bytes for s in record.stages if s.token == token) for token in range(NEW_TOKENS)]
     assert max(per_token[1:]) < per_token[0]
+
+
+@pytest.mark.slow
+def test_a_server_tests_itself_first(folded, scratch):
+    """In fixed point and with the cryptography, before it listens."""
+    started = Server(folded, scratch / "tested.log", "--self-test", "cheetah")
+    try:
+        wait_for(lambda: "known answers in fixed point" in started.log)
+        wait_for(lambda: "known answers in the cryptographic protocol" in started.log)
+        started.address()
+        said = r"known answers in .*: logits of \d+ tokens and one more are wrong by (\S+)"
+        errors = re.findall(said, started.log)
+        assert len(errors) == 2
+        for error in errors:
+            assert 0 < float(error) < TOLERANCE
+        assert "300 of 300 tokens were looked at" in started.log
+    finally:
+        started.process.terminate()
+        started.process.wait(HANGING)
+
+
+def test_a_canary_is_asked_for_and_compared(running, capfd, monkeypatch):
+    words = ["ask", "--canary", "--server", running.address()]
+    assert cli.main(words) == 0
+    said = capfd.readouterr()
+    published = client.connect(running.address()).canary
+    assert said.err.endswith(f"the canary holds: {len(published.tokens)} tokens as published\n")
+    wrong = Canary(published.prompt, published.tokens, [logit + 0.5 for logit in published.logits])
+    monkeypatch.setattr(client.Connection, "canary", wrong)
+    status, line = run_cli(capfd, *words)
+    assert status == 2
+    assert "the canary does not hold: the logit of token 1 is" in line
+    status, line = run_cli(capfd, *words, "more")
+    assert status == 2
+    assert "either PROMPT or --canary" in line
 
 
 def embedding_stages(record):

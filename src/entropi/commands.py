@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -370,6 +371,8 @@ def serve(
     embedding: Literal["private", "public"] = "private",
     exp_iterations: int = 8,
     fraction_bits: int | None = None,
+    self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
+    canary: str | None = None,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
 
@@ -396,6 +399,9 @@ def serve(
         exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
             otherwise checked, and refused with the numbers if values could overflow or get lost
+        self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
+            the engine's fixed-point numbers, cheetah also with the cryptography
+        canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
     """
     with _extra("private"):
         from entropi.private.admission import Limits
@@ -445,11 +451,24 @@ def serve(
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
         choose = fraction_bits is None
-        serve_folder(folder, tokenizer, listen, settings, limits, tls, metrics, choose_fraction_bits=choose)
+        tests: dict[str, tuple[Literal["ref2k", "cheetah"], ...]]
+        tests = {"none": (), "ref2k": ("ref2k",), "cheetah": ("ref2k", "cheetah")}
+        serve_folder(
+            folder,
+            tokenizer,
+            listen,
+            settings,
+            limits,
+            tls,
+            metrics,
+            choose_fraction_bits=choose,
+            self_tests=tests[self_test],
+            canary=canary,
+        )
 
 
 def ask(
-    prompt: str,
+    prompt: str | None = None,
     server: str = "127.0.0.1:9000",
     max_new_tokens: int = 8,
     tls_cert: Path | None = None,
@@ -463,6 +482,7 @@ def ask(
     pad_to: int = 1,
     stop: list[str] | None = None,
     full_length: bool = False,
+    canary: bool = False,
     retries: int = 0,
     json: bool = False,
     record: Path | None = None,
@@ -488,14 +508,16 @@ def ask(
             model reads the filling, which changes the answer a little
         stop: names of the tokens that end an answer; by default those that usually end a text
         full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
+        canary: ask the public prompt that the server names, and compare the answer with the one it published
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
     """
     with _extra("private"):
+        from entropi.private.canary import complaint
         from entropi.private.certificates import tls_files
-        from entropi.private.client import Privacy, Sampling, Watcher
+        from entropi.private.client import Privacy, Sampling, Watcher, connect
         from entropi.private.client import ask as ask_server
         from entropi.private.tokenization import MAX_PROMPT
         from entropi.private.versions import engine_version
@@ -505,6 +527,16 @@ def ask(
     own = _read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
     privacy = Privacy(own, tokenizer_sha256, pad_to, tuple(stop) if stop else None, full_length)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
+    published = None
+    if canary:
+        if prompt is not None:
+            raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
+        if (published := connect(server, tls).canary) is None:
+            raise UserError(f"{server} has published no canary")
+        prompt, max_new_tokens = published.prompt, len(published.tokens)
+        sampling, privacy = Sampling(), replace(privacy, pad_to=1, full_length=True)
+    if prompt is None:
+        raise UserError("PROMPT is missing (see entropi ask --help)")
     if prompt == "-":
         try:
             prompt = sys.stdin.read(MAX_PROMPT + 1)  # more is refused, whatever it is
@@ -563,6 +595,8 @@ def ask(
             shown.__exit__(None, None, None)
         if not json and (finished or received[0]):  # after a failure, what had been received
             print(received[0][printed[0] :], flush=True)
+    if published is not None and (difference := complaint(published, answer)) is not None:
+        raise UserError(f"the canary does not hold: {difference}; do not rely on this server's answers")
     if logits is not None:
         import numpy as np
 
@@ -576,6 +610,8 @@ def ask(
         _print_json(answer.record)
         return
     console.print(summary_of_private_run(answer.record), markup=False)
+    if published is not None:
+        console.print(f"the canary holds: {len(published.tokens)} tokens as published")
 
 
 def certificates(folder: Path, server: list[str], client: list[str], days: int = 365) -> None:

@@ -36,6 +36,7 @@ from entropi.private.messages import (
     CLIENT,
     MAX_TOKENS,
     Accepted,
+    Canary,
     Failed,
     Job,
     Linked,
@@ -219,6 +220,11 @@ class Connection:
     def trust(self) -> str:
         """What each side learns, in words."""
         return trust(self._welcome.settings)
+
+    @property
+    def canary(self) -> Canary | None:
+        """A public prompt and the answer to it that the owner published; see `canary.complaint`."""
+        return self._welcome.canary
 
     def ask(
         self,

@@ -10,7 +10,7 @@ import msgspec
 from entropi.private.program import LEAST_PAIR_FRACTION_BITS, Description
 from entropi.records import StageTraffic
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
 
@@ -101,6 +101,14 @@ FromClient: TypeAlias = Hello | Start | Next
 # Control channel, server to client.
 
 
+class Canary(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A public prompt and what the model answers to it in plaintext: the likeliest tokens, one by one."""
+
+    prompt: Text
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=16)]
+    logits: Annotated[list[float], msgspec.Meta(min_length=1, max_length=16)]  # of these tokens
+
+
 class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """What the server makes public."""
 
@@ -108,6 +116,7 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     tokenizer: Annotated[str, msgspec.Meta(max_length=MAX_SERVER_MESSAGE)]
     settings: Settings
     table: Digest | None = None  # SHA-256 of the file with the token embeddings, where they are public
+    canary: Canary | None = None
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""

@@ -11,9 +11,10 @@ import signal
 import ssl
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import aiohttp
 import jax
@@ -32,6 +33,7 @@ from entropi.private.admission import (
     expect,
     receive,
 )
+from entropi.private.canary import make_canary
 from entropi.private.certificates import Tls, name_of_peer
 from entropi.private.messages import (
     MAX_SERVER_MESSAGE,
@@ -53,7 +55,8 @@ from entropi.private.messages import (
 )
 from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
 from entropi.private.program import Description
-from entropi.private.ranges import settle
+from entropi.private.ranges import settle, sweep_vocabulary
+from entropi.private.self_test import self_test
 from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
 from entropi.private.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
@@ -95,6 +98,8 @@ def serve(
     metrics: str = "127.0.0.1:0",
     *,
     choose_fraction_bits: bool = False,
+    self_tests: Sequence[Literal["ref2k", "cheetah"]] = (),
+    canary: str | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -105,10 +110,12 @@ def serve(
         tls: only clients with a certificate of its authority are answered; needed unless `listen` is loopback.
         metrics: "HOST:PORT" for `/health` and `/metrics`, which know no certificates: loopback only.
         choose_fraction_bits: by the range check, instead of checking those of `settings`.
+        self_tests: ways in which the program is run on a known prompt first, see `self_test`.
+        canary: a public prompt whose answer clients are told, so that they can ask for it.
 
     Raises:
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
-            point would not hold.
+            point would not hold; a self-test that fails, or a canary that would prove nothing.
     """
     address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
     where = address, watched, tls.server_context() if tls is not None else None
@@ -117,9 +124,17 @@ def serve(
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
-    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits)
+    log.info("looking at the values of all tokens, which takes minutes for a large model")
+    sweep = sweep_vocabulary(description, weights, settings)
+    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
     for line in reasons:
         log.info("%s", line)
+    for protocol in self_tests:
+        log.info("%s", self_test(folder, settings, protocol, sweep.worst))
+    published = None
+    if canary is not None:
+        published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
+        log.info("the canary is %s", encode(published).decode())
     counters = Counters()
     with tempfile.TemporaryDirectory(prefix="entropi-table-") as temporary:
         table = None
@@ -127,7 +142,7 @@ def serve(
             table = Path(temporary) / "table.safetensors"
             save_file({"embedding": weights["embedding"]}, table)
         del weights
-        welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None)
+        welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None, published)
         slots, quota = Slots(limits, counters), Quota(limits)
         asyncio.run(_serve(Host(folder, welcome, welcome.digest(), limits, slots, quota, counters, table), *where))
     log.info("stopped")
