@@ -20,7 +20,7 @@ import msgspec
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from entropi.errors import UserError
+from entropi.errors import UserError, is_failure
 
 MAX_PROMPT = 1 << 20  # characters; encoding takes about 300 bytes of memory for each
 MAX_TOKEN = 256  # characters of an entry; GPT-4's and Llama's longest have 128
@@ -263,8 +263,8 @@ def _one_line(message: str) -> Iterator[None]:
             yield
         except UserError:
             raise
-        except BaseException as error:  # a panic is no Exception, and has no importable class
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:
+            if not is_failure(error):
                 raise
             raise UserError(message) from None
 
