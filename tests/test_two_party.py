@@ -30,7 +30,7 @@ from tokenizers import pre_tokenizers
 from entropi import cli, records
 from entropi.errors import UserError
 from entropi.private import admission, channel, client, server
-from entropi.private.messages import Accepted, Canary, Settings, Start, Welcome, decode_from_server, encode
+from entropi.private.messages import Accepted, Canary, Refused, Settings, Start, Welcome, decode_from_server, encode
 from entropi.private.program import Description, forward
 from entropi.private.tunnel import Tunnel
 from serving import (
@@ -594,6 +594,14 @@ BAD_SERVERS = {
     "a huge description": (["description", {"vocab_size": 1 << 20, "hidden_size": 1 << 20}], "more than this client"),
     "an embedding to fetch": (["table", "0" * 64], "does not follow the protocol"),
     "an engine that speaks too early": ([None, b"\0binary"], "does not follow the protocol"),
+    "a refusal that writes on the screen": (
+        [encode(Refused("\x1b[2J\x1b]0;owned\x07entropi: all is well\x9b1A\u202e"))],
+        "refused: \ufffd[2J\ufffd]0;owned\ufffdentropi: all is well\ufffd1A\ufffd",
+    ),
+    "a name that writes on the screen": (
+        ["description", {"architecture": "\x1b[2J", "layers": 2}],
+        "follow the protocol",
+    ),
     "a refusal": ([b'{"type":"Refused","reason":"not today"}'], "refused: not today"),
     "a refusal too late": (
         [None, encode(Accepted("0" * 32)), b'{"type":"Refused","reason":"not today"}'],

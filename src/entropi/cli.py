@@ -14,6 +14,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace
 
 from entropi import __version__, commands
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.training.recipe import Recipe, load_recipe
 
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         function(**_arguments(function, parsed[parsed.command]))
         sys.stdout.flush()
     except UserError as error:
-        print(f"entropi: {error}", file=sys.stderr)
+        print(f"entropi: {without_controls(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("; ".join(["entropi: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"entropi: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(without_controls(f"entropi: {error.filename}: {error.strerror}"), file=sys.stderr)
         return 2
     return 0
 

@@ -22,9 +22,11 @@ from typing import Any, Literal
 import msgspec
 
 from entropi import records
-from entropi.console import ProgressLine, make_console
+from entropi.console import ProgressLine, escaped_json, make_console, without_controls
 from entropi.errors import UserError
 from entropi.training.recipe import Recipe
+
+ANSWER_CONTROLS = "\n\t"  # of an answer's control characters, those that belong to text; --json has all of them
 
 
 def train(
@@ -407,13 +409,12 @@ def serve(
         from entropi.private.admission import Limits
         from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
-        from entropi.private.monitoring import JsonLines
+        from entropi.private.monitoring import JsonLines, PlainLines
         from entropi.private.server import serve as serve_folder
         from entropi.private.session import parse_address
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if log == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines() if log == "json" else PlainLines())
     chosen = {
         "exp_iterations": exp_iterations,
         **({} if fraction_bits is None else {"fraction_bits": fraction_bits}),
@@ -563,17 +564,17 @@ def ask(
         line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
-        received[0] += piece
+        received[0] += without_controls(piece, ANSWER_CONTROLS)
         if json:
             return
         if sys.stdout.isatty():  # there it would run into the progress bar
             line[0].show(received[0])
         else:
-            print(piece, end="", flush=True)
-            printed[0] += len(piece)
+            print(received[0][printed[0] :], end="", flush=True)
+            printed[0] = len(received[0])
 
     def status(happening: str) -> None:
-        console.print(happening, markup=False)
+        console.print(without_controls(happening), markup=False)
 
     finished = False
     try:
@@ -589,7 +590,7 @@ def ask(
                 retries=retries,
                 privacy=privacy,
             )
-        received[0], finished = answer.record.new_text, True
+        received[0], finished = without_controls(answer.record.new_text, ANSWER_CONTROLS), True
     finally:
         for shown in line:
             shown.__exit__(None, None, None)
@@ -749,4 +750,4 @@ def _check_parent(path: Path) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(records.encode(value).decode())
+    print(escaped_json(records.encode(value).decode()))

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.certificates import Tls
 from entropi.private.messages import (
@@ -153,7 +154,7 @@ async def receive(  # type: ignore[no-untyped-def]
         raise UserError(f"{where} closed the connection during the handshake")
     decoded = decode(message.data, where)
     if isinstance(decoded, Refused):
-        raise UserError(f"{where} refused: {decoded.reason}")
+        raise UserError(f"{where} refused: {without_controls(decoded.reason)}")
     if not isinstance(decoded, kind):
         raise UserError(f"{where} does not follow the protocol")
     return decoded
@@ -164,4 +165,4 @@ def decode(data: str, where: str) -> FromServer:
     try:
         return decode_from_server(data)
     except BadMessage as error:
-        raise UserError(f"{where} does not follow the protocol: {error}") from None
+        raise UserError(f"{where} does not follow the protocol: {without_controls(str(error))}") from None

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.certificates import Tls
 from entropi.private.channel import (
@@ -616,7 +617,7 @@ class _Session:
         if message.type == aiohttp.WSMsgType.TEXT:
             refused = decode(message.data, self.where)
             if isinstance(refused, Refused):
-                raise LostServer(f"{self.where} ended the session: {refused.reason}")
+                raise LostServer(f"{self.where} ended the session: {without_controls(refused.reason)}")
             raise UserError(f"{self.where} does not follow the protocol")
         raise LostServer(f"{self.where} went away in the middle of the session")
 

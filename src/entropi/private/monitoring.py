@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from aiohttp import web
 
+from entropi.console import escaped_json, without_controls
+
 Ending = Literal["finished", "left", "refused", "failed"]
 
 
@@ -93,6 +95,21 @@ class SessionLog(_Adapter):
         return f"session {fields['session']}: {msg}", {**kwargs, "extra": {"fields": fields}}
 
 
+class PlainLines(logging.Formatter):
+    """One line for people: time, level, message; a traceback below it. Names that clients chose cannot break out."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line itself, without the traceback that may follow."""
+        return without_controls(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """A traceback, of several lines."""
+        return without_controls(super().formatException(ei), "\n\t")
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, message, and the fields a session's lines carry."""
 
@@ -106,4 +123,4 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return escaped_json(msgspec.json.encode(line).decode())

@@ -62,7 +62,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """
 
     format: Annotated[int, msgspec.Meta(ge=2, le=2)]
-    architecture: Annotated[str, msgspec.Meta(max_length=64)]
+    architecture: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]  # callers print it
     layers: Annotated[int, msgspec.Meta(ge=1, le=256)]
     heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     key_value_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # fewer than heads: groups of queries share theirs

@@ -20,6 +20,7 @@ import msgspec
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from entropi.console import without_controls
 from entropi.errors import UserError, is_failure
 
 MAX_PROMPT = 1 << 20  # characters; encoding takes about 300 bytes of memory for each
@@ -149,8 +150,9 @@ def tokenizer_of_stranger(text: str, vocab_size: int) -> Encoder:
     tokenizer = _load(text)
     if found := objections(text, vocab_size):
         raise UserError(
-            f"that could change the prompt, or let its length tell too much: {found[0]}; if you know this tokenizer, "
-            "give its file with --tokenizer or its hash with --tokenizer-sha256"
+            "that could change the prompt, or let its length tell too much: "
+            f"{without_controls(found[0])}; if you know this tokenizer, give its file with --tokenizer or its hash "
+            "with --tokenizer-sha256"
         )
     entries = msgspec.json.decode(text.encode(), type=_File)
     longest = max(map(len, [*entries.model.vocab, *(token.content for token in entries.added_tokens)]))
