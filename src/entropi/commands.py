@@ -11,7 +11,6 @@ import logging
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import msgspec
 from entropi import records
 from entropi.console import ProgressLine, escaped_json, make_console, without_controls
 from entropi.errors import UserError
+from entropi.temporary import swept_folder
 from entropi.training.recipe import Recipe
 
 ANSWER_CONTROLS = "\n\t"  # of an answer's control characters, those that belong to text; --json has all of them
@@ -442,10 +442,10 @@ def serve(
     parse_address(metrics)
     if tls is not None:
         tls.server_context()
-    with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
+    with _terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():
-            folder = Path(temporary)
+            folder = temporary
             fold_model(model, folder)
         try:
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import queue
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +62,7 @@ from entropi.private.tokenization import (
 )
 from entropi.private.tunnel import LinkBroken, Tunnel
 from entropi.records import PrivateRun, StageTraffic
+from entropi.temporary import swept_folder
 
 LINK_SECONDS = 60
 GRACE_SECONDS = 3.0  # for a party to say why its link broke
@@ -406,8 +406,8 @@ class _Session:
         question.padding = self._padding(len(question.prompt_ids))
         ids = question.padding + question.prompt_ids + question.new_tokens
         left = question.max_new_tokens - len(question.new_tokens)
-        with tempfile.TemporaryDirectory(prefix="entropi-ask-") as folder:
-            table = await self._fetch_table(Path(folder)) if welcome.table is not None else None
+        with swept_folder("entropi-ask-") as folder:
+            table = await self._fetch_table(folder) if welcome.table is not None else None
             await self._say(Start(len(ids), left, welcome.digest()))
             accepted = await self._wait_for_slot()
             async with Tunnel(CLIENT, self.socket.send_bytes) as tunnel:

@@ -9,7 +9,6 @@ import os
 import secrets
 import signal
 import ssl
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +60,7 @@ from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_addr
 from entropi.private.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
+from entropi.temporary import swept_folder
 
 HANDSHAKE_SECONDS = 10
 LINK_SECONDS = 60.0  # for both engines to start and find each other
@@ -136,10 +136,10 @@ def serve(
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
     counters = Counters()
-    with tempfile.TemporaryDirectory(prefix="entropi-table-") as temporary:
+    with swept_folder("entropi-table-") as temporary:
         table = None
         if settings.embedding == "public":
-            table = Path(temporary) / "table.safetensors"
+            table = temporary / "table.safetensors"
             save_file({"embedding": weights["embedding"]}, table)
         del weights
         welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None, published)
