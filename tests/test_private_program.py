@@ -15,7 +15,7 @@ from safetensors.numpy import save_file  # noqa: E402
 from entropi.errors import UserError  # noqa: E402
 from entropi.private import program, ranges  # noqa: E402
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
-from entropi.private.program import Description, forward, one_hot, pair_limit, run_plain  # noqa: E402
+from entropi.private.program import Description, Stage, forward, one_hot, pair_limit, run_plain  # noqa: E402
 from entropi.private.ranges import (  # noqa: E402
     Ranges,
     can_pair,
@@ -195,8 +195,13 @@ async def two_processes(folder, model, weights, settings, prompt, new_tokens):
 @pytest.mark.two_party
 @pytest.mark.parametrize(
     "options",
-    [dict(paired=True), dict(output="top_k", choices=3, paired=True), dict(output="argmax", embedding="public")],
-    ids=["logits", "top_k", "argmax"],
+    [
+        dict(paired=True),
+        dict(output="top_k", choices=3, paired=True),
+        dict(output="argmax", embedding="public"),
+        dict(paired=True, logit_bits=4),
+    ],
+    ids=["logits", "top_k", "argmax", "rounded"],
 )
 def test_two_processes_learn_what_the_settings_say(options, tmp_path):
     pytest.importorskip("spu")
@@ -209,7 +214,9 @@ def test_two_processes_learn_what_the_settings_say(options, tmp_path):
         order = np.argsort(-plain)
         if settings.output == "logits":
             assert event.tokens is None
-            np.testing.assert_allclose(event.logits, plain, atol=0.004)
+            step = 0.0 if settings.logit_bits is None else 2.0**-settings.logit_bits
+            np.testing.assert_allclose(event.logits, plain, atol=0.004 + step / 2)
+            assert not step or not (np.array(event.logits) % step).any()
         elif settings.output == "top_k":
             assert event.tokens == order[:3].tolist()
             np.testing.assert_allclose(event.logits, plain[order[:3]], atol=0.004)
@@ -234,6 +241,47 @@ def test_options_of_embedding_and_output(embedding, output):
         np.testing.assert_allclose(found["logits_out"], plain[order[:4]], atol=0.002)
     else:
         np.testing.assert_allclose(found["logits"][0], plain, atol=0.002)
+
+
+@pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
+@pytest.mark.parametrize("bits", [0, 3])
+def test_rounded_logits_tell_nothing_below_the_step(protocol, bits):
+    """Every logit is the nearest multiple of the step, always the same: asking again averages nothing away."""
+    pytest.importorskip("spu")
+    from entropi.private.engine import Simulation
+
+    step = 2.0**-bits
+    (stage,) = [s for s in forward(describe(), 1, 0, 5, logit_bits=bits) if s.name == "round"]
+    exact = np.random.default_rng(2).uniform(-20, 20, 16).astype(np.float32)
+    distance = np.abs(exact / step - np.floor(exact / step) - 0.5)
+    exact = exact[distance > 2.0**-12]  # fixed point may move what lies between two steps
+    repeated = np.tile(exact, 16)
+    engine = Simulation(protocol, Settings())
+    engine.hold("server's", repeated - np.float32(3.25), 0)
+    engine.hold("client's", np.full_like(repeated, 3.25), 1)
+    engine.run(Stage("add", -1, lambda a, b: a + b, ("server's", "client's"), ("logits",)))
+    engine.run(stage)
+    found = engine.reveal("logits").reshape(16, -1) * step
+    np.testing.assert_array_equal(found, np.tile(np.rint(exact / step) * step, (16, 1)))
+
+
+def test_settings_of_rounding():
+    model = describe(layers=1)
+    weights = random_weights(model)
+    for output in ("logits", "top_k"):
+        (found,), _ = simulate("ref2k", model, weights, [PROMPT], output=output, choices=4, logit_bits=2)
+        _, (plain,) = run_plain(model, weights, PROMPT, 1, 6)
+        expected = plain if output == "logits" else np.sort(plain)[::-1][:4]
+        got = found["logits"][0] if output == "logits" else found["logits_out"]
+        assert (got == np.rint(got)).all()
+        assert np.abs(got / 4 - expected).max() < 0.125 + 0.01
+    assert "learns the logits, rounded to 0.25, the architecture" in trust(Settings(logit_bits=2))
+    with pytest.raises(msgspec.ValidationError, match="no logits are revealed"):
+        msgspec.convert({"output": "argmax", "logit_bits": 2}, Settings)
+    huge = enlarged_head(model, weights, 2.0**23)
+    assert settle(model, huge, SETTINGS, [PROMPT])
+    with pytest.raises(UserError, match=r"logits reach 8\.39e\+06, and rounding them to 4 binary places"):
+        settle(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
 
 
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
@@ -566,14 +614,16 @@ def test_canaries():
     count = len(canary.tokens)
     assert canary.tokens == expected[0][:count]
 
-    def answer(tokens, logits):
-        return SimpleNamespace(record=SimpleNamespace(new_tokens=tokens), logits=logits)
+    def complain(tokens, logits, **settings):
+        answer = SimpleNamespace(record=SimpleNamespace(new_tokens=tokens), logits=logits)
+        return complaint(canary, answer, Settings(**settings))
 
-    assert complaint(canary, answer(canary.tokens, expected[1][:count])) is None
-    assert complaint(canary, answer(canary.tokens, [])) is None  # where the server reveals no logits
-    assert "token 1 is another" in complaint(canary, answer([*canary.tokens[:-1], 52 - canary.tokens[-1]][::-1], []))
-    assert "the logit of token 1 is" in complaint(canary, answer(canary.tokens, [expected[1][0] + 0.3]))
-    assert f"token {count} is" in complaint(canary, answer(canary.tokens[:-1], []))
+    assert complain(canary.tokens, expected[1][:count]) is None
+    assert complain(canary.tokens, []) is None  # where the server reveals no logits
+    assert "token 1 is another" in complain([*canary.tokens[:-1], 52 - canary.tokens[-1]][::-1], [])
+    assert "the logit of token 1 is" in complain(canary.tokens, [expected[1][0] + 0.3])
+    assert f"token {count} is" in complain(canary.tokens[:-1], [])
+    assert complain(canary.tokens, [row + 0.3 for row in expected[1]], logit_bits=0) is None  # half a step may be off
     flat = {**weights, "head": weights["head"] * np.float32(1e-3), "head_bias": weights["head_bias"] * 0}
     with pytest.raises(UserError, match="choose another text"):
         make_canary("public", encoder, model, flat, SETTINGS, 9)

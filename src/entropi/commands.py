@@ -370,6 +370,7 @@ def serve(
     client_tokens: int | None = None,
     output: Literal["logits", "top_k", "argmax"] = "logits",
     choices: int = 8,
+    round_logits: int | None = None,
     embedding: Literal["private", "public"] = "private",
     exp_iterations: int = 8,
     fraction_bits: int | None = None,
@@ -397,6 +398,7 @@ def serve(
         client_tokens: tokens within 24 hours of one client certificate; no limit by default
         output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
         choices: how many tokens top_k reveals, 1 to 16
+        round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
         embedding: public gives the token embeddings to every client and saves their part of the computation
         exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
@@ -421,6 +423,7 @@ def serve(
         "embedding": embedding,
         "output": output,
         "choices": choices,
+        "logit_bits": round_logits,
     }
     try:
         settings = msgspec.convert(chosen, Settings)
@@ -532,7 +535,8 @@ def ask(
     if canary:
         if prompt is not None:
             raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
-        if (published := connect(server, tls).canary) is None:
+        serving = connect(server, tls)
+        if (published := serving.canary) is None:
             raise UserError(f"{server} has published no canary")
         prompt, max_new_tokens = published.prompt, len(published.tokens)
         sampling, privacy = Sampling(), replace(privacy, pad_to=1, full_length=True)
@@ -596,7 +600,7 @@ def ask(
             shown.__exit__(None, None, None)
         if not json and (finished or received[0]):  # after a failure, what had been received
             print(received[0][printed[0] :], flush=True)
-    if published is not None and (difference := complaint(published, answer)) is not None:
+    if published is not None and (difference := complaint(published, answer, serving.settings)) is not None:
         raise UserError(f"the canary does not hold: {difference}; do not rely on this server's answers")
     if logits is not None:
         import numpy as np

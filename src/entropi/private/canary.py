@@ -58,13 +58,14 @@ def make_canary(
     return Canary(prompt, tokens[:count], best[:count])
 
 
-def complaint(canary: Canary, answer: Answer) -> str | None:
+def complaint(canary: Canary, answer: Answer, settings: Settings) -> str | None:
     """How an answer differs from what the owner published, None if it does not."""
+    step = 0.0 if settings.logit_bits is None else 2.0**-settings.logit_bits
     found, expected = answer.record.new_tokens, canary.tokens
     if found != expected:
         place = next(n for n, (one, other) in enumerate(zip([*found, -1], [*expected, -2])) if one != other)
         return f"token {place + 1} is another than the owner published"
     for place, (row, logit) in enumerate(zip(answer.logits, canary.logits), start=1):
-        if not abs(float(row.max()) - logit) < TOLERANCE + 1e-3 * abs(logit):
+        if not abs(float(row.max()) - logit) < TOLERANCE + 1e-3 * abs(logit) + step / 2:
             return f"the logit of token {place} is {float(row.max()):.4g} instead of {logit:.4g}"
     return None

@@ -47,12 +47,16 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
     output: Literal["logits", "top_k", "argmax"] = "logits"
     choices: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8
+    # Binary places that these logits are rounded to, in secret; None for all there are.
+    logit_bits: Annotated[int, msgspec.Meta(ge=0, le=8)] | None = None
 
     def __post_init__(self) -> None:
         if self.paired and self.embedding == "public":
             raise ValueError("tokens are paired in the product with a private table, and the embedding is public")
         if self.paired and self.fraction_bits < LEAST_PAIR_FRACTION_BITS:
             raise ValueError(f"tokens cannot be paired with fewer than {LEAST_PAIR_FRACTION_BITS} fraction bits")
+        if self.logit_bits is not None and self.output == "argmax":
+            raise ValueError("no logits are revealed that could be rounded")
 
 
 TRUST = {
@@ -69,7 +73,9 @@ def trust(settings: Settings) -> str:
         "top_k": f"the {settings.choices} likeliest tokens and their logits",
         "argmax": "the likeliest token",
     }[settings.output]
-    text = TRUST[settings.protocol].replace("the logits", learned)
+    if settings.logit_bits is not None:
+        learned += f", rounded to {2.0**-settings.logit_bits:g},"
+    text = TRUST[settings.protocol].replace("the logits", learned).replace(",,", ",")
     return text + (", whose token embeddings are public" if settings.embedding == "public" else "")
 
 

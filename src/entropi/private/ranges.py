@@ -194,6 +194,11 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
             f"fixed point {danger}: {name} reaches {value:.3g}, and products in a ring of {settings.ring_bits} "
             f"bits with {bits} fraction bits must stay below {limit:.3g}"
         )
+    if settings.logit_bits is not None and not ranges.largest.get("head", 0.0) * 2.0**settings.logit_bits < limit:
+        found.append(
+            f"fixed point would overflow: logits reach {ranges.largest['head']:.3g}, and rounding them to "
+            f"{settings.logit_bits} binary places needs 2^{settings.logit_bits} times that below {limit:.3g}"
+        )
     if ranges.largest_mean_square:
         name, value = max(ranges.largest_mean_square.items(), key=lambda item: item[1])
         if not value < (most := largest_mean_square(settings)):
