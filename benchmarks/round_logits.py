@@ -2,11 +2,11 @@
 
     python benchmarks/round_logits.py RUN --write
 
-RUN is a run folder of a trained model. Quality is measured on held-out text from the rounded logits alone: perplexity of
-their softmax, and how often the likeliest token is the right one, or the one it was before rounding. Extraction is the
-known attack on full logits (Carlini et al. 2024, arXiv 2403.06634): the logits of many prompts span a space of as many
-dimensions as the model is wide, which is the output layer up to a linear map. Bytes and seconds are CHEETAH's, both
-parties as threads of this machine.
+RUN is a run folder of a trained model. Quality is measured on held-out text from the rounded logits alone: perplexity
+of their softmax, and how often the likeliest token is the right one, or the one it was before rounding. Extraction is
+the known attack on full logits (Carlini et al. 2024, arXiv 2403.06634): the logits of many prompts span a space of as
+many dimensions as the model is wide, which is the output layer up to a linear map. Bytes and seconds are CHEETAH's,
+both parties as threads of this machine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from entropi.machine import describe_machine
+from entropi.machine import machine
 from entropi.private.engine import Simulation
 from entropi.private.messages import Settings
 from entropi.private.program import Stage, rounded
+from entropi.training.recipe import CONFIG_FILE, load_recipe
 from entropi.training.saved import open_with_heldout
 
 LEVELS = (None, 8, 6, 5, 4, 3, 2, 1, 0)
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="of held-out text")
     parser.add_argument("--write", action="store_true", help=f"to {RESULTS}")
     given = parser.parse_args()
+    recipe = load_recipe(given.run / CONFIG_FILE)
     exact, targets, width = heldout_logits(given.run, given.sequences)
     lines = [
         "| `--round-logits` | step | perplexity | right token | same token | ties | width found | outside the space |",
@@ -107,15 +109,16 @@ def main() -> None:
         [
             "# Rounded logits",
             "",
-            f"Model: {given.run.parent.parent.name}, width {width}, {exact.shape[1]:,} tokens; {len(exact):,} held-out "
-            f"tokens of the standard library's source. Machine: {describe_machine()}, other work beside it.",
+            f"Model: {recipe.architecture}, {recipe.layers} layers, width {width}, {recipe.steps} steps, "
+            f"{exact.shape[1]:,} tokens; {len(exact):,} held-out tokens of the standard library's source. "
+            f"Machine: {machine()}, other work beside it.",
             "",
             *lines,
             "",
-            "Right token: the likeliest one is the text's next; same token: it is the one without rounding (of several "
-            "equal ones the first); ties: rows with several. Width found: where neighbouring singular values of half of "
-            "the logits differ most. Outside the space: what the space of those logits, of the true width, misses of the "
-            "exact logits of the other half, relative to these.",
+            "Right token: the likeliest one is the text's next. Same token: it is the one without rounding, of several "
+            "equal ones the first. Ties: rows with several. Width found: where neighbouring singular values of half of "
+            "the logits differ most. Outside the space: what the space of those logits, of the true width, misses of "
+            "the exact logits of the other half, relative to these.",
             "",
             f"Rounding under CHEETAH: {told}; 0.55 KB a logit, every token.",
             "",

@@ -644,6 +644,12 @@ def test_dishonest_servers(capfd, folded, name, scratch):
         ("", [], "the prompt is empty"),
         ("wall " * 40, [], f"and 8 new ones are asked for, but this model takes at most {POSITIONS + 1} tokens"),
         ("wall", ["--max-new-tokens", "0"], "at least 1"),
+        ("wall", ["--tokenizer-sha256", "0" * 64], "sent another tokenizer than the one with the given SHA-256"),
+        ("wall", ["--tokenizer-sha256", "0"], "64 hexadecimal digits"),
+        ("wall", ["--tokenizer", "/nowhere"], "cannot read the tokenizer /nowhere: No such file"),
+        ("wall", ["--stop", "nothing"], "no token 'nothing' to stop at"),
+        ("wall", ["--pad-to", "64"], "filled up to 64 it leaves no room for 8 new ones"),
+        ("x" * (1 << 21), [], "at most 1048576 are possible"),
         ("wall", ["--max-new-tokens", str(MOST_TOKENS + 1)], f"at most {MOST_TOKENS} new tokens"),
     ],
 )

@@ -451,7 +451,7 @@ def serve(
             folder = temporary
             fold_model(model, folder)
         try:
-            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            tokenizer = (folder / "tokenizer.json").read_bytes().decode()  # as it is, for its hash
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
         choose = fraction_bits is None
@@ -742,7 +742,7 @@ def _extra(name: str) -> Iterator[None]:
 def _read_text(path: Path, what: str) -> str:
     """The content of a file that has to be UTF-8 text."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
 

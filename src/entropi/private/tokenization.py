@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from entropi.console import without_controls
 from entropi.errors import UserError, is_failure
 
-MAX_PROMPT = 1 << 20  # characters; encoding takes about 300 bytes of memory for each
+MAX_PROMPT = 1 << 20  # characters; encoding takes about 200 bytes of memory for each
 MAX_TOKEN = 256  # characters of an entry; GPT-4's and Llama's longest have 128
 # What tokenizers call the token that ends a text. These end an answer unless the client names others.
 ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
