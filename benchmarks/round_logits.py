@@ -120,7 +120,8 @@ def main() -> None:
             "the logits differ most. Outside the space: what the space of those logits, of the true width, misses of "
             "the exact logits of the other half, relative to these.",
             "",
-            f"Rounding under CHEETAH: {told}; 0.55 KB a logit, every token.",
+            f"Rounding under CHEETAH: {told}, every token; "
+            "oblivious transfers that have to be made meanwhile included.",
             "",
         ]
     )

@@ -264,6 +264,12 @@ def test_prompts_are_filled_up_to_lengths_that_tell_less():
         lengths.add(len(padding) + letters)
     assert lengths == {8, 16, 24}
     assert a_session("xx", 1)._padding(2) == []
+    public = a_session("xx", 1, pad_to=16, pad_text="public.")
+    fill = public.tokenizer.encode("public.", 99)
+    assert public._padding(2) == fill + fill  # fourteen
+    assert public._padding(9) == fill
+    assert public._padding(10) == fill[1:]
+    assert public._padding(1) == fill[-1:] + fill + fill
     assert a_session("x" * 30, 1, pad_to=15)._padding(30) == []
     with pytest.raises(UserError, match="filled up to 32 it leaves no room for 2 new ones"):
         a_session("x" * 30, 2, pad_to=8)._padding(30)

@@ -484,6 +484,7 @@ def ask(
     tokenizer: Path | None = None,
     tokenizer_sha256: str | None = None,
     pad_to: int = 1,
+    pad_with: Path | None = None,
     stop: list[str] | None = None,
     full_length: bool = False,
     canary: bool = False,
@@ -509,7 +510,9 @@ def ask(
         tokenizer_sha256: hash of the tokenizer.json that the server must send; without one of these two options only
             tokenizers are applied that can neither change a prompt nor spell it out by their number of tokens
         pad_to: fill the prompt up, at its front, to a multiple of so many tokens: the server sees that length; the
-            model reads the filling, which changes the answer a little
+            model reads the filling, which changes the answer
+        pad_with: file with text to fill up with; public text of the prompt's kind changes answers least, and by default
+            it is the token that ends a text
         stop: names of the tokens that end an answer; by default those that usually end a text
         full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
         canary: ask the public prompt that the server names, and compare the answer with the one it published
@@ -529,7 +532,8 @@ def ask(
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
     own = _read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
-    privacy = Privacy(own, tokenizer_sha256, pad_to, tuple(stop) if stop else None, full_length)
+    filling = _read_text(pad_with, "the filling") if pad_with is not None else None
+    privacy = Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, full_length)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     published = None
     if canary:

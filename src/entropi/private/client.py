@@ -141,8 +141,10 @@ class Privacy:
     Attributes:
         tokenizer: content of a tokenizer.json of one's own to use in place of the server's.
         tokenizer_sha256: of the tokenizer.json that the server must send; then it is taken whatever its form.
-        pad_to: a prompt is filled up at its front, with the token that ends a text, to a multiple of so many tokens.
-            The model reads them, so this changes the answer a little.
+        pad_to: a prompt is filled up at its front to a multiple of so many tokens. The model reads the filling, so this
+            changes the answer.
+        pad_text: what it is filled up with, from its end backwards and again as long as needed; public text like the
+            prompt changes answers least. By default it is the token that ends a text.
         stop_tokens: by name, the tokens that end an answer; by default those that usually end a text. What the server
             says of that is not asked.
         full_length: ask for all tokens whatever comes, and cut the answer afterwards.
@@ -154,12 +156,15 @@ class Privacy:
     tokenizer: str | None = None
     tokenizer_sha256: str | None = None
     pad_to: int = 1
+    pad_text: str | None = None
     stop_tokens: tuple[str, ...] | None = None
     full_length: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.pad_to <= MAX_TOKENS:
             raise UserError(f"pad_to is {self.pad_to} but must be between 1 and {MAX_TOKENS}")
+        if self.pad_text is not None:
+            check_prompt(self.pad_text)
         if self.tokenizer is not None and self.tokenizer_sha256 is not None:
             raise UserError("a tokenizer of one's own leaves no use for the hash of the server's: give one of the two")
         if self.tokenizer_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.tokenizer_sha256):
@@ -491,15 +496,18 @@ class _Session:
         wanted, question = -length % self.question.privacy.pad_to, self.question
         if not wanted:
             return []
-        fill = (self.tokenizer.ids_of(None) or question.stop_ids)[:1]
-        if not fill:
-            raise UserError("there is no token to fill the prompt up with: name one that ends a text with --stop")
         if length + wanted + question.max_new_tokens > self.welcome.description.positions + 1:
             raise UserError(
                 f"the prompt has {length} tokens, and filled up to {length + wanted} it leaves no room for "
                 f"{question.max_new_tokens} new ones in this model"
             )
-        return fill * wanted
+        if question.privacy.pad_text is not None:
+            fill = self.tokenizer.encode(question.privacy.pad_text, MAX_TOKENS)
+        else:
+            fill = (self.tokenizer.ids_of(None) or question.stop_ids)[:1]
+        if not fill:
+            raise UserError("the tokenizer has no token that ends a text: say what to fill up with by --pad-with")
+        return (fill * -(-wanted // len(fill)))[-wanted:]
 
     async def _fetch_table(self, folder: Path) -> Path:
         """The public token embeddings, `(V, d)`; all clients fetch the same, whatever they ask."""
