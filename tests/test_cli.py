@@ -850,7 +850,7 @@ def test_training_loads_no_jax():
 
 # --- Rooms ------------------------------------------------------------------------------------------------------------
 
-COMMON = {"cache", "downloads", "errors", "console", "machine", "records"}
+COMMON = {"cache", "downloads", "errors", "console", "machine", "records", "temporary"}
 ROOMS: dict[str, set[str]] = {
     "entropy": set(),
     "model": {"entropy"},

@@ -90,7 +90,7 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
                 command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
         if function is commands.ask:
             skipped |= {"prompt", "stop"}
-            command.add_argument("prompt", nargs="?", metavar="PROMPT", help=helps["prompt"])
+            command.add_argument("prompt", nargs="?", help=helps["prompt"])
             command.add_argument("--stop", nargs="+", metavar="TOKEN", help=helps["stop"])
         if function is commands.train:
             skipped.add("recipe")

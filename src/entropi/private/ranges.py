@@ -34,7 +34,7 @@ _MEAN_SQUARE_BITS = 8
 # An operation whose typical value has fewer bits than this is mostly rounding.
 _TYPICAL_BITS = 5
 SWEEP_LENGTH = 128  # tokens a sequence, where every token of the vocabulary is looked at once
-# Bounds the look at every token; GPT-2 small's 50,257 need 1.2e13, three to four minutes of two cores.
+# Bounds the look at every token; GPT-2 small's 50,257 need 1.2e13: nine minutes of two cores with other work.
 MAX_SWEEP_OPERATIONS = 2e13
 
 
