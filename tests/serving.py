@@ -99,7 +99,8 @@ class Server:
     def __init__(self, folder, log, *options, prefix=()):
         self.log_file = log
         listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
-        words = ("serve", folder, *listen, "--max-new-tokens", MOST_TOKENS, *options)
+        tests = () if "--self-test" in options else ("--self-test", "none")  # seconds that few tests need
+        words = ("serve", folder, *listen, *tests, "--max-new-tokens", MOST_TOKENS, *options)
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
                 [*prefix, *command(*words)],

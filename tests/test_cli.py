@@ -299,6 +299,9 @@ def garbage(path: Path) -> None:
         ("config.json", edited(num_hidden_layers=1), "does not fit its config.json"),
         ("config.json", edited(hidden_size=32), "does not fit its config.json"),
         ("config.json", edited(hidden_size="wide"), "is damaged: "),
+        ("config.json", edited(num_hidden_layers=10**8), "is damaged: "),
+        ("config.json", edited(vocab_size=10**12), "is damaged: "),
+        ("config.json", lambda path: path.write_text("[" * 100_000), "is damaged: config.json cannot be read"),
         ("model.safetensors", truncated, "is damaged: "),
         ("model.safetensors", garbage, "is damaged: "),
         ("model.safetensors", Path.unlink, "is damaged: model.safetensors is missing"),
@@ -326,6 +329,34 @@ def test_damaged_models(
     if command == "evaluate" and "gpt2" in part:
         part = "is damaged: lm_head.weight is missing"  # it evaluates a GPT-2 too, but this is none
     assert_refused(entropi(command, model, *words[command]), part)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {"n_layer": 10**8, "n_embd": 48, "n_head": 2, "vocab_size": 300}),
+        ("llama", {"num_hidden_layers": 10**8, "hidden_size": 48, "num_attention_heads": 2, "vocab_size": 300}),
+        ("llama", {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 0, "vocab_size": 300}),
+        ("entropi", {"num_hidden_layers": 10**8}),
+    ],
+)
+def test_configurations_that_nothing_could_build(
+    entropi: Callable[..., Done], corpus: Path, tmp_path: Path, family: str, sizes: dict[str, int]
+):
+    """One line at once, whatever the file says: nothing is built that would take until the memory ends."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": family, "intermediate_size": 64, "max_position_embeddings": 64, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes(b"\0")
+    commands = [["evaluate", folder, "--corpus", corpus], ["fold", folder, tmp_path / "out"]]
+    pytest.importorskip("jax")
+    for words in [*commands, ["cost", "--architecture", folder]]:
+        started = time.monotonic()
+        done = entropi(*words)
+        assert_refused(done)
+        assert time.monotonic() - started < 60
 
 
 def test_a_tokenizer_of_another_model(entropi: Callable[..., Done], model: Path, corpus: Path, tmp_path: Path):
@@ -880,7 +911,7 @@ def test_training_loads_no_jax():
 
 # --- Rooms ------------------------------------------------------------------------------------------------------------
 
-COMMON = {"cache", "downloads", "errors", "console", "machine", "records"}
+COMMON = {"cache", "downloads", "errors", "console", "machine", "records", "temporary"}
 ROOMS: dict[str, set[str]] = {
     "entropy": set(),
     "model": {"entropy"},

@@ -16,7 +16,7 @@ from types import FrameType
 import numpy as np
 import pytest
 from rich.console import Console
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from entropi import cache
 from entropi.data import corpus, packing, shards, tokenizer
@@ -622,3 +622,10 @@ def test_prepare_speaks_only_to_the_console(
     prepare(str(folder), 300, 32, tmp_path / "two")
     assert spoken.getvalue().strip("\0") == ""
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_cannot_encode_is_one_line():
+    """Its unknown token is missing from its vocabulary, which nothing notices before the first unknown letter."""
+    broken = Tokenizer(models.BPE({"a": 0}, [], unk_token="?"))
+    with pytest.raises(UserError, match=r"the tokenizer cannot encode this text: Unk token .* not found"):
+        encode([Document("a", "abc")], broken)

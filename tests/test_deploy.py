@@ -27,10 +27,10 @@ from aiohttp import web
 from cryptography import x509
 from rich.console import Console
 
-from entropi import cli
+from entropi import cli, records
 from entropi.console import ProgressLine
 from entropi.errors import UserError
-from entropi.private import admission, certificates, channel, connect, monitoring
+from entropi.private import admission, certificates, channel, client, connect, monitoring
 from entropi.private.certificates import Tls, issue, tls_files
 from entropi.private.client import Sampling, Watcher
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
@@ -357,6 +357,52 @@ def test_log_lines_for_programs():
     assert "boom" in second["trace"]
 
 
+HOSTILE = "\x1b]0;owned\x07\x9b2J\r\n2026-01-01 INFO stopped\u202e\x7f\ud800"
+
+
+@pytest.mark.parametrize("formatter", [monitoring.PlainLines, monitoring.JsonLines])
+def test_names_of_clients_cannot_write_on_the_screen_or_forge_a_line(formatter):
+    written = io.StringIO()
+    logger, handler = logging.Logger("test"), logging.StreamHandler(written)
+    handler.setFormatter(formatter())
+    logger.addHandler(handler)
+    name = HOSTILE if formatter is monitoring.PlainLines else HOSTILE[:-1]  # no UTF-8 has a lone surrogate
+    monitoring.SessionLog(logger, "ab12", name).info("opened by %s", name)
+    line = written.getvalue()
+    assert line.count("\n") == 1
+    assert not {*HOSTILE[:1], "\x07", "\x9b", "\r", "\u202e", "\x7f", "\ud800"} & set(line)
+    if formatter is monitoring.JsonLines:
+        assert json.loads(line)["client"] == name  # escaped, and complete
+    else:
+        assert "session ab12: opened by \ufffd]0;owned\ufffd" in line
+
+
+def test_control_characters_of_answers_stay_off_the_terminal(monkeypatch, capfd):
+    """Newline and tab are text; everything else is for programs that read --json."""
+    answered = "def f():\n\treturn\x1b[2J\x9b\u2028\r1"
+    record = records.PrivateRun(
+        protocol="cheetah", trust="", server="x", prompt="p", prompt_tokens=[1], new_tokens=[2], new_text=answered,
+        stages=[], setup_seconds=0.0, setup_bytes=0, reveal_bytes=0, seconds=1.0, ring_bits=64, fraction_bits=18,
+        exp_iterations=8,
+    )  # fmt: skip
+
+    def answer(server, prompt, new_tokens, watcher, **options):
+        for piece in (answered[:5], answered[5:]):
+            watcher.text(piece)
+        watcher.status("busy\x1b[2J")
+        return client.Answer(record, [])
+
+    monkeypatch.setattr(client, "ask", answer)
+    assert cli.main(["ask", "p", "--server", "127.0.0.1:1"]) == 0
+    said = capfd.readouterr()
+    assert said.out == "def f():\n\treturn\ufffd[2J\ufffd\ufffd\ufffd1\n"
+    assert "busy\ufffd[2J" in said.err
+    assert cli.main(["ask", "p", "--server", "127.0.0.1:1", "--json"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["new_text"] == answered
+    assert not set("\x1b\x9b\u2028\r") & set(said.out)
+
+
 @pytest.mark.parametrize("name", ["max_queue", "queue_seconds", "stall_seconds", "memory_gb", "client_tokens"])
 def test_limits_that_let_nobody_in(name):
     with pytest.raises(UserError, match=name):
@@ -464,7 +510,7 @@ def test_options_of_the_pages_exist():
     certifying = cli.build_parser().parse_args(["certificates", "f"]).certificates.as_dict()
     known = {*serving, *asking, *certifying, "no_deps", "require_hashes", "link"}
     text = PAGE + (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", text)} <= known
+    assert {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z0-9-]+)", text)} <= known
 
 
 # --- Two parties over TLS ---------------------------------------------------------------------------------------------

@@ -13,10 +13,18 @@ import msgspec  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from entropi.errors import UserError  # noqa: E402
-from entropi.private import program  # noqa: E402
+from entropi.private import program, ranges  # noqa: E402
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
-from entropi.private.program import Description, forward, one_hot, pair_limit, run_plain  # noqa: E402
-from entropi.private.ranges import Ranges, can_pair, measure_ranges, problems, safe_fraction_bits, settle  # noqa: E402
+from entropi.private.program import Description, Stage, forward, one_hot, pair_limit, run_plain  # noqa: E402
+from entropi.private.ranges import (  # noqa: E402
+    Ranges,
+    can_pair,
+    measure_ranges,
+    problems,
+    safe_fraction_bits,
+    settle,
+    sweep_vocabulary,
+)
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -187,8 +195,13 @@ async def two_processes(folder, model, weights, settings, prompt, new_tokens):
 @pytest.mark.two_party
 @pytest.mark.parametrize(
     "options",
-    [dict(paired=True), dict(output="top_k", choices=3, paired=True), dict(output="argmax", embedding="public")],
-    ids=["logits", "top_k", "argmax"],
+    [
+        dict(paired=True),
+        dict(output="top_k", choices=3, paired=True),
+        dict(output="argmax", embedding="public"),
+        dict(paired=True, logit_bits=4),
+    ],
+    ids=["logits", "top_k", "argmax", "rounded"],
 )
 def test_two_processes_learn_what_the_settings_say(options, tmp_path):
     pytest.importorskip("spu")
@@ -201,7 +214,9 @@ def test_two_processes_learn_what_the_settings_say(options, tmp_path):
         order = np.argsort(-plain)
         if settings.output == "logits":
             assert event.tokens is None
-            np.testing.assert_allclose(event.logits, plain, atol=0.004)
+            step = 0.0 if settings.logit_bits is None else 2.0**-settings.logit_bits
+            np.testing.assert_allclose(event.logits, plain, atol=0.004 + step / 2)
+            assert not step or not (np.array(event.logits) % step).any()
         elif settings.output == "top_k":
             assert event.tokens == order[:3].tolist()
             np.testing.assert_allclose(event.logits, plain[order[:3]], atol=0.004)
@@ -226,6 +241,47 @@ def test_options_of_embedding_and_output(embedding, output):
         np.testing.assert_allclose(found["logits_out"], plain[order[:4]], atol=0.002)
     else:
         np.testing.assert_allclose(found["logits"][0], plain, atol=0.002)
+
+
+@pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
+@pytest.mark.parametrize("bits", [0, 3])
+def test_rounded_logits_tell_nothing_below_the_step(protocol, bits):
+    """Every logit is the nearest multiple of the step, always the same: asking again averages nothing away."""
+    pytest.importorskip("spu")
+    from entropi.private.engine import Simulation
+
+    step = 2.0**-bits
+    (stage,) = [s for s in forward(describe(), 1, 0, 5, logit_bits=bits) if s.name == "round"]
+    exact = np.random.default_rng(2).uniform(-20, 20, 16).astype(np.float32)
+    distance = np.abs(exact / step - np.floor(exact / step) - 0.5)
+    exact = exact[distance > 2.0**-12]  # fixed point may move what lies between two steps
+    repeated = np.tile(exact, 16)
+    engine = Simulation(protocol, Settings())
+    engine.hold("server's", repeated - np.float32(3.25), 0)
+    engine.hold("client's", np.full_like(repeated, 3.25), 1)
+    engine.run(Stage("add", -1, lambda a, b: a + b, ("server's", "client's"), ("logits",)))
+    engine.run(stage)
+    found = engine.reveal("logits").reshape(16, -1) * step
+    np.testing.assert_array_equal(found, np.tile(np.rint(exact / step) * step, (16, 1)))
+
+
+def test_settings_of_rounding():
+    model = describe(layers=1)
+    weights = random_weights(model)
+    for output in ("logits", "top_k"):
+        (found,), _ = simulate("ref2k", model, weights, [PROMPT], output=output, choices=4, logit_bits=2)
+        _, (plain,) = run_plain(model, weights, PROMPT, 1, 6)
+        expected = plain if output == "logits" else np.sort(plain)[::-1][:4]
+        got = found["logits"][0] if output == "logits" else found["logits_out"]
+        assert (got == np.rint(got)).all()
+        assert np.abs(got / 4 - expected).max() < 0.125 + 0.01
+    assert "learns the logits, rounded to 0.25, the architecture" in trust(Settings(logit_bits=2))
+    with pytest.raises(msgspec.ValidationError, match="no logits are revealed"):
+        msgspec.convert({"output": "argmax", "logit_bits": 2}, Settings)
+    huge = enlarged_head(model, weights, 2.0**23)
+    assert settle(model, huge, SETTINGS, [PROMPT])
+    with pytest.raises(UserError, match=r"logits reach 8\.39e\+06, and rounding them to 4 binary places"):
+        settle(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
 
 
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
@@ -444,6 +500,135 @@ def ranges_of(largest=1.0, typical=1.0, mean_square=1.0):
 def test_the_nearest_safe_fraction_bits_are_found(ranges, bits):
     assert safe_fraction_bits(ranges, Settings()) == bits
     assert safe_fraction_bits(ranges, Settings(fraction_bits=20)) == bits
+
+
+def with_a_rare_token(model, weights, token, size):
+    """Weights whose attention logits are as before, but where `token` is seen: there they are about `size`.
+
+    Its embedding is no larger than the others'.
+    """
+    random = np.random.default_rng(5)
+    direction = random.normal(size=model.hidden_size)
+    direction /= np.linalg.norm(direction)
+    changed = {name: weight.copy() for name, weight in weights.items()}
+    for name in ("embedding", "positions"):
+        changed[name] -= np.outer(changed[name] @ direction, direction).astype(np.float32)
+    changed["embedding"][token] = np.float32(0.7) * direction * np.sqrt(model.hidden_size) * 0.5
+    added = np.zeros_like(changed["0.qkv"])
+    added[:, : 2 * model.hidden_size] = np.outer(direction, random.choice([-1, 1], 2 * model.hidden_size))
+    changed["0.qkv"] = changed["0.qkv"] + np.float32(size**0.5) * added
+    return changed
+
+
+RARE = dict(vocab_size=512, positions=16, layers=1, norm="none", final_norm="none", centre=False)
+RARE_TOKEN = 400
+
+
+def test_a_token_that_no_calibration_text_holds_is_looked_at():
+    model = describe(**RARE)
+    weights = with_a_rare_token(model, random_weights(model), RARE_TOKEN, 2.0**25)
+    settings, lines = settle(model, weights, SETTINGS, choose=True)
+    assert settings.fraction_bits == 18  # nothing is noticed
+    sweep = sweep_vocabulary(model, weights, SETTINGS)
+    assert sweep.tokens == 512
+    assert RARE_TOKEN in sweep.worst
+    settings, lines = settle(model, weights, SETTINGS, choose=True, sweep=sweep)
+    assert settings.fraction_bits < 18
+    assert "because fixed point would overflow: layer 0 " in lines[0]
+    assert "512 of 512 tokens were looked at" in lines
+    with pytest.raises(UserError, match=r"would overflow: layer 0 .* fraction bits would fit"):
+        settle(model, weights, SETTINGS, sweep=sweep)
+
+
+def test_logits_of_every_token_are_looked_at():
+    """A column of the head that is large for one token's state alone."""
+    model = describe(**RARE)
+    weights = random_weights(model)
+    weights["head"][:, 3] *= np.float32(2.0**24)
+    name, value = max(sweep_vocabulary(model, weights, SETTINGS).ranges.largest.items(), key=lambda item: item[1])
+    assert name == "head"
+    states = [run_plain(model, weights, [token], 1, 6)[1][0][3] for token in range(0, 512, 64)]
+    assert value > np.abs(states).max()
+
+
+def test_the_look_at_a_vocabulary_is_bounded(monkeypatch):
+    """Then tokens with the largest embeddings are looked at, and the log says how many."""
+    monkeypatch.setattr(ranges, "MAX_SWEEP_OPERATIONS", 0.0)
+    model = describe(**RARE)
+    weights = random_weights(model)
+    weights["embedding"][RARE_TOKEN] *= 10
+    sweep = sweep_vocabulary(model, weights, SETTINGS)
+    assert sweep.tokens == ranges.SWEEP_LENGTH
+    assert "128 of 512 tokens were looked at" in settle(model, weights, SETTINGS, sweep=sweep)[1]
+    assert RARE_TOKEN in sweep.worst
+
+
+@pytest.mark.slow
+def test_known_answers_in_fixed_point(tmp_path):
+    """The same program on a prompt where its numbers wrap: what a check of ranges missed is refused."""
+    pytest.importorskip("spu")
+    from entropi.private import self_test
+
+    model = describe(**RARE)
+    prompt = [5, RARE_TOKEN, 9, 3]
+    (tmp_path / "folded.json").write_bytes(msgspec.json.encode(model))
+    save_file(random_weights(model), tmp_path / "folded.safetensors")
+    good = self_test.compare(self_test.Question(str(tmp_path), SETTINGS, "ref2k", prompt))
+    assert good.error < 0.004
+    save_file(with_a_rare_token(model, random_weights(model), RARE_TOKEN, 2.0**25), tmp_path / "folded.safetensors")
+    bad = self_test.compare(self_test.Question(str(tmp_path), SETTINGS, "ref2k", prompt))
+    assert bad.error > 0.3
+    other = self_test.compare(self_test.Question(str(tmp_path), SETTINGS, "ref2k", [5, 8, 9, 3]))
+    assert other.error < self_test.TOLERANCE  # which is why nobody would notice
+
+
+@pytest.mark.slow
+def test_a_failed_self_test_is_one_line(tmp_path):
+    pytest.importorskip("spu")
+    from entropi.private.self_test import self_test
+
+    model = describe(**RARE)
+    (tmp_path / "folded.json").write_bytes(msgspec.json.encode(model))
+    save_file(random_weights(model), tmp_path / "folded.safetensors")
+    assert "known answers in fixed point: logits of 4 tokens" in self_test(tmp_path, SETTINGS, "ref2k", [5, 8, 9, 3])
+    save_file(with_a_rare_token(model, random_weights(model), RARE_TOKEN, 2.0**25), tmp_path / "folded.safetensors")
+    with pytest.raises(UserError, match=r"in fixed point this model's logits are wrong by .* on a known prompt"):
+        self_test(tmp_path, SETTINGS, "ref2k", [5, RARE_TOKEN, 9, 3])
+    (tmp_path / "folded.safetensors").unlink()
+    with pytest.raises(UserError, match="failed to run"):
+        self_test(tmp_path, SETTINGS, "ref2k", [1])
+
+
+def test_canaries():
+    pytest.importorskip("spu")
+    from types import SimpleNamespace
+
+    from entropi.private.canary import complaint, make_canary
+
+    model = describe(**{**RARE, "vocab_size": 53})
+    weights = random_weights(model)
+    weights["head"] *= np.float32(5)
+    encoder = SimpleNamespace(encode=lambda text, most: PROMPT)
+    expected = run_plain(model, weights, PROMPT, 2, 6)
+    canary = make_canary("public", encoder, model, weights, SETTINGS, 2)
+    count = len(canary.tokens)
+    assert canary.tokens == expected[0][:count]
+
+    def complain(tokens, logits, **settings):
+        answer = SimpleNamespace(record=SimpleNamespace(new_tokens=tokens), logits=logits)
+        return complaint(canary, answer, Settings(**settings))
+
+    assert complain(canary.tokens, expected[1][:count]) is None
+    assert complain(canary.tokens, []) is None  # where the server reveals no logits
+    assert "token 1 is another" in complain([*canary.tokens[:-1], 52 - canary.tokens[-1]][::-1], [])
+    assert "the logit of token 1 is" in complain(canary.tokens, [expected[1][0] + 0.3])
+    assert f"token {count} is" in complain(canary.tokens[:-1], [])
+    assert complain(canary.tokens, [row + 0.3 for row in expected[1]], logit_bits=0) is None  # half a step may be off
+    flat = {**weights, "head": weights["head"] * np.float32(1e-3), "head_bias": weights["head_bias"] * 0}
+    with pytest.raises(UserError, match="choose another text"):
+        make_canary("public", encoder, model, flat, SETTINGS, 9)
+    with pytest.raises(UserError, match="at most 300"):
+        make_canary("x" * 301, encoder, model, weights, SETTINGS, 9)
 
 
 def enlarged_head(model, weights, size):

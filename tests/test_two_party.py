@@ -25,11 +25,12 @@ import aiohttp
 import msgspec
 from aiohttp import web
 from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from entropi import cli, records
 from entropi.errors import UserError
 from entropi.private import admission, channel, client, server
-from entropi.private.messages import Accepted, Settings, Start, Welcome, decode_from_server, encode
+from entropi.private.messages import Accepted, Canary, Refused, Settings, Start, Welcome, decode_from_server, encode
 from entropi.private.program import Description, forward
 from entropi.private.tunnel import Tunnel
 from serving import (
@@ -63,6 +64,7 @@ pytestmark = [
 
 NEW_TOKENS = 3
 FRACTION_BITS = 18
+CANARY = "the key"
 
 
 # --- The servers most tests ask ---------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ FRACTION_BITS = 18
 @pytest.fixture(scope="module")
 def running(folded, scratch):
     """The server most tests ask."""
-    started = Server(folded, scratch / "server.log", "--max-queue", 1)
+    started = Server(folded, scratch / "server.log", "--max-queue", 1, "--canary", CANARY)
     yield started
     started.process.kill()
     started.process.wait()
@@ -249,6 +251,41 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
     assert max(per_token[1:]) < per_token[0]
 
 
+@pytest.mark.slow
+def test_a_server_tests_itself_first(folded, scratch):
+    """In fixed point and with the cryptography, before it listens."""
+    started = Server(folded, scratch / "tested.log", "--self-test", "cheetah")
+    try:
+        wait_for(lambda: "known answers in fixed point" in started.log)
+        wait_for(lambda: "known answers in the cryptographic protocol" in started.log)
+        started.address()
+        said = r"known answers in .*: logits of \d+ tokens and one more are wrong by (\S+)"
+        errors = re.findall(said, started.log)
+        assert len(errors) == 2
+        for error in errors:
+            assert 0 < float(error) < TOLERANCE
+        assert "300 of 300 tokens were looked at" in started.log
+    finally:
+        started.process.terminate()
+        started.process.wait(HANGING)
+
+
+def test_a_canary_is_asked_for_and_compared(running, capfd, monkeypatch):
+    words = ["ask", "--canary", "--server", running.address()]
+    assert cli.main(words) == 0
+    said = capfd.readouterr()
+    published = client.connect(running.address()).canary
+    assert said.err.endswith(f"the canary holds: {len(published.tokens)} tokens as published\n")
+    wrong = Canary(published.prompt, published.tokens, [logit + 0.5 for logit in published.logits])
+    monkeypatch.setattr(client.Connection, "canary", wrong)
+    status, line = run_cli(capfd, *words)
+    assert status == 2
+    assert "the canary does not hold: the logit of token 1 is" in line
+    status, line = run_cli(capfd, *words, "more")
+    assert status == 2
+    assert "either PROMPT or --canary" in line
+
+
 def embedding_stages(record):
     """How many operations every token's pass needs to look tokens up."""
     stages = [stage.token for stage in record.stages if stage.name == "embedding"]
@@ -271,6 +308,24 @@ def test_tokens_are_looked_up_in_pairs(running, model, length):
         ids.append(token)
     assert embedding_stages(answer.record) == [3 if length > 1 else 1, 1]
     assert begun == [len(done)]  # every operation was counted in advance
+
+
+def test_lengths_need_not_tell_what_a_prompt_and_its_answer_are(running, model):
+    """A prompt filled up to eight tokens, and an answer whose end only the client knows."""
+    _, plain, tokenizer = model
+    ids = [0] * (8 - len(tokenizer.encode(PROMPT).ids)) + tokenizer.encode(PROMPT).ids
+    first = tokenizer.id_to_token(int(plain_logits(plain, ids).argmax()))
+    privacy = client.Privacy(pad_to=8, full_length=True, stop_tokens=(first,))
+    answer = client.ask(running.address(), PROMPT, 2, privacy=privacy)
+    assert len(ids) == 8
+    assert answer.record.padding_tokens == 8 - len(answer.record.prompt_tokens) > 0
+    assert len(answer.record.new_tokens) == 2
+    assert answer.record.new_text == tokenizer.decode(answer.record.new_tokens[:1])
+    for row, token in zip(answer.logits, answer.record.new_tokens, strict=True):
+        assert np.abs(row - plain_logits(plain, ids)).max() < TOLERANCE
+        ids.append(token)
+    shorter = client.ask(running.address(), PROMPT, 2, privacy=client.Privacy(pad_to=8, stop_tokens=(first,)))
+    assert shorter.record.new_tokens == answer.record.new_tokens[:1]
 
 
 # --- Nothing readable on the wire -------------------------------------------------------------------------------------
@@ -516,6 +571,17 @@ def a_welcome(folded, **changes):
     return encode({**plain, **changes})
 
 
+_BYTES = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+SPELLING = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"Regex": "^h"}, "content": "hhhhhhhhhhhh"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": _BYTES, "merges": []},
+    }
+)
 BAD_SERVERS = {
     "says nothing sensible": ([b"\x00\xff garbage"], "does not follow the protocol"),
     "another message": ([encode(Accepted("0" * 32))], "does not follow the protocol"),
@@ -523,10 +589,19 @@ BAD_SERVERS = {
     "hangs up": ([], "closed the connection"),
     "a bad description": (["description", {"layers": 10**9}], "does not follow the protocol"),
     "a bad tokenizer": (["tokenizer", "{}"], "sent a tokenizer that cannot be read"),
+    "a tokenizer that spells out prompts": (["tokenizer", SPELLING], "sent a tokenizer that could change the prompt"),
     "other settings": (["settings", {"protocol": "none"}], "does not follow the protocol"),
     "a huge description": (["description", {"vocab_size": 1 << 20, "hidden_size": 1 << 20}], "more than this client"),
     "an embedding to fetch": (["table", "0" * 64], "does not follow the protocol"),
     "an engine that speaks too early": ([None, b"\0binary"], "does not follow the protocol"),
+    "a refusal that writes on the screen": (
+        [encode(Refused("\x1b[2J\x1b]0;owned\x07entropi: all is well\x9b1A\u202e"))],
+        "refused: \ufffd[2J\ufffd]0;owned\ufffdentropi: all is well\ufffd1A\ufffd",
+    ),
+    "a name that writes on the screen": (
+        ["description", {"architecture": "\x1b[2J", "layers": 2}],
+        "follow the protocol",
+    ),
     "a refusal": ([b'{"type":"Refused","reason":"not today"}'], "refused: not today"),
     "a refusal too late": (
         [None, encode(Accepted("0" * 32)), b'{"type":"Refused","reason":"not today"}'],
@@ -569,6 +644,12 @@ def test_dishonest_servers(capfd, folded, name, scratch):
         ("", [], "the prompt is empty"),
         ("wall " * 40, [], f"and 8 new ones are asked for, but this model takes at most {POSITIONS + 1} tokens"),
         ("wall", ["--max-new-tokens", "0"], "at least 1"),
+        ("wall", ["--tokenizer-sha256", "0" * 64], "sent another tokenizer than the one with the given SHA-256"),
+        ("wall", ["--tokenizer-sha256", "0"], "64 hexadecimal digits"),
+        ("wall", ["--tokenizer", "/nowhere"], "cannot read the tokenizer /nowhere: No such file"),
+        ("wall", ["--stop", "nothing"], "no token 'nothing' to stop at"),
+        ("wall", ["--pad-to", "64"], "filled up to 64 it leaves no room for 8 new ones"),
+        ("x" * (1 << 21), [], "at most 1048576 are possible"),
         ("wall", ["--max-new-tokens", str(MOST_TOKENS + 1)], f"at most {MOST_TOKENS} new tokens"),
     ],
 )

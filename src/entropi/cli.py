@@ -15,6 +15,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace
 
 from entropi import __version__, commands
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.training.recipe import Recipe, load_recipe
 
@@ -88,6 +89,10 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
             for option in ("server", "client", "revoke"):
                 skipped.add(option)
                 command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
+        if function is commands.ask:
+            skipped |= {"prompt", "stop"}
+            command.add_argument("prompt", nargs="?", help=helps["prompt"])
+            command.add_argument("--stop", nargs="+", metavar="TOKEN", help=helps["stop"])
         if function is commands.train:
             skipped.add("recipe")
             command.add_argument("--config", type=str, help="YAML file of a recipe; options override it")
@@ -122,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         function(**_arguments(function, parsed[parsed.command]))
         sys.stdout.flush()
     except UserError as error:
-        print(f"entropi: {error}", file=sys.stderr)
+        print(f"entropi: {without_controls(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("; ".join(["entropi: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
@@ -133,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"entropi: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(without_controls(f"entropi: {error.filename}: {error.strerror}"), file=sys.stderr)
         return 2
     return 0
 

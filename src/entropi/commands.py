@@ -11,19 +11,22 @@ import logging
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from entropi import records
-from entropi.console import ProgressLine, make_console
+from entropi.console import ProgressLine, escaped_json, make_console, without_controls
 from entropi.errors import UserError
+from entropi.temporary import swept_folder
 from entropi.training.recipe import Recipe
+
+ANSWER_CONTROLS = "\n\t"  # of an answer's control characters, those that belong to text; --json has all of them
 
 
 def train(
@@ -441,9 +444,12 @@ def serve(
     quota_store: str | None = None,
     output: Literal["logits", "top_k", "argmax"] = "logits",
     choices: int = 8,
+    round_logits: int | None = None,
     embedding: Literal["private", "public"] = "private",
     exp_iterations: int = 8,
     fraction_bits: int | None = None,
+    self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
+    canary: str | None = None,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
 
@@ -473,28 +479,32 @@ def serve(
             limits; by default entropi/quotas.sqlite in the user's state folder
         output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
         choices: how many tokens top_k reveals, 1 to 16
+        round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
         embedding: public gives the token embeddings to every client and saves their part of the computation
         exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
             otherwise checked, and refused with the numbers if values could overflow or get lost
+        self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
+            the engine's fixed-point numbers, cheetah also with the cryptography
+        canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
     """
     with _extra("private"):
         from entropi.private.admission import Limits
         from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
-        from entropi.private.monitoring import JsonLines
+        from entropi.private.monitoring import JsonLines, PlainLines
         from entropi.private.server import serve as serve_folder
         from entropi.private.session import parse_address
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if log == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines() if log == "json" else PlainLines())
     chosen = {
         "exp_iterations": exp_iterations,
         **({} if fraction_bits is None else {"fraction_bits": fraction_bits}),
         "embedding": embedding,
         "output": output,
         "choices": choices,
+        "logit_bits": round_logits,
     }
     try:
         settings = msgspec.convert(chosen, Settings)
@@ -518,16 +528,18 @@ def serve(
     parse_address(metrics)
     if tls is not None:
         tls.server_context()
-    with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="entropi-serve-") as temporary:
+    with _terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():
-            folder = Path(temporary)
+            folder = temporary
             fold_model(model, folder)
         try:
-            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            tokenizer = (folder / "tokenizer.json").read_bytes().decode()  # as it is, for its hash
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
         choose = fraction_bits is None
+        tests: dict[str, tuple[Literal["ref2k", "cheetah"], ...]]
+        tests = {"none": (), "ref2k": ("ref2k",), "cheetah": ("ref2k", "cheetah")}
         serve_folder(
             folder,
             tokenizer,
@@ -540,11 +552,13 @@ def serve(
             revoked=revoked,
             audit_log=audit_log,
             quota_store=quota_store,
+            self_tests=tests[self_test],
+            canary=canary,
         )
 
 
 def ask(
-    prompt: str,
+    prompt: str | None = None,
     server: str = "127.0.0.1:9000",
     max_new_tokens: int = 8,
     tls_cert: Path | None = None,
@@ -553,6 +567,13 @@ def ask(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int | None = None,
+    tokenizer: Path | None = None,
+    tokenizer_sha256: str | None = None,
+    pad_to: int = 1,
+    pad_with: Path | None = None,
+    stop: list[str] | None = None,
+    full_length: bool = False,
+    canary: bool = False,
     retries: int = 0,
     json: bool = False,
     record: Path | None = None,
@@ -571,23 +592,49 @@ def ask(
         temperature: of sampling, which happens here; 0 takes the likeliest token
         top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
         seed: of sampling
+        tokenizer: tokenizer.json of the model, to use in place of the one that the server sends
+        tokenizer_sha256: hash of the tokenizer.json that the server must send; without one of these two options only
+            tokenizers are applied that can neither change a prompt nor spell it out by their number of tokens
+        pad_to: fill the prompt up, at its front, to a multiple of so many tokens: the server sees that length; the
+            model reads the filling, which changes the answer
+        pad_with: file with text to fill up with; public text of the prompt's kind changes answers least, and by default
+            it is the token that ends a text
+        stop: names of the tokens that end an answer; by default those that usually end a text
+        full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
+        canary: ask the public prompt that the server names, and compare the answer with the one it published
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
     """
     with _extra("private"):
+        from entropi.private.canary import complaint
         from entropi.private.certificates import tls_files
-        from entropi.private.client import Sampling, Watcher
+        from entropi.private.client import Privacy, Sampling, Watcher, connect
         from entropi.private.client import ask as ask_server
+        from entropi.private.tokenization import MAX_PROMPT
         from entropi.private.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
+    own = _read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
+    filling = _read_text(pad_with, "the filling") if pad_with is not None else None
+    privacy = Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, full_length)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
+    published = None
+    if canary:
+        if prompt is not None:
+            raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
+        serving = connect(server, tls)
+        if (published := serving.canary) is None:
+            raise UserError(f"{server} has published no canary")
+        prompt, max_new_tokens = published.prompt, len(published.tokens)
+        sampling, privacy = Sampling(), replace(privacy, pad_to=1, full_length=True)
+    if prompt is None:
+        raise UserError("PROMPT is missing (see entropi ask --help)")
     source = "standard input" if prompt == "-" else "the prompt"
     try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt = sys.stdin.read(MAX_PROMPT + 1) if prompt == "-" else prompt  # more is refused, whatever it is
         prompt.encode()  # bytes that could not be decoded may have arrived as lone surrogates
     except UnicodeError:
         raise UserError(f"{source} is not UTF-8 text") from None
@@ -612,29 +659,40 @@ def ask(
         line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
-        received[0] += piece
+        received[0] += without_controls(piece, ANSWER_CONTROLS)
         if json:
             return
         if sys.stdout.isatty():  # there it would run into the progress bar
             line[0].show(received[0])
         else:
-            print(piece, end="", flush=True)
-            printed[0] += len(piece)
+            print(received[0][printed[0] :], end="", flush=True)
+            printed[0] = len(received[0])
 
     def status(happening: str) -> None:
-        console.print(happening, markup=False)
+        console.print(without_controls(happening), markup=False)
 
     finished = False
     try:
         watcher = Watcher(begin, stage, text, status)
         with _terminated_like_interrupted():  # nothing stays in the temporary folder
-            answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
-        received[0], finished = answer.record.new_text, True
+            answer = ask_server(
+                server,
+                prompt,
+                max_new_tokens,
+                watcher,
+                tls=tls,
+                sampling=sampling,
+                retries=retries,
+                privacy=privacy,
+            )
+        received[0], finished = without_controls(answer.record.new_text, ANSWER_CONTROLS), True
     finally:
         for shown in line:
             shown.__exit__(None, None, None)
         if not json and (finished or received[0]):  # after a failure, what had been received
             print(received[0][printed[0] :], flush=True)
+    if published is not None and (difference := complaint(published, answer, serving.settings)) is not None:
+        raise UserError(f"the canary does not hold: {difference}; do not rely on this server's answers")
     if logits is not None:
         import numpy as np
 
@@ -648,6 +706,8 @@ def ask(
         _print_json(answer.record)
         return
     console.print(summary_of_private_run(answer.record), markup=False)
+    if published is not None:
+        console.print(f"the canary holds: {len(published.tokens)} tokens as published")
 
 
 def certificates(folder: Path, server: list[str], client: list[str], revoke: list[str], days: int = 365) -> None:
@@ -774,6 +834,14 @@ def _extra(name: str) -> Iterator[None]:
         raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
 
 
+def _read_text(path: Path, what: str) -> str:
+    """The content of a file that has to be UTF-8 text."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _check_parent(path: Path) -> None:
     """Refuse, before long work, a file to write whose folder does not exist."""
     if not path.parent.is_dir():
@@ -781,4 +849,4 @@ def _check_parent(path: Path) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(records.encode(value).decode())
+    print(escaped_json(records.encode(value).decode()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -22,6 +23,28 @@ from rich.text import Text
 
 WIDE = 120  # columns of a terminal with room for everything
 PLAIN_INTERVAL_S = 5.0  # a log file wants a line every few seconds, not sixty redraws a second
+
+
+# Characters that move a terminal's cursor, change its state or turn text round: C0, DEL, C1, lone surrogates, line and
+# paragraph separators, marks of writing direction. Tab and newline are told apart below.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def without_controls(text: str, keep: str = "") -> str:
+    """`text` for a terminal, each control character that is not in `keep` replaced by U+FFFD.
+
+    What the other side of a connection wrote (names, reasons, tokens) could otherwise clear the screen, colour a line
+    as if it were ours, or set a terminal's title.
+    """
+    return _CONTROLS.sub(lambda match: match[0] if match[0] in keep else "\ufffd", text)
+
+
+def escaped_json(line: str) -> str:
+    """JSON with the control characters that it may hold unescaped written as escapes: the same value, harmless to show.
+
+    JSON forbids those below U+0020 in strings; the newlines of its layout stay.
+    """
+    return _CONTROLS.sub(lambda match: match[0] if match[0] < " " else f"\\u{ord(match[0]):04x}", line)
 
 
 def make_console() -> Console:

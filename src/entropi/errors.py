@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a library failed: an Exception, or a panic of one written in Rust, which is none and has no public class.
+
+    Anything else, such as Ctrl-C, is not to be turned into an error.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

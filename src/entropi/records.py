@@ -298,6 +298,7 @@ class PrivateRun(Base, tag="private"):
     ring_bits: int
     fraction_bits: int
     exp_iterations: int
+    padding_tokens: int = 0  # put before the prompt, so that its length tells less
 
     @property
     def bytes(self) -> int:

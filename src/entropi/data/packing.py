@@ -30,7 +30,7 @@ from entropi.data.tokenizer import (
     pieces,
     tokenizer_hash,
 )
-from entropi.errors import UserError
+from entropi.errors import UserError, is_failure
 
 FORMAT = 2  # raise it when the stream of the same text changes, so that old cache entries are not met
 BATCH_CHARACTERS = 4 << 20
@@ -365,7 +365,13 @@ def encoded(
     parts: list[Tokens] = []
     size = 0
     for batch in _batches(documents, in_pieces=_may_be_cut(tokenizer)):
-        encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+        try:
+            encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+        except BaseException as error:  # the tokenizers library raises nothing narrower, and panics
+            if not is_failure(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the tokenizer cannot encode this text: {reason}") from None
         for (piece, is_last), encoding in zip(batch, encodings):
             parts.append(np.array(encoding.ids, dtype=np.int32))
             size += len(piece)

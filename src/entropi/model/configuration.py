@@ -21,6 +21,7 @@ _CHOICES = {
 # Temperatures act as this one from here downwards. Attention divides by them: at 0 there is no softmax, and beyond it
 # heads would attend to what they attended to least. The smallest that the paper starts from, 0.01, is well above.
 SMALLEST_TEMPERATURE = 1e-3
+MOST_LAYERS, MOST_WIDTH = 256, 1 << 20  # of what a folded model may have
 _MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
 
@@ -129,6 +130,11 @@ class EntropiConfig(PreTrainedConfig):
         for name in (*sizes, "intermediate_size"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        # A file may say anything, and building so many layers would take until the memory ends.
+        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST_WIDTH
+            if getattr(self, name) > most:
+                problems.append(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.max_position_embeddings < 2:
             problems.append(f"max_position_embeddings must be at least 2, got {self.max_position_embeddings}")
         for name, multiple in (

@@ -50,9 +50,13 @@ class Shape:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "max_position_embeddings"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 problems.append(f"{name} must be 1 to {1 << 20}, got {getattr(self, name)}")
+        for name in ("num_key_value_heads", "intermediate_size"):
+            if not 0 <= getattr(self, name) <= 1 << 20:
+                problems.append(f"{name} must be at most {1 << 20}, got {getattr(self, name)}")
         if self.num_hidden_layers > 256:
             problems.append(f"num_hidden_layers must be at most 256, got {self.num_hidden_layers}")
         if not problems:
@@ -146,7 +150,7 @@ def read_shape(path: Path) -> Shape:
         config = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{path} holds no config.json: {error.strerror or error}") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
     family = config.get("model_type") if isinstance(config, dict) else None
     readers = {"entropi": _entropi, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama}
@@ -156,7 +160,9 @@ def read_shape(path: Path) -> Shape:
         return readers[family](config)
     except KeyError as error:
         raise UserError(f"{file} lacks {error}") from None
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file} has a value of the wrong kind: {error}") from None
 
 

@@ -1,7 +1,7 @@
 """Private inference between two processes: program, engine, sessions; torch is imported nowhere here.
 
-`connect`, `Tls`, `Sampling` and `Watcher` are what a Python program needs to ask a server; they are imported when they
-are first used.
+`connect`, `Tls`, `Sampling`, `Privacy` and `Watcher` are what a Python program needs to ask a server; they are imported
+when they are first used.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from entropi.private.certificates import Tls
-    from entropi.private.client import Sampling, Watcher, connect
+    from entropi.private.client import Privacy, Sampling, Watcher, connect
 
-__all__ = ["Sampling", "Tls", "Watcher", "connect"]
+__all__ = ["Privacy", "Sampling", "Tls", "Watcher", "connect"]
 
 _HOMES = {
+    "Privacy": "entropi.private.client",
     "Sampling": "entropi.private.client",
     "Tls": "entropi.private.certificates",
     "Watcher": "entropi.private.client",

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.certificates import Tls
 from entropi.private.messages import (
@@ -159,7 +160,7 @@ async def receive(  # type: ignore[no-untyped-def]
         raise LostServer(f"{where} closed the connection during the handshake")
     decoded = decode(message.data, where)
     if isinstance(decoded, Refused):
-        raise RefusedByServer(f"{where} refused: {decoded.reason}")
+        raise RefusedByServer(f"{where} refused: {without_controls(decoded.reason)}")
     if not isinstance(decoded, kind):
         raise UserError(f"{where} does not follow the protocol")
     return decoded
@@ -170,4 +171,4 @@ def decode(data: str, where: str) -> FromServer:
     try:
         return decode_from_server(data)
     except BadMessage as error:
-        raise UserError(f"{where} does not follow the protocol: {error}") from None
+        raise UserError(f"{where} does not follow the protocol: {without_controls(str(error))}") from None

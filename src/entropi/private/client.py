@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import queue
-import tempfile
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ import aiohttp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
 
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.certificates import Tls
 from entropi.private.channel import (
@@ -35,7 +35,9 @@ from entropi.private.channel import (
 )
 from entropi.private.messages import (
     CLIENT,
+    MAX_TOKENS,
     Accepted,
+    Canary,
     Failed,
     Job,
     Linked,
@@ -52,8 +54,16 @@ from entropi.private.messages import (
 )
 from entropi.private.program import Description
 from entropi.private.session import Party, sha256_of, stages_of_pass
+from entropi.private.tokenization import (
+    Encoder,
+    check_prompt,
+    own_tokenizer,
+    sha256_of_tokenizer,
+    tokenizer_of_stranger,
+)
 from entropi.private.tunnel import LinkBroken, Tunnel
 from entropi.records import PrivateRun, StageTraffic
+from entropi.temporary import swept_folder
 
 LINK_SECONDS = 60
 GRACE_SECONDS = 3.0  # for a party to say why its link broke
@@ -125,6 +135,64 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """What the client leaves to the server of two things that the server learns: how long prompt and answer are.
+
+    Attributes:
+        tokenizer: content of a tokenizer.json of one's own to use in place of the server's.
+        tokenizer_sha256: of the tokenizer.json that the server must send; then it is taken whatever its form.
+        pad_to: a prompt is filled up at its front to a multiple of so many tokens. The model reads the filling, so this
+            changes the answer.
+        pad_text: what it is filled up with, from its end backwards and again as long as needed; public text like the
+            prompt changes answers least. By default it is the token that ends a text.
+        stop_tokens: by name, the tokens that end an answer; by default those that usually end a text. What the server
+            says of that is not asked.
+        full_length: ask for all tokens whatever comes, and cut the answer afterwards.
+
+    Raises:
+        UserError: a value out of range; one's own tokenizer and a hash of the server's at once.
+    """
+
+    tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
+    pad_to: int = 1
+    pad_text: str | None = None
+    stop_tokens: tuple[str, ...] | None = None
+    full_length: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pad_to <= MAX_TOKENS:
+            raise UserError(f"pad_to is {self.pad_to} but must be between 1 and {MAX_TOKENS}")
+        if self.pad_text is not None:
+            check_prompt(self.pad_text)
+        if self.tokenizer is not None and self.tokenizer_sha256 is not None:
+            raise UserError("a tokenizer of one's own leaves no use for the hash of the server's: give one of the two")
+        if self.tokenizer_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.tokenizer_sha256):
+            raise UserError("tokenizer_sha256 must be 64 hexadecimal digits, as sha256sum writes them")
+
+    def encoder(self, sent: str, vocab_size: int, where: str) -> Encoder:
+        """How prompts are encoded, given the tokenizer.json that the server `where` sent.
+
+        Raises:
+            UserError: it is none that this client applies; whatever the prompt is.
+        """
+        try:
+            if self.tokenizer is not None:
+                return own_tokenizer(self.tokenizer)
+            if self.tokenizer_sha256 is None:
+                return tokenizer_of_stranger(sent, vocab_size)
+            if sha256_of_tokenizer(sent) == self.tokenizer_sha256:
+                return own_tokenizer(sent)
+        except UserError as error:
+            who = "--tokenizer is one" if self.tokenizer is not None else f"{where} sent a tokenizer"
+            raise UserError(f"{who} {error}") from None
+        raise UserError(f"{where} sent another tokenizer than the one with the given SHA-256")
+
+
+USUAL = Privacy()
+
+
 def connect(server: str, tls: Tls | None = None) -> Connection:
     """Greet a server and learn what it makes public.
 
@@ -160,6 +228,11 @@ class Connection:
         """What each side learns, in words."""
         return trust(self._welcome.settings)
 
+    @property
+    def canary(self) -> Canary | None:
+        """A public prompt and the answer to it that the owner published; see `canary.complaint`."""
+        return self._welcome.canary
+
     def ask(
         self,
         prompt: str,
@@ -168,6 +241,7 @@ class Connection:
         sampling: Sampling = GREEDY,
         retries: int = 0,
         watcher: Watcher | None = None,
+        privacy: Privacy = USUAL,
     ) -> Answer:
         """Let the model continue `prompt` without showing it.
 
@@ -178,12 +252,18 @@ class Connection:
         Raises:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
-        question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
+        question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy)
         question.digest = self._welcome.digest()
         return asyncio.run(_ask(self._server, question))
 
     def stream(
-        self, prompt: str, max_new_tokens: int, *, sampling: Sampling = GREEDY, retries: int = 0
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        retries: int = 0,
+        privacy: Privacy = USUAL,
     ) -> Iterator[str]:
         """The pieces of the answer as they are received; closing the iterator ends the session.
 
@@ -191,7 +271,7 @@ class Connection:
             UserError: as for `ask`, after the pieces that were received.
         """
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        question = _Question(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put))
+        question = _Question(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put), privacy)
         question.digest = self._welcome.digest()
         loop = asyncio.new_event_loop()
         task = loop.create_task(_ask(self._server, question))
@@ -228,13 +308,14 @@ def ask(
     tls: Tls | None = None,
     sampling: Sampling = GREEDY,
     retries: int = 0,
+    privacy: Privacy = USUAL,
 ) -> Answer:
     """`connect` and `Connection.ask` in one, over one connection.
 
     Raises:
         UserError: as for these.
     """
-    question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher())
+    question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy)
     return asyncio.run(_ask(ServerAddress.at(server, tls), question))
 
 
@@ -250,8 +331,11 @@ class _Question:
     sampling: Sampling
     retries: int
     watcher: Watcher
+    privacy: Privacy = USUAL
     digest: str | None = None  # of what the server made public when the question was begun
+    padding: list[int] = field(default_factory=list)  # before the prompt
     prompt_ids: list[int] = field(default_factory=list)
+    stop_ids: list[int] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     stages: list[StageTraffic] = field(default_factory=list)
@@ -266,11 +350,20 @@ class _Question:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
+        check_prompt(self.prompt)
         self.random = np.random.default_rng(self.sampling.seed)
 
-    def is_finished(self, end_of_text: int | None) -> bool:
+    @property
+    def answer_ids(self) -> list[int]:
+        """The new tokens up to the first that ends a text, that one included."""
+        ends = [place for place, token in enumerate(self.new_tokens) if token in self.stop_ids]
+        return self.new_tokens[: ends[0] + 1] if ends else self.new_tokens
+
+    @property
+    def is_finished(self) -> bool:
         """Whether the last token received was the last of all."""
-        return len(self.new_tokens) == self.max_new_tokens or self.new_tokens[-1:] == [end_of_text]
+        ended = bool(self.new_tokens) and self.new_tokens[-1] in self.stop_ids and not self.privacy.full_length
+        return ended or len(self.new_tokens) == self.max_new_tokens
 
 
 async def _ask(server: ServerAddress, question: _Question) -> Answer:
@@ -303,7 +396,7 @@ class _Session:
         self.server, self.where = server, server.name
         self.http, self.socket, self.question = http, socket, question
         self.welcome: Welcome
-        self.tokenizer: Tokenizer
+        self.tokenizer: Encoder
 
     async def run(self) -> None:
         """Ask, and receive tokens into the question until there are no more to come."""
@@ -314,15 +407,14 @@ class _Session:
         question.digest = welcome.digest()
         if question.sampling.temperature and welcome.settings.output == "argmax":
             raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
-        try:
-            self.tokenizer = Tokenizer.from_str(welcome.tokenizer)
-        except Exception:  # tokenizers raises plain Exception for malformed input
-            raise UserError(f"{self.where} sent a tokenizer that cannot be read") from None
+        self.tokenizer = question.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
+        question.stop_ids = self.tokenizer.ids_of(question.privacy.stop_tokens)
         question.prompt_ids = self._encode_prompt()
-        ids = question.prompt_ids + question.new_tokens
+        question.padding = self._padding(len(question.prompt_ids))
+        ids = question.padding + question.prompt_ids + question.new_tokens
         left = question.max_new_tokens - len(question.new_tokens)
-        with tempfile.TemporaryDirectory(prefix="entropi-ask-") as folder:
-            table = await self._fetch_table(Path(folder)) if welcome.table is not None else None
+        with swept_folder("entropi-ask-") as folder:
+            table = await self._fetch_table(folder) if welcome.table is not None else None
             await self._say(Start(len(ids), left, welcome.digest()))
             accepted = await self._wait_for_slot()
             async with Tunnel(CLIENT, self.socket.send_bytes) as tunnel:
@@ -377,7 +469,8 @@ class _Session:
                 prompt=question.prompt,
                 prompt_tokens=question.prompt_ids,
                 new_tokens=question.new_tokens,
-                new_text=self.tokenizer.decode(question.new_tokens),
+                new_text=self.tokenizer.decode(question.answer_ids),
+                padding_tokens=len(question.padding),
                 stages=question.stages,
                 setup_seconds=question.setup_seconds,
                 setup_bytes=question.setup_bytes,
@@ -391,19 +484,35 @@ class _Session:
         )
 
     def _encode_prompt(self) -> list[int]:
-        ids = list(self.tokenizer.encode(self.question.prompt, add_special_tokens=False).ids)
-        if not ids:
-            raise UserError("the prompt is empty")
-        if max(ids) >= self.welcome.description.vocab_size:
-            raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
         wanted = self.question.max_new_tokens
         most = self.welcome.description.positions + 1  # the last new token is not read again
+        ids = self.tokenizer.encode(self.question.prompt, most)
+        if max(ids) >= self.welcome.description.vocab_size:
+            raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
         if len(ids) + wanted > most:
             raise UserError(
                 f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this model takes at most "
                 f"{most} tokens, the new ones included"
             )
         return ids
+
+    def _padding(self, length: int) -> list[int]:
+        """What fills a prompt of this length up to the length that the server is to see."""
+        wanted, question = -length % self.question.privacy.pad_to, self.question
+        if not wanted:
+            return []
+        if length + wanted + question.max_new_tokens > self.welcome.description.positions + 1:
+            raise UserError(
+                f"the prompt has {length} tokens, and filled up to {length + wanted} it leaves no room for "
+                f"{question.max_new_tokens} new ones in this model"
+            )
+        if question.privacy.pad_text is not None:
+            fill = self.tokenizer.encode(question.privacy.pad_text, MAX_TOKENS)
+        else:
+            fill = (self.tokenizer.ids_of(None) or question.stop_ids)[:1]
+        if not fill:
+            raise UserError("the tokenizer has no token that ends a text: say what to fill up with by --pad-with")
+        return (fill * -(-wanted // len(fill)))[-wanted:]
 
     async def _fetch_table(self, folder: Path) -> Path:
         """The public token embeddings, `(V, d)`; all clients fetch the same, whatever they ask."""
@@ -451,7 +560,7 @@ class _Session:
                 case Revealed():
                     token = self._take(event, settings)
                     self._show()
-                    if question.is_finished(self.welcome.description.end_of_text):
+                    if question.is_finished:
                         return
                     await self._say(Next())
                     await party.proceed(token)
@@ -491,9 +600,8 @@ class _Session:
     def _show(self) -> None:
         """Pass on what can be shown of the answer by now."""
         question = self.question
-        text = self.tokenizer.decode(question.new_tokens)
-        finished = question.is_finished(self.welcome.description.end_of_text)
-        if finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+        text = self.tokenizer.decode(question.answer_ids)
+        if question.is_finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
             question.watcher.text(text[len(question.shown) :])
             question.shown = text
 
@@ -522,7 +630,7 @@ class _Session:
         if message.type == aiohttp.WSMsgType.TEXT:
             refused = decode(message.data, self.where)
             if isinstance(refused, Refused):
-                raise LostServer(f"{self.where} ended the session: {refused.reason}")
+                raise LostServer(f"{self.where} ended the session: {without_controls(refused.reason)}")
             raise UserError(f"{self.where} does not follow the protocol")
         raise LostServer(f"{self.where} went away in the middle of the session")
 

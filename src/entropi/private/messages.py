@@ -10,7 +10,7 @@ import msgspec
 from entropi.private.program import LEAST_PAIR_FRACTION_BITS, Description
 from entropi.records import StageTraffic
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
 
@@ -47,12 +47,16 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
     output: Literal["logits", "top_k", "argmax"] = "logits"
     choices: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8
+    # Binary places that these logits are rounded to, in secret; None for all there are.
+    logit_bits: Annotated[int, msgspec.Meta(ge=0, le=8)] | None = None
 
     def __post_init__(self) -> None:
         if self.paired and self.embedding == "public":
             raise ValueError("tokens are paired in the product with a private table, and the embedding is public")
         if self.paired and self.fraction_bits < LEAST_PAIR_FRACTION_BITS:
             raise ValueError(f"tokens cannot be paired with fewer than {LEAST_PAIR_FRACTION_BITS} fraction bits")
+        if self.logit_bits is not None and self.output == "argmax":
+            raise ValueError("no logits are revealed that could be rounded")
 
 
 TRUST = {
@@ -69,7 +73,9 @@ def trust(settings: Settings) -> str:
         "top_k": f"the {settings.choices} likeliest tokens and their logits",
         "argmax": "the likeliest token",
     }[settings.output]
-    text = TRUST[settings.protocol].replace("the logits", learned)
+    if settings.logit_bits is not None:
+        learned += f", rounded to {2.0**-settings.logit_bits:g},"
+    text = TRUST[settings.protocol].replace("the logits", learned).replace(",,", ",")
     return text + (", whose token embeddings are public" if settings.embedding == "public" else "")
 
 
@@ -101,6 +107,14 @@ FromClient: TypeAlias = Hello | Start | Next
 # Control channel, server to client.
 
 
+class Canary(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A public prompt and what the model answers to it in plaintext: the likeliest tokens, one by one."""
+
+    prompt: Text
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=16)]
+    logits: Annotated[list[float], msgspec.Meta(min_length=1, max_length=16)]  # of these tokens
+
+
 class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """What the server makes public."""
 
@@ -108,6 +122,7 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     tokenizer: Annotated[str, msgspec.Meta(max_length=MAX_SERVER_MESSAGE)]
     settings: Settings
     table: Digest | None = None  # SHA-256 of the file with the token embeddings, where they are public
+    canary: Canary | None = None
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from aiohttp import web
 
+from entropi.console import escaped_json, without_controls
+
 Ending = Literal["finished", "left", "refused", "failed"]
 # Why a connection was ended before it had a session: no certificate or a wrong one, no TLS 1.3, nothing said in time,
 # displaced by others, no descriptor left, something else the system could not do.
@@ -133,6 +135,21 @@ class Sparing(logging.Filter):
         return True
 
 
+class PlainLines(logging.Formatter):
+    """One line for people: time, level, message; a traceback below it. Names that clients chose cannot break out."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line itself, without the traceback that may follow."""
+        return without_controls(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """A traceback, of several lines."""
+        return without_controls(super().formatException(ei), "\n\t")
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, message, and the fields a session's lines carry."""
 
@@ -146,4 +163,4 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return escaped_json(msgspec.json.encode(line).decode())

@@ -108,7 +108,8 @@ def _reveal(engine: Engine, settings: Settings) -> Revealed:
     if settings.output != "argmax":
         values, more = engine.reveal_to_client("logits" if settings.output == "logits" else "logits_out")
         size += more
-        logits = None if values is None else values.reshape(-1).tolist()
+        scale = 1.0 if settings.logit_bits is None else 2.0**-settings.logit_bits
+        logits = None if values is None else (values.reshape(-1) * scale).tolist()
     return Revealed(bytes=size, logits=logits, tokens=tokens)
 
 

@@ -62,7 +62,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """
 
     format: Annotated[int, msgspec.Meta(ge=2, le=2)]
-    architecture: Annotated[str, msgspec.Meta(max_length=64)]
+    architecture: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]  # callers print it
     layers: Annotated[int, msgspec.Meta(ge=1, le=256)]
     heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     key_value_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # fewer than heads: groups of queries share theirs
@@ -186,16 +186,18 @@ def forward(
     fraction_bits: int = 18,
     output: Output = "logits",
     choices: int = 1,
+    logit_bits: int | None = None,
     every_row: bool = False,
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
     The input is "tokens", `one_hot`, for a private table, in pairs if `paired` (see `pair_products`, which depends on
     the engine's fraction bits); or "embedded" `(m, d)`, rows of a public table, looked up by the client. The result is
-    "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or "tokens_out"
-    `(1,)` alone. With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and
-    values of all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel
-    has the model's own t, or `exp_iterations` for a model that was trained with the exact exponential. The polynomial
+    "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or
+    "tokens_out" `(1,)` alone. With `logit_bits` b these logits are whole numbers, 2^b times the logits, rounded.
+    With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of
+    all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel has the
+    model's own t, or `exp_iterations` for a model that was trained with the exact exponential. The polynomial
     kernel takes no maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -268,6 +270,9 @@ def forward(
         yield Stage("choose", -1, likeliest, ("logits",), ("tokens_out",))
     elif output == "top_k":
         yield Stage("choose", -1, partial(likeliest_few, count=choices), ("logits",), ("logits_out", "tokens_out"))
+    if logit_bits is not None and output != "argmax":
+        result = "logits" if output == "logits" else "logits_out"
+        yield Stage("round", -1, partial(rounded, bits=logit_bits), (result,), (result,))
 
 
 def feed_forward(model: Description, layer: int, rows: int, read: str, result: str) -> Iterator[Stage]:
@@ -530,6 +535,15 @@ def swiglu_exact(hidden: Array) -> Array:
     """What `swiglu` approximates."""
     width = hidden.shape[1] // 2
     return silu_exact(hidden[:, :width]) * hidden[:, width:]
+
+
+def rounded(logits: Array, *, bits: int) -> Array:
+    """2^bits times the logits, to the nearest whole number.
+
+    The engine's floor is exact. A product cut to fewer digits would round too, but its last digit is up or down at
+    random, and whoever asks again and again could average that away.
+    """
+    return jnp.floor(logits * 2.0**bits + 0.5)
 
 
 def likeliest(logits: Array) -> Array:

@@ -7,7 +7,7 @@ bits, see `Settings`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
@@ -33,6 +33,9 @@ HEADROOM = 4.0  # times the calibration text's largest value should fit where th
 _MEAN_SQUARE_BITS = 8
 # An operation whose typical value has fewer bits than this is mostly rounding.
 _TYPICAL_BITS = 5
+SWEEP_LENGTH = 128  # tokens a sequence, where every token of the vocabulary is looked at once
+# Bounds the look at every token; GPT-2 small's 50,257 need 1.2e13: nine minutes of two cores with other work.
+MAX_SWEEP_OPERATIONS = 2e13
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,14 @@ class Ranges:
 
 
 def measure_ranges(
-    model: Description, weights: Mapping[str, np.ndarray], sequences: list[list[int]], exp_iterations: int
+    model: Description,
+    weights: Mapping[str, np.ndarray],
+    sequences: list[list[int]],
+    exp_iterations: int,
+    *,
+    every_row: bool = False,
 ) -> Ranges:
-    """Ranges of all values on `sequences` of token ids."""
+    """Ranges of all values on `sequences` of token ids; with `every_row` of the logits after every token."""
     ranges = Ranges()
 
     def watch(stage: Stage, operands: tuple[Array, ...], value: Array) -> None:
@@ -82,7 +90,7 @@ def measure_ranges(
             _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value)))), min)
 
     for sequence in sequences:
-        run_plain(model, weights, sequence, 1, exp_iterations, watch=watch)
+        run_plain(model, weights, sequence, 1, exp_iterations, every_row=every_row, watch=watch)
     return ranges
 
 
@@ -98,6 +106,61 @@ def calibration_text(model: Description, weights: Mapping[str, np.ndarray]) -> l
         random.integers(0, model.vocab_size, model.positions).tolist(),
         np.resize(by_size, model.positions).tolist(),
     ]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the values of single tokens reach.
+
+    `ranges` over `tokens` of the vocabulary, all unless that would take too long, then those with the largest
+    embeddings. `worst` is the sequence that reaches furthest, `faint` how many sequences have a row whose mean square
+    the given fraction bits do not resolve.
+    """
+
+    ranges: Ranges
+    tokens: int
+    worst: list[int]
+    faint: int
+
+
+def sweep_vocabulary(model: Description, weights: Mapping[str, np.ndarray], settings: Settings) -> Sweep:
+    """Ranges over sequences in which every token of the vocabulary occurs once, in random order.
+
+    A calibration text holds as many tokens as the model has positions; a model of 2,048 tokens and 256 positions could
+    overflow at any of the other 1,800, and nothing would tell.
+    """
+    per_token = 2.0 * sum(np.size(weight) for name, weight in weights.items() if name not in ("embedding", "positions"))
+    tokens = int(min(model.vocab_size, max(MAX_SWEEP_OPERATIONS // per_token, SWEEP_LENGTH)))
+    by_size = np.argsort(-np.abs(weights["embedding"]).max(axis=1), kind="stable")[:tokens]
+    order, length = np.random.default_rng(1).permutation(by_size), min(model.positions, SWEEP_LENGTH)
+    order = np.resize(order, -(-tokens // length) * length)  # whole sequences, so that all share compiled code
+    ranges, worst, furthest, faint = Ranges(), list[int](), -1.0, 0
+    for start in range(0, len(order), length):
+        sequence = order[start : start + length].tolist()
+        found = measure_ranges(model, weights, [sequence], settings.exp_iterations, every_row=True)
+        reach = max(found.largest.values())
+        if reach > furthest:
+            worst, furthest = sequence, reach
+        least = min(found.smallest_mean_square.values(), default=1.0)
+        faint += bool(least < 2.0 ** (_MEAN_SQUARE_BITS - settings.fraction_bits))
+        for kept, fresh in (
+            (ranges.largest, found.largest),
+            (ranges.largest_mean_square, found.largest_mean_square),
+            (ranges.largest_mean_weight, found.largest_mean_weight),
+        ):
+            for name, value in fresh.items():
+                _keep(kept, name, value, max)
+    return Sweep(ranges, tokens, worst, faint)
+
+
+def with_largest(ranges: Ranges, other: Ranges) -> Ranges:
+    """`ranges`, and what `other` reaches beyond them; what is small stays a matter of typical text."""
+    merged = {}
+    for name in ("largest", "largest_mean_square", "largest_mean_weight"):
+        merged[name] = dict(getattr(ranges, name))
+        for place, value in getattr(other, name).items():
+            _keep(merged[name], place, value, max)
+    return replace(ranges, **merged)
 
 
 def largest_product(settings: Settings) -> float:
@@ -130,6 +193,11 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
         found.append(
             f"fixed point {danger}: {name} reaches {value:.3g}, and products in a ring of {settings.ring_bits} "
             f"bits with {bits} fraction bits must stay below {limit:.3g}"
+        )
+    if settings.logit_bits is not None and not ranges.largest.get("head", 0.0) * 2.0**settings.logit_bits < limit:
+        found.append(
+            f"fixed point would overflow: logits reach {ranges.largest['head']:.3g}, and rounding them to "
+            f"{settings.logit_bits} binary places needs 2^{settings.logit_bits} times that below {limit:.3g}"
         )
     if ranges.largest_mean_square:
         name, value = max(ranges.largest_mean_square.items(), key=lambda item: item[1])
@@ -187,6 +255,7 @@ def settle(
     sequences: list[list[int]] | None = None,
     *,
     choose: bool = False,
+    sweep: Sweep | None = None,
 ) -> tuple[Settings, list[str]]:
     """The settings that sessions with this model can rely on, and lines that say why these.
 
@@ -194,7 +263,8 @@ def settle(
     of the calibration text with room for four times the largest, or else the nearest that do; if none leave that room,
     the nearest that hold the values. Tokens are paired where the private table allows it with these bits.
 
-    Without `sequences` of calibration text, `calibration_text` is used.
+    Without `sequences` of calibration text, `calibration_text` is used. What a `sweep` of the vocabulary reaches has to
+    fit too.
 
     Raises:
         UserError: values that the ring could not hold or the fraction bits not resolve, with the numbers and the
@@ -203,6 +273,8 @@ def settle(
     if sequences is None:
         sequences = calibration_text(model, weights)
     ranges = measure_ranges(model, weights, sequences, settings.exp_iterations)
+    if sweep is not None:
+        ranges = with_largest(ranges, sweep.ranges)
     if choose:
         settings, why = _choose(ranges, settings)
     else:
@@ -216,6 +288,13 @@ def settle(
         f"{settings.fraction_bits} fraction bits, {why}; the calibration text's largest value is {value:.3g} in "
         f"{name}, and {largest_product(settings):.3g} would be too large"
     ]
+    if sweep is not None:
+        lines.append(f"{sweep.tokens:,} of {model.vocab_size:,} tokens were looked at")
+    if sweep is not None and sweep.faint:
+        lines.append(
+            f"in {sweep.faint} sequences of these a row is too small for its norm to be exact: answers to unusual text "
+            "may be less so"
+        )
     settings = msgspec.structs.replace(settings, paired=settings.embedding == "private" and can_pair(weights, settings))
     if settings.embedding == "private" and not settings.paired:
         reach, limit = np.abs(weights["embedding"]).max(), pair_limit(settings.fraction_bits)

@@ -10,18 +10,17 @@ import os
 import secrets
 import signal
 import struct
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import aiohttp
 import jax
 from aiohttp import web
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from entropi.errors import UserError
 from entropi.private.admission import (
@@ -37,6 +36,7 @@ from entropi.private.admission import (
     send,
 )
 from entropi.private.audit import Audit
+from entropi.private.canary import make_canary
 from entropi.private.certificates import Peer, Revoked, Tls, Watched
 from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
 from entropi.private.messages import (
@@ -60,10 +60,13 @@ from entropi.private.messages import (
 from entropi.private.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
 from entropi.private.program import Description
 from entropi.private.quotas import Quota, Usage, open_store
-from entropi.private.ranges import settle
+from entropi.private.ranges import settle, sweep_vocabulary
+from entropi.private.self_test import self_test
 from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
+from entropi.private.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
+from entropi.temporary import swept_folder
 
 WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
 TABLE_BYTES_PER_SECOND = 50_000  # a client that takes the token embeddings more slowly is not waited for
@@ -117,6 +120,8 @@ def serve(
     revoked: Path | None = None,
     audit_log: Path | None = None,
     quota_store: str | None = None,
+    self_tests: Sequence[Literal["ref2k", "cheetah"]] = (),
+    canary: str | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -130,10 +135,12 @@ def serve(
         revoked: certificates that are refused, see `Revoked.read`; reread like the TLS files when they change.
         audit_log: file for who was refused and who was answered; None for the log.
         quota_store: path or URL, see `open_store`; None for a file of its own.
+        self_tests: ways in which the program is run on a known prompt first, see `self_test`.
+        canary: a public prompt whose answer clients are told, so that they can ask for it.
 
     Raises:
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
-            point would not hold.
+            point would not hold; a self-test that fails, or a canary that would prove nothing.
     """
     address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
     if revoked is not None and tls is None:
@@ -144,17 +151,25 @@ def serve(
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
-    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits)
+    log.info("looking at the values of all tokens, which takes minutes for a large model")
+    sweep = sweep_vocabulary(description, weights, settings)
+    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
     for line in reasons:
         log.info("%s", line)
+    for protocol in self_tests:
+        log.info("%s", self_test(folder, settings, protocol, sweep.worst))
+    published = None
+    if canary is not None:
+        published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
+        log.info("the canary is %s", encode(published).decode())
     counters = Counters()
-    with tempfile.TemporaryDirectory(prefix="entropi-table-") as temporary:
+    with swept_folder("entropi-table-") as temporary:
         table = None
         if settings.embedding == "public":
-            table = Path(temporary) / "table.safetensors"
+            table = temporary / "table.safetensors"
             save_file({"embedding": weights["embedding"]}, table)
         del weights
-        welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None)
+        welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None, published)
         slots, quota = Slots(limits, counters), Quota(limits, open_store(quota_store, limits))
         audit = Audit(counters, audit_log)
         greeting = text_frames(encode(welcome))
@@ -187,13 +202,16 @@ def text_frames(message: bytes, size: int = FRAME) -> tuple[bytes, ...]:
 def _check_tokenizer(tokenizer: str, description: Description) -> None:
     """Raise `UserError` for what every client would refuse."""
     try:
-        size = Tokenizer.from_str(tokenizer).get_vocab_size()
-    except Exception:  # tokenizers raises plain Exception for malformed input
+        size = own_tokenizer(tokenizer).tokenizer.get_vocab_size()
+    except UserError:
         raise UserError("the model's tokenizer.json is damaged") from None
     if size > description.vocab_size:
         raise UserError(f"the tokenizer has {size} tokens, but the model only {description.vocab_size}")
     if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
         raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
+    log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))
+    if found := objections(tokenizer, description.vocab_size):
+        log.warning("clients will not apply this tokenizer unless they name its SHA-256: %s", "; ".join(found))
 
 
 async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int]) -> None:

@@ -101,6 +101,7 @@ def stages_of_pass(model: Description, settings: Settings, new: int, past: int) 
         fraction_bits=settings.fraction_bits,
         output=settings.output,
         choices=settings.choices,
+        logit_bits=settings.logit_bits,
     )
 
 

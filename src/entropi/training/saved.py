@@ -20,7 +20,7 @@ from entropi.data.corpus import STDLIB, as_shown
 from entropi.data.hub import NAMED
 from entropi.data.packing import heldout_blocks, is_plain_text
 from entropi.data.tokenizer import end_of_text_id
-from entropi.errors import UserError
+from entropi.errors import UserError, is_failure
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.training.evaluation import HeldOut, evaluate_blocks
@@ -30,6 +30,7 @@ MODEL_FOLDER = "model"  # of a run folder
 # Of models that are not ours, which may be large: what is looked at unless more is asked for.
 FOREIGN_SEQUENCES = 32
 FOREIGN_CONTEXT = 1024
+MOST_FOREIGN_LAYERS = 1024
 MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 
@@ -49,7 +50,7 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
         raise UserError(f"{path} holds no model: {hint}")
     try:
         kind = json.loads((folder / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"the model in {folder} is damaged: config.json cannot be read") from None
     if kind != EntropiConfig.model_type:
         raise UserError(f"the model in {folder} is of type {kind!r}; only entropi models can be opened here")
@@ -74,7 +75,9 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
         raise UserError(f"the model in {folder} is damaged: {astray[0]} does not fit its config.json")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except BaseException as error:  # the tokenizers library raises nothing narrower, and panics
+        if not is_failure(error):
+            raise
         raise UserError(f"the model in {folder} is damaged: tokenizer.json cannot be read: {error}") from None
     return model.eval(), tokenizer, folder
 
@@ -91,6 +94,7 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
         UserError: what cannot be opened, in one line.
     """
     path = model_folder(path)
+    _check_depth(path)
     settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     opened = []
     for part in ("model", "tokenizer"):
@@ -116,6 +120,25 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     return model.eval(), tokenizer.backend_tokenizer, int(end), begins
 
 
+def _check_depth(folder: Path) -> None:
+    """Raise `UserError` for a config.json with so many layers that building them would take until the memory ends."""
+    try:
+        parts = [json.loads((folder / "config.json").read_bytes())]
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads it next says so
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        for name, value in part.items():
+            if "layer" in name and isinstance(value, (int, float)) and value > MOST_FOREIGN_LAYERS:
+                raise UserError(
+                    f"the model in {folder} is damaged: {name} is {value} in its config.json, more than "
+                    f"{MOST_FOREIGN_LAYERS}"
+                )
+
+
 def model_folder(path: Path) -> Path:
     """Where the model of a run folder lies; a saved model is its own."""
     return path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
@@ -126,7 +149,7 @@ def model_type(path: Path) -> str | None:
     folder = model_folder(path)
     try:
         return str(json.loads((folder / "config.json").read_bytes())["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
