@@ -387,7 +387,7 @@ def serve(
         max_new_tokens: most tokens a session may ask for
         session_seconds: time limit of a session
         stall_seconds: time limit of a session in which nothing happens
-        memory_gb: most memory of a session's process, in GB; no limit by default
+        memory_gb: most memory of a session's process, in GB; by default what the model needs, with room; 0: no limit
         client_sessions: sessions at a time of one client certificate; no limit by default
         client_tokens: tokens within 24 hours of one client certificate; no limit by default
         output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
@@ -459,6 +459,7 @@ def ask(
     top_k: int | None = None,
     seed: int | None = None,
     retries: int = 0,
+    memory_gb: float | None = None,
     json: bool = False,
     record: Path | None = None,
     logits: Path | None = None,
@@ -477,6 +478,7 @@ def ask(
         top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
         seed: of sampling
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
+        memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
@@ -532,7 +534,16 @@ def ask(
     try:
         watcher = Watcher(begin, stage, text, status)
         with _terminated_like_interrupted():  # nothing stays in the temporary folder
-            answer = ask_server(server, prompt, max_new_tokens, watcher, tls=tls, sampling=sampling, retries=retries)
+            answer = ask_server(
+                server,
+                prompt,
+                max_new_tokens,
+                watcher,
+                tls=tls,
+                sampling=sampling,
+                retries=retries,
+                memory_gb=memory_gb,
+            )
         received[0], finished = answer.record.new_text, True
     finally:
         for shown in line:

@@ -10,7 +10,7 @@ import msgspec
 from entropi.private.program import LEAST_PAIR_FRACTION_BITS, Description
 from entropi.records import StageTraffic
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
 

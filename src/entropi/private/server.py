@@ -55,7 +55,16 @@ from entropi.private.messages import (
 from entropi.private.monitoring import Counters, Ending, SessionLog, monitoring_app
 from entropi.private.program import Description
 from entropi.private.ranges import settle
-from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
+from entropi.private.session import (
+    WEIGHTS_FILE,
+    Party,
+    confinement,
+    load_folded,
+    memory_for,
+    parse_address,
+    sha256_of,
+    unread_for,
+)
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
 
@@ -171,6 +180,7 @@ async def _serve(
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    log.info("in force for a session's process: %s", await confinement())
     async with contextlib.AsyncExitStack() as closing:
         for each, where, trusted in ((app, address, context), (monitoring_app(host.counters), watched, None)):
             runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
@@ -334,8 +344,9 @@ async def _talk(socket: web.WebSocketResponse, name: str, session_log: SessionLo
 
 async def _compute(socket: web.WebSocketResponse, name: str, session_log: SessionLog, host: Host, start: Start) -> None:
     """One pass for the prompt and one for every `Next`."""
-    session, welcome, memory = secrets.token_hex(16), host.welcome, host.limits.memory_gb
-    async with Tunnel(SERVER, socket.send_bytes) as tunnel:
+    session, welcome = secrets.token_hex(16), host.welcome
+    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, host.limits.memory_gb)
+    async with Tunnel(SERVER, session, socket.send_bytes, unread_for(memory)) as tunnel:
         party = await Party.start(
             Job(
                 rank=SERVER,
@@ -347,7 +358,7 @@ async def _compute(socket: web.WebSocketResponse, name: str, session_log: Sessio
                 prompt_length=start.prompt_length,
                 weights=str(host.folder / WEIGHTS_FILE),
             ),
-            memory_bytes=int(memory * 1e9) if memory is not None else None,
+            memory_bytes=memory,
         )
         tasks: list[asyncio.Task[None]] = []
         progress = _Progress()
@@ -375,11 +386,17 @@ async def _compute(socket: web.WebSocketResponse, name: str, session_log: Sessio
             await asyncio.gather(*tasks, return_exceptions=True)
             await party.stop()
             session_log.info(
-                "the link carried %d bytes to the client, %d from it, in %d turns",
+                "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
                 tunnel.sent,
                 tunnel.received,
                 tunnel.turns,
-                fields={"link_sent": tunnel.sent, "link_received": tunnel.received, "turns": tunnel.turns},
+                tunnel.most_unread,
+                fields={
+                    "link_sent": tunnel.sent,
+                    "link_received": tunnel.received,
+                    "turns": tunnel.turns,
+                    "most_unread": tunnel.most_unread,
+                },
             )
 
 
@@ -424,6 +441,11 @@ async def _watch_party(party: Party, session_log: SessionLog, host: Host, name: 
                 raise SessionError("the server's party failed")  # why may be none of the client's business
 
 
+def _printable(text: str) -> str:
+    """What a stranger has written, fit for one line of a log."""
+    return "".join(c for c in text[:120] if c.isprintable())
+
+
 async def _watch_link(tunnel: Tunnel) -> None:
     """Raise once the engines' link is broken although nobody has finished."""
     await tunnel.broken()
@@ -444,6 +466,8 @@ async def _listen_to_client(
                 except LinkBroken as error:
                     raise SessionError(str(error)) from None
                 continue
+            if message.type == aiohttp.WSMsgType.CLOSE and message.data == aiohttp.WSCloseCode.POLICY_VIOLATION:
+                raise SessionError(f"the client refused this side's bytes: {_printable(message.extra or '')}")
             expect(message, Next)
             if progress.asked == max_new_tokens:
                 raise SessionError("all tokens were asked for already")
