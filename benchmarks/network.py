@@ -226,11 +226,13 @@ def measure(model: Path, prompt: str, new_tokens: int) -> dict[str, object]:
 
 # --- The engines' link ------------------------------------------------------------------------------------------------
 
+SESSION = "0" * 32
 ENGINE = """
 import sys, time
 from spu import libspu
 rank, links, tls = int(sys.argv[1]), sys.argv[2:4], sys.argv[4:]
 desc = libspu.link.Desc()
+desc.id, desc.http_max_payload_size = "0" * 32, 1 << 30
 for name, address in zip("ab", links): desc.add_party(name, address)
 desc.recv_timeout_ms = desc.http_timeout_ms = 600000
 desc.connect_retry_times = 100
@@ -284,7 +286,7 @@ async def through_tunnel(folder: Path, secure: bool) -> tuple[float, float]:
         return Tls(folder / f"{name}.pem", folder / f"{name}-key.pem", folder / "ca.pem")
 
     async def side(rank: int, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse) -> None:
-        async with Tunnel(rank, socket.send_bytes) as tunnel:
+        async with Tunnel(rank, SESSION, socket.send_bytes) as tunnel:
             process = await asyncio.create_subprocess_exec(*engine(rank, tunnel.links), stdout=subprocess.PIPE)
 
             async def listen() -> None:

@@ -1,6 +1,7 @@
 """Two machines that do not trust each other: certificates, limits, broken lines, what a server tells of itself."""
 
 import asyncio
+import contextlib
 import datetime
 import importlib.util
 import io
@@ -33,9 +34,13 @@ from entropi.errors import UserError
 from entropi.private import admission, certificates, channel, client, connect, monitoring
 from entropi.private.certificates import Tls, issue, tls_files
 from entropi.private.client import Sampling, Watcher
+from entropi.private.link_frames import DEFAULT_UNREAD
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
-from entropi.private.session import Party, load_folded, parse_address
+from entropi.private.program import Description
+from entropi.private.session import Party, load_folded, memory_for, parse_address, unread_for
 from entropi.private.tunnel import Tunnel
+from link_messages import SESSION, place, push, two_chunks
+from private_reference import FIELDS
 from serving import (
     HANGING,
     PROMPT,
@@ -43,6 +48,7 @@ from serving import (
     Server,
     ThreadedApp,
     hello,
+    honest_answer,
     no_parties_left,
     parties,
     plain_logits,
@@ -455,7 +461,7 @@ def test_a_tunnel_drops_what_is_no_link(tmp_path):
         async def send(message):
             raise AssertionError
 
-        async with Tunnel(SERVER, send) as tunnel:
+        async with Tunnel(SERVER, SESSION, send) as tunnel:
             folder = Path(tunnel.links[0].removeprefix("unix:")).parent
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             for message in (b"", b"\x02x", b"{}", b"\x00an answer to nothing"):
@@ -667,6 +673,12 @@ def test_a_server_under_another_name(authority, capfd):
 def test_garbage_between_the_engines_costs_one_session(secured, authority, scratch):
     """A client with a good certificate that speaks the protocol, and then nonsense where its engine should."""
 
+    def chunks(session):
+        return [b"\x01" + frame for frame in two_chunks(1, session)]
+
+    def wrong_rank(session):
+        return [b"\x01" + push(0, 1, place(0, 1, 1, session), b"x")]
+
     async def attack(messages):
         tls = files(authority, "alice").client_context()
         url = f"https://{secured.address()}/v1/session"
@@ -674,21 +686,77 @@ def test_garbage_between_the_engines_costs_one_session(secured, authority, scrat
             await channel.send_str(hello())
             welcome = decode_from_server((await channel.receive(HANGING)).data)
             await channel.send_str(encode(Start(4, 2, welcome.digest())).decode())
-            assert json.loads((await channel.receive(HANGING)).data)["type"] == "Accepted"
-            for message in messages:
-                await channel.send_bytes(message)
+            accepted = json.loads((await channel.receive(HANGING)).data)
+            assert accepted["type"] == "Accepted"
+            with contextlib.suppress(ConnectionError):  # as soon as it is cut off
+                for message in messages(accepted["session"]) if callable(messages) else messages:
+                    await channel.send_bytes(message)
             while (answer := await channel.receive(HANGING)).type == aiohttp.WSMsgType.BINARY:
                 pass
             return json.loads(answer.data)["reason"] if answer.type == aiohttp.WSMsgType.TEXT else channel.close_code
 
     assert asyncio.run(attack([b"\x05?"])) == "that message is no part of the engines' link"
     assert asyncio.run(attack([b"\x00?"])) == "an answer to an engine that has not spoken"
-    assert asyncio.run(attack([b"\x01" + os.urandom(200_000)] * 3)) == "the engines' link broke"
+    assert (
+        asyncio.run(attack([b"\x01" + os.urandom(200_000)] * 3)) == "the engines' link carried bytes that are no frame"
+    )
+    refused = "the engines' link carried a push that is not a key and one whole value"
+    assert asyncio.run(attack(chunks)) == refused
+    wait_for(secured.sessions_closed)
+    lines = [json.loads(line) for line in secured.log.splitlines()]
+    assert [line["client"].partition("/")[0] for line in lines if line["message"].endswith(refused)] == ["alice"]
+    rank = "the engines' link carried a request that is no push of this session's other engine"
+    assert asyncio.run(attack(wrong_rank)) == rank
     cut_off = (aiohttp.WSCloseCode.MESSAGE_TOO_BIG, aiohttp.WSCloseCode.ABNORMAL_CLOSURE)
     assert asyncio.run(attack([b"\x01" + bytes(300_000)])) in cut_off
     assert no_parties_left(scratch)
     answer = connect(secured.address(), files(authority, "bob")).ask(PROMPT, 1)
     assert len(answer.record.new_tokens) == 1
+
+
+@two_party
+def test_a_flood_that_nobody_reads_ends_and_honest_clients_are_answered(folded, model, scratch):
+    async def flood(address):
+        async with aiohttp.ClientSession() as http, http.ws_connect(f"http://{address}/v1/session") as channel:
+            await channel.send_str(hello())
+            welcome = decode_from_server((await channel.receive(HANGING)).data)
+            await channel.send_str(encode(Start(4, 2, welcome.digest())).decode())
+            session = json.loads((await channel.receive(HANGING)).data)["session"]
+            value, sent = bytes(250_000), 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 3000:
+                    sent += 1
+                    await channel.send_bytes(b"\x01" + push(1, sent, place(1, sent, sent, session), value))
+            while (await channel.receive(HANGING)).type == aiohttp.WSMsgType.BINARY:
+                pass
+            return sent * len(value)
+
+    serving = Server(folded, scratch / "flood.log", "--memory-gb", 2.4)
+    try:
+        address = serving.address()
+        assert "in force for a session's process: no core dumps" in serving.log
+        sent = asyncio.run(flood(address))
+        wait_for(serving.sessions_closed)
+        assert "the engines' link carried more than 600000000 bytes that nobody has read" in serving.log
+        assert sent > 600e6
+        assert no_parties_left(scratch)
+        assert honest_answer(address, model)
+    finally:
+        serving.process.kill()
+        serving.process.wait()
+
+
+def test_memory_is_limited_to_what_a_model_needs_with_room():
+    small = Description(**FIELDS)
+    large = Description(**{**FIELDS, "vocab_size": 16_000, "hidden_size": 256, "layers": 2})
+    assert 3e9 < memory_for(small, 8, None) < memory_for(small, 500, None) < memory_for(large, 500, None) < 64e9
+    assert memory_for(small, 8, 1.5) == 1_500_000_000
+    assert memory_for(small, 8, 0) is None
+    assert unread_for(memory_for(small, 8, 2.0)) == 500_000_000
+    assert unread_for(None) == DEFAULT_UNREAD
+    assert admission.Limits(memory_gb=0).memory_gb == 0
+    with pytest.raises(UserError, match="memory_gb is -1"):
+        admission.Limits(memory_gb=-1)
 
 
 @two_party
@@ -791,7 +859,7 @@ def test_a_description_that_is_not_the_servers(secured, authority, capfd):
 def test_a_session_that_needs_too_much_memory_fails_alone(folded, scratch):
     async def start():
         description, _ = load_folded(folded)
-        async with Tunnel(CLIENT, None) as tunnel:
+        async with Tunnel(CLIENT, SESSION, None) as tunnel:
             job = Job(CLIENT, "0" * 32, tunnel.links, description, Settings(), 1, 1, [1])
             party = await Party.start(job, memory_bytes=10_000_000)
             event = await asyncio.wait_for(party.event(), HANGING)

@@ -30,9 +30,11 @@ from tokenizers import pre_tokenizers
 from entropi import cli, records
 from entropi.errors import UserError
 from entropi.private import admission, channel, client, server
+from entropi.private.link_frames import MAX_PUSH, LinkGuard
 from entropi.private.messages import Accepted, Canary, Refused, Settings, Start, Welcome, decode_from_server, encode
 from entropi.private.program import Description, forward
 from entropi.private.tunnel import Tunnel
+from link_messages import SESSION, place, push, two_chunks
 from serving import (
     HANGING,
     MOST_TOKENS,
@@ -102,6 +104,7 @@ class Wiretap:
         self.server_address, self.before_next = address, before_next
         self.client_said, self.server_said = bytearray(), bytearray()
         self.forth, self.back = (bytearray(), bytearray()), (bytearray(), bytearray())
+        self.engines_said = []  # (rank of the sender, message), in this order
         self.app = ThreadedApp(self._relay)
         self.address = self.app.address
 
@@ -128,6 +131,7 @@ class Wiretap:
                 await sink.send_str(message.data)
             else:
                 streams[message.data[0]].extend(message.data[1:])
+                self.engines_said.append((0 if streams is self.back else 1, message.data))
                 await sink.send_bytes(message.data)
 
     @property
@@ -328,6 +332,18 @@ def test_lengths_need_not_tell_what_a_prompt_and_its_answer_are(running, model):
     assert shorter.record.new_tokens == answer.record.new_tokens[:1]
 
 
+def test_what_the_engines_said_passes_once_more_byte_for_byte(listened):
+    """A recorded session: it has crossed two guards already, and neither has changed a byte, nor may a fresh one."""
+    session = re.search(rb"([0-9a-f]{32}):P2P-1:1->0", listened.forth[1])[1].decode()
+    guards = LinkGuard(0, session), LinkGuard(1, session)
+    for sender, message in listened.engines_said:
+        assert guards[sender].leaves(message[0], message[1:]) == message[1:]
+        assert guards[1 - sender].arrives(message[0], message, 1) == message[1:]
+    most = [guard.most_unread for guard in guards]
+    print(f"{len(listened.engines_said)} messages; at most {most} bytes unread")
+    assert all(most)
+
+
 # --- Nothing readable on the wire -------------------------------------------------------------------------------------
 
 
@@ -450,6 +466,7 @@ import sys
 from spu import libspu
 rank, leak = int(sys.argv[1]), open(sys.argv[4], "rb").read()
 desc = libspu.link.Desc()
+desc.id, desc.http_max_payload_size = sys.argv[5], int(sys.argv[6])
 desc.add_party("server", sys.argv[2]); desc.add_party("client", sys.argv[3])
 link = libspu.link.create_brpc(desc, rank)
 link.send(0, leak) if rank else link.recv(1)
@@ -459,7 +476,7 @@ link.stop_link()
 
 async def leak_through_tunnels(leak):
     """Let the client's engine send a file to the server's; the bytes of both connections that reach the server."""
-    received = bytearray(), bytearray()
+    received, words = (bytearray(), bytearray()), (str(leak), SESSION, str(MAX_PUSH))
 
     async def to_client(message):
         await client_end.receive(message)
@@ -468,9 +485,9 @@ async def leak_through_tunnels(leak):
         received[message[0]].extend(message[1:])
         await server_end.receive(message)
 
-    async with Tunnel(0, to_client) as server_end, Tunnel(1, to_server) as client_end:
+    async with Tunnel(0, SESSION, to_client) as server_end, Tunnel(1, SESSION, to_server) as client_end:
         processes = [
-            await asyncio.create_subprocess_exec(sys.executable, "-c", LEAK, str(end.rank), *end.links, str(leak))
+            await asyncio.create_subprocess_exec(sys.executable, "-c", LEAK, str(end.rank), *end.links, *words)
             for end in (server_end, client_end)
         ]
         assert [await asyncio.wait_for(process.wait(), HANGING) for process in processes] == [0, 0]
@@ -601,6 +618,14 @@ BAD_SERVERS = {
     "a name that writes on the screen": (
         ["description", {"architecture": "\x1b[2J", "layers": 2}],
         "follow the protocol",
+    ),
+    "an engine that attacks": (
+        [None, encode(Accepted(SESSION)), b"\0" + b"".join(two_chunks(0))],
+        "does not follow the protocol: the engines' link carried a push that is not a key and one whole value",
+    ),
+    "an engine that floods": (
+        [None, encode(Accepted(SESSION)), b"\0" + push(0, 1, place(0, 1, 1), b"x", body=(1 << 31) - 1)],
+        "does not follow the protocol: the engines' link carried a frame of 2147483647 bytes",
     ),
     "a refusal": ([b'{"type":"Refused","reason":"not today"}'], "refused: not today"),
     "a refusal too late": (

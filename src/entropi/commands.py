@@ -467,7 +467,7 @@ def serve(
         max_new_tokens: most tokens a session may ask for
         session_seconds: time limit of a session
         stall_seconds: time limit of a session in which nothing happens
-        memory_gb: most memory of a session's process, in GB; no limit by default
+        memory_gb: most memory of a session's process, in GB; by default what the model needs, with room; 0: no limit
         client_sessions: sessions at a time of one client certificate; no limit by default
         client_tokens: tokens within 24 hours of one client certificate; no limit by default
         max_startups: connections that have no session yet; beyond these the oldest are ended for new ones
@@ -575,6 +575,7 @@ def ask(
     full_length: bool = False,
     canary: bool = False,
     retries: int = 0,
+    memory_gb: float | None = None,
     json: bool = False,
     record: Path | None = None,
     logits: Path | None = None,
@@ -603,6 +604,7 @@ def ask(
         full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
         canary: ask the public prompt that the server names, and compare the answer with the one it published
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
+        memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
@@ -684,6 +686,7 @@ def ask(
                 sampling=sampling,
                 retries=retries,
                 privacy=privacy,
+                memory_gb=memory_gb,
             )
         received[0], finished = without_controls(answer.record.new_text, ANSWER_CONTROLS), True
     finally:

@@ -54,7 +54,8 @@ class Limits:
         max_new_tokens: that a session may ask for.
         session_seconds: from the end of the queue on.
         stall_seconds: that may pass without any operation finished or token asked for.
-        memory_gb: address space that a session's process may write to, in 10^9 bytes; None for no limit.
+        memory_gb: address space that a session's process may write to, in 10^9 bytes; None for what its model and
+            length need, with room; 0 for no limit.
         client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
         client_tokens: generated within a day, of one client certificate; None for no limit.
         max_startups: connections that have no session yet.
@@ -78,7 +79,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not (value > 0 or (name == "max_queue" and value == 0)):
+            if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
                 raise UserError(f"{name} is {value} but must be positive")
 
 

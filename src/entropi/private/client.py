@@ -53,7 +53,7 @@ from entropi.private.messages import (
     trust,
 )
 from entropi.private.program import Description
-from entropi.private.session import Party, sha256_of, stages_of_pass
+from entropi.private.session import Party, memory_for, sha256_of, stages_of_pass, unread_for
 from entropi.private.tokenization import (
     Encoder,
     check_prompt,
@@ -242,17 +242,20 @@ class Connection:
         retries: int = 0,
         watcher: Watcher | None = None,
         privacy: Privacy = USUAL,
+        memory_gb: float | None = None,
     ) -> Answer:
         """Let the model continue `prompt` without showing it.
 
         Args:
             retries: so many times a session that broke is continued in a new one, with the tokens received so far
                 as part of the prompt; each costs a pass over all of it.
+            memory_gb: most memory of this side's party, in 10^9 bytes; by default what the model needs, with room;
+                0 for no limit.
 
         Raises:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
-        question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy)
+        question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
         question.digest = self._welcome.digest()
         return asyncio.run(_ask(self._server, question))
 
@@ -309,13 +312,14 @@ def ask(
     sampling: Sampling = GREEDY,
     retries: int = 0,
     privacy: Privacy = USUAL,
+    memory_gb: float | None = None,
 ) -> Answer:
     """`connect` and `Connection.ask` in one, over one connection.
 
     Raises:
         UserError: as for these.
     """
-    question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy)
+    question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
     return asyncio.run(_ask(ServerAddress.at(server, tls), question))
 
 
@@ -332,6 +336,7 @@ class _Question:
     retries: int
     watcher: Watcher
     privacy: Privacy = USUAL
+    memory_gb: float | None = None  # most memory of this side's party: see `memory_for`
     digest: str | None = None  # of what the server made public when the question was begun
     padding: list[int] = field(default_factory=list)  # before the prompt
     prompt_ids: list[int] = field(default_factory=list)
@@ -348,6 +353,8 @@ class _Question:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
+        if self.memory_gb is not None and self.memory_gb < 0:
+            raise UserError(f"memory_gb is {self.memory_gb} but must not be negative")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         check_prompt(self.prompt)
@@ -417,7 +424,8 @@ class _Session:
             table = await self._fetch_table(folder) if welcome.table is not None else None
             await self._say(Start(len(ids), left, welcome.digest()))
             accepted = await self._wait_for_slot()
-            async with Tunnel(CLIENT, self.socket.send_bytes) as tunnel:
+            memory = memory_for(welcome.description, len(ids) + left, question.memory_gb)
+            async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
                         rank=CLIENT,
@@ -429,7 +437,8 @@ class _Session:
                         prompt_length=len(ids),
                         prompt=ids,
                         table=str(table) if table is not None else None,
-                    )
+                    ),
+                    memory_bytes=memory,
                 )
                 await self._finish(party, tunnel, len(ids), left)
 
@@ -625,8 +634,9 @@ class _Session:
                 break
             try:
                 await tunnel.receive(message.data)
-            except LinkBroken as error:
-                raise LostServer(f"the private computation with {self.where} failed: {error}") from None
+            except LinkBroken as error:  # not to be tried again; the server is told why
+                await self.socket.close(code=aiohttp.WSCloseCode.POLICY_VIOLATION, message=str(error)[:120].encode())
+                raise UserError(f"{self.where} does not follow the protocol: {error}") from None
         if message.type == aiohttp.WSMsgType.TEXT:
             refused = decode(message.data, self.where)
             if isinstance(refused, Refused):

@@ -22,6 +22,7 @@ import spu
 from spu import libspu
 from spu.utils import frontend
 
+from entropi.private.link_frames import MAX_PUSH
 from entropi.private.messages import CLIENT, SERVER, Settings
 from entropi.private.program import Stage
 from entropi.records import StageTraffic
@@ -76,6 +77,8 @@ class Engine:
         desc.connect_retry_times = LINK_TIMEOUT_S * 5
         desc.connect_retry_interval_ms = 200
         desc.recv_timeout_ms = desc.http_timeout_ms = RECEIVE_TIMEOUT_S * 1000
+        # In one piece: a receiver does not compare the lengths that chunks claim, so `link_frames` refuses them.
+        desc.http_max_payload_size = MAX_PUSH
         try:
             self._link = libspu.link.create_brpc(desc, rank)
         except RuntimeError as error:

@@ -1,21 +1,18 @@
-"""One party of one session, in a process of its own: `python -m entropi.private.party`.
+"""One party of one session, in a process of its own (`party_process`).
 
-Reads a `Job` and then a `Proceed` for every further token from standard input, writes `Event`s to standard output,
-one JSON line each. Its parent may kill it at any moment; that ends the session and nothing else. When standard input
-ends, the parent is gone, and the party goes too.
+Takes a `Job` and then a `Proceed` for every further token, writes `Event`s, one JSON line each. Its parent may kill it
+at any moment; that ends the session and nothing else. When its standard input ends, the parent is gone, and the party
+goes too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
-import sys
-import threading
+from collections.abc import Mapping
 from typing import BinaryIO
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from entropi.private.engine import Engine, EngineError
 from entropi.private.messages import (
@@ -36,18 +33,19 @@ from entropi.private.program import one_hot, warm_up
 from entropi.private.session import stages_of_pass
 
 
-def main() -> int:
-    """Run the job on standard input; status 1 after a `Failed` event."""
-    # SPU and its libraries may print; only events go to the parent.
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO) -> int:
+    """Run a job; the process's status, 1 after a `Failed` event.
+
+    Args:
+        line: the encoded `Job`.
+        files: contents of those that it names, by the names of its fields.
+        lines: what the parent says next.
+    """
     try:
-        job = decode(lines.get(), Job)
+        job = decode(line, Job)
         engine = Engine(job.rank, job.session, job.links, job.settings)
         _emit(events, Linked())
-        _serve_session(engine, job, lines, events)
+        _serve_session(engine, job, files, lines, events)
         engine.close()
     except EngineError as error:
         _emit(events, Failed(reason=str(error)))
@@ -60,21 +58,14 @@ def main() -> int:
     return 0
 
 
-def _read_lines(lines: queue.SimpleQueue[bytes]) -> None:
-    """Pass on what the parent says; end this process, whatever it is doing, once the parent is gone."""
-    # Unbuffered: at exit the interpreter could not take the lock that a blocked buffered reader holds.
-    with os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0) as pipe:
-        for line in pipe:
-            lines.put(line)
-    os._exit(1)
-
-
-def _serve_session(engine: Engine, job: Job, lines: queue.SimpleQueue[bytes], events: BinaryIO) -> None:
+def _serve_session(
+    engine: Engine, job: Job, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO
+) -> None:
     _warm_up(engine, events)
     model, settings = job.description, job.settings
     public = settings.embedding == "public"
-    weights = load_file(job.weights) if job.weights else None
-    table = load_file(job.table)["embedding"] if job.table and public else None
+    weights = load(files["weights"]) if "weights" in files else None
+    table = load(files["table"])["embedding"] if "table" in files and public else None
     if public and job.rank == CLIENT and table is None:
         raise EngineError("the embedding is public, but the client has no copy of it")
     for name, shape in model.weight_shapes().items():
@@ -124,9 +115,3 @@ def _warm_up(engine: Engine, events: BinaryIO) -> None:
 
 def _emit(events: BinaryIO, event: Event) -> None:
     events.write(encode(event) + b"\n")
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)

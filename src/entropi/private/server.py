@@ -62,7 +62,16 @@ from entropi.private.program import Description
 from entropi.private.quotas import Quota, Usage, open_store
 from entropi.private.ranges import settle, sweep_vocabulary
 from entropi.private.self_test import self_test
-from entropi.private.session import WEIGHTS_FILE, Party, load_folded, parse_address, sha256_of
+from entropi.private.session import (
+    WEIGHTS_FILE,
+    Party,
+    confinement,
+    load_folded,
+    memory_for,
+    parse_address,
+    sha256_of,
+    unread_for,
+)
 from entropi.private.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.versions import engine_version
@@ -251,6 +260,7 @@ async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int])
         loop.add_signal_handler(number, stopping.set)
     if files is not None:
         loop.add_signal_handler(signal.SIGHUP, again.set)
+    log.info("in force for a session's process: %s", await confinement())
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(host.quota.close)
         await host.quota.check()
@@ -445,7 +455,8 @@ async def _compute(
     progress: _Progress,
 ) -> None:
     """One pass for the prompt and one for every `Next`."""
-    session, welcome, memory = secrets.token_hex(16), host.welcome, host.limits.memory_gb
+    session, welcome = secrets.token_hex(16), host.welcome
+    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, host.limits.memory_gb)
 
     async def carry(message: bytes) -> None:
         try:
@@ -453,7 +464,7 @@ async def _compute(
         except ClientLeft:
             raise ConnectionResetError from None  # the link is broken, as where the connection is
 
-    async with Tunnel(SERVER, carry) as tunnel:
+    async with Tunnel(SERVER, session, carry, unread_for(memory)) as tunnel:
         party = await Party.start(
             Job(
                 rank=SERVER,
@@ -465,7 +476,7 @@ async def _compute(
                 prompt_length=start.prompt_length,
                 weights=str(host.folder / WEIGHTS_FILE),
             ),
-            memory_bytes=int(memory * 1e9) if memory is not None else None,
+            memory_bytes=memory,
         )
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -496,11 +507,17 @@ async def _compute(
             await asyncio.gather(*tasks, return_exceptions=True)
             await party.stop()
             session_log.info(
-                "the link carried %d bytes to the client, %d from it, in %d turns",
+                "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
                 tunnel.sent,
                 tunnel.received,
                 tunnel.turns,
-                fields={"link_sent": tunnel.sent, "link_received": tunnel.received, "turns": tunnel.turns},
+                tunnel.most_unread,
+                fields={
+                    "link_sent": tunnel.sent,
+                    "link_received": tunnel.received,
+                    "turns": tunnel.turns,
+                    "most_unread": tunnel.most_unread,
+                },
             )
 
 
@@ -546,6 +563,11 @@ async def _watch_party(party: Party, session_log: SessionLog, host: Host, usage:
                 raise SessionError("the server's party failed")  # why may be none of the client's business
 
 
+def _printable(text: str) -> str:
+    """What a stranger has written, fit for one line of a log."""
+    return "".join(c for c in text[:120] if c.isprintable())
+
+
 async def _watch_link(tunnel: Tunnel) -> None:
     """Raise once the engines' link is broken although nobody has finished."""
     await tunnel.broken()
@@ -566,6 +588,8 @@ async def _listen_to_client(
                 except LinkBroken as error:
                     raise SessionError(str(error)) from None
                 continue
+            if message.type == aiohttp.WSMsgType.CLOSE and message.data == aiohttp.WSCloseCode.POLICY_VIOLATION:
+                raise SessionError(f"the client refused this side's bytes: {_printable(message.extra or '')}")
             expect(message, Next)
             if progress.asked == max_new_tokens:
                 raise SessionError("all tokens were asked for already")

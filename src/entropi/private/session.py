@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import ipaddress
+import math
 import os
 import re
 import resource
@@ -18,12 +19,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
+from entropi.private.confinement import summary
+from entropi.private.link_frames import DEFAULT_UNREAD
 from entropi.private.messages import BadMessage, Event, Failed, Job, Proceed, Settings, decode, decode_event, encode
 from entropi.private.program import Description, Stage, forward
+from entropi.private.tunnel import link_folder
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
 SUSPENDED_SECONDS = 10.0  # that a party may be stopped by a signal
+MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need must not fail for it
 _LINE_LIMIT = 64 << 20  # a line of logits of the largest vocabulary fits
 
 
@@ -105,6 +110,52 @@ def stages_of_pass(model: Description, settings: Settings, new: int, past: int) 
     )
 
 
+def memory_for(model: Description, tokens: int, memory_gb: float | None) -> int | None:
+    """Bytes that a party's process may write to: the limit asked for, or else what a session needs, twice.
+
+    The prediction was fitted to `VmData` of both parties of small models; the limit counts the same. It has a part of
+    its own (Python, JAX, SPU, tables of oblivious transfer), one for every core's threads, one for the weights and
+    their shares, one for the encoded entries of the largest matrix product, and one for the largest tensor of which
+    every number takes part in comparisons or polynomials.
+
+    Args:
+        tokens: prompt and answer together.
+        memory_gb: in 10^9 bytes; None for the prediction, 0 for no limit.
+    """
+    if memory_gb is not None:
+        return int(memory_gb * 1e9) or None
+    sizes = [math.prod(shape) for shape in model.weight_shapes().values()]
+    wide = max(model.intermediate_size, 3 * model.hidden_size)
+    values = tokens * max(model.heads * tokens, wide) + model.vocab_size
+    needed = 2e9 + 5e7 * (os.cpu_count() or 1) + 32 * sum(sizes) + 400 * max(sizes) + 8e3 * values
+    return int(MEMORY_ROOM * needed)
+
+
+def unread_for(memory_bytes: int | None) -> int:
+    """Bytes that a party may leave unread, of its memory limit."""
+    return DEFAULT_UNREAD if memory_bytes is None else memory_bytes // 4
+
+
+async def confinement() -> str:
+    """What a party's process gives up on this system, in one line; "unknown" if none can be started."""
+    with link_folder() as folder:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "entropi.private.party_process",
+            "--confinement",
+            folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        said, _ = await process.communicate()
+    try:
+        return summary(decode(said, list[str]))
+    except BadMessage:
+        return "unknown"
+
+
 class Party:
     """The child process that runs one party of one session."""
 
@@ -117,7 +168,7 @@ class Party:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "entropi.private.party",
+            "entropi.private.party_process",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,

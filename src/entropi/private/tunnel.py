@@ -16,15 +16,23 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-CHUNK = 256 << 10  # bytes of one read, and so the most a binary message carries behind its first byte
-MAX_LINK_MESSAGE = CHUNK + 16  # aiohttp refuses messages of its limit and more
+from entropi.private.link_frames import DEFAULT_UNREAD, BadFrame, LinkGuard
+
+CHUNK = 256 << 10  # bytes of one read; a binary message carries them, and what was kept of an incomplete head
+MAX_LINK_MESSAGE = CHUNK + 512  # aiohttp refuses messages of its limit and more
 CONNECT_SECONDS = 60.0  # for this side's engine to listen: its process may still be starting
 _LONGEST_FOLDER = 80  # characters; a Unix socket's path has room for 107
 _READ_LIMIT = 4 * CHUNK
 
 
 class LinkBroken(Exception):
-    """The other side sent what is no part of a link."""
+    """The other side sent what is no part of a link; the text is one line."""
+
+
+def link_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that only this user can enter, for sockets of both engines, removed in the end."""
+    short = len(tempfile.gettempdir()) <= _LONGEST_FOLDER
+    return tempfile.TemporaryDirectory(prefix="entropi-link-", dir=None if short else "/tmp")
 
 
 class Tunnel:
@@ -32,11 +40,16 @@ class Tunnel:
 
     Args:
         rank: of this side's engine.
+        session: the engines' name for this computation.
         send: sends one binary message over the control channel, returning once there is room for another.
+        unread: bytes that this side's engine may leave unread; the other side ends the session with one more.
     """
 
-    def __init__(self, rank: int, send: Callable[[bytes], Awaitable[None]]) -> None:
+    def __init__(
+        self, rank: int, session: str, send: Callable[[bytes], Awaitable[None]], unread: int = DEFAULT_UNREAD
+    ) -> None:
         self.rank, self._send = rank, send
+        self._guard = LinkGuard(rank, session, unread)
         # How often the direction of the engines' own messages changed: two of these are one round trip.
         self.turns = 0
         self.sent = self.received = 0  # bytes, the first of every message included
@@ -46,8 +59,7 @@ class Tunnel:
         self._broken = asyncio.Event()
 
     async def __aenter__(self) -> Tunnel:
-        short = len(tempfile.gettempdir()) <= _LONGEST_FOLDER
-        self._folder = tempfile.TemporaryDirectory(prefix="entropi-link-", dir=None if short else "/tmp")
+        self._folder = link_folder()
         self._server = await asyncio.start_unix_server(self._accept, self._path("tunnel"), limit=_READ_LIMIT)
         return self
 
@@ -75,11 +87,13 @@ class Tunnel:
     async def _pump(self, stream: int, reader: asyncio.StreamReader) -> None:
         """Engine to control channel."""
         head = bytes([stream])
-        with contextlib.suppress(ConnectionError):
+        # BadFrame: this side's engine is ending in disorder, or it is not an engine any more.
+        with contextlib.suppress(ConnectionError, BadFrame):
             while data := await reader.read(CHUNK):
-                self._count(stream, self.rank)
-                self.sent += len(data) + 1
-                await self._send(head + data)
+                if passing := self._guard.leaves(stream, data):
+                    self._count(stream, self.rank)
+                    self.sent += len(passing) + 1
+                    await self._send(b"".join((head, passing)))
         self._broken.set()
 
     def _count(self, stream: int, sender: int) -> None:
@@ -94,7 +108,7 @@ class Tunnel:
         What an engine that is gone or never came does not take is dropped; `broken` tells.
 
         Raises:
-            LinkBroken: the message is no part of a link.
+            LinkBroken: the message is no part of a link; this side's engine has got nothing of what is wrong with it.
         """
         stream = message[0] if message else -1
         if stream not in (0, 1):
@@ -109,7 +123,11 @@ class Tunnel:
             self._count(stream, 1 - self.rank)
             self.received += len(message)
             writer = self._writers[stream]
-            writer.write(memoryview(message)[1:])
+            try:
+                passing = self._guard.arrives(stream, message, 1)
+            except BadFrame as error:
+                raise LinkBroken(f"the engines' link carried {error}") from None
+            writer.write(passing)
             await writer.drain()
         except (OSError, asyncio.TimeoutError):
             self._broken.set()
@@ -120,6 +138,11 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 return await asyncio.open_unix_connection(self._path("engine"), limit=_READ_LIMIT)
             await asyncio.sleep(0.05)
+
+    @property
+    def most_unread(self) -> int:
+        """Bytes that this side's engine has left unread at most."""
+        return self._guard.most_unread
 
     async def broken(self) -> None:
         """Return once one of the connections has ended."""
