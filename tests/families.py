@@ -776,6 +776,9 @@ def compare_generation(model: nn.Module, eager: nn.Module, layers: list[Attentio
         try:
             torch.manual_seed(SEED)
             plain = model.generate(**prompt, **options)
+            if not isinstance(plain, Tensor):
+                notes.append(f"{where} is no sequence of tokens one after the other: not compared")
+                continue
             captured = Captured(eager)
             torch.manual_seed(SEED)
             with captured:
