@@ -4,8 +4,8 @@ Its engine is native code that reads what the other side has computed. Whoever t
 process; `confine` sees to it that there is nothing more to get: no network, no files but Python's, no other programs,
 no further rights, no memory image on disk. The kernel enforces this, as far as it can; what it cannot is named.
 
-We call the kernel directly: of the libraries for Landlock and seccomp on PyPI none has seen a stable release within the
-last two years (`landlock` 1.0.0.dev5, `py-landlock` 0.1.1, `pyseccomp` 0.1.2 of 2021, which needs a C library too).
+We call the kernel directly: of the libraries for Landlock and seccomp on PyPI that we looked at, `landlock` 1.0.0.dev5 and
+`py-landlock` 0.1.1 are beginnings, and `pyseccomp` 0.1.2 is of 2021 and needs a C library too.
 """
 
 from __future__ import annotations
