@@ -39,7 +39,7 @@ def scratch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
-        patch.setenv("ENTROPI_TEST_MARK", str(folder))
+        patch.setenv("LC_ENTROPI_TEST_MARK", str(folder))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         yield folder
@@ -145,7 +145,7 @@ def marked_processes(mark):
     found = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and f"ENTROPI_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes():
+            if entry.name.isdigit() and f"LC_ENTROPI_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes():
                 found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
 

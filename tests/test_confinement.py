@@ -74,14 +74,16 @@ print(json.dumps({"told": told, "done": done, "core": resource.getrlimit(resourc
 """
 
 
-def take_over(tmp_path, lost="all"):
+def take_over(tmp_path, lost="all", searched=()):
     secret = tmp_path / "key.pem"
     secret.write_text("secret")
     secret.chmod(0o600)
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         ran = subprocess.run(
-            [sys.executable, "-c", TAKEN_OVER, name, str(secret), "9", lost],
+            [sys.executable, "-c", f"import sys; sys.path[:0] = {[*searched]!r}\n{TAKEN_OVER}", name, str(secret)]
+            + ["9", lost],
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             env=environment,
@@ -91,8 +93,11 @@ def take_over(tmp_path, lost="all"):
     return ran
 
 
-def test_nothing_is_left_to_a_process_that_was_taken_over(tmp_path):
-    found = json.loads(take_over(tmp_path).stdout)
+@pytest.mark.parametrize("searched", ["", "the working folder", "/"])
+def test_nothing_is_left_to_a_process_that_was_taken_over(tmp_path, searched):
+    """Also where the folder of the keys, in which a server was started, is on Python's search path."""
+    path = {"": (), "the working folder": (str(tmp_path),), "/": ("/",)}[searched]
+    found = json.loads(take_over(tmp_path, searched=path).stdout)
     line = confinement.summary(found["told"])
     if not re.search(r"Landlock ([6-9]|\d\d)", line) or "(seccomp)" not in line:
         pytest.skip(f"this kernel has less: {line}")
@@ -141,3 +146,26 @@ def test_the_process_says_what_is_in_force(tmp_path):
     assert line.startswith("no core dumps, ")
     found = json.loads(take_over(tmp_path).stdout)
     assert line == confinement.summary(found["told"])
+
+
+def test_a_party_is_told_no_passwords(monkeypatch):
+    monkeypatch.setenv("ENTROPI_REDIS_PASSWORD", "hunter2")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    told = session._environment()
+    assert "hunter" not in " ".join(told.values())
+    assert told["OMP_NUM_THREADS"] == "1"
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path):
+    """A party is not started by -m, which would put that folder first."""
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the working folder')")
+    ran = subprocess.run(
+        [*session.PARTY_COMMAND, "--confinement", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "no core dumps" in confinement.summary(json.loads(ran.stdout))

@@ -472,3 +472,18 @@ def test_outputs_as_a_tuple_and_hidden_states_by_configuration():
     torch.testing.assert_close([loss, logits], [expected.loss, expected.logits])
     model.config.output_hidden_states, model.config.return_dict = True, False
     assert len(model(ids, use_cache=False)[1]) == 4
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_padding_under_additive_masks_is_not_counted_however_it_is_hidden(hidden):
+    model, ids = make_model("SM+LN+G"), tokens(1, 10)
+    mask = torch.ones(1, 10, dtype=torch.long)
+    mask[:, :4] = 0
+    visible = torch.ones(10, 10, dtype=torch.bool).tril()[None, None] & mask[:, None, None, :].bool()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    means = []
+    for given in (mask, torch.zeros(1, 1, 10, 10).masked_fill(~visible, hidden)):
+        with torch.no_grad(), entropi.record_entropy(model) as recorded:
+            model(ids, attention_mask=given, position_ids=positions)
+        means.append(recorded.mean())
+    torch.testing.assert_close(*means, atol=1e-5, rtol=0)

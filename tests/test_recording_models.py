@@ -589,3 +589,49 @@ def test_the_modules_that_attend():
     attending, own = attention_modules(build(config, AutoModel))
     assert {type(module).__name__ for module in attending} == {"SiglipAttention"}
     assert list(own.values()) == ["head.attention"]
+
+
+def test_two_recordings_of_one_checkpointed_model_in_either_order():
+    model = build(LLAMA).train()
+    model.gradient_checkpointing_enable(dict(use_reentrant=True))
+    ids = torch.randint(3, 50, (2, 9))
+    found = []
+    for wanting in ((False, True), (True, False)):
+        model.zero_grad()
+        with (
+            entropi.record_entropy(model, gradients=wanting[0]) as first,
+            entropi.record_entropy(model, gradients=wanting[1]) as second,
+        ):
+            model(ids, use_cache=False)
+            (first if wanting[0] else second).mean().sum().backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert found[0].abs().max() > 0
+    assert torch.equal(*found)
+
+
+def test_a_recorded_model_can_be_saved_and_its_copy_too(tmp_path):
+    model = build(LLAMA)
+    with entropi.record_entropy(model):
+        copied = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+    torch.save(copied, tmp_path / "copy.pt")
+    ids = torch.randint(3, 50, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+        for name in ("model.pt", "copy.pt"):
+            loaded = torch.load(tmp_path / name, weights_only=False)
+            assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_layers_that_are_not_there_and_rows_that_are_not_text():
+    model = build(LLAMA)
+    with (
+        pytest.raises(ValueError, match=r"layers takes several numbers, such as \[1\]"),
+        entropi.record_entropy(model, 1),
+    ):
+        pass
+    with torch.no_grad(), entropi.record_entropy(model) as recorded:
+        ids = torch.randint(3, 50, (1, 4))
+        model(ids, attention_mask=torch.zeros_like(ids), use_cache=False)
+    with pytest.raises(ValueError, match="no row was recorded that is not padding"):
+        recorded.mean()

@@ -106,6 +106,9 @@ CRAFTED = {
     "a letter that decodes to another": lambda t: t["added_tokens"].append(
         {"id": 258, "content": "é", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
     ),
+    "a phrase as one token": lambda t: t["added_tokens"].append(
+        {"id": 258, "content": "secret word", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
+    ),
     "decodes by a pattern": lambda t: t.update(decoder={**FIRST_LETTER, "content": ""}),
 }
 
@@ -228,7 +231,7 @@ def test_standard_error_is_there_again_afterwards(capfd):
 
 @pytest.mark.parametrize(
     ("prompt", "complaint"),
-    [("x" * (MAX_PROMPT + 1), f"at most {MAX_PROMPT} are possible"), ("a\udc80", "not valid Unicode")],
+    [("x" * (MAX_PROMPT + 1), f"more than {MAX_PROMPT} characters"), ("a\udc80", "not valid Unicode")],
 )
 def test_prompts_that_no_tokenizer_is_to_see(prompt, complaint):
     with pytest.raises(UserError, match=complaint):

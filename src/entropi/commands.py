@@ -524,6 +524,9 @@ def serve(
         source_startups,
     )
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
+    for path in (audit_log, None if quota_store is None or "://" in quota_store else Path(quota_store)):
+        if path is not None:
+            _check_parent(path)
     parse_address(listen, tls=tls is not None)  # before a model is folded, which takes a while
     parse_address(metrics)
     if tls is not None:

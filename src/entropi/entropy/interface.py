@@ -36,6 +36,7 @@ UNDERSTOOD = {
 }
 SELECTIONS = ("indices", "block_indices", "topk_indices")  # of keys, by models that do not put them into the mask
 _lock = threading.RLock()
+_gradients_wanted = [0]  # by so many recordings that are open
 _held: dict[tuple[int, str], list[Any]] = {}  # what is changed for now: [owner, value before, how many want it]
 
 
@@ -318,8 +319,9 @@ def in_place(model: nn.Module, names: list[tuple[Any, str]], gradients: bool) ->
         for module in model.modules():
             if CHECKPOINT in module.__dict__:
                 before = module.__dict__[CHECKPOINT]
-                replaced = functools.partial(_checkpoint, before, names, gradients)
-                stack.enter_context(_changed(module, CHECKPOINT, replaced))
+                stack.enter_context(_changed(module, CHECKPOINT, functools.partial(_checkpoint, before, names)))
+        if gradients:
+            stack.enter_context(_wanting_gradients())
         stack.enter_context(_uncompiled())
         yield
 
@@ -335,10 +337,20 @@ def _attending(names: list[tuple[Any, str]]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _wanting_gradients() -> Iterator[None]:
+    with _lock:
+        _gradients_wanted[0] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _gradients_wanted[0] -= 1
+
+
 def _checkpoint(
     before: Callable[..., Any],
     names: list[tuple[Any, str]],
-    gradients: bool,
     function: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
@@ -354,7 +366,7 @@ def _checkpoint(
         with _attending(names), replay():
             return function(*args, **kwargs)
 
-    if gradients:
+    if _gradients_wanted[0]:  # by whichever of several recordings
         kwargs["use_reentrant"] = False
     return before(run, *args, **kwargs)
 

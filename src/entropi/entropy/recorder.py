@@ -104,6 +104,8 @@ class _Cell:
         self.pending.clear()
         assert self.sums is not None
         assert self.count is not None
+        if not bool(self.count):
+            raise ValueError("no row was recorded that is not padding")
         return (self.sums / self.count).to(self.dtype)
 
 
@@ -181,6 +183,8 @@ class EntropyRecorder:
     ) -> None:
         """Of attention modules at `places`; `own` names those which compute attention out of a recorder's sight."""
         self._places, self._own = places, own
+        if isinstance(layers, int):
+            raise ValueError(f"layers takes several numbers, such as [{layers}]")
         self._layers = None if layers is None else set(layers)
         self._keep_rows, self.gradients, self._keep_patterns = keep_rows, gradients, keep_patterns
         self._cells: dict[str, dict[tuple[int, int], _Cell]] = {}
@@ -193,6 +197,10 @@ class EntropyRecorder:
     def __deepcopy__(self, memo: dict[int, Any]) -> EntropyRecorder:
         """Itself: a copy of a model that is made while it is recorded is recorded too, until the block ends."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A closed one: a model that is saved while it is recorded takes along a recorder that does nothing."""
+        return EntropyRecorder, ({}, {}, None, False, False, False)
 
     # What was recorded
 
@@ -329,9 +337,10 @@ class EntropyRecorder:
         use = max(use - len(places) + 1, 0)
         if call is None:
             order = place.rank
-        if self._layers is not None and order == place.rank and not {place.layer, order} & self._layers:
-            self._left_out.add(place.layer)  # a module that is used out of its order is shared: numbered when asked for
-            return
+        if self._layers is not None and order == place.rank and place.layer not in self._layers:
+            self._left_out.add(place.layer)
+            if order not in self._layers:  # a module that is used out of its order is shared: numbered when asked for
+                return
         if not self.gradients:
             entropy = entropy.detach()
         seen = pattern() if self._keep_patterns and pattern is not None else None

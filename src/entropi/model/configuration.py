@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
@@ -149,12 +151,14 @@ class EntropiConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 problems.append(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")
         for name in ("temperature_init", "layer_norm_epsilon", "rotary_base"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                problems.append(f"{name} must be positive and finite, got {getattr(self, name)}")
         if 0 < self.temperature_init < SMALLEST_TEMPERATURE:
             problems.append(f"temperature_init must be at least {SMALLEST_TEMPERATURE}, got {self.temperature_init}")
         if self.initializer_range is not None and not self.initializer_range > 0:
             problems.append(f"initializer_range must be positive, got {self.initializer_range}")
+        if self.activation_function not in ACT2FN:
+            problems.append(f"activation_function {self.activation_function!r} is none that transformers has")
         if not 0 <= self.embedding_dropout < 1:
             problems.append(f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
         if self.spectral_gain and "SNorm" not in self.architecture:

@@ -80,7 +80,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
-                raise UserError(f"{name} is {value} but must be positive")
+                may = "cannot be negative" if name in ("max_queue", "memory_gb") else "must be positive"
+                raise UserError(f"{name} is {value} but {may}")
 
 
 class Slots:

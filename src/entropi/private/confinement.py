@@ -4,8 +4,8 @@ Its engine is native code that reads what the other side has computed. Whoever t
 process; `confine` sees to it that there is nothing more to get: no network, no files but Python's, no other programs,
 no further rights, no memory image on disk. The kernel enforces this, as far as it can; what it cannot is named.
 
-We call the kernel directly: of the libraries for Landlock and seccomp on PyPI that we looked at, `landlock` 1.0.0.dev5 and
-`py-landlock` 0.1.1 are beginnings, and `pyseccomp` 0.1.2 is of 2021 and needs a C library too.
+We call the kernel directly: of the libraries for Landlock and seccomp on PyPI that we looked at, `landlock` 1.0.0.dev5
+and `py-landlock` 0.1.1 are beginnings, and `pyseccomp` 0.1.2 is of 2021 and needs a C library too.
 """
 
 from __future__ import annotations
@@ -111,9 +111,14 @@ def _open_to_all(path: Path) -> bool:
 
 
 def _python() -> list[Path]:
-    """Folders from which modules and libraries are still loaded while the computation runs."""
-    named = [sys.prefix, sys.base_prefix, *filter(None, sys.path)]
-    return sorted({Path(name).resolve() for name in named if Path(name).is_dir()})
+    """Folders from which modules and libraries are still loaded while the computation runs.
+
+    Of the search path none that holds the working folder, where keys and models may lie; the package itself by name.
+    """
+    here = Path.cwd()
+    installed = [sys.prefix, sys.base_prefix, str(Path(__file__).parents[1])]
+    searched = [path for path in filter(None, sys.path) if not here.is_relative_to(Path(path).resolve())]
+    return sorted({Path(name).resolve() for name in [*installed, *searched] if Path(name).is_dir()})
 
 
 def _landlock(folder: Path) -> str:

@@ -29,6 +29,15 @@ WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
 SUSPENDED_SECONDS = 10.0  # that a party may be stopped by a signal
 MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need must not fail for it
+# Without the working folder in the search path: what lies there is neither imported nor readable to a party.
+PARTY_COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from entropi.private.party_process import main; sys.exit(main())",
+)
+_KEPT = {"HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
+_KEPT_PREFIXES = ("LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "XLA_")
 _LINE_LIMIT = 64 << 20  # a line of logits of the largest vocabulary fits
 
 
@@ -136,18 +145,23 @@ def unread_for(memory_bytes: int | None) -> int:
     return DEFAULT_UNREAD if memory_bytes is None else memory_bytes // 4
 
 
+def _environment() -> dict[str, str]:
+    """What a party's process needs to know of this one's environment: no password, no token of anything else."""
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    return {**kept, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
 async def confinement() -> str:
     """What a party's process gives up on this system, in one line; "unknown" if none can be started."""
     with link_folder() as folder:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "entropi.private.party_process",
+            *PARTY_COMMAND,
             "--confinement",
             folder,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
+            env=_environment(),
         )
         said, _ = await process.communicate()
     try:
@@ -166,15 +180,13 @@ class Party:
     async def start(cls, job: Job, memory_bytes: int | None = None) -> Party:
         """Start the process, with a limit to the memory it may write to, and hand it its job by pipe."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "entropi.private.party_process",
+            *PARTY_COMMAND,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             limit=_LINE_LIMIT,
             start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env=_environment(),
         )
         party = cls(process)
         try:

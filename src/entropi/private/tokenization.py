@@ -118,7 +118,7 @@ class Encoder:
 def check_prompt(prompt: str) -> None:
     """Raise `UserError` for what no tokenizer is to see: too long a text, or one that is no Unicode text."""
     if len(prompt) > MAX_PROMPT:
-        raise UserError(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT} are possible")
+        raise UserError(f"the prompt has more than {MAX_PROMPT} characters, the most that are possible")
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -189,6 +189,8 @@ def objections(text: str, vocab_size: int) -> list[str]:
         # Where special tokens are plain text, only the others are looked for; in ASCII they decode to themselves.
         if not token.special and (sentencepiece or not token.content.isascii()):
             found.append(f"{token.content!r} is added but not special")
+        if not token.special and any(character.isspace() for character in token.content):
+            found.append(f"{token.content!r} is one token of several words")
         if not token.special and (token.single_word or token.lstrip or token.rstrip):
             found.append(f"{token.content!r} takes in what stands around it")
     if len(set(ids.values())) < len(ids) or not all(0 <= number < vocab_size for number in ids.values()):
