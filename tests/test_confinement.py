@@ -78,11 +78,17 @@ def take_over(tmp_path, lost="all", searched=()):
     secret = tmp_path / "key.pem"
     secret.write_text("secret")
     secret.chmod(0o600)
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    environment, how = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}, ("9", lost)
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         ran = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path[:0] = {[*searched]!r}\n{TAKEN_OVER}", name, str(secret)]
-            + ["9", lost],
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:0] = {[*searched]!r}\n{TAKEN_OVER}",
+                name,
+                str(secret),
+                *how,
+            ],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -160,12 +166,7 @@ def test_a_party_is_told_no_passwords(monkeypatch):
 def test_nothing_is_imported_from_the_working_folder(tmp_path):
     """A party is not started by -m, which would put that folder first."""
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the working folder')")
-    ran = subprocess.run(
-        [*session.PARTY_COMMAND, "--confinement", str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [*session.PARTY_COMMAND, "--confinement", str(tmp_path)]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert "no core dumps" in confinement.summary(json.loads(ran.stdout))

@@ -626,7 +626,7 @@ def test_a_recorded_model_can_be_saved_and_its_copy_too(tmp_path):
 def test_layers_that_are_not_there_and_rows_that_are_not_text():
     model = build(LLAMA)
     with (
-        pytest.raises(ValueError, match=r"layers takes several numbers, such as \[1\]"),
+        pytest.raises(ValueError, match="layers takes several numbers"),
         entropi.record_entropy(model, 1),
     ):
         pass
