@@ -163,7 +163,8 @@ def objections(text: str, vocab_size: int) -> list[str]:
     """Why a client would not apply this tokenizer.json without knowing it; empty if it would.
 
     Taken are byte-level BPE with a splitting pattern that is published, and SentencePiece's BPE with byte fallback and
-    no normalisation. With these every text decodes to itself, and its length is a sum over its words.
+    no normalisation. With these every text decodes to itself, and its length is a sum over its words (added
+    tokens, which may run across marks between words, hold no spaces).
     """
     try:
         file = msgspec.json.decode(text.encode(), type=_File)
