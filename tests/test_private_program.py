@@ -4,6 +4,8 @@ import asyncio
 import json
 import re
 import secrets
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -151,11 +153,12 @@ def test_logits_under_cheetah_are_the_plain_ones():
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):
     """The client's results of a generation by two real parties."""
     from entropi.private.session import Party
-    from serving import free_port
 
     save_file(weights, folder / "weights.safetensors")
     save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")
-    links = tuple(f"127.0.0.1:{free_port()}" for _ in range(2))
+    # Parties have no TCP. Both sockets in the one folder that either may write to.
+    sockets = tempfile.mkdtemp(prefix="link-", dir="/tmp")
+    links = tuple(f"unix:{sockets}/{name}" for name in ("server", "client"))
     common = dict(
         session=secrets.token_hex(16),
         links=links,
@@ -189,6 +192,7 @@ async def two_processes(folder, model, weights, settings, prompt, new_tokens):
         serving.cancel()
         for party in (server, client):
             await party.stop()
+        shutil.rmtree(sockets)
     return found
 
 

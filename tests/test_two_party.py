@@ -674,7 +674,7 @@ def test_dishonest_servers(capfd, folded, name, scratch):
         ("wall", ["--tokenizer", "/nowhere"], "cannot read the tokenizer /nowhere: No such file"),
         ("wall", ["--stop", "nothing"], "no token 'nothing' to stop at"),
         ("wall", ["--pad-to", "64"], "filled up to 64 it leaves no room for 8 new ones"),
-        ("x" * (1 << 21), [], "at most 1048576 are possible"),
+        ("x" * (1 << 21), [], "more than 1048576 characters"),
         ("wall", ["--max-new-tokens", str(MOST_TOKENS + 1)], f"at most {MOST_TOKENS} new tokens"),
     ],
 )
