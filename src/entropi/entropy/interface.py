@@ -14,7 +14,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ UNDERSTOOD = {
 SELECTIONS = ("indices", "block_indices", "topk_indices")  # of keys, by models that do not put them into the mask
 _lock = threading.RLock()
 _gradients_wanted = [0]  # by so many recordings that are open
-_held: dict[tuple[int, str], list[Any]] = {}  # what is changed for now: [owner, value before, how many want it]
+_held: dict[tuple[int, str], list[Any]] = {}  # what is changed for now: [how to undo it, how many want it]
 
 
 def register_attention() -> None:
@@ -383,21 +383,32 @@ def _standing_in() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(interface: Any, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """With `stand_in`, which is given what it stands in for, until the last one who wants it is done."""
+def _while_wanted(key: tuple[int, str], begin: Callable[[], Callable[[], Any]]) -> Iterator[None]:
+    """With what `begin` changes, which returns how to undo it, until the last one who wants it is done."""
     with _lock:
-        held = _held.setdefault((id(interface), name), [interface, interface._global_mapping[name], 0])
-        held[2] += 1
-        if held[2] == 1:
-            interface.register(name, functools.partial(stand_in, held[1]))
+        held = _held.setdefault(key, [None, 0])
+        held[1] += 1
+        if held[1] == 1:
+            held[0] = begin()
     try:
         yield
     finally:
         with _lock:
-            held[2] -= 1
-            if not held[2]:
-                interface.register(name, held[1])
-                del _held[id(interface), name]
+            held[1] -= 1
+            if not held[1]:
+                del _held[key]
+                held[0]()
+
+
+def _replaced(interface: Any, name: str, stand_in: Callable[..., Any]) -> AbstractContextManager[None]:
+    """With `stand_in`, which is given what it stands in for."""
+
+    def begin() -> Callable[[], Any]:
+        before = interface._global_mapping[name]
+        interface.register(name, functools.partial(stand_in, before))
+        return lambda: interface.register(name, before)
+
+    return _while_wanted((id(interface), name), begin)
 
 
 def _attend_or(before: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -411,38 +422,23 @@ def _noting(before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return mask
 
 
-@contextmanager
-def _changed(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """With another value until the last one who wants it is done."""
-    with _lock:
-        held = _held.setdefault((id(owner), attribute), [owner, getattr(owner, attribute), 0])
-        held[2] += 1
-        if held[2] == 1:
-            setattr(owner, attribute, value)
-    try:
-        yield
-    finally:
-        with _lock:
-            held[2] -= 1
-            if not held[2]:
-                setattr(owner, attribute, held[1])
-                del _held[id(owner), attribute]
+def _changed(owner: Any, attribute: str, value: Any) -> AbstractContextManager[None]:
+    """With another value of an attribute."""
+
+    def begin() -> Callable[[], Any]:
+        before = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+        return lambda: setattr(owner, attribute, before)
+
+    return _while_wanted((id(owner), attribute), begin)
 
 
-@contextmanager
-def _uncompiled() -> Iterator[None]:
+def _uncompiled() -> AbstractContextManager[None]:
     """With what is compiled running uncompiled: a recorder is Python that no graph holds."""
-    with _lock:
-        held = _held.setdefault((0, "stance"), [None, None, 0])
-        held[2] += 1
-        if held[2] == 1:
-            held[0] = torch.compiler.set_stance("force_eager")
-            held[0].__enter__()
-    try:
-        yield
-    finally:
-        with _lock:
-            held[2] -= 1
-            if not held[2]:
-                held[0].__exit__(None, None, None)
-                del _held[0, "stance"]
+
+    def begin() -> Callable[[], Any]:
+        stance = torch.compiler.set_stance("force_eager")
+        stance.__enter__()
+        return lambda: stance.__exit__(None, None, None)
+
+    return _while_wanted((0, "stance"), begin)
