@@ -18,6 +18,7 @@ the answer belongs. `--dry-run` does either at toy sizes on a CPU, so that the s
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -67,6 +68,8 @@ def tests(dry: bool, seconds: float) -> dict[str, Any]:
     """The tests that need a GPU; a dry run only finds them."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_triton.py")]
     command += ["--collect-only"] if dry else []
+    if not dry and importlib.util.find_spec("xdist"):  # most of the time goes into compiling
+        command += ["-n", str(max(1, (os.cpu_count() or 2) - 2))]
     done = subprocess.run(
         command,
         cwd=ROOT,
