@@ -64,13 +64,14 @@ ATTACK_SECONDS = 240
 HELD_SECONDS = 20.0  # for which a client that does nothing does it, at least; the server may end it earlier
 DRIP_SECONDS = 0.4  # between two bytes
 MARK_SECONDS = 600  # between two rows of the table
+MOST_TOKENS = 3  # of an honest answer
 PIECE = 60_000  # bytes of one binary message
 MOST_PUSHED = 3000  # megabytes that nobody waits for
 SERVER_OPTIONS = (
     *("--max-sessions", 3, "--max-queue", 64, "--max-new-tokens", 8, "--self-test", "ref2k"),
     *("--client-sessions", 64, "--client-tokens", 1_000_000),
 )
-PROMPTS = ("the", "the key", "the keeper lies", "behind the old stone wall", TEXT[:40], TEXT[4:60], TEXT[20:80])
+PROMPTS = ("the key", "the keeper lies", "behind the old stone wall", TEXT[:40], TEXT[20:80])
 # What docs/deploy.md says a client may be told although it did nothing wrong.
 DOCUMENTED = ("is busy", "was busy", "closed the connection", "more tokens within 24 hours", "sessions already")
 
@@ -105,6 +106,9 @@ async def deaf(self, *rest):
 channel.send_bytes, channel.receive = tampering, deaf
 sys.exit(cli.main(sys.argv[4:]))
 """
+
+
+Attack = Callable[["Server", random.Random], Awaitable[str]]
 
 
 class Breach(Exception):
@@ -208,7 +212,7 @@ def prepare(folder: Path, tokenizer_bytes: int = TOKENIZER_BYTES) -> Site:
     description, weights = load_folded(site.folded)
     for prompt in PROMPTS:
         ids = encoder.encode(prompt, description.positions)
-        most = min(4, description.positions + 1 - len(ids))
+        most = min(MOST_TOKENS, description.positions + 1 - len(ids))
         tokens, logits = run_plain(description, weights, ids, most, Settings().exp_iterations)
         clear = 0
         for row in logits:
@@ -260,11 +264,22 @@ class Server:
         pid, sessions = self.process.pid, children_of(self.process.pid)
         found = {"seconds": time.monotonic(), "rss": memory(pid), "pss": memory(pid, "Pss"), "sessions": len(sessions)}
         found["sessions_rss"] = sum(memory(child) for child in sessions)
+        found["load"] = os.getloadavg()[0]
         found["descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
         found["threads"] = len(os.listdir(f"/proc/{pid}/task"))
         logs = (self.log_file, self.site.folder / "audit.jsonl")
         found["log_kb"], found["audit_kb"] = (path.stat().st_size / 1e3 if path.exists() else 0 for path in logs)
         return found
+
+
+def reasons(audit: Path) -> dict[str, int]:
+    """Why handshakes and sessions ended, as the server wrote it down, without numbers; how often."""
+    found: Counter[str] = Counter()
+    for written in audit.read_text().splitlines() if audit.exists() else ():
+        told = json.loads(written)
+        reason = re.sub(r"\d+", "N", told["reason"])
+        found[f"{told['event']}: {reason}"] += told.get("count", 1)
+    return dict(found.most_common())
 
 
 def memory(pid: int, name: str = "Rss") -> float:
@@ -570,7 +585,7 @@ async def attack_link(server: Server, messages: Callable[[str], Sequence[bytes]]
 
 async def two_chunk_pushes(server: Server, fixed: random.Random) -> str:
     """Two chunks of one key with lengths that do not agree: a write beyond the engine's buffer."""
-    return await attack_link(server, lambda session: two_chunks(1, session))
+    return await attack_link(server, lambda session: two_chunks(1, session), pause=1.0)
 
 
 async def pushes_nobody_waits_for(server: Server, fixed: random.Random) -> str:
@@ -693,12 +708,13 @@ class Siege:
 
     server: Server
     fixed: random.Random
+    kinds: Sequence[Attack]
     deadline: float = 0.0
     honest: list[tuple[float, float, str, float]] = field(default_factory=list)  # begin, end, outcome, error
     hostile: list[tuple[float, float, str, str]] = field(default_factory=list)  # begin, end, kind, outcome
     breaches: list[str] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)
-    deck: list[Callable[[Server, random.Random], Awaitable[str]]] = field(default_factory=list)
+    deck: list[Attack] = field(default_factory=list)
 
     async def one_honest(self) -> None:
         begin = time.monotonic()
@@ -706,10 +722,10 @@ class Siege:
         self.honest.append((begin, time.monotonic(), told, error))
         note(f"honest {len(self.honest)}: {told}, {time.monotonic() - begin:.0f} s")
 
-    async def one_hostile(self, attack: Callable[[Server, random.Random], Awaitable[str]] | None = None) -> None:
+    async def one_hostile(self, attack: Attack | None = None) -> None:
         if attack is None:
             if not self.deck:
-                self.deck = self.fixed.sample(HOSTILE, len(HOSTILE))
+                self.deck = self.fixed.sample(self.kinds, len(self.kinds))
             attack = self.deck.pop()
         begin = time.monotonic()
         try:
@@ -717,7 +733,7 @@ class Siege:
         except Breach as breach:
             told = f"BREACH: {breach}"
             self.breaches.append(f"{attack.__name__}: {breach}")
-        except (OSError, ssl.SSLError, asyncio.TimeoutError, ProcessLookupError) as error:
+        except Exception as error:  # an attack that fails is one more outcome
             told = type(error).__name__
         self.hostile.append((begin, time.monotonic(), attack.__name__, told))
         note(f"hostile {len(self.hostile)}: {attack.__name__}: {told}")
@@ -746,11 +762,12 @@ def note(text: str) -> None:
 async def besiege(site: Site, given: argparse.Namespace) -> dict[str, Any]:
     """Warm up, besiege, let the server come to rest; the record."""
     async with serving(site, *SERVER_OPTIONS) as server:
-        siege = Siege(server, random.Random(given.seed))
+        kinds = [attack for attack in HOSTILE if attack.__name__ in given.kinds]
+        siege = Siege(server, random.Random(given.seed), kinds)
         if given.warm_up:
             note("warm-up: every kind of client once")
-            for at in range(0, len(HOSTILE), 5):
-                await asyncio.gather(*map(siege.one_hostile, HOSTILE[at : at + 5]), siege.one_honest())
+            for at in range(0, len(siege.kinds), 5):
+                await asyncio.gather(*map(siege.one_hostile, siege.kinds[at : at + 5]), siege.one_honest())
         await server.at_rest()
         before, warm = server.sample(), (len(siege.honest), len(siege.hostile))
         note(f"at rest after the warm-up: {before['rss']:.0f} MB")
@@ -759,10 +776,10 @@ async def besiege(site: Site, given: argparse.Namespace) -> dict[str, Any]:
         honest_clients = max(1, given.sessions // 4)
         watching = asyncio.create_task(siege.watch(given.every, site.folder / "samples.jsonl"))
         try:
-            await asyncio.gather(
-                *(siege.keep(siege.one_honest, given.pause) for _ in range(honest_clients)),
-                *(siege.keep(siege.one_hostile, given.pause) for _ in range(given.sessions - honest_clients)),
-            )
+            async with asyncio.TaskGroup() as clients:
+                for number in range(given.sessions):
+                    one = siege.one_honest if number < honest_clients else siege.one_hostile
+                    clients.create_task(siege.keep(one, given.pause))
         finally:
             watching.cancel()
         await server.at_rest()
@@ -816,6 +833,7 @@ def record(
         "after": after,
         "most_rss": max((s["rss"] for s in siege.samples), default=0.0),
         "rss_mb_per_hour": float(steep),
+        "audit": reasons(siege.server.site.folder / "audit.jsonl"),
         "tracebacks": siege.server.log.count("Traceback"),
         "survived": survived,
     }
@@ -824,7 +842,16 @@ def record(
 def failed(found: dict[str, Any]) -> bool:
     """Whether something happened that may not."""
     unexplained = set(found["honest"]) - {"right", "refused"}
-    return bool(unexplained or found["breaches"] or found["tracebacks"] or not found["survived"])
+    return bool(
+        unexplained
+        or not found["honest"].get("right")
+        or found["breaches"]
+        or found["tracebacks"]
+        or not found["survived"]
+    )
+
+
+COLUMNS = ("rss", "sessions", "sessions_rss", "descriptors", "threads", "log_kb", "audit_kb", "load")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -833,12 +860,13 @@ def table(found: dict[str, Any]) -> str:
     for kind, outcomes in {"honest": found["honest"], **found["hostile"]}.items():
         words = "; ".join(f"{count} {told}" for told, count in outcomes.items())
         rows.append(f"| {kind.replace('_', ' ')} | {sum(outcomes.values())} | {words} |")
-    rows += ["", "| | server MB | its sessions | their MB | descriptors | threads | log KB | audit KB |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
+    rows += ["", "| | server MB | its sessions | their MB | descriptors | threads | log KB | audit KB | load |"]
+    rows.append("|---" * 9 + "|")
     named = [(f"after {mark['minutes']} min", mark) for mark in found["marks"]]
     for name, sample in [("at rest before", found["before"]), *named, ("at rest afterwards", found["after"])]:
-        keys = ("rss", "sessions", "sessions_rss", "descriptors", "threads", "log_kb", "audit_kb")
-        rows.append(f"| {name} | " + " | ".join(f"{sample[key]:.0f}" for key in keys) + " |")
+        rows.append(f"| {name} | " + " | ".join(f"{sample[key]:.0f}" for key in COLUMNS) + " |")
+    rows += ["", "| in the audit log | times |", "|---|---|"]
+    rows += [f"| {reason} | {count} |" for reason, count in found["audit"].items()]
     return "\n".join(rows)
 
 
@@ -852,6 +880,8 @@ def main() -> int:
         "--pause", type=float, default=40, help="seconds between two sessions of one client, on average"
     )
     parser.add_argument("--every", type=float, default=5, help="seconds between two samples")
+    names = [attack.__name__ for attack in HOSTILE]
+    parser.add_argument("--kinds", nargs="+", choices=names, default=names, metavar="KIND", help=", ".join(names))
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false")
     parser.add_argument("--keep", type=Path, help="folder to copy the server's logs and the samples to")
     given = parser.parse_args()
