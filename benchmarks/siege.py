@@ -60,15 +60,16 @@ HOST = "127.0.0.1"
 TOKENIZER_BYTES = 8_000_000  # of the served file, by spaces: more than the system's buffers of a connection hold
 START_SECONDS = 300
 ASK_SECONDS = 900  # for an honest answer, the queue included
-ATTACK_SECONDS = 240
+ATTACK_SECONDS = 600
 HELD_SECONDS = 20.0  # for which a client that does nothing does it, at least; the server may end it earlier
 DRIP_SECONDS = 0.4  # between two bytes
 MARK_SECONDS = 600  # between two rows of the table
+MOST_TAMPERING = 2  # clients at a time that compute and are hostile
 MOST_TOKENS = 3  # of an honest answer
 PIECE = 60_000  # bytes of one binary message
 MOST_PUSHED = 3000  # megabytes that nobody waits for
 SERVER_OPTIONS = (
-    *("--max-sessions", 3, "--max-queue", 64, "--max-new-tokens", 8, "--self-test", "ref2k"),
+    *("--max-sessions", 2, "--max-queue", 64, "--max-new-tokens", 8, "--self-test", "ref2k"),
     *("--client-sessions", 64, "--client-tokens", 1_000_000),
 )
 PROMPTS = ("the key", "the keeper lies", "behind the old stone wall", TEXT[:40], TEXT[20:80])
@@ -199,30 +200,36 @@ class Site:
 
 
 def prepare(folder: Path, tokenizer_bytes: int = TOKENIZER_BYTES) -> Site:
-    """A model, folded, with questions; certificates."""
-    save_model(folder / "model")
-    site = Site(folder, folder / "folded")
-    assert cli.main(["fold", str(folder / "model"), str(site.folded)]) == 0
-    path = site.folded / "tokenizer.json"
-    encoder = own_tokenizer(path.read_text())
-    path.write_text(path.read_text() + " " * tokenizer_bytes)
-    issue(site.keys, [HOST], ["alice", "eve", "eve-revoked"], days=2)
-    issue(site.keys / "strangers", [], ["mallory"], days=2)
-    revoke(site.keys, ["eve-revoked"])
-    description, weights = load_folded(site.folded)
+    """A model, folded, with questions; certificates. What an earlier run left in the folder is used."""
+    site, file = Site(folder, folder / "folded"), folder / "questions.json"
+    if not file.exists():
+        save_model(folder / "model")
+        assert cli.main(["fold", str(folder / "model"), str(site.folded)]) == 0
+        found = questions(site.folded)
+        path = site.folded / "tokenizer.json"
+        path.write_text(path.read_text() + " " * tokenizer_bytes)
+        issue(site.keys, [HOST], ["alice", "eve", "eve-revoked"], days=2)
+        issue(site.keys / "strangers", [], ["mallory"], days=2)
+        revoke(site.keys, ["eve-revoked"])
+        file.write_text(json.dumps([(one.prompt, one.tokens, one.logits.tolist()) for one in found]))
+    site.questions = [Question(one, two, np.asarray(three)) for one, two, three in json.loads(file.read_text())]
+    return site
+
+
+def questions(folded: Path) -> list[Question]:
+    """What the folded model says in plaintext, as far as it is beyond doubt."""
+    description, weights = load_folded(folded)
+    encoder, found = own_tokenizer((folded / "tokenizer.json").read_text()), []
     for prompt in PROMPTS:
         ids = encoder.encode(prompt, description.positions)
         most = min(MOST_TOKENS, description.positions + 1 - len(ids))
         tokens, logits = run_plain(description, weights, ids, most, Settings().exp_iterations)
-        clear = 0
-        for row in logits:
-            best, second = np.sort(row)[::-1][:2]
-            if best - second <= 2 * TOLERANCE:
-                break
-            clear += 1
+        two = [np.sort(row)[-2:] for row in logits]
+        unclear = [number for number, (second, best) in enumerate(two) if best - second <= 2 * TOLERANCE]
+        clear = unclear[0] if unclear else most
         if clear:
-            site.questions.append(Question(prompt, tokens[:clear], np.asarray(logits[:clear])))
-    return site
+            found.append(Question(prompt, tokens[:clear], np.asarray(logits[:clear])))
+    return found
 
 
 class Server:
@@ -294,6 +301,8 @@ def memory(pid: int, name: str = "Rss") -> float:
 async def serving(site: Site, *options: object, descriptors: int | None = None) -> AsyncIterator[Server]:
     """A server with TLS that listens."""
     log = site.folder / "server.log"
+    for name in ("audit.jsonl", "samples.jsonl"):  # of an earlier run
+        (site.folder / name).unlink(missing_ok=True)
     keys = ("--tls-cert", site.keys / f"{HOST}.pem", "--tls-key", site.keys / f"{HOST}-key.pem")
     more = ("--clients-ca", site.keys / "ca.pem", "--revoked", site.keys / "revoked.pem")
     audit = ("--audit-log", site.folder / "audit.jsonl")
@@ -692,10 +701,11 @@ async def stopped_client(server: Server, fixed: random.Random) -> str:
         return f"{who}: {await outcome(process)}"
 
 
+TAMPERED = (tampered_frames, tampered_values, repeated_frames, deaf, killed, cancelled, stopped_client)
 HOSTILE = (
     *(half_open, idle, drip, unread_welcome, wrong_certificate, malformed, oversized, replayed_messages),
     *(two_chunk_pushes, pushes_nobody_waits_for, damaged_pushes, dripped_link),
-    *(tampered_frames, tampered_values, repeated_frames, deaf, killed, cancelled, stopped_client),
+    *TAMPERED,
 )
 
 
@@ -715,6 +725,7 @@ class Siege:
     breaches: list[str] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)
     deck: list[Attack] = field(default_factory=list)
+    tampering: int = 0
 
     async def one_honest(self) -> None:
         begin = time.monotonic()
@@ -722,12 +733,21 @@ class Siege:
         self.honest.append((begin, time.monotonic(), told, error))
         note(f"honest {len(self.honest)}: {told}, {time.monotonic() - begin:.0f} s")
 
+    def draw(self) -> Attack:
+        """The next kind; of those that compute, and so take a core each, there are few at a time."""
+        while True:
+            for attack in self.deck:
+                if attack not in TAMPERED or self.tampering < MOST_TAMPERING:
+                    self.deck.remove(attack)
+                    return attack
+            self.deck += self.fixed.sample(self.kinds, len(self.kinds))
+            if set(self.deck) <= set(TAMPERED):
+                return self.deck.pop()
+
     async def one_hostile(self, attack: Attack | None = None) -> None:
-        if attack is None:
-            if not self.deck:
-                self.deck = self.fixed.sample(self.kinds, len(self.kinds))
-            attack = self.deck.pop()
+        attack = attack or self.draw()
         begin = time.monotonic()
+        self.tampering += attack in TAMPERED
         try:
             told = await asyncio.wait_for(attack(self.server, random.Random(self.fixed.random())), ATTACK_SECONDS)
         except Breach as breach:
@@ -735,6 +755,8 @@ class Siege:
             self.breaches.append(f"{attack.__name__}: {breach}")
         except Exception as error:  # an attack that fails is one more outcome
             told = type(error).__name__
+        finally:
+            self.tampering -= attack in TAMPERED
         self.hostile.append((begin, time.monotonic(), attack.__name__, told))
         note(f"hostile {len(self.hostile)}: {attack.__name__}: {told}")
 
@@ -766,8 +788,11 @@ async def besiege(site: Site, given: argparse.Namespace) -> dict[str, Any]:
         siege = Siege(server, random.Random(given.seed), kinds)
         if given.warm_up:
             note("warm-up: every kind of client once")
-            for at in range(0, len(siege.kinds), 5):
-                await asyncio.gather(*map(siege.one_hostile, siege.kinds[at : at + 5]), siege.one_honest())
+            others = [kind for kind in siege.kinds if kind not in TAMPERED]
+            await asyncio.gather(*map(siege.one_hostile, others), siege.one_honest(), siege.one_honest())
+            for kind in siege.kinds:
+                if kind in TAMPERED:
+                    await siege.one_hostile(kind)
         await server.at_rest()
         before, warm = server.sample(), (len(siege.honest), len(siege.hostile))
         note(f"at rest after the warm-up: {before['rss']:.0f} MB")
@@ -884,9 +909,13 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=names, default=names, metavar="KIND", help=", ".join(names))
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false")
     parser.add_argument("--keep", type=Path, help="folder to copy the server's logs and the samples to")
+    parser.add_argument("--site", type=Path, help="folder for model and certificates, for several runs; temporary else")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="entropi-siege-") as folder:
-        site = prepare(Path(folder))
+    with contextlib.ExitStack() as closing:
+        if given.site is None:
+            given.site = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="entropi-siege-")))
+        given.site.mkdir(exist_ok=True)
+        site = prepare(given.site)
         try:
             found = asyncio.run(supervised(besiege(site, given)))
         finally:

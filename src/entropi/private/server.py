@@ -78,6 +78,7 @@ from entropi.private.versions import engine_version
 from entropi.temporary import swept_folder
 
 WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
+START_SECONDS = 30.0  # to read it, a tokenizer of megabytes perhaps, and to encode a prompt
 TABLE_BYTES_PER_SECOND = 50_000  # a client that takes the token embeddings more slowly is not waited for
 FRAME = 64 << 10  # bytes of the welcome that leave at a time, and so about what one client's buffer holds of it
 WATCH_SECONDS = 2.0  # between two looks at files that may be replaced
@@ -422,7 +423,7 @@ async def _talk(
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
     await leave_in_time(_greet(request, host.greeting), WELCOME_SECONDS)
-    start = await receive(socket, Start, HANDSHAKE_SECONDS)
+    start = await receive(socket, Start, START_SECONDS)
     if start.digest != host.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
     if start.max_new_tokens > host.limits.max_new_tokens:
