@@ -28,6 +28,7 @@ from entropi.private.messages import (
 from entropi.private.monitoring import Counters
 
 QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
+MOST_PINGS = 60  # of one client within a minute; ours sends one in ten seconds
 SEND_SECONDS = 30.0  # for a message to leave; a peer that does not read is gone
 
 
@@ -82,6 +83,37 @@ class Limits:
             if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
                 may = "cannot be negative" if name in ("max_queue", "memory_gb") else "must be positive"
                 raise UserError(f"{name} is {value} but {may}")
+
+
+class ControlChannel(web.WebSocketResponse):
+    """The server's end of a client's control channel: one message in a turn of the event loop, and few pings.
+
+    What has arrived in one piece would otherwise be worked off in one turn, a hundred thousand pings and their answers
+    among it, while every other client waits.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(autoping=False, **options)
+        self._pings, self._minute = 0, time.monotonic()
+
+    async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
+        """The next message that is no ping or pong.
+
+        Raises:
+            Refusal: there are too many of these.
+        """
+        while True:
+            await asyncio.sleep(0)
+            message = await super().receive(timeout)
+            if message.type not in (aiohttp.WSMsgType.PING, aiohttp.WSMsgType.PONG):
+                return message
+            if time.monotonic() - self._minute > 60:
+                self._pings, self._minute = 0, time.monotonic()
+            self._pings += 1
+            if self._pings > MOST_PINGS:
+                raise Refusal(f"more than {MOST_PINGS} pings within a minute")
+            if message.type == aiohttp.WSMsgType.PING:
+                await leave_in_time(self.pong(message.data))
 
 
 class Slots:

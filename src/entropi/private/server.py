@@ -26,6 +26,7 @@ from entropi.errors import UserError
 from entropi.private.admission import (
     SEND_SECONDS,
     ClientLeft,
+    ControlChannel,
     Limits,
     Refusal,
     SessionError,
@@ -338,7 +339,7 @@ def _without_trace(record: logging.LogRecord) -> bool:
 async def _session(request: web.Request, host: Host, guest: Guest) -> web.WebSocketResponse:
     if "Origin" in request.headers:  # a web page in somebody's browser
         raise web.HTTPForbidden
-    socket = web.WebSocketResponse(
+    socket = ControlChannel(
         max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
     )
     transport, peer = request.transport, Peer.of(request.transport)
