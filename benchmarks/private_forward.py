@@ -41,10 +41,10 @@ import jax
 import jax.numpy as jnp
 
 from entropi.machine import machine
-from entropi.private.engine import PARTIES, Engine, Simulation
-from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import Description, Stage, forward, one_hot
-from entropi.private.session import load_folded
+from entropi.private.compute.engine import PARTIES, Engine, Simulation
+from entropi.private.compute.program import Description, Stage, forward, one_hot
+from entropi.private.sessions.session import load_folded
+from entropi.private.wire.messages import CLIENT, SERVER, Settings
 from entropi.records import StageTraffic
 from entropi.report.traffic import by_operation
 

@@ -658,7 +658,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a server's answer in place of the private computation."""
     pytest.importorskip("spu")
     pytest.importorskip("jax")
-    from entropi.private import client
+    from entropi.private.sessions import client
 
     def put(pieces: list[str], new_text: str) -> None:
         def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any, **options: Any) -> Any:
@@ -893,7 +893,7 @@ def test_light_modules(module: str):
 
 def test_the_client_loads_no_torch():
     pytest.importorskip("spu")
-    assert not loaded_by("import entropi.private.client") & {"torch", "transformers", "spu"}
+    assert not loaded_by("import entropi.private.sessions.client") & {"torch", "transformers", "spu"}
     words = "['ask', 'hello', '--server', '127.0.0.1:1']"
     loaded = loaded_by(f"from entropi.cli import main\nassert main({words}) == 2\nprint()")
     assert not loaded & {"torch", "transformers", "matplotlib"}

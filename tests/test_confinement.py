@@ -11,14 +11,14 @@ import tempfile
 import pytest
 
 pytest.importorskip("spu")
-from entropi.private import confinement, session
+from entropi.private.sessions import confinement, session
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's means are Linux's")
 
 TAKEN_OVER = """
 import json, os, resource, signal, socket, subprocess, sys, threading
 from pathlib import Path
-from entropi.private import confinement
+from entropi.private.sessions import confinement
 folder, secret, port, lost, parent = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4], os.getppid()
 if lost == "user":
     confinement._python = lambda: []

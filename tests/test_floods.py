@@ -31,8 +31,10 @@ import aiohttp
 from aiohttp import web
 
 from entropi.errors import UserError
-from entropi.private import admission, audit, connect, door, monitoring, server
-from entropi.private.certificates import Tls, issue
+from entropi.private import connect
+from entropi.private.admission import admission, audit, door, monitoring
+from entropi.private.sessions import server
+from entropi.private.wire.certificates import Tls, issue
 from serving import (
     HANGING,
     PROMPT,

@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("spu")
 
-from entropi.private import messages
-from entropi.private.messages import (
+from entropi.private.compute.program import Description
+from entropi.private.wire import messages
+from entropi.private.wire.messages import (
     PROTOCOL_VERSION,
     Accepted,
     BadMessage,
@@ -33,7 +34,6 @@ from entropi.private.messages import (
     Welcome,
     encode,
 )
-from entropi.private.program import Description
 from entropi.records import StageTraffic
 from private_reference import FIELDS
 from serving import HANGING, Server, hello, honest_answer, no_parties_left, wait_for

@@ -24,11 +24,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from entropi import cli
 from entropi.errors import UserError
-from entropi.private import client, connect, quotas
-from entropi.private.admission import Limits, Refusal, SessionError
-from entropi.private.certificates import Peer, Revoked, Tls, Watched, issue, revoke
-from entropi.private.client import Watcher
-from entropi.private.messages import Refused, encode
+from entropi.private import connect
+from entropi.private.admission import quotas
+from entropi.private.admission.admission import Limits, Refusal, SessionError
+from entropi.private.sessions import client
+from entropi.private.sessions.client import Watcher
+from entropi.private.wire.certificates import Peer, Revoked, Tls, Watched, issue, revoke
+from entropi.private.wire.messages import Refused, encode
 from serving import (
     HANGING,
     PROMPT,

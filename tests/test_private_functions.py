@@ -8,10 +8,10 @@ pytest.importorskip("spu")
 import jax.numpy as jnp  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 
-from entropi.private import functions  # noqa: E402
-from entropi.private.engine import PARTIES, Simulation  # noqa: E402
-from entropi.private.messages import Settings  # noqa: E402
-from entropi.private.program import Stage  # noqa: E402
+from entropi.private.compute import functions  # noqa: E402
+from entropi.private.compute.engine import PARTIES, Simulation  # noqa: E402
+from entropi.private.compute.program import Stage  # noqa: E402
+from entropi.private.wire.messages import Settings  # noqa: E402
 
 random = np.random.default_rng(7)
 RESOLUTION = 2.0**-18

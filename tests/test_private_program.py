@@ -15,10 +15,8 @@ import msgspec  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from entropi.errors import UserError  # noqa: E402
-from entropi.private import program, ranges  # noqa: E402
-from entropi.private.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
-from entropi.private.program import Description, Stage, forward, one_hot, pair_limit, run_plain  # noqa: E402
-from entropi.private.ranges import (  # noqa: E402
+from entropi.private.compute import fixed_point, program  # noqa: E402
+from entropi.private.compute.fixed_point import (  # noqa: E402
     Ranges,
     can_pair,
     measure_ranges,
@@ -27,6 +25,8 @@ from entropi.private.ranges import (  # noqa: E402
     settle,
     sweep_vocabulary,
 )
+from entropi.private.compute.program import Description, Stage, forward, one_hot, pair_limit, run_plain  # noqa: E402
+from entropi.private.wire.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -94,7 +94,7 @@ SIMULATED = {
 def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     """Values after a pass over each list of tokens, and the stages' traffic."""
     pytest.importorskip("spu")
-    from entropi.private.engine import Simulation
+    from entropi.private.compute.engine import Simulation
 
     engine = Simulation(protocol, settings)
     options = dict(paired=settings.paired, fraction_bits=settings.fraction_bits) | options
@@ -152,7 +152,7 @@ def test_logits_under_cheetah_are_the_plain_ones():
 
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):
     """The client's results of a generation by two real parties."""
-    from entropi.private.session import Party
+    from entropi.private.sessions.session import Party
 
     save_file(weights, folder / "weights.safetensors")
     save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")
@@ -252,7 +252,7 @@ def test_options_of_embedding_and_output(embedding, output):
 def test_rounded_logits_tell_nothing_below_the_step(protocol, bits):
     """Every logit is the nearest multiple of the step, always the same: asking again averages nothing away."""
     pytest.importorskip("spu")
-    from entropi.private.engine import Simulation
+    from entropi.private.compute.engine import Simulation
 
     step = 2.0**-bits
     (stage,) = [s for s in forward(describe(), 1, 0, 5, logit_bits=bits) if s.name == "round"]
@@ -294,7 +294,7 @@ def test_settings_of_rounding():
 def test_pairs_of_tokens_are_told_apart(protocol, fraction_bits, tokens):
     """With values up to the bound; the smaller of a pair must survive next to the larger, in either place."""
     pytest.importorskip("spu")
-    from entropi.private.engine import Simulation
+    from entropi.private.compute.engine import Simulation
 
     largest = 0.998 * pair_limit(fraction_bits)
     table = np.random.default_rng(1).uniform(-largest, largest, (53, 24)).astype(np.float32)
@@ -557,12 +557,12 @@ def test_logits_of_every_token_are_looked_at():
 
 def test_the_look_at_a_vocabulary_is_bounded(monkeypatch):
     """Then tokens with the largest embeddings are looked at, and the log says how many."""
-    monkeypatch.setattr(ranges, "MAX_SWEEP_OPERATIONS", 0.0)
+    monkeypatch.setattr(fixed_point, "MAX_SWEEP_OPERATIONS", 0.0)
     model = describe(**RARE)
     weights = random_weights(model)
     weights["embedding"][RARE_TOKEN] *= 10
     sweep = sweep_vocabulary(model, weights, SETTINGS)
-    assert sweep.tokens == ranges.SWEEP_LENGTH
+    assert sweep.tokens == fixed_point.SWEEP_LENGTH
     assert "128 of 512 tokens were looked at" in settle(model, weights, SETTINGS, sweep=sweep)[1]
     assert RARE_TOKEN in sweep.worst
 
@@ -571,7 +571,7 @@ def test_the_look_at_a_vocabulary_is_bounded(monkeypatch):
 def test_known_answers_in_fixed_point(tmp_path):
     """The same program on a prompt where its numbers wrap: what a check of ranges missed is refused."""
     pytest.importorskip("spu")
-    from entropi.private import self_test
+    from entropi.private.compute import self_test
 
     model = describe(**RARE)
     prompt = [5, RARE_TOKEN, 9, 3]
@@ -589,7 +589,7 @@ def test_known_answers_in_fixed_point(tmp_path):
 @pytest.mark.slow
 def test_a_failed_self_test_is_one_line(tmp_path):
     pytest.importorskip("spu")
-    from entropi.private.self_test import self_test
+    from entropi.private.compute.self_test import self_test
 
     model = describe(**RARE)
     (tmp_path / "folded.json").write_bytes(msgspec.json.encode(model))
@@ -607,7 +607,7 @@ def test_canaries():
     pytest.importorskip("spu")
     from types import SimpleNamespace
 
-    from entropi.private.canary import complaint, make_canary
+    from entropi.private.sessions.canary import complaint, make_canary
 
     model = describe(**{**RARE, "vocab_size": 53})
     weights = random_weights(model)

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers import decoders as decoding
 
 from entropi.errors import UserError
-from entropi.private import client, tokenization
-from entropi.private.client import Privacy
-from entropi.private.tokenization import (
+from entropi.private.sessions import client, tokenization
+from entropi.private.sessions.client import Privacy
+from entropi.private.sessions.tokenization import (
     MAX_PROMPT,
     objections,
     own_tokenizer,

@@ -21,8 +21,7 @@ from entropi.costs.operations import count
 from entropi.costs.tracing import Value, uses
 from entropi.errors import UserError
 from entropi.model.shape import expected_description
-from entropi.private.messages import TRUST
-from entropi.private.program import (
+from entropi.private.compute.program import (
     LEAST_PAIR_FRACTION_BITS,
     Description,
     Embedding,
@@ -31,6 +30,7 @@ from entropi.private.program import (
     forward,
     warm_up,
 )
+from entropi.private.wire.messages import TRUST
 from entropi.records import CostRecord, OperationCost, PassCost, PredictionRecord
 
 TRUST_MODELS = {

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.messages import Canary, Settings
-from entropi.private.program import Description, run_plain
-from entropi.private.tokenization import Encoder, check_prompt
+from entropi.private.compute.program import Description, run_plain
+from entropi.private.sessions.tokenization import Encoder, check_prompt
+from entropi.private.wire.messages import Canary, Settings
 
 if TYPE_CHECKING:
-    from entropi.private.client import Answer
+    from entropi.private.sessions.client import Answer
 
 CANARY_TOKENS = 4
 # A right answer's logits are wrong by less than this; the likeliest token must lead by twice as much.

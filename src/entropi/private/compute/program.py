@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from jax import Array
 
-from entropi.private.functions import (
+from entropi.private.compute.functions import (
     argmax,
     exp_of_nonpositive,
     gelu,

@@ -20,8 +20,17 @@ from safetensors.numpy import load_file
 
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.private.certificates import Tls
-from entropi.private.channel import (
+from entropi.private.compute.program import Description
+from entropi.private.sessions.session import Party, memory_for, sha256_of, stages_of_pass, unread_for
+from entropi.private.sessions.tokenization import (
+    Encoder,
+    check_prompt,
+    own_tokenizer,
+    sha256_of_tokenizer,
+    tokenizer_of_stranger,
+)
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.channel import (
     HANDSHAKE_SECONDS,
     LAST_WORDS_SECONDS,
     LostServer,
@@ -33,7 +42,7 @@ from entropi.private.channel import (
     receive,
     welcome_from,
 )
-from entropi.private.messages import (
+from entropi.private.wire.messages import (
     CLIENT,
     MAX_TOKENS,
     Accepted,
@@ -52,16 +61,7 @@ from entropi.private.messages import (
     encode,
     trust,
 )
-from entropi.private.program import Description
-from entropi.private.session import Party, memory_for, sha256_of, stages_of_pass, unread_for
-from entropi.private.tokenization import (
-    Encoder,
-    check_prompt,
-    own_tokenizer,
-    sha256_of_tokenizer,
-    tokenizer_of_stranger,
-)
-from entropi.private.tunnel import LinkBroken, Tunnel
+from entropi.private.wire.tunnel import LinkBroken, Tunnel
 from entropi.records import PrivateRun, StageTraffic
 from entropi.temporary import swept_folder
 

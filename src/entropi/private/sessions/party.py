@@ -14,8 +14,10 @@ from typing import BinaryIO
 import numpy as np
 from safetensors.numpy import load
 
-from entropi.private.engine import Engine, EngineError
-from entropi.private.messages import (
+from entropi.private.compute.engine import Engine, EngineError
+from entropi.private.compute.program import one_hot, warm_up
+from entropi.private.sessions.session import stages_of_pass
+from entropi.private.wire.messages import (
     CLIENT,
     SERVER,
     Event,
@@ -29,8 +31,6 @@ from entropi.private.messages import (
     decode,
     encode,
 )
-from entropi.private.program import one_hot, warm_up
-from entropi.private.session import stages_of_pass
 
 
 def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO) -> int:

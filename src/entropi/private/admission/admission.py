@@ -14,7 +14,8 @@ import aiohttp
 from aiohttp import web
 
 from entropi.errors import UserError
-from entropi.private.messages import (
+from entropi.private.admission.monitoring import Counters
+from entropi.private.wire.messages import (
     MAX_CLIENT_MESSAGE,
     BadMessage,
     FromServer,
@@ -25,7 +26,6 @@ from entropi.private.messages import (
     decode_from_client,
     encode,
 )
-from entropi.private.monitoring import Counters
 
 QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
 SEND_SECONDS = 30.0  # for a message to leave; a peer that does not read is gone

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from entropi.private.link_frames import DEFAULT_UNREAD, BadFrame, LinkGuard
+from entropi.private.wire.link_frames import DEFAULT_UNREAD, BadFrame, LinkGuard
 
 CHUNK = 256 << 10  # bytes of one read; a binary message carries them, and what was kept of an incomplete head
 MAX_LINK_MESSAGE = CHUNK + 512  # aiohttp refuses messages of its limit and more

@@ -2,7 +2,7 @@
 
 The check of ranges reasons about what fixed point holds; this runs it. REF2K is the engine's own arithmetic in one
 party; CHEETAH runs the cryptography too, both parties as threads. It is a process of its own,
-`python -m entropi.private.self_test`, so that the engine's memory and crashes are not the server's.
+`python -m entropi.private.compute.self_test`, so that the engine's memory and crashes are not the server's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.messages import CLIENT, SERVER, BadMessage, Settings, TokenId, decode, encode
+from entropi.private.wire.messages import CLIENT, SERVER, BadMessage, Settings, TokenId, decode, encode
 
 CHEETAH_TOKENS = 8  # of the one pass with cryptography
 # What a logit may be wrong by. Right runs are wrong by 0.0015 with 18 fraction bits and by about 0.02 with 14; wrapped
@@ -55,7 +55,7 @@ def self_test(folder: Path, settings: Settings, protocol: Literal["ref2k", "chee
     name = {"ref2k": "fixed point", "cheetah": "the cryptographic protocol"}[protocol]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "entropi.private.self_test"],
+            [sys.executable, "-m", "entropi.private.compute.self_test"],
             input=encode(Question(str(folder), settings, protocol, tokens)),
             capture_output=True,
             timeout=PATIENCE_SECONDS,
@@ -88,9 +88,9 @@ def main() -> None:
 
 def compare(question: Question) -> Finding:
     """Logits under the engine against the same program's in plaintext."""
-    from entropi.private.engine import Simulation
-    from entropi.private.program import forward, one_hot, run_plain
-    from entropi.private.session import load_folded
+    from entropi.private.compute.engine import Simulation
+    from entropi.private.compute.program import forward, one_hot, run_plain
+    from entropi.private.sessions.session import load_folded
 
     started = time.monotonic()
     settings = question.settings

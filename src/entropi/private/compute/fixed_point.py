@@ -14,8 +14,7 @@ import numpy as np
 from jax import Array
 
 from entropi.errors import UserError
-from entropi.private.messages import Settings
-from entropi.private.program import (
+from entropi.private.compute.program import (
     LEAST_PAIR_FRACTION_BITS,
     MEAN_WEIGHT_BITS,
     MIDDLE_WEIGHT,
@@ -24,6 +23,7 @@ from entropi.private.program import (
     pair_limit,
     run_plain,
 )
+from entropi.private.wire.messages import Settings
 
 # What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
 LEAST_FRACTION_BITS, MOST_FRACTION_BITS = 14, 22

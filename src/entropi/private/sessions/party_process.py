@@ -1,4 +1,4 @@
-"""The process of one party of one session: `python -m entropi.private.party_process`.
+"""The process of one party of one session: `python -m entropi.private.sessions.party_process`.
 
 It reads a `Job` and the files that the job names, gives up what `confinement` takes from it, and becomes a `party`. All
 that is large is imported after that, for some of it holds only for threads that begin later.
@@ -17,7 +17,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from entropi.private.confinement import confine
+from entropi.private.sessions.confinement import confine
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
     tempfile.tempdir = str(folder)
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_lines, args=(begun, lines), daemon=True).start()
-    from entropi.private.party import run
+    from entropi.private.sessions.party import run
 
     return run(line, files, lines, events)
 

@@ -116,7 +116,7 @@ def _python() -> list[Path]:
     Of the search path none that holds the working folder, where keys and models may lie; the package itself by name.
     """
     here = Path.cwd()
-    installed = [sys.prefix, sys.base_prefix, str(Path(__file__).parents[1])]
+    installed = [sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])]
     searched = [path for path in filter(None, sys.path) if not here.is_relative_to(Path(path).resolve())]
     return sorted({Path(name).resolve() for name in [*installed, *searched] if Path(name).is_dir()})
 

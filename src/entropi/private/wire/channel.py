@@ -15,8 +15,9 @@ import numpy as np
 
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.private.certificates import Tls
-from entropi.private.messages import (
+from entropi.private.sessions.session import parse_address
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.messages import (
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
     BadMessage,
@@ -27,8 +28,7 @@ from entropi.private.messages import (
     decode_from_server,
     encode,
 )
-from entropi.private.session import parse_address
-from entropi.private.versions import engine_version
+from entropi.private.wire.versions import engine_version
 
 CONNECT_SECONDS = 10
 HANDSHAKE_SECONDS = 15

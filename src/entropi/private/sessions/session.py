@@ -19,11 +19,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
-from entropi.private.confinement import summary
-from entropi.private.link_frames import DEFAULT_UNREAD
-from entropi.private.messages import BadMessage, Event, Failed, Job, Proceed, Settings, decode, decode_event, encode
-from entropi.private.program import Description, Stage, forward
-from entropi.private.tunnel import link_folder
+from entropi.private.compute.program import Description, Stage, forward
+from entropi.private.sessions.confinement import summary
+from entropi.private.wire.link_frames import DEFAULT_UNREAD
+from entropi.private.wire.messages import (
+    BadMessage,
+    Event,
+    Failed,
+    Job,
+    Proceed,
+    Settings,
+    decode,
+    decode_event,
+    encode,
+)
+from entropi.private.wire.tunnel import link_folder
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
@@ -34,7 +44,7 @@ PARTY_COMMAND = (
     sys.executable,
     "-c",
     "import sys; sys.path[:] = filter(None, sys.path); "
-    "from entropi.private.party_process import main; sys.exit(main())",
+    "from entropi.private.sessions.party_process import main; sys.exit(main())",
 )
 _KEPT = {"HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
 _KEPT_PREFIXES = ("LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "XLA_")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from entropi.errors import UserError
-from entropi.private.admission import Limits, Refusal, SessionError
+from entropi.private.admission.admission import Limits, Refusal, SessionError
 
 DAY_MINUTES = 24 * 60
 LEASE_SECONDS = 15.0

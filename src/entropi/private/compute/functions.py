@@ -221,7 +221,7 @@ def _goldschmidt(x: Array, guess: Array, wrong: Array, largest: float) -> Array:
 def inverse_root(x: Array) -> Array:
     """1 / sqrt(x) for x in [2^-10, 2^16), error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 2,530 bytes.
 
-    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x, `ranges` knows from where.
+    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x: see `fixed_point`.
     """
     guess = jax.lax.rsqrt(x)
     return guess * (1.5 - (x * guess) * (0.5 * guess))

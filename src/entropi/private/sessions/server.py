@@ -23,7 +23,7 @@ from aiohttp import web
 from safetensors.numpy import save_file
 
 from entropi.errors import UserError
-from entropi.private.admission import (
+from entropi.private.admission.admission import (
     SEND_SECONDS,
     ClientLeft,
     Limits,
@@ -35,11 +35,27 @@ from entropi.private.admission import (
     receive,
     send,
 )
-from entropi.private.audit import Audit
-from entropi.private.canary import make_canary
-from entropi.private.certificates import Peer, Revoked, Tls, Watched
-from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
-from entropi.private.messages import (
+from entropi.private.admission.audit import Audit
+from entropi.private.admission.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
+from entropi.private.admission.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
+from entropi.private.admission.quotas import Quota, Usage, open_store
+from entropi.private.compute.fixed_point import settle, sweep_vocabulary
+from entropi.private.compute.program import Description
+from entropi.private.compute.self_test import self_test
+from entropi.private.sessions.canary import make_canary
+from entropi.private.sessions.session import (
+    WEIGHTS_FILE,
+    Party,
+    confinement,
+    load_folded,
+    memory_for,
+    parse_address,
+    sha256_of,
+    unread_for,
+)
+from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
+from entropi.private.wire.certificates import Peer, Revoked, Tls, Watched
+from entropi.private.wire.messages import (
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
     SERVER,
@@ -57,24 +73,8 @@ from entropi.private.messages import (
     Welcome,
     encode,
 )
-from entropi.private.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
-from entropi.private.program import Description
-from entropi.private.quotas import Quota, Usage, open_store
-from entropi.private.ranges import settle, sweep_vocabulary
-from entropi.private.self_test import self_test
-from entropi.private.session import (
-    WEIGHTS_FILE,
-    Party,
-    confinement,
-    load_folded,
-    memory_for,
-    parse_address,
-    sha256_of,
-    unread_for,
-)
-from entropi.private.tokenization import objections, own_tokenizer, sha256_of_tokenizer
-from entropi.private.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
-from entropi.private.versions import engine_version
+from entropi.private.wire.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
+from entropi.private.wire.versions import engine_version
 from entropi.temporary import swept_folder
 
 WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
