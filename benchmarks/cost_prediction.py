@@ -26,7 +26,7 @@ from entropi.costs.prediction import NETWORKS, Options, Predictor, described
 from entropi.model.shape import Shape
 from entropi.private.compute.engine import Simulation
 from entropi.private.compute.program import forward, warm_up
-from entropi.private.wire.messages import CLIENT, SERVER, Settings
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.records import StageTraffic
 
 GPT2 = dict(hidden_size=768, num_attention_heads=12, vocab_size=2000, exp_iterations=3)

@@ -5,7 +5,7 @@ Written from the equations, not from the program: what `entropi.private.compute.
 
 import numpy as np
 
-from entropi.private.compute.program import Description
+from entropi.private.compute.description import Description
 
 FIELDS = dict(
     format=2,

@@ -33,14 +33,15 @@ from entropi.console import ProgressLine
 from entropi.errors import UserError
 from entropi.private import connect
 from entropi.private.admission import admission, monitoring
-from entropi.private.compute.program import Description
+from entropi.private.compute.description import Description
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.sessions import client
 from entropi.private.sessions.client import Sampling, Watcher
 from entropi.private.sessions.session import Party, load_folded, memory_for, parse_address, unread_for
 from entropi.private.wire import certificates, channel
 from entropi.private.wire.certificates import Tls, issue, tls_files
 from entropi.private.wire.link_frames import DEFAULT_UNREAD
-from entropi.private.wire.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
+from entropi.private.wire.messages import Failed, Job, Start, decode_from_server, encode
 from entropi.private.wire.tunnel import Tunnel
 from link_messages import SESSION, place, push, two_chunks
 from private_reference import FIELDS

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("spu")
 
-from entropi.private.compute.program import Description
+from entropi.private.compute.description import Description
+from entropi.private.compute.settings import Settings
 from entropi.private.wire import messages
 from entropi.private.wire.messages import (
     PROTOCOL_VERSION,
@@ -28,7 +29,6 @@ from entropi.private.wire.messages import (
     Queued,
     Refused,
     Revealed,
-    Settings,
     StageDone,
     Start,
     Welcome,

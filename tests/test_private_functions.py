@@ -11,7 +11,7 @@ from jax.scipy.stats import norm  # noqa: E402
 from entropi.private.compute import functions  # noqa: E402
 from entropi.private.compute.engine import PARTIES, Simulation  # noqa: E402
 from entropi.private.compute.program import Stage  # noqa: E402
-from entropi.private.wire.messages import Settings  # noqa: E402
+from entropi.private.compute.settings import Settings  # noqa: E402
 
 random = np.random.default_rng(7)
 RESOLUTION = 2.0**-18

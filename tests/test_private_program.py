@@ -15,7 +15,12 @@ import msgspec  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from entropi.errors import UserError  # noqa: E402
-from entropi.private.compute import fixed_point, program  # noqa: E402
+from entropi.private.compute import (  # noqa: E402
+    attention,
+    fixed_point,
+)
+from entropi.private.compute.description import Description  # noqa: E402
+from entropi.private.compute.embedding import one_hot, pair_limit  # noqa: E402
 from entropi.private.compute.fixed_point import (  # noqa: E402
     Ranges,
     can_pair,
@@ -25,8 +30,9 @@ from entropi.private.compute.fixed_point import (  # noqa: E402
     settle,
     sweep_vocabulary,
 )
-from entropi.private.compute.program import Description, Stage, forward, one_hot, pair_limit, run_plain  # noqa: E402
-from entropi.private.wire.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
+from entropi.private.compute.program import Stage, forward, run_plain  # noqa: E402
+from entropi.private.compute.settings import CLIENT, SERVER, Settings, trust  # noqa: E402
+from entropi.private.wire.messages import Failed, Job, Revealed  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -59,7 +65,7 @@ def test_long_prompts_are_scored_in_blocks(monkeypatch):
     weights = random_weights(model, dtype=np.float64)
     prompt = np.random.default_rng(0).integers(0, 53, 21).tolist()
     for rows in (4, 7, 20):
-        monkeypatch.setattr(program, "_BLOCK_ROWS", rows)
+        monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
         generated, logits = run_plain(model, weights, prompt, 2, 5, exact=True)
         for step, got in enumerate(logits):
             expected = reference_logits(model, weights, prompt + generated[:step])

@@ -30,20 +30,13 @@ from tokenizers import pre_tokenizers
 from entropi import cli, records
 from entropi.errors import UserError
 from entropi.private.admission import admission
-from entropi.private.compute.program import Description, forward
+from entropi.private.compute.description import Description
+from entropi.private.compute.program import forward
+from entropi.private.compute.settings import Settings
 from entropi.private.sessions import client, server
 from entropi.private.wire import channel
 from entropi.private.wire.link_frames import MAX_PUSH, LinkGuard
-from entropi.private.wire.messages import (
-    Accepted,
-    Canary,
-    Refused,
-    Settings,
-    Start,
-    Welcome,
-    decode_from_server,
-    encode,
-)
+from entropi.private.wire.messages import Accepted, Canary, Refused, Start, Welcome, decode_from_server, encode
 from entropi.private.wire.tunnel import Tunnel
 from link_messages import SESSION, place, push, two_chunks
 from serving import (

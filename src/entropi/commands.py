@@ -491,10 +491,10 @@ def serve(
     with _extra("private"):
         from entropi.private.admission.admission import Limits
         from entropi.private.admission.monitoring import JsonLines, PlainLines
+        from entropi.private.compute.settings import Settings
         from entropi.private.sessions.server import serve as serve_folder
         from entropi.private.sessions.session import parse_address
         from entropi.private.wire.certificates import tls_files
-        from entropi.private.wire.messages import Settings
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonLines() if log == "json" else PlainLines())

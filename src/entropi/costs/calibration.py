@@ -181,7 +181,7 @@ def run_trials(
 ) -> list[Reading]:
     """Run trials under a protocol, all parties on this machine, their messages `delay_s` late."""
     from entropi.private.compute.engine import PARTIES, Simulation
-    from entropi.private.wire.messages import CLIENT, SERVER, Settings
+    from entropi.private.compute.settings import CLIENT, SERVER, Settings
 
     lines = LateLines(PARTIES[protocol], delay_s) if delay_s else None
     engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), lines.links if lines else None)

@@ -23,8 +23,8 @@ from spu import libspu
 from spu.utils import frontend
 
 from entropi.private.compute.program import Stage
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.wire.link_frames import MAX_PUSH
-from entropi.private.wire.messages import CLIENT, SERVER, Settings
 from entropi.records import StageTraffic
 
 LINK_TIMEOUT_S = 30  # how long to wait for the other engine to appear

@@ -14,16 +14,10 @@ import numpy as np
 from jax import Array
 
 from entropi.errors import UserError
-from entropi.private.compute.program import (
-    LEAST_PAIR_FRACTION_BITS,
-    MEAN_WEIGHT_BITS,
-    MIDDLE_WEIGHT,
-    Description,
-    Stage,
-    pair_limit,
-    run_plain,
-)
-from entropi.private.wire.messages import Settings
+from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
+from entropi.private.compute.embedding import pair_limit
+from entropi.private.compute.program import Stage, run_plain
+from entropi.private.compute.settings import Settings
 
 # What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
 LEAST_FRACTION_BITS, MOST_FRACTION_BITS = 14, 22

@@ -18,7 +18,9 @@ import msgspec
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.wire.messages import CLIENT, SERVER, BadMessage, Settings, TokenId, decode, encode
+from entropi.private.compute.description import TokenId
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.wire.messages import BadMessage, decode, encode
 
 CHEETAH_TOKENS = 8  # of the one pass with cryptography
 # What a logit may be wrong by. Right runs are wrong by 0.0015 with 18 fraction bits and by about 0.02 with 14; wrapped
@@ -88,8 +90,9 @@ def main() -> None:
 
 def compare(question: Question) -> Finding:
     """Logits under the engine against the same program's in plaintext."""
+    from entropi.private.compute.embedding import one_hot
     from entropi.private.compute.engine import Simulation
-    from entropi.private.compute.program import forward, one_hot, run_plain
+    from entropi.private.compute.program import forward, run_plain
     from entropi.private.sessions.session import load_folded
 
     started = time.monotonic()

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.compute.program import Description, run_plain
+from entropi.private.compute.description import Description
+from entropi.private.compute.program import run_plain
+from entropi.private.compute.settings import Settings
 from entropi.private.sessions.tokenization import Encoder, check_prompt
-from entropi.private.wire.messages import Canary, Settings
+from entropi.private.wire.messages import Canary
 
 if TYPE_CHECKING:
     from entropi.private.sessions.client import Answer

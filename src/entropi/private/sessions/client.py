@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.private.compute.program import Description
+from entropi.private.compute.description import Description
+from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.sessions.session import Party, memory_for, sha256_of, stages_of_pass, unread_for
 from entropi.private.sessions.tokenization import (
     Encoder,
@@ -43,7 +44,6 @@ from entropi.private.wire.channel import (
     welcome_from,
 )
 from entropi.private.wire.messages import (
-    CLIENT,
     MAX_TOKENS,
     Accepted,
     Canary,
@@ -54,12 +54,10 @@ from entropi.private.wire.messages import (
     Queued,
     Refused,
     Revealed,
-    Settings,
     StageDone,
     Start,
     Welcome,
     encode,
-    trust,
 )
 from entropi.private.wire.tunnel import LinkBroken, Tunnel
 from entropi.records import PrivateRun, StageTraffic

@@ -14,23 +14,12 @@ from typing import BinaryIO
 import numpy as np
 from safetensors.numpy import load
 
+from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
-from entropi.private.compute.program import one_hot, warm_up
+from entropi.private.compute.program import warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.sessions.session import stages_of_pass
-from entropi.private.wire.messages import (
-    CLIENT,
-    SERVER,
-    Event,
-    Failed,
-    Job,
-    Linked,
-    Proceed,
-    Revealed,
-    Settings,
-    StageDone,
-    decode,
-    encode,
-)
+from entropi.private.wire.messages import Event, Failed, Job, Linked, Proceed, Revealed, StageDone, decode, encode
 
 
 def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO) -> int:

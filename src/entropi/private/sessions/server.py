@@ -39,9 +39,10 @@ from entropi.private.admission.audit import Audit
 from entropi.private.admission.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
 from entropi.private.admission.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
 from entropi.private.admission.quotas import Quota, Usage, open_store
+from entropi.private.compute.description import Description
 from entropi.private.compute.fixed_point import settle, sweep_vocabulary
-from entropi.private.compute.program import Description
 from entropi.private.compute.self_test import self_test
+from entropi.private.compute.settings import SERVER, Settings
 from entropi.private.sessions.canary import make_canary
 from entropi.private.sessions.session import (
     WEIGHTS_FILE,
@@ -58,7 +59,6 @@ from entropi.private.wire.certificates import Peer, Revoked, Tls, Watched
 from entropi.private.wire.messages import (
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
-    SERVER,
     Accepted,
     Failed,
     Hello,
@@ -67,7 +67,6 @@ from entropi.private.wire.messages import (
     Next,
     Refused,
     Revealed,
-    Settings,
     StageDone,
     Start,
     Welcome,

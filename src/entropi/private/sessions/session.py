@@ -19,20 +19,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
-from entropi.private.compute.program import Description, Stage, forward
+from entropi.private.compute.description import Description
+from entropi.private.compute.program import Stage, forward
+from entropi.private.compute.settings import Settings
 from entropi.private.sessions.confinement import summary
 from entropi.private.wire.link_frames import DEFAULT_UNREAD
-from entropi.private.wire.messages import (
-    BadMessage,
-    Event,
-    Failed,
-    Job,
-    Proceed,
-    Settings,
-    decode,
-    decode_event,
-    encode,
-)
+from entropi.private.wire.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
 from entropi.private.wire.tunnel import link_folder
 
 WEIGHTS_FILE = "folded.safetensors"
