@@ -28,7 +28,7 @@ import aiohttp
 from aiohttp import web
 
 from entropi.private import Tls, connect
-from entropi.private.wire.certificates import issue
+from entropi.private.wire.authority import issue
 from entropi.private.wire.tunnel import MAX_LINK_MESSAGE, Tunnel
 
 START_SECONDS = 120

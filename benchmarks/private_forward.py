@@ -44,9 +44,9 @@ from entropi.machine import machine
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import PARTIES, Engine, Simulation
+from entropi.private.compute.folded import load_folded
 from entropi.private.compute.program import Stage, forward
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.sessions.session import load_folded
 from entropi.records import StageTraffic
 from entropi.report.traffic import by_operation
 

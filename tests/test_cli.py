@@ -659,6 +659,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     pytest.importorskip("spu")
     pytest.importorskip("jax")
     from entropi.private.sessions import client
+    from entropi.private.sessions.generation import Answer
 
     def put(pieces: list[str], new_text: str) -> None:
         def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any, **options: Any) -> Any:
@@ -696,7 +697,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 fraction_bits=18,
                 exp_iterations=8,
             )
-            return client.Answer(record, [np.zeros(4), np.ones(4)])
+            return Answer(record, [np.zeros(4), np.ones(4)])
 
         monkeypatch.setattr(client, "ask", ask)
 

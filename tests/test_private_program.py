@@ -158,7 +158,7 @@ def test_logits_under_cheetah_are_the_plain_ones():
 
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):
     """The client's results of a generation by two real parties."""
-    from entropi.private.sessions.session import Party
+    from entropi.private.sessions.party_handle import Party
 
     save_file(weights, folder / "weights.safetensors")
     save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")

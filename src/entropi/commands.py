@@ -489,11 +489,11 @@ def serve(
         canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
     """
     with _extra("private"):
-        from entropi.private.admission.admission import Limits
-        from entropi.private.admission.monitoring import JsonLines, PlainLines
+        from entropi.private.admission.limits import Limits
+        from entropi.private.admission.logs import JsonLines, PlainLines
         from entropi.private.compute.settings import Settings
         from entropi.private.sessions.server import serve as serve_folder
-        from entropi.private.sessions.session import parse_address
+        from entropi.private.wire.addresses import parse_address
         from entropi.private.wire.certificates import tls_files
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
@@ -614,8 +614,11 @@ def ask(
     """
     with _extra("private"):
         from entropi.private.sessions.canary import complaint
-        from entropi.private.sessions.client import Privacy, Sampling, Watcher, connect
         from entropi.private.sessions.client import ask as ask_server
+        from entropi.private.sessions.client import connect
+        from entropi.private.sessions.generation import Watcher
+        from entropi.private.sessions.privacy import Privacy
+        from entropi.private.sessions.sampling import Sampling
         from entropi.private.sessions.tokenization import MAX_PROMPT
         from entropi.private.wire.certificates import tls_files
         from entropi.private.wire.versions import engine_version
@@ -727,7 +730,7 @@ def certificates(folder: Path, server: list[str], client: list[str], revoke: lis
         days: for which the certificates are valid
     """
     with _extra("private"):
-        from entropi.private.wire import certificates as authority
+        from entropi.private.wire import authority
 
     if server or client or not revoke:
         for path in authority.issue(folder, server, client, days):

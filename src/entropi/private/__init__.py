@@ -10,7 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropi.private.sessions.client import Privacy, Sampling, Watcher, connect
+    from entropi.private.sessions.client import connect
+    from entropi.private.sessions.generation import Watcher
+    from entropi.private.sessions.privacy import Privacy
+    from entropi.private.sessions.sampling import Sampling
     from entropi.private.wire.certificates import Tls
 
 __all__ = ["Privacy", "Sampling", "Tls", "Watcher", "connect"]

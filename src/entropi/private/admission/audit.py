@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from entropi.errors import UserError
-from entropi.private.admission.monitoring import Counters, JsonLines
+from entropi.private.admission.logs import JsonLines
+from entropi.private.admission.monitoring import Counters
 
 WINDOW_SECONDS = 10.0
 MOST_KINDS = 200  # lines within a window; beyond, clients are not told apart

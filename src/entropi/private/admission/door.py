@@ -29,9 +29,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from entropi.errors import UserError
-from entropi.private.admission.admission import Limits
 from entropi.private.admission.audit import Audit
-from entropi.private.wire.certificates import Peer, Watched
+from entropi.private.admission.limits import Limits
+from entropi.private.wire.certificates import Peer
+from entropi.private.wire.revocation import Watched
 
 HANDSHAKE_SECONDS = 10  # for TLS, and for a request once it is done
 ACCEPTS_AT_ONCE = 4  # before other events, and so the handshakes under way, have their turn

@@ -55,6 +55,7 @@ from entropi.private.compute.layers import (
     swiglu,
     swiglu_exact,
 )
+from entropi.private.compute.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,22 @@ def forward(
     if logit_bits is not None and output != "argmax":
         result = "logits" if output == "logits" else "logits_out"
         yield Stage("round", -1, partial(rounded, bits=logit_bits), (result,), (result,))
+
+
+def stages_of_pass(model: Description, settings: Settings, new: int, past: int) -> Iterator[Stage]:
+    """`forward` as these settings have it: what both parties run, and what the client counts."""
+    return forward(
+        model,
+        new,
+        past,
+        settings.exp_iterations,
+        embedding=settings.embedding,
+        paired=settings.paired,
+        fraction_bits=settings.fraction_bits,
+        output=settings.output,
+        choices=settings.choices,
+        logit_bits=settings.logit_bits,
+    )
 
 
 def feed_forward(model: Description, layer: int, rows: int, read: str, result: str) -> Iterator[Stage]:

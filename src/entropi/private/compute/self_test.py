@@ -92,8 +92,8 @@ def compare(question: Question) -> Finding:
     """Logits under the engine against the same program's in plaintext."""
     from entropi.private.compute.embedding import one_hot
     from entropi.private.compute.engine import Simulation
+    from entropi.private.compute.folded import load_folded
     from entropi.private.compute.program import forward, run_plain
-    from entropi.private.sessions.session import load_folded
 
     started = time.monotonic()
     settings = question.settings

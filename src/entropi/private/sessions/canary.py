@@ -19,7 +19,7 @@ from entropi.private.sessions.tokenization import Encoder, check_prompt
 from entropi.private.wire.messages import Canary
 
 if TYPE_CHECKING:
-    from entropi.private.sessions.client import Answer
+    from entropi.private.sessions.generation import Answer
 
 CANARY_TOKENS = 4
 # A right answer's logits are wrong by less than this; the likeliest token must lead by twice as much.

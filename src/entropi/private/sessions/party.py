@@ -16,9 +16,8 @@ from safetensors.numpy import load
 
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
-from entropi.private.compute.program import warm_up
+from entropi.private.compute.program import stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.sessions.session import stages_of_pass
 from entropi.private.wire.messages import Event, Failed, Job, Linked, Proceed, Revealed, StageDone, decode, encode
 
 

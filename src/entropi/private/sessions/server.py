@@ -7,112 +7,52 @@ import contextlib
 import gc
 import logging
 import os
-import secrets
 import signal
-import struct
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import aiohttp
 import jax
 from aiohttp import web
 from safetensors.numpy import save_file
 
 from entropi.errors import UserError
-from entropi.private.admission.admission import (
-    SEND_SECONDS,
-    ClientLeft,
-    Limits,
-    Refusal,
-    SessionError,
-    Slots,
-    expect,
-    leave_in_time,
-    receive,
-    send,
-)
 from entropi.private.admission.audit import Audit
-from entropi.private.admission.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
-from entropi.private.admission.monitoring import Counters, Ending, SessionLog, Sparing, monitoring_app
-from entropi.private.admission.quotas import Quota, Usage, open_store
+from entropi.private.admission.door import Door, cut, startups_that_fit
+from entropi.private.admission.limits import Limits
+from entropi.private.admission.logs import Sparing
+from entropi.private.admission.monitoring import Counters, monitoring_app
+from entropi.private.admission.quota_stores import open_store
+from entropi.private.admission.quotas import Quota
+from entropi.private.admission.slots import Slots
 from entropi.private.compute.description import Description
 from entropi.private.compute.fixed_point import settle, sweep_vocabulary
+from entropi.private.compute.folded import load_folded, sha256_of
 from entropi.private.compute.self_test import self_test
-from entropi.private.compute.settings import SERVER, Settings
+from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
-from entropi.private.sessions.session import (
-    WEIGHTS_FILE,
-    Party,
-    confinement,
-    load_folded,
-    memory_for,
-    parse_address,
-    sha256_of,
-    unread_for,
-)
+from entropi.private.sessions.party_handle import confinement
+from entropi.private.sessions.server_session import LEAVE_SECONDS, REVOKED, _dismiss, _session, log
+from entropi.private.sessions.server_state import Host
 from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
-from entropi.private.wire.certificates import Peer, Revoked, Tls, Watched
+from entropi.private.wire.addresses import parse_address
+from entropi.private.wire.certificates import Peer, Tls
 from entropi.private.wire.messages import (
     MAX_SERVER_MESSAGE,
-    PROTOCOL_VERSION,
-    Accepted,
-    Failed,
-    Hello,
-    Job,
-    Linked,
-    Next,
-    Refused,
-    Revealed,
-    StageDone,
-    Start,
     Welcome,
     encode,
 )
-from entropi.private.wire.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
-from entropi.private.wire.versions import engine_version
+from entropi.private.wire.revocation import Watched
+from entropi.private.wire.server_channel import (
+    SEND_SECONDS,
+    text_frames,
+)
 from entropi.temporary import swept_folder
 
-WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
 TABLE_BYTES_PER_SECOND = 50_000  # a client that takes the token embeddings more slowly is not waited for
-FRAME = 64 << 10  # bytes of the welcome that leave at a time, and so about what one client's buffer holds of it
 WATCH_SECONDS = 2.0  # between two looks at files that may be replaced
 METRICS_CONNECTIONS = 16
-QUIET_SESSIONS = 100  # connections within a minute that have log lines of their own before they have a slot
-LINK_SECONDS = 60.0  # for both engines to start and find each other
-HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
-REVOKED = "this client's certificate was revoked"
-LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
-GRACE_SECONDS = 3.0  # for a party to end after its link
-REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
-log = logging.getLogger("entropi.server")
 request_log = logging.getLogger("entropi.server.requests")  # aiohttp's, for what is not even HTTP
-
-
-@dataclass(frozen=True)
-class Host:
-    """Everything a session needs of the server."""
-
-    folder: Path
-    welcome: Welcome
-    digest: str
-    limits: Limits
-    slots: Slots
-    quota: Quota
-    counters: Counters
-    table: Path | None  # the token embeddings, where they are public
-    audit: Audit
-    watched: Watched | None  # certificates and what is revoked; None without TLS
-    greeting: tuple[bytes, ...] = ()  # the welcome as it goes over every connection
-    sockets: dict[web.WebSocketResponse, Peer | None] = field(default_factory=dict)
-    recent: deque[float] = field(default_factory=deque)  # when connections had their own log lines
-
-    @property
-    def revoked(self) -> Revoked:
-        return self.watched.revoked if self.watched is not None else Revoked()
 
 
 def serve(
@@ -189,22 +129,6 @@ def serve(
         asyncio.run(_serve(host, address, watched))
         audit.close()
     log.info("stopped")
-
-
-def text_frames(message: bytes, size: int = FRAME) -> tuple[bytes, ...]:
-    """A WebSocket text message in fragments of at most `size` bytes, as a server sends them (RFC 6455, section 5.4)."""
-    parts = [message[start : start + size] for start in range(0, len(message), size)] or [b""]
-    frames = []
-    for index, part in enumerate(parts):
-        first = (aiohttp.WSMsgType.TEXT if index == 0 else 0) | (0x80 if index == len(parts) - 1 else 0)
-        if len(part) < 126:
-            head = struct.pack("!BB", first, len(part))
-        elif len(part) < 1 << 16:
-            head = struct.pack("!BBH", first, 126, len(part))
-        else:
-            head = struct.pack("!BBQ", first, 127, len(part))
-        frames.append(head + part)
-    return tuple(frames)
 
 
 def _check_tokenizer(tokenizer: str, description: Description) -> None:
@@ -331,266 +255,3 @@ def _without_trace(record: logging.LogRecord) -> bool:
     """Let a log record pass as one line: what strangers send is not a fault of this program."""
     record.exc_info = record.exc_text = None
     return True
-
-
-async def _session(request: web.Request, host: Host, guest: Guest) -> web.WebSocketResponse:
-    if "Origin" in request.headers:  # a web page in somebody's browser
-        raise web.HTTPForbidden
-    socket = web.WebSocketResponse(
-        max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
-    )
-    transport, peer = request.transport, Peer.of(request.transport)
-    await socket.prepare(request)
-    client = str(peer) if peer is not None else ""
-    session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(host))
-    started = time.monotonic()
-    session_log.info("opened%s", f" by {client}" if client else "")
-    host.sockets[socket] = peer
-    ending: Ending = "failed"
-    progress, reason = _Progress(), ""
-    try:
-        if peer is not None and peer in host.revoked:
-            raise Refusal(REVOKED)
-        await _talk(request, socket, peer.name if peer is not None else "", session_log, host, guest, progress)
-        ending = "finished"
-        await _dismiss(socket)
-    except (ClientLeft, ConnectionError) as error:  # the latter where this side was about to say something
-        ending = "left"
-        if peer is not None and peer in host.revoked:
-            ending, reason = "refused", REVOKED
-        elif isinstance(error, ClientLeft):
-            reason = str(error)
-    except SessionError as error:
-        ending, reason = "refused" if isinstance(error, Refusal) else "failed", str(error)
-        session_log.warning("%s", error)
-        await _dismiss(socket, reason)
-    except Exception:
-        session_log.exception("failed")
-        reason = "the server failed"
-        await _dismiss(socket, reason)
-    finally:
-        del host.sockets[socket]
-        if transport is not None:  # what a client that does not read has not taken by then is thrown away
-            asyncio.get_running_loop().call_later(LEAVE_SECONDS / 2, cut, transport)
-        host.counters.endings[ending] += 1
-        seconds = round(time.monotonic() - started, 3)
-        session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": seconds})
-        told = {"session": session_log.session, "address": guest.address, "seconds": seconds}
-        told["tokens"] = progress.revealed
-        host.audit.session(client or guest.address, ending, reason, told, computed=progress.computing)
-    return socket
-
-
-def _too_many_lines(host: Host) -> bool:
-    """Whether so many connections had lines in the log of late that another one's would only fill it."""
-    now = time.monotonic()
-    while host.recent and host.recent[0] < now - 60:
-        host.recent.popleft()
-    if len(host.recent) >= QUIET_SESSIONS:
-        return True
-    host.recent.append(now)
-    return False
-
-
-async def _dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> None:
-    """Close the control channel, with a reason if there is one to tell."""
-    with contextlib.suppress(ConnectionError, RuntimeError, ClientLeft):
-        if reason is not None:
-            await leave_in_time(socket.send_str(encode(Refused(reason=reason[:300])).decode()), LEAVE_SECONDS / 2)
-        await leave_in_time(socket.close(), LEAVE_SECONDS)  # a client that does not read would be waited for
-
-
-async def _greet(request: web.Request, greeting: tuple[bytes, ...]) -> None:
-    """Send the welcome, a piece whenever there is room for one."""
-    for frame in greeting:
-        await request.writer.write(frame)
-        await request.writer.drain()
-
-
-async def _talk(
-    request: web.Request,
-    socket: web.WebSocketResponse,
-    name: str,
-    session_log: SessionLog,
-    host: Host,
-    guest: Guest,
-    progress: _Progress,
-) -> None:
-    """Handshake, then the session itself once there is room for it."""
-    hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
-    if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
-        raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
-    await leave_in_time(_greet(request, host.greeting), WELCOME_SECONDS)
-    start = await receive(socket, Start, HANDSHAKE_SECONDS)
-    if start.digest != host.digest:
-        raise Refusal("the description of the model that reached the client is not the server's")
-    if start.max_new_tokens > host.limits.max_new_tokens:
-        raise Refusal(f"at most {host.limits.max_new_tokens} new tokens a session are allowed")
-    positions = host.welcome.description.positions
-    if start.prompt_length + start.max_new_tokens - 1 > positions:
-        raise Refusal(
-            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
-            f"{positions} positions"
-        )
-    async with host.quota.session(name, start.max_new_tokens) as usage, host.slots.slot(socket, guest.admitted()):
-        session_log.quiet, progress.computing = False, True
-        host.counters.prompt_tokens += start.prompt_length
-        began = time.monotonic()
-        try:
-            work = _compute(socket, usage, session_log, host, start, progress)
-            await asyncio.wait_for(work, host.limits.session_seconds)
-        except asyncio.TimeoutError:
-            raise SessionError("the session's time limit was reached") from None
-        finally:
-            host.counters.session_seconds += time.monotonic() - began
-
-
-async def _compute(
-    socket: web.WebSocketResponse,
-    usage: Usage,
-    session_log: SessionLog,
-    host: Host,
-    start: Start,
-    progress: _Progress,
-) -> None:
-    """One pass for the prompt and one for every `Next`."""
-    session, welcome = secrets.token_hex(16), host.welcome
-    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, host.limits.memory_gb)
-
-    async def carry(message: bytes) -> None:
-        try:
-            await leave_in_time(socket.send_bytes(message))
-        except ClientLeft:
-            raise ConnectionResetError from None  # the link is broken, as where the connection is
-
-    async with Tunnel(SERVER, session, carry, unread_for(memory)) as tunnel:
-        party = await Party.start(
-            Job(
-                rank=SERVER,
-                session=session,
-                links=tunnel.links,
-                description=welcome.description,
-                settings=welcome.settings,
-                max_new_tokens=start.max_new_tokens,
-                prompt_length=start.prompt_length,
-                weights=str(host.folder / WEIGHTS_FILE),
-            ),
-            memory_bytes=memory,
-        )
-        tasks: list[asyncio.Task[None]] = []
-        try:
-            await send(socket, Accepted(session))
-            work = asyncio.create_task(_watch_party(party, session_log, host, usage, progress))
-            listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start.max_new_tokens, progress))
-            link = asyncio.create_task(_watch_link(tunnel))
-            suspended = asyncio.create_task(party.suspended())
-            tasks += [work, listen, link, suspended]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() and work.exception() is None:  # the client may still be reading its last share
-                await asyncio.wait([listen], timeout=LEAVE_SECONDS)
-            elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
-                await asyncio.wait([work], timeout=REPORT_SECONDS)
-            for task in (work, listen):
-                if task.done():
-                    task.result()
-            if suspended.done():
-                session_log.warning("somebody stopped the party's process")
-                raise SessionError("the server's party failed")
-            if not (work.done() or listen.done()):
-                link.result()
-            if progress.revealed < progress.asked:
-                raise ClientLeft("the client left in the middle of a pass")
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await party.stop()
-            session_log.info(
-                "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
-                tunnel.sent,
-                tunnel.received,
-                tunnel.turns,
-                tunnel.most_unread,
-                fields={
-                    "link_sent": tunnel.sent,
-                    "link_received": tunnel.received,
-                    "turns": tunnel.turns,
-                    "most_unread": tunnel.most_unread,
-                },
-            )
-
-
-@dataclass
-class _Progress:
-    """Tokens of one session."""
-
-    asked: int = 1
-    revealed: int = 0
-    computing: bool = False  # it had a slot
-
-
-async def _watch_party(party: Party, session_log: SessionLog, host: Host, usage: Usage, progress: _Progress) -> None:
-    """Log what the party reports, until it has finished."""
-    sent = received = 0
-    patience = min(LINK_SECONDS, host.limits.stall_seconds)
-    while True:
-        try:
-            event = await asyncio.wait_for(party.event(), patience)
-        except asyncio.TimeoutError:
-            raise SessionError(f"nothing happened for {patience:g} s") from None
-        match event:
-            case None:
-                return
-            case Linked():
-                patience = host.limits.stall_seconds
-            case StageDone(traffic):
-                sent, received = sent + traffic.sent_bytes, received + traffic.received_bytes
-                host.counters.sent_bytes += traffic.sent_bytes
-                host.counters.received_bytes += traffic.received_bytes
-            case Revealed():
-                progress.revealed += 1
-                host.counters.tokens += 1
-                await usage.count_token()
-                session_log.info(
-                    "a token, %d bytes sent, %d received so far",
-                    sent,
-                    received,
-                    fields={"sent_bytes": sent, "received_bytes": received},
-                )
-            case Failed(reason):
-                session_log.warning("%s", reason)
-                raise SessionError("the server's party failed")  # why may be none of the client's business
-
-
-def _printable(text: str) -> str:
-    """What a stranger has written, fit for one line of a log."""
-    return "".join(c for c in text[:120] if c.isprintable())
-
-
-async def _watch_link(tunnel: Tunnel) -> None:
-    """Raise once the engines' link is broken although nobody has finished."""
-    await tunnel.broken()
-    await asyncio.sleep(GRACE_SECONDS)  # the party may have finished, or be about to say why not
-    raise SessionError("the engines' link broke")
-
-
-async def _listen_to_client(
-    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, max_new_tokens: int, progress: _Progress
-) -> None:
-    """Pass on the client's `Next`s, one fewer than there are tokens, and its engine's bytes; until it leaves."""
-    with contextlib.suppress(ClientLeft):
-        while True:
-            message = await socket.receive()
-            if message.type == aiohttp.WSMsgType.BINARY:
-                try:
-                    await tunnel.receive(message.data)
-                except LinkBroken as error:
-                    raise SessionError(str(error)) from None
-                continue
-            if message.type == aiohttp.WSMsgType.CLOSE and message.data == aiohttp.WSCloseCode.POLICY_VIOLATION:
-                raise SessionError(f"the client refused this side's bytes: {_printable(message.extra or '')}")
-            expect(message, Next)
-            if progress.asked == max_new_tokens:
-                raise SessionError("all tokens were asked for already")
-            progress.asked += 1
-            await party.proceed()

@@ -15,7 +15,7 @@ import numpy as np
 
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.private.sessions.session import parse_address
+from entropi.private.wire.addresses import parse_address
 from entropi.private.wire.certificates import Tls
 from entropi.private.wire.messages import (
     MAX_SERVER_MESSAGE,
