@@ -183,8 +183,16 @@ def run_trials(
     from entropi.private.compute.engine import PARTIES, Simulation
     from entropi.private.compute.settings import CLIENT, SERVER, Settings
 
-    lines = LateLines(PARTIES[protocol], delay_s) if delay_s else None
-    engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), lines.links if lines else None)
+    late = None
+    if delay_s:
+        from entropi.private.sessions.engine_link import open_link
+
+        lines = LateLines(PARTIES[protocol], delay_s)
+
+        def late(rank: int) -> Any:
+            return open_link(rank, lines.links[rank])
+
+    engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), late)
     books = bookkeeper(protocol, workers())
     random = np.random.default_rng(0)
     readings = []

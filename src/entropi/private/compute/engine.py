@@ -1,8 +1,9 @@
-"""SPU behind one module: a link, a runtime whose variables stay secret-shared, and an always-on meter.
+"""SPU behind one module: a runtime whose variables stay secret-shared, and an always-on meter.
 
-Nothing else in the package imports `spu`. One engine a process: SPU's logger, which carries the meter's readings,
-is global. `Engine` is one party of a real computation; `Simulation` runs all parties of any protocol as threads, to
-know what a program computes and costs under it, and protects nothing.
+Nothing else in the package imports `spu`, but for `sessions.engine_link`, which opens the sockets between engines. One
+engine a process: SPU's logger, which carries the meter's readings, is global. `Engine` is one party of a real
+computation; `Simulation` runs all parties of any protocol as threads, to know what a program computes and costs under
+it, and protects nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ from spu.utils import frontend
 
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.wire.link_frames import MAX_PUSH
 from entropi.records import StageTraffic
 
-LINK_TIMEOUT_S = 30  # how long to wait for the other engine to appear
 # One party may compute locally for minutes while the other waits; a dead peer is noticed on the control channel.
 RECEIVE_TIMEOUT_S = 3600
 
@@ -50,40 +49,18 @@ class Engine:
 
     Args:
         rank: `SERVER` or `CLIENT`.
-        session: name of this computation, the same on both sides; messages of another one are not taken for its own.
-        links: "host:port" of both engines, by rank.
+        link: to the other party's engine, as `sessions.engine_link` opens it.
         configure: changes SPU's configuration, the same on both sides; for measurements of other ways to run it.
-
-    Raises:
-        EngineError: no link within `LINK_TIMEOUT_S` seconds.
     """
 
     def __init__(
-        self,
-        rank: int,
-        session: str,
-        links: tuple[str, str],
-        settings: Settings,
-        configure: Callable[[Any], None] | None = None,
+        self, rank: int, link: Any, settings: Settings, configure: Callable[[Any], None] | None = None
     ) -> None:
-        self.rank, self._log = rank, _start_log()
+        self.rank, self._link, self._log = rank, link, start_log()
         config = _runtime_config(settings)
         if configure is not None:
             configure(config)
-        desc = libspu.link.Desc()
-        desc.id = session
-        for name, address in zip(("server", "client"), links):
-            desc.add_party(name, address)
-        desc.connect_retry_times = LINK_TIMEOUT_S * 5
-        desc.connect_retry_interval_ms = 200
-        desc.recv_timeout_ms = desc.http_timeout_ms = RECEIVE_TIMEOUT_S * 1000
-        # In one piece: a receiver does not compare the lengths that chunks claim, so `link_frames` refuses them.
-        desc.http_max_payload_size = MAX_PUSH
-        try:
-            self._link = libspu.link.create_brpc(desc, rank)
-        except RuntimeError as error:
-            raise EngineError(_reason(error, f"no link between {links[0]} and {links[1]}")) from None
-        self._runtime = spu.Runtime(self._link, config)
+        self._runtime = spu.Runtime(link, config)
         self._io = spu.Io(2, config)
         self._tracer = _Tracer()
 
@@ -103,7 +80,7 @@ class Engine:
         try:
             self._runtime.run(executable)
         except RuntimeError as error:
-            raise EngineError(_reason(error, f"the secure computation failed in {stage.name}")) from None
+            raise EngineError(one_line(error, f"the secure computation failed in {stage.name}")) from None
         seconds = time.perf_counter() - started
         ((sent, received, sent_messages, received_messages),) = _meter(self._log, 1)
         return StageTraffic(
@@ -148,22 +125,24 @@ class Simulation:
     two real parties must not be run like that.
 
     Args:
-        links: where every rank finds every rank, "host:port", if they are to speak over sockets.
+        link: opens the link of a rank, if they are to speak over sockets and not in memory.
     """
 
-    def __init__(self, protocol: Protocol, settings: Settings, links: list[list[str]] | None = None) -> None:
-        self._log = _start_log()
+    def __init__(self, protocol: Protocol, settings: Settings, link: Callable[[int], Any] | None = None) -> None:
+        self._log = start_log()
         config = _runtime_config(settings, protocol)
         self.parties = PARTIES[protocol]
         self._runtimes: list[Any] = [None] * self.parties
 
-        def join(rank: int) -> None:
+        def in_memory(rank: int) -> Any:
             desc = libspu.link.Desc()
             for other in range(self.parties):
-                desc.add_party(f"party {other}", f"thread {other}" if links is None else links[rank][other])
+                desc.add_party(f"party {other}", f"thread {other}")
             desc.recv_timeout_ms = desc.http_timeout_ms = RECEIVE_TIMEOUT_S * 1000
-            create = libspu.link.create_mem if links is None else libspu.link.create_brpc
-            self._runtimes[rank] = spu.Runtime(create(desc, rank), config)
+            return libspu.link.create_mem(desc, rank)
+
+        def join(rank: int) -> None:
+            self._runtimes[rank] = spu.Runtime((link or in_memory)(rank), config)
 
         self._together(join)
         self._io = spu.Io(self.parties, config)
@@ -244,7 +223,7 @@ class _Tracer:
                 secret,
                 lambda flat: list(stage.outputs),
             )
-            # With the function, as no other one may come to stand at its address, which is part of the key.
+            # Hold a reference to the function: its address is part of the key, and addresses are reused.
             self._compiled[key] = executable.code, jax.tree_util.tree_leaves(shapes), stage.function
         code, outputs, _ = self._compiled[key]
         for name, shape in zip(stage.outputs, outputs):
@@ -263,7 +242,7 @@ def _meter(log: BinaryIO, parties: int) -> list[tuple[int, ...]]:
 
 
 @functools.cache
-def _start_log() -> BinaryIO:
+def start_log() -> BinaryIO:
     """Let SPU log to a file and return it, open for reading; it holds counts, times and shapes, no value.
 
     The file has no name any more once this returns, so it goes when the process does, however that ends. SPU takes
@@ -297,7 +276,7 @@ def _runtime_config(settings: Settings, protocol: Protocol = "cheetah") -> Any:
     return config
 
 
-def _reason(error: RuntimeError, what: str) -> str:
+def one_line(error: RuntimeError, what: str) -> str:
     """`what`, and the first line of an SPU error without its stack."""
     first = str(error).strip().splitlines()
     return f"{what}: {first[0][:200]}" if first else what

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
 from entropi.private.compute.description import Description
-from entropi.private.wire.messages import BadMessage, decode
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
@@ -33,11 +33,11 @@ def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
         UserError: missing or damaged, in one line.
     """
     try:
-        description = decode((folder / DESCRIPTION_FILE).read_bytes(), Description)
+        description = msgspec.json.decode((folder / DESCRIPTION_FILE).read_bytes(), type=Description)
         weights = load_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise UserError(f"{folder} holds no folded model: {error.strerror or error}") from None
-    except (BadMessage, SafetensorError, AttributeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, SafetensorError, AttributeError) as error:
         # AttributeError: a type of number that safetensors knows and NumPy does not
         raise UserError(f"the folded model in {folder} is damaged: {str(error).splitlines()[0]}") from None
     shapes = {name: weight.shape for name, weight in weights.items()}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -224,6 +225,11 @@ def warm_up() -> tuple[Stage, dict[str, tuple[tuple[int, int], Literal["server",
 
     stage = Stage("setup", -1, operations, ("warm_x", "warm_y"), ("warm_z",))
     return stage, {"warm_x": ((4, 8), "server"), "warm_y": ((8, 4), "client")}
+
+
+def compute_on_processor() -> None:
+    """Keep JAX in this process from looking for accelerators."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 def run_plain(

@@ -20,7 +20,6 @@ import numpy as np
 from entropi.errors import UserError
 from entropi.private.compute.description import TokenId
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.wire.messages import BadMessage, decode, encode
 
 CHEETAH_TOKENS = 8  # of the one pass with cryptography
 # What a logit may be wrong by. Right runs are wrong by 0.0015 with 18 fraction bits and by about 0.02 with 14; wrapped
@@ -58,13 +57,13 @@ def self_test(folder: Path, settings: Settings, protocol: Literal["ref2k", "chee
     try:
         done = subprocess.run(
             [sys.executable, "-m", "entropi.private.compute.self_test"],
-            input=encode(Question(str(folder), settings, protocol, tokens)),
+            input=msgspec.json.encode(Question(str(folder), settings, protocol, tokens)),
             capture_output=True,
             timeout=PATIENCE_SECONDS,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
         )
-        found = decode(done.stdout, Finding)
-    except (subprocess.TimeoutExpired, BadMessage):
+        found = msgspec.json.decode(done.stdout, type=Finding)
+    except (subprocess.TimeoutExpired, msgspec.MsgspecError, UnicodeError):
         raise UserError(f"the test of known answers in {name} failed to run") from None
     bound = TOLERANCE + RELATIVE_TOLERANCE * found.largest
     if found.error is None or not found.error < bound:
@@ -84,7 +83,8 @@ def main() -> None:
     # SPU and its libraries may print; only the finding goes to the parent.
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    answer.write(encode(compare(decode(sys.stdin.buffer.read(), Question))))
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    answer.write(msgspec.json.encode(compare(question)))
     answer.close()
 
 

@@ -18,6 +18,7 @@ from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.program import stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.sessions.engine_link import open_link
 from entropi.private.wire.messages import Event, Failed, Job, Linked, Proceed, Revealed, StageDone, decode, encode
 
 
@@ -31,7 +32,7 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
     """
     try:
         job = decode(line, Job)
-        engine = Engine(job.rank, job.session, job.links, job.settings)
+        engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
         _emit(events, Linked())
         _serve_session(engine, job, files, lines, events)
         engine.close()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import jax
 from aiohttp import web
 from safetensors.numpy import save_file
 
@@ -28,6 +27,7 @@ from entropi.private.admission.slots import Slots
 from entropi.private.compute.description import Description
 from entropi.private.compute.fixed_point import settle, sweep_vocabulary
 from entropi.private.compute.folded import load_folded, sha256_of
+from entropi.private.compute.program import compute_on_processor
 from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
@@ -98,7 +98,7 @@ def serve(
     _check_tokenizer(tokenizer, description)
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
-    jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
+    compute_on_processor()  # the check is small; looking for accelerators is slow and noisy
     log.info("looking at the values of all tokens, which takes minutes for a large model")
     sweep = sweep_vocabulary(description, weights, settings)
     settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
