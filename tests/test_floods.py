@@ -306,8 +306,8 @@ def test_a_client_that_does_not_read_is_not_waited_for_when_its_session_ends(mon
             await asyncio.sleep(HANGING)
 
     started = time.monotonic()
-    asyncio.run(server_session._dismiss(Full(), "stopping"))
-    asyncio.run(server_session._dismiss(Full()))
+    asyncio.run(server_session.dismiss(Full(), "stopping"))
+    asyncio.run(server_session.dismiss(Full()))
     assert time.monotonic() - started < HANGING / 2
 
 

@@ -250,8 +250,8 @@ def test_a_text_that_cannot_fit_is_not_encoded():
 
 def a_session(prompt, max_new_tokens, positions=32, **options):
     """A client's session as far as lengths go, without a server."""
-    question = generation._Question(prompt, max_new_tokens, GREEDY, 0, generation.Watcher(), Privacy(**options))
-    session = client_session._Session(SimpleNamespace(name="there:1"), None, None, question)
+    question = generation.Generation(prompt, max_new_tokens, GREEDY, 0, generation.Watcher(), Privacy(**options))
+    session = client_session.ClientSession(SimpleNamespace(name="there:1"), None, None, question)
     session.welcome = SimpleNamespace(description=SimpleNamespace(positions=positions, vocab_size=SIZE))
     session.tokenizer = tokenizer_of_stranger(json.dumps(byte_level()), SIZE)
     question.stop_ids = session.tokenizer.ids_of(question.privacy.stop_tokens)

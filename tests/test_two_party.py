@@ -974,7 +974,7 @@ def test_sessions_in_which_nothing_happens_end():
 
     host = SimpleNamespace(limits=Limits(stall_seconds=0.1))
     with pytest.raises(SessionError, match=r"nothing happened for 0\.1 s"):
-        asyncio.run(server_session._watch_party(Stalled(), server_session.log, host, None, server_session._Progress()))
+        asyncio.run(server_session._watch_party(Stalled(), server_session.log, host, None, server_session.Progress()))
 
 
 # --- Last: what ran all the time --------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import Settings, trust
-from entropi.private.sessions.client_session import _ask
-from entropi.private.sessions.generation import Answer, Watcher, _Question
+from entropi.private.sessions.client_session import generate
+from entropi.private.sessions.generation import Answer, Generation, Watcher
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
 from entropi.private.wire.certificates import Tls
@@ -87,9 +87,9 @@ class Connection:
         Raises:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
-        question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
-        question.digest = self._welcome.digest()
-        return asyncio.run(_ask(self._server, question))
+        generation = Generation(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
+        generation.digest = self._welcome.digest()
+        return asyncio.run(generate(self._server, generation))
 
     def stream(
         self,
@@ -106,10 +106,10 @@ class Connection:
             UserError: as for `ask`, after the pieces that were received.
         """
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        question = _Question(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put), privacy)
-        question.digest = self._welcome.digest()
+        generation = Generation(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put), privacy)
+        generation.digest = self._welcome.digest()
         loop = asyncio.new_event_loop()
-        task = loop.create_task(_ask(self._server, question))
+        task = loop.create_task(generate(self._server, generation))
 
         def work() -> None:
             try:
@@ -151,5 +151,5 @@ def ask(
     Raises:
         UserError: as for these.
     """
-    question = _Question(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
-    return asyncio.run(_ask(ServerAddress.at(server, tls), question))
+    generation = Generation(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
+    return asyncio.run(generate(ServerAddress.at(server, tls), generation))

@@ -17,7 +17,7 @@ from entropi.errors import UserError
 from entropi.private.compute.folded import sha256_of
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
-from entropi.private.sessions.generation import Answer, _Question
+from entropi.private.sessions.generation import Answer, Generation
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.tokenization import (
@@ -58,58 +58,58 @@ GRACE_SECONDS = 3.0  # for a party to say why its link broke
 RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one
 
 
-async def _ask(server: ServerAddress, question: _Question) -> Answer:
+async def generate(server: ServerAddress, generation: Generation) -> Answer:
     started = time.monotonic()
     for attempt in itertools.count():
         try:
             async with open_channel(server) as (http, socket):
-                session = _Session(server, http, socket, question)
+                session = ClientSession(server, http, socket, generation)
                 await session.run()
                 return session.answer(time.monotonic() - started)
         except (LostServer, RefusedByServer) as error:
             # Another server may still count the session that broke as under way, or be just starting.
-            if attempt == question.retries or (isinstance(error, RefusedByServer) and attempt == 0):
+            if attempt == generation.retries or (isinstance(error, RefusedByServer) and attempt == 0):
                 raise
-            question.watcher.status(f"{error}; retry {attempt + 1} of {question.retries}")
+            generation.watcher.status(f"{error}; retry {attempt + 1} of {generation.retries}")
             await asyncio.sleep(RETRY_SECONDS * 2**attempt)
     raise AssertionError
 
 
-class _Session:
-    """As much of a question as one connection answers."""
+class ClientSession:
+    """As much of a generation as one connection answers."""
 
     def __init__(
         self,
         server: ServerAddress,
         http: aiohttp.ClientSession,
         socket: aiohttp.ClientWebSocketResponse,
-        question: _Question,
+        generation: Generation,
     ) -> None:
         self.server, self.where = server, server.name
-        self.http, self.socket, self.question = http, socket, question
+        self.http, self.socket, self.generation = http, socket, generation
         self.welcome: Welcome
         self.tokenizer: Encoder
 
     async def run(self) -> None:
-        """Ask, and receive tokens into the question until there are no more to come."""
-        question = self.question
+        """Ask, and receive tokens into the generation until there are no more to come."""
+        generation = self.generation
         welcome = self.welcome = await welcome_from(self.socket, self.where)
-        if question.digest not in (None, welcome.digest()):
+        if generation.digest not in (None, welcome.digest()):
             raise UserError(f"{self.where} serves another model than when the question was begun")
-        question.digest = welcome.digest()
-        if question.sampling.temperature and welcome.settings.output == "argmax":
+        generation.digest = welcome.digest()
+        if generation.sampling.temperature and welcome.settings.output == "argmax":
             raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
-        self.tokenizer = question.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
-        question.stop_ids = self.tokenizer.ids_of(question.privacy.stop_tokens)
-        question.prompt_ids = self._encode_prompt()
-        question.padding = self._padding(len(question.prompt_ids))
-        ids = question.padding + question.prompt_ids + question.new_tokens
-        left = question.max_new_tokens - len(question.new_tokens)
+        self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
+        generation.stop_ids = self.tokenizer.ids_of(generation.privacy.stop_tokens)
+        generation.prompt_ids = self._encode_prompt()
+        generation.padding = self._padding(len(generation.prompt_ids))
+        ids = generation.padding + generation.prompt_ids + generation.new_tokens
+        left = generation.max_new_tokens - len(generation.new_tokens)
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
             await self._say(Start(len(ids), left, welcome.digest()))
             accepted = await self._wait_for_slot()
-            memory = memory_for(welcome.description, len(ids) + left, question.memory_gb)
+            memory = memory_for(welcome.description, len(ids) + left, generation.memory_gb)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
@@ -154,33 +154,33 @@ class _Session:
 
     def answer(self, seconds: float) -> Answer:
         """What was received, `seconds` after the question was begun."""
-        question, settings = self.question, self.welcome.settings
+        generation, settings = self.generation, self.welcome.settings
         return Answer(
             PrivateRun(
                 protocol=settings.protocol,
                 trust=trust(settings),
                 server=self.where,
-                prompt=question.prompt,
-                prompt_tokens=question.prompt_ids,
-                new_tokens=question.new_tokens,
-                new_text=self.tokenizer.decode(question.answer_ids),
-                padding_tokens=len(question.padding),
-                stages=question.stages,
-                setup_seconds=question.setup_seconds,
-                setup_bytes=question.setup_bytes,
-                reveal_bytes=question.reveal_bytes,
+                prompt=generation.prompt,
+                prompt_tokens=generation.prompt_ids,
+                new_tokens=generation.new_tokens,
+                new_text=self.tokenizer.decode(generation.answer_ids),
+                padding_tokens=len(generation.padding),
+                stages=generation.stages,
+                setup_seconds=generation.setup_seconds,
+                setup_bytes=generation.setup_bytes,
+                reveal_bytes=generation.reveal_bytes,
                 seconds=seconds,
                 ring_bits=settings.ring_bits,
                 fraction_bits=settings.fraction_bits,
                 exp_iterations=self.welcome.description.exp_iterations or settings.exp_iterations,
             ),
-            question.logits,
+            generation.logits,
         )
 
     def _encode_prompt(self) -> list[int]:
-        wanted = self.question.max_new_tokens
+        wanted = self.generation.max_new_tokens
         most = self.welcome.description.positions + 1  # the last new token is not read again
-        ids = self.tokenizer.encode(self.question.prompt, most)
+        ids = self.tokenizer.encode(self.generation.prompt, most)
         if max(ids) >= self.welcome.description.vocab_size:
             raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
         if len(ids) + wanted > most:
@@ -192,18 +192,18 @@ class _Session:
 
     def _padding(self, length: int) -> list[int]:
         """What fills a prompt of this length up to the length that the server is to see."""
-        wanted, question = -length % self.question.privacy.pad_to, self.question
+        wanted, generation = -length % self.generation.privacy.pad_to, self.generation
         if not wanted:
             return []
-        if length + wanted + question.max_new_tokens > self.welcome.description.positions + 1:
+        if length + wanted + generation.max_new_tokens > self.welcome.description.positions + 1:
             raise UserError(
                 f"the prompt has {length} tokens, and filled up to {length + wanted} it leaves no room for "
-                f"{question.max_new_tokens} new ones in this model"
+                f"{generation.max_new_tokens} new ones in this model"
             )
-        if question.privacy.pad_text is not None:
-            fill = self.tokenizer.encode(question.privacy.pad_text, MAX_TOKENS)
+        if generation.privacy.pad_text is not None:
+            fill = self.tokenizer.encode(generation.privacy.pad_text, MAX_TOKENS)
         else:
-            fill = (self.tokenizer.ids_of(None) or question.stop_ids)[:1]
+            fill = (self.tokenizer.ids_of(None) or generation.stop_ids)[:1]
         if not fill:
             raise UserError("the tokenizer has no token that ends a text: say what to fill up with by --pad-with")
         return (fill * -(-wanted // len(fill)))[-wanted:]
@@ -212,7 +212,7 @@ class _Session:
         """The public token embeddings, `(V, d)`; all clients fetch the same, whatever they ask."""
         path, shape = folder / "table.safetensors", self.welcome.description.weight_shapes()["embedding"]
         most, received = 4 * shape[0] * shape[1] + (1 << 16), 0
-        self.question.watcher.status("fetching the public token embeddings")
+        self.generation.watcher.status("fetching the public token embeddings")
         async with self.http.get(f"{self.server.url}/v1/table", allow_redirects=False) as response:
             with open(path, "wb") as file:
                 while part := await asyncio.wait_for(response.content.read(1 << 20), HANDSHAKE_SECONDS):
@@ -232,14 +232,14 @@ class _Session:
         message = await receive(self.socket, self.where, Queued | Accepted, HANDSHAKE_SECONDS)
         while isinstance(message, Queued):
             before = f", {message.ahead} before this one" if message.ahead else ""
-            self.question.watcher.status(f"{self.where} is busy; waiting in its queue{before}")
+            self.generation.watcher.status(f"{self.where} is busy; waiting in its queue{before}")
             message = await receive(self.socket, self.where, Queued | Accepted, None)
         return message
 
     async def _generate(self, party: Party, length: int, left: int) -> None:
-        question, settings = self.question, self.welcome.settings
-        question.watcher.begin(question.done + self._count_stages(length, left))
-        before = len(question.new_tokens)
+        generation, settings = self.generation, self.welcome.settings
+        generation.watcher.begin(generation.done + self._count_stages(length, left))
+        before = len(generation.new_tokens)
         try:
             event = await asyncio.wait_for(party.event(), LINK_SECONDS)
         except asyncio.TimeoutError:
@@ -254,7 +254,7 @@ class _Session:
                 case Revealed():
                     token = self._take(event, settings)
                     self._show()
-                    if question.is_finished:
+                    if generation.is_finished:
                         return
                     await self._say(Next())
                     await party.proceed(token)
@@ -264,40 +264,40 @@ class _Session:
         raise LostServer(f"the private computation with {self.where} ended early")
 
     def _note(self, traffic: StageTraffic) -> None:
-        question = self.question
-        question.done += 1
+        generation = self.generation
+        generation.done += 1
         if traffic.name == "setup":
-            question.setup_seconds += traffic.seconds
-            question.setup_bytes += traffic.bytes
+            generation.setup_seconds += traffic.seconds
+            generation.setup_bytes += traffic.bytes
         else:
-            question.stages.append(traffic)
-        question.watcher.stage(question.done, traffic)
+            generation.stages.append(traffic)
+        generation.watcher.stage(generation.done, traffic)
 
     def _take(self, revealed: Revealed, settings: Settings) -> int:
         """Keep what is revealed of the next token, and choose it."""
-        question, vocab_size = self.question, self.welcome.description.vocab_size
-        question.reveal_bytes += revealed.bytes
+        generation, vocab_size = self.generation, self.welcome.description.vocab_size
+        generation.reveal_bytes += revealed.bytes
         logits = None if revealed.logits is None else np.asarray(revealed.logits)
         if settings.output == "logits":
             assert logits is not None
-            token = question.sampling.choose(logits, question.random)
+            token = generation.sampling.choose(logits, generation.random)
         else:
             assert revealed.tokens is not None
             if not all(0 <= choice < vocab_size for choice in revealed.tokens):
                 raise UserError(f"the private computation with {self.where} failed: a token outside the vocabulary")
-            token = revealed.tokens[0 if logits is None else question.sampling.choose(logits, question.random)]
+            token = revealed.tokens[0 if logits is None else generation.sampling.choose(logits, generation.random)]
         if logits is not None:
-            question.logits.append(logits)
-        question.new_tokens.append(token)
+            generation.logits.append(logits)
+        generation.new_tokens.append(token)
         return token
 
     def _show(self) -> None:
         """Pass on what can be shown of the answer by now."""
-        question = self.question
-        text = self.tokenizer.decode(question.answer_ids)
-        if question.is_finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
-            question.watcher.text(text[len(question.shown) :])
-            question.shown = text
+        generation = self.generation
+        text = self.tokenizer.decode(generation.answer_ids)
+        if generation.is_finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+            generation.watcher.text(text[len(generation.shown) :])
+            generation.shown = text
 
     def _count_stages(self, length: int, left: int) -> int:
         """Operations of a session, set-up included, for the progress line."""

@@ -43,11 +43,8 @@ class Watcher:
     status: Callable[[str], None] = field(default=lambda line: None)
 
 
-# --- One question -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class _Question:
+class Generation:
     """What is asked, and what of the answer has been received, over as many sessions as it takes."""
 
     prompt: str

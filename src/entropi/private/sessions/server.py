@@ -32,8 +32,8 @@ from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
 from entropi.private.sessions.party_handle import confinement
-from entropi.private.sessions.server_session import LEAVE_SECONDS, REVOKED, _dismiss, _session, log
-from entropi.private.sessions.server_state import Host
+from entropi.private.sessions.server_session import LEAVE_SECONDS, REVOKED, dismiss, log, run_session
+from entropi.private.sessions.server_state import ServerState
 from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.wire.addresses import parse_address
 from entropi.private.wire.certificates import Peer, Tls
@@ -122,11 +122,11 @@ def serve(
         audit = Audit(counters, audit_log)
         greeting = text_frames(encode(welcome))
         digest = welcome.digest()
-        host = Host(folder, welcome, digest, limits, slots, quota, counters, table, audit, files, greeting)
+        state = ServerState(folder, welcome, digest, limits, slots, quota, counters, table, audit, files, greeting)
         # What is here by now stays; the door searches often for what connections leave behind.
         gc.collect()
         gc.freeze()
-        asyncio.run(_serve(host, address, watched))
+        asyncio.run(_serve(state, address, watched))
         audit.close()
     log.info("stopped")
 
@@ -146,17 +146,17 @@ def _check_tokenizer(tokenizer: str, description: Description) -> None:
         log.warning("clients will not apply this tokenizer unless they name its SHA-256: %s", "; ".join(found))
 
 
-async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int]) -> None:
+async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[str, int]) -> None:
     async def handler(request: web.Request) -> web.WebSocketResponse:
-        return await _session(request, host, entrance.guest(request))
+        return await run_session(request, state, entrance.guest(request))
 
     async def table(request: web.Request) -> web.FileResponse:
-        assert host.table is not None
+        assert state.table is not None
         peer, transport = Peer.of(request.transport), request.transport
-        if peer is not None and peer in host.revoked:
+        if peer is not None and peer in state.revoked:
             raise web.HTTPForbidden
-        response = web.FileResponse(host.table)
-        patience = SEND_SECONDS + host.table.stat().st_size / TABLE_BYTES_PER_SECOND
+        response = web.FileResponse(state.table)
+        patience = SEND_SECONDS + state.table.stat().st_size / TABLE_BYTES_PER_SECOND
         try:
             await asyncio.wait_for(response.prepare(request), patience)  # which sends it
         except asyncio.TimeoutError:
@@ -165,19 +165,19 @@ async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int])
         return response
 
     async def end_sessions(_: web.Application) -> None:
-        await asyncio.gather(*(_dismiss(socket, "the server is stopping") for socket in host.sockets))
+        await asyncio.gather(*(dismiss(socket, "the server is stopping") for socket in state.sockets))
 
     app = web.Application()
     app.router.add_get("/v1/session", handler)
-    if host.table is not None:
+    if state.table is not None:
         app.router.add_get("/v1/table", table)
     app.on_shutdown.append(end_sessions)
     request_log.addFilter(_without_trace)
     for strangers in (request_log, logging.getLogger("asyncio")):
         strangers.addFilter(Sparing())
-    files = host.watched
-    entrance = Door(files, startups_that_fit(host.limits), host.limits.source_startups, host.audit)
-    side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, host.audit)
+    files = state.watched
+    entrance = Door(files, startups_that_fit(state.limits), state.limits.source_startups, state.audit)
+    side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, state.audit)
     loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
@@ -185,13 +185,13 @@ async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int])
         loop.add_signal_handler(signal.SIGHUP, again.set)
     log.info("in force for a session's process: %s", await confinement())
     async with contextlib.AsyncExitStack() as closing:
-        closing.push_async_callback(host.quota.close)
-        await host.quota.check()
-        for task in (loop.create_task(host.audit.keep()), loop.create_task(_watch_files(host, again))):
+        closing.push_async_callback(state.quota.close)
+        await state.quota.check()
+        for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
             closing.callback(task.cancel)
         for each, door, where in (
             (app, entrance, address),
-            (monitoring_app(host.counters), side_door, watched),
+            (monitoring_app(state.counters), side_door, watched),
         ):
             each.middlewares.append(door.attend)
             runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
@@ -205,8 +205,8 @@ async def _serve(host: Host, address: tuple[str, int], watched: tuple[str, int])
                 log.info(
                     "listening on %s, %s, protocol %s, %s",
                     _spell(where[0], port),
-                    host.welcome.description.architecture,
-                    host.welcome.settings.protocol,
+                    state.welcome.description.architecture,
+                    state.welcome.settings.protocol,
                     "TLS 1.3 with client certificates" if files is not None else "no TLS: this machine only",
                 )
             else:
@@ -224,10 +224,10 @@ def _listening(address: tuple[str, int]) -> Iterator[None]:
         raise UserError(f"cannot listen on {_spell(*address)}: {reason}") from None
 
 
-async def _watch_files(host: Host, again: asyncio.Event) -> None:
+async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
     """Read certificates and revocations again on SIGHUP and when they change, and end sessions of who is revoked."""
-    files = host.watched
-    host.counters.revoked = len(host.revoked)
+    files = state.watched
+    state.counters.revoked = len(state.revoked)
     while True:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(again.wait(), WATCH_SECONDS)
@@ -239,12 +239,12 @@ async def _watch_files(host: Host, again: asyncio.Event) -> None:
             files.reload()
         except Exception as error:  # whatever it is, the next change is to be looked at
             log.error("what was read before stays in use: %s", error)
-            host.audit.happened("certificates not reloaded", str(error))
+            state.audit.happened("certificates not reloaded", str(error))
             continue
-        host.counters.revoked = len(files.revoked)
-        host.audit.happened("certificates reloaded", f"{len(files.revoked)} revoked")
-        ended = [socket for socket, peer in host.sockets.items() if peer is not None and peer in files.revoked]
-        await asyncio.gather(*(_dismiss(socket, REVOKED) for socket in ended))
+        state.counters.revoked = len(files.revoked)
+        state.audit.happened("certificates reloaded", f"{len(files.revoked)} revoked")
+        ended = [socket for socket, peer in state.sockets.items() if peer is not None and peer in files.revoked]
+        await asyncio.gather(*(dismiss(socket, REVOKED) for socket in ended))
 
 
 def _spell(host: str, port: int) -> str:

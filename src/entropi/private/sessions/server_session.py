@@ -20,7 +20,7 @@ from entropi.private.compute.folded import WEIGHTS_FILE
 from entropi.private.compute.settings import SERVER
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
-from entropi.private.sessions.server_state import Host
+from entropi.private.sessions.server_state import ServerState
 from entropi.private.wire.certificates import Peer
 from entropi.private.wire.messages import (
     PROTOCOL_VERSION,
@@ -59,7 +59,7 @@ REPORT_SECONDS = 1.0  # for the server's party to report what it did before the 
 log = logging.getLogger("entropi.server")
 
 
-async def _session(request: web.Request, host: Host, guest: Guest) -> web.WebSocketResponse:
+async def run_session(request: web.Request, state: ServerState, guest: Guest) -> web.WebSocketResponse:
     if "Origin" in request.headers:  # a web page in somebody's browser
         raise web.HTTPForbidden
     socket = web.WebSocketResponse(
@@ -68,57 +68,57 @@ async def _session(request: web.Request, host: Host, guest: Guest) -> web.WebSoc
     transport, peer = request.transport, Peer.of(request.transport)
     await socket.prepare(request)
     client = str(peer) if peer is not None else ""
-    session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(host))
+    session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(state))
     started = time.monotonic()
     session_log.info("opened%s", f" by {client}" if client else "")
-    host.sockets[socket] = peer
+    state.sockets[socket] = peer
     ending: Ending = "failed"
-    progress, reason = _Progress(), ""
+    progress, reason = Progress(), ""
     try:
-        if peer is not None and peer in host.revoked:
+        if peer is not None and peer in state.revoked:
             raise Refusal(REVOKED)
-        await _talk(request, socket, peer.name if peer is not None else "", session_log, host, guest, progress)
+        await _talk(request, socket, peer.name if peer is not None else "", session_log, state, guest, progress)
         ending = "finished"
-        await _dismiss(socket)
+        await dismiss(socket)
     except (ClientLeft, ConnectionError) as error:  # the latter where this side was about to say something
         ending = "left"
-        if peer is not None and peer in host.revoked:
+        if peer is not None and peer in state.revoked:
             ending, reason = "refused", REVOKED
         elif isinstance(error, ClientLeft):
             reason = str(error)
     except SessionError as error:
         ending, reason = "refused" if isinstance(error, Refusal) else "failed", str(error)
         session_log.warning("%s", error)
-        await _dismiss(socket, reason)
+        await dismiss(socket, reason)
     except Exception:
         session_log.exception("failed")
         reason = "the server failed"
-        await _dismiss(socket, reason)
+        await dismiss(socket, reason)
     finally:
-        del host.sockets[socket]
+        del state.sockets[socket]
         if transport is not None:  # what a client that does not read has not taken by then is thrown away
             asyncio.get_running_loop().call_later(LEAVE_SECONDS / 2, cut, transport)
-        host.counters.endings[ending] += 1
+        state.counters.endings[ending] += 1
         seconds = round(time.monotonic() - started, 3)
         session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": seconds})
         told = {"session": session_log.session, "address": guest.address, "seconds": seconds}
         told["tokens"] = progress.revealed
-        host.audit.session(client or guest.address, ending, reason, told, computed=progress.computing)
+        state.audit.session(client or guest.address, ending, reason, told, computed=progress.computing)
     return socket
 
 
-def _too_many_lines(host: Host) -> bool:
+def _too_many_lines(state: ServerState) -> bool:
     """Whether so many connections had lines in the log of late that another one's would only fill it."""
     now = time.monotonic()
-    while host.recent and host.recent[0] < now - 60:
-        host.recent.popleft()
-    if len(host.recent) >= QUIET_SESSIONS:
+    while state.recent and state.recent[0] < now - 60:
+        state.recent.popleft()
+    if len(state.recent) >= QUIET_SESSIONS:
         return True
-    host.recent.append(now)
+    state.recent.append(now)
     return False
 
 
-async def _dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> None:
+async def dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> None:
     """Close the control channel, with a reason if there is one to tell."""
     with contextlib.suppress(ConnectionError, RuntimeError, ClientLeft):
         if reason is not None:
@@ -138,50 +138,50 @@ async def _talk(
     socket: web.WebSocketResponse,
     name: str,
     session_log: SessionLog,
-    host: Host,
+    state: ServerState,
     guest: Guest,
-    progress: _Progress,
+    progress: Progress,
 ) -> None:
     """Handshake, then the session itself once there is room for it."""
     hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
-    await leave_in_time(_greet(request, host.greeting), WELCOME_SECONDS)
+    await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
     start = await receive(socket, Start, HANDSHAKE_SECONDS)
-    if start.digest != host.digest:
+    if start.digest != state.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
-    if start.max_new_tokens > host.limits.max_new_tokens:
-        raise Refusal(f"at most {host.limits.max_new_tokens} new tokens a session are allowed")
-    positions = host.welcome.description.positions
+    if start.max_new_tokens > state.limits.max_new_tokens:
+        raise Refusal(f"at most {state.limits.max_new_tokens} new tokens a session are allowed")
+    positions = state.welcome.description.positions
     if start.prompt_length + start.max_new_tokens - 1 > positions:
         raise Refusal(
             f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
             f"{positions} positions"
         )
-    async with host.quota.session(name, start.max_new_tokens) as usage, host.slots.slot(socket, guest.admitted()):
+    async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
         session_log.quiet, progress.computing = False, True
-        host.counters.prompt_tokens += start.prompt_length
+        state.counters.prompt_tokens += start.prompt_length
         began = time.monotonic()
         try:
-            work = _compute(socket, usage, session_log, host, start, progress)
-            await asyncio.wait_for(work, host.limits.session_seconds)
+            work = _compute(socket, usage, session_log, state, start, progress)
+            await asyncio.wait_for(work, state.limits.session_seconds)
         except asyncio.TimeoutError:
             raise SessionError("the session's time limit was reached") from None
         finally:
-            host.counters.session_seconds += time.monotonic() - began
+            state.counters.session_seconds += time.monotonic() - began
 
 
 async def _compute(
     socket: web.WebSocketResponse,
     usage: Usage,
     session_log: SessionLog,
-    host: Host,
+    state: ServerState,
     start: Start,
-    progress: _Progress,
+    progress: Progress,
 ) -> None:
     """One pass for the prompt and one for every `Next`."""
-    session, welcome = secrets.token_hex(16), host.welcome
-    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, host.limits.memory_gb)
+    session, welcome = secrets.token_hex(16), state.welcome
+    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, state.limits.memory_gb)
 
     async def carry(message: bytes) -> None:
         try:
@@ -199,14 +199,14 @@ async def _compute(
                 settings=welcome.settings,
                 max_new_tokens=start.max_new_tokens,
                 prompt_length=start.prompt_length,
-                weights=str(host.folder / WEIGHTS_FILE),
+                weights=str(state.folder / WEIGHTS_FILE),
             ),
             memory_bytes=memory,
         )
         tasks: list[asyncio.Task[None]] = []
         try:
             await send(socket, Accepted(session))
-            work = asyncio.create_task(_watch_party(party, session_log, host, usage, progress))
+            work = asyncio.create_task(_watch_party(party, session_log, state, usage, progress))
             listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start.max_new_tokens, progress))
             link = asyncio.create_task(_watch_link(tunnel))
             suspended = asyncio.create_task(party.suspended())
@@ -247,7 +247,7 @@ async def _compute(
 
 
 @dataclass
-class _Progress:
+class Progress:
     """Tokens of one session."""
 
     asked: int = 1
@@ -255,10 +255,12 @@ class _Progress:
     computing: bool = False  # it had a slot
 
 
-async def _watch_party(party: Party, session_log: SessionLog, host: Host, usage: Usage, progress: _Progress) -> None:
+async def _watch_party(
+    party: Party, session_log: SessionLog, state: ServerState, usage: Usage, progress: Progress
+) -> None:
     """Log what the party reports, until it has finished."""
     sent = received = 0
-    patience = min(LINK_SECONDS, host.limits.stall_seconds)
+    patience = min(LINK_SECONDS, state.limits.stall_seconds)
     while True:
         try:
             event = await asyncio.wait_for(party.event(), patience)
@@ -268,14 +270,14 @@ async def _watch_party(party: Party, session_log: SessionLog, host: Host, usage:
             case None:
                 return
             case Linked():
-                patience = host.limits.stall_seconds
+                patience = state.limits.stall_seconds
             case StageDone(traffic):
                 sent, received = sent + traffic.sent_bytes, received + traffic.received_bytes
-                host.counters.sent_bytes += traffic.sent_bytes
-                host.counters.received_bytes += traffic.received_bytes
+                state.counters.sent_bytes += traffic.sent_bytes
+                state.counters.received_bytes += traffic.received_bytes
             case Revealed():
                 progress.revealed += 1
-                host.counters.tokens += 1
+                state.counters.tokens += 1
                 await usage.count_token()
                 session_log.info(
                     "a token, %d bytes sent, %d received so far",
@@ -301,7 +303,7 @@ async def _watch_link(tunnel: Tunnel) -> None:
 
 
 async def _listen_to_client(
-    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, max_new_tokens: int, progress: _Progress
+    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, max_new_tokens: int, progress: Progress
 ) -> None:
     """Pass on the client's `Next`s, one fewer than there are tokens, and its engine's bytes; until it leaves."""
     with contextlib.suppress(ClientLeft):

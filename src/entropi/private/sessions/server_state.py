@@ -21,7 +21,7 @@ from entropi.private.wire.revocation import Revoked, Watched
 
 
 @dataclass(frozen=True)
-class Host:
+class ServerState:
     """Everything a session needs of the server."""
 
     folder: Path
