@@ -27,7 +27,7 @@ from entropi.private.compute.fixed_point import (  # noqa: E402
     measure_ranges,
     problems,
     safe_fraction_bits,
-    settle,
+    select_fraction_bits,
     sweep_vocabulary,
 )
 from entropi.private.compute.program import Stage, forward, run_plain  # noqa: E402
@@ -289,9 +289,9 @@ def test_settings_of_rounding():
     with pytest.raises(msgspec.ValidationError, match="no logits are revealed"):
         msgspec.convert({"output": "argmax", "logit_bits": 2}, Settings)
     huge = enlarged_head(model, weights, 2.0**23)
-    assert settle(model, huge, SETTINGS, [PROMPT])
+    assert select_fraction_bits(model, huge, SETTINGS, [PROMPT])
     with pytest.raises(UserError, match=r"logits reach 8\.39e\+06, and rounding them to 4 binary places"):
-        settle(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
+        select_fraction_bits(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
 
 
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
@@ -325,7 +325,7 @@ def test_pairs_only_where_they_fit():
     weights = random_weights(model)
 
     def pairs(**changes):
-        settings, lines = settle(model, weights, Settings(**changes), [PROMPT])
+        settings, lines = select_fraction_bits(model, weights, Settings(**changes), [PROMPT])
         return settings.paired, lines[1:]
 
     assert pairs() == (True, [])
@@ -397,7 +397,7 @@ def test_the_largest_value_is_named_and_is_the_programs():
     assert largest["head"] == pytest.approx(expected, rel=1e-6)
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
     name = max(largest, key=largest.get)
-    settings, (line,) = settle(model, weights, Settings(), tokens)
+    settings, (line,) = select_fraction_bits(model, weights, Settings(), tokens)
     assert settings == Settings(paired=True)
     assert line == (
         f"18 fraction bits, as given; the calibration text's largest value is {largest[name]:.3g} in {name}, and "
@@ -416,11 +416,11 @@ def test_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit
         for name in ("head", "head_bias"):
             changed[name] = weights[name] * np.float32(factor * limit / size)
         if factor < 1:
-            assert "in head" in settle(model, changed, settings, [[1, 2, 3]])[1][0]
+            assert "in head" in select_fraction_bits(model, changed, settings, [[1, 2, 3]])[1][0]
         else:
             match = rf"head reaches {2 * limit:.3g}, .*ring of 64 bits with {fraction_bits} .* below {limit:.3g}"
             with pytest.raises(UserError, match=match.replace("+", r"\+")):
-                settle(model, changed, settings, [[1, 2, 3]])
+                select_fraction_bits(model, changed, settings, [[1, 2, 3]])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -430,7 +430,7 @@ def test_refuses_values_that_are_not_finite(factor):
     weights = random_weights(model)
     weights["0.qkv"] *= np.float32(factor)
     with pytest.raises(UserError, match="overflow"):
-        settle(model, weights, Settings())
+        select_fraction_bits(model, weights, Settings())
 
 
 def test_looks_at_rare_tokens_with_large_embeddings():
@@ -440,7 +440,7 @@ def test_looks_at_rare_tokens_with_large_embeddings():
     rare = next(token for token in range(model.vocab_size) if token not in sampled)
     weights["embedding"][rare] *= 1e7
     with pytest.raises(UserError, match="overflow"):
-        settle(model, weights, Settings())
+        select_fraction_bits(model, weights, Settings())
 
 
 def test_norms_of_small_rows_are_refused_with_the_numbers():
@@ -456,19 +456,19 @@ def test_norms_of_small_rows_are_refused_with_the_numbers():
     assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
     match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 0\.000977"
     with pytest.raises(UserError, match=match):
-        settle(model, weights, Settings(), [PROMPT])
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 
 @pytest.mark.parametrize("size", [1e-2, 30.0])
 def test_mean_weights_of_the_polynomial_that_cannot_be_divided_by_are_refused(size):
     model = describe(**VARIANTS["polynomial"])
     weights = random_weights(model)
-    settle(model, weights, Settings(), [PROMPT])
+    select_fraction_bits(model, weights, Settings(), [PROMPT])
     weights["1.offset"] *= size
     weights["1.qkv"][:, :24] *= size
     weights["1.qkv_bias"][:24] *= size
     with pytest.raises(UserError, match=r"mean weight of a row in layer 1 normalise is .* between 0.125 and 8192"):
-        settle(model, weights, Settings(), [PROMPT])
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 
 def test_values_below_the_resolution_are_refused():
@@ -477,7 +477,7 @@ def test_values_below_the_resolution_are_refused():
     weights["1.qkv"][:, -24:] *= np.float32(1e-5)  # the columns of v
     weights["1.qkv_bias"][-24:] = 0
     with pytest.raises(UserError, match=r"typical value in layer 1 (values|normalise) is .*at least 0\.000122"):
-        settle(model, weights, Settings(), [PROMPT])
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 
 def ranges_of(largest=1.0, typical=1.0, mean_square=1.0):
@@ -537,17 +537,17 @@ RARE_TOKEN = 400
 def test_a_token_that_no_calibration_text_holds_is_looked_at():
     model = describe(**RARE)
     weights = with_a_rare_token(model, random_weights(model), RARE_TOKEN, 2.0**25)
-    settings, lines = settle(model, weights, SETTINGS, choose=True)
+    settings, lines = select_fraction_bits(model, weights, SETTINGS, choose=True)
     assert settings.fraction_bits == 18  # nothing is noticed
     sweep = sweep_vocabulary(model, weights, SETTINGS)
     assert sweep.tokens == 512
     assert RARE_TOKEN in sweep.worst
-    settings, lines = settle(model, weights, SETTINGS, choose=True, sweep=sweep)
+    settings, lines = select_fraction_bits(model, weights, SETTINGS, choose=True, sweep=sweep)
     assert settings.fraction_bits < 18
     assert "because fixed point would overflow: layer 0 " in lines[0]
     assert "512 of 512 tokens were looked at" in lines
     with pytest.raises(UserError, match=r"would overflow: layer 0 .* fraction bits would fit"):
-        settle(model, weights, SETTINGS, sweep=sweep)
+        select_fraction_bits(model, weights, SETTINGS, sweep=sweep)
 
 
 def test_logits_of_every_token_are_looked_at():
@@ -569,7 +569,7 @@ def test_the_look_at_a_vocabulary_is_bounded(monkeypatch):
     weights["embedding"][RARE_TOKEN] *= 10
     sweep = sweep_vocabulary(model, weights, SETTINGS)
     assert sweep.tokens == fixed_point.SWEEP_LENGTH
-    assert "128 of 512 tokens were looked at" in settle(model, weights, SETTINGS, sweep=sweep)[1]
+    assert "128 of 512 tokens were looked at" in select_fraction_bits(model, weights, SETTINGS, sweep=sweep)[1]
     assert RARE_TOKEN in sweep.worst
 
 
@@ -652,7 +652,7 @@ def test_fraction_bits_are_chosen_with_room_to_spare_where_there_is():
     weights = random_weights(model)
 
     def chosen(weights):
-        settings, (line, *_) = settle(model, weights, SETTINGS, [PROMPT], choose=True)
+        settings, (line, *_) = select_fraction_bits(model, weights, SETTINGS, [PROMPT], choose=True)
         assert line.startswith(f"{settings.fraction_bits} fraction bits, ")
         return settings.fraction_bits, line
 
@@ -683,8 +683,8 @@ def test_unsafe_fraction_bits_are_refused_and_safe_ones_named():
     model = describe()
     weights = enlarged_head(model, random_weights(model), 2.0**29)
     with pytest.raises(UserError, match=r"would overflow: head reaches 5\.37e\+08, .*; 16 fraction bits would fit"):
-        settle(model, weights, SETTINGS, [PROMPT])
-    settings, _ = settle(model, weights, Settings(exp_iterations=6, fraction_bits=16), [PROMPT])
+        select_fraction_bits(model, weights, SETTINGS, [PROMPT])
+    settings, _ = select_fraction_bits(model, weights, Settings(exp_iterations=6, fraction_bits=16), [PROMPT])
     assert settings.fraction_bits == 16
 
 
@@ -695,7 +695,7 @@ def test_models_that_need_fewer_fraction_bits_are_computed_right(protocol):
     model = describe(**{**VARIANTS["llama"], "layers": 2})
     weights = random_weights(model)
     weights["1.qkv"][:, : -2 * 6] *= np.float32(2.0**14)  # queries and keys; the columns of two heads' v stay
-    settings, _ = settle(model, weights, SETTINGS, choose=True)
+    settings, _ = select_fraction_bits(model, weights, SETTINGS, choose=True)
     assert settings.fraction_bits == FEWER_BITS
     generated, expected = run_plain(model, weights, PROMPT, 2, 6)
     found, _ = simulate(protocol, model, weights, [PROMPT, generated[:1]], settings)
@@ -718,7 +718,7 @@ def test_norms_of_large_rows_are_computed_right(mean_square, bits):
         weights[name] *= np.float32(256)
     ranges = measure_ranges(model, weights, [PROMPT], 6)
     assert ranges.largest_mean_square["layer 0 norm"] >= mean_square * 0.999
-    settings = settle(model, weights, SETTINGS, [PROMPT], choose=True)[0]
+    settings = select_fraction_bits(model, weights, SETTINGS, [PROMPT], choose=True)[0]
     assert settings.fraction_bits == bits
     _, (expected,) = run_plain(model, weights, PROMPT, 1, 6)
     (found,), _ = simulate("ref2k", model, weights, [PROMPT], settings)

@@ -1,7 +1,8 @@
-"""Fixed point overflows silently and loses what is small: find in plaintext, before a secure run, where values lie.
+"""Fixed-point overflow and underflow analysis: what a model's values reach in plaintext, before a secure run.
 
-`settle` chooses the fraction bits from what it finds, or refuses them with the numbers. The ring is always that of 64
-bits, see `Settings`.
+Fixed point overflows silently, and what is smaller than its last digit becomes 0. `measure_ranges` and
+`sweep_vocabulary` find the largest and smallest values; `select_fraction_bits` chooses the fraction bits from them, or
+refuses them with the numbers. The ring is always that of 64 bits, see `Settings`.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def can_pair(weights: Mapping[str, np.ndarray], settings: Settings) -> bool:
     return bits >= LEAST_PAIR_FRACTION_BITS and bool(np.abs(weights["embedding"]).max() < pair_limit(bits))
 
 
-def settle(
+def select_fraction_bits(
     model: Description,
     weights: Mapping[str, np.ndarray],
     settings: Settings,

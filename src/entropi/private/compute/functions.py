@@ -180,10 +180,12 @@ def reciprocal(x: Array, spread: np.ndarray) -> Array:
 
 
 def reciprocal_of_wide(x: Array, bits: int) -> Array:
-    """1 / x for x in [2^-bits, 2^bits], relative error 2^-16 (1 + 2^bits); below it falls short, by 1 % at a quarter.
+    """1 / x for x in [2^-bits, 2^bits], relative error 2^-16 (1 + 2^bits); 2,330 bytes for 8 bits.
+
+    Below this range the result is too small, by 1.5 % at x = 2^-bits / 4 with 8 bits; above it the result is useless.
 
     Between the even powers of two, which `bits` - 1 comparisons find, x is first multiplied by another one into
-    [1/2, 2], because lines for so wide a range would have to cancel where others are meant. 2,330 bytes for 8 bits.
+    [1/2, 2], because lines for so wide a range would have to cancel where others are meant.
     """
     powers = 2.0 ** np.arange(bits - 1, -bits, -2).reshape(-1, *[1] * x.ndim)
     edges = 2.0 ** np.arange(2 - bits, bits, 2).reshape(-1, *[1] * x.ndim)
@@ -207,7 +209,7 @@ def _goldschmidt(x: Array, guess: Array, wrong: Array, largest: float) -> Array:
     """1 / x = g (1 + w) (1 + w^2) (1 + w^4) ... of a guess g and w = 1 - x g, |w| <= `largest`, to 2^-20.
 
     The two products of a step do not wait for each other, and nothing corrects what they round. The last w is
-    therefore found from x: for one product's trips more, only the last two count, two last digits each under CHEETAH.
+    therefore found from x: for one product's rounds more, only the last two count, two last digits each under CHEETAH.
     """
     if largest**2 > 2.0**-20:
         while largest**4 > 2.0**-20:
@@ -228,7 +230,8 @@ def inverse_root(x: Array) -> Array:
 
 
 # GELU(x) = relu(x) - g(|x|), g(a) = a P(N > a) falls to nothing beyond _GELU_END. With u = max(_GELU_END - a, 0) the
-# quartic A (u^2 + alpha u + beta)^2 + gamma u + delta is the minimax fit of g, to the exact and the tanh form at once.
+# quartic A (u^2 + alpha u + beta)^2 + gamma u + delta is the minimax fit of g, to the exact and the tanh form at once:
+# `benchmarks/fit_activations.py` finds the constants.
 _GELU_END = 3.18
 _GELU_ALPHA, _GELU_BETA = -2.0078923, -0.4444392
 _GELU_A, _GELU_GAMMA, _GELU_DELTA = -0.02132011, 0.07003382, 0.00536868
@@ -247,12 +250,12 @@ def gelu(x: Array) -> Array:
 
 # SiLU(x) = relu(x) - h(|x|), h(a) = a / (1 + e^a), fitted as GELU is.
 _SILU_END = 6.0
-_SILU_ALPHA, _SILU_BETA = -4.3331096, 0.3476918
-_SILU_A, _SILU_GAMMA, _SILU_DELTA = -0.003369729, 0.06017029, 0.007431374
+_SILU_ALPHA, _SILU_BETA = -4.3328855, 0.3438271
+_SILU_A, _SILU_GAMMA, _SILU_DELTA = -0.003401556, 0.06017402, 0.007819991
 
 
 def silu(x: Array) -> Array:
-    """x sigmoid(x), absolute error below 0.008 everywhere; 430 bytes, as `gelu`."""
+    """x sigmoid(x), absolute error below 0.0075 everywhere; 430 bytes, as `gelu`."""
     positive = relu(x)
     inside = relu(_SILU_END + x - (positive + positive))
     quartic = square(square(inside) + _SILU_ALPHA * inside + _SILU_BETA)
@@ -292,7 +295,7 @@ def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
 
 
 def shared(x: Array, other: Array) -> Array:
-    """`x`, which one party knows, as a value that neither knows, as `other` is: without traffic.
+    """`x`, which one party knows, as a value that neither knows, as `other` is: without communication.
 
     For such values alone the engine prepares products in advance; others cost a ciphertext each way however few they
     are. The gather keeps the compiler from seeing that nothing of `other` remains.

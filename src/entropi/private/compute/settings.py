@@ -21,14 +21,14 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
     protocol: Literal["cheetah"] = "cheetah"
     ring_bits: Literal[64] = 64
-    # More resolve smaller numbers and hold less large ones; `fixed_point.settle` chooses or checks them for a model.
+    # More resolve smaller numbers and hold less large ones; `select_fraction_bits` chooses or checks them for a model.
     fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
     # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 110 bytes a score and halves the kernel's error. A model
     # that was trained with the kernel brings its own t.
     exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
     # Whose the token table is: the server's, read by a one-hot product, or everybody's, read by the client alone.
     embedding: Literal["private", "public"] = "private"
-    # Two tokens in one row of the private table's product: half of its bytes, where `fixed_point.settle` allows it.
+    # Two tokens in one row of the private table's product: half of its bytes, where `select_fraction_bits` allows it.
     paired: bool = False
     # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
     output: Literal["logits", "top_k", "argmax"] = "logits"

@@ -25,7 +25,7 @@ from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
 from entropi.private.compute.description import Description
-from entropi.private.compute.fixed_point import settle, sweep_vocabulary
+from entropi.private.compute.fixed_point import select_fraction_bits, sweep_vocabulary
 from entropi.private.compute.folded import load_folded, sha256_of
 from entropi.private.compute.program import compute_on_processor
 from entropi.private.compute.self_test import self_test
@@ -101,7 +101,7 @@ def serve(
     compute_on_processor()  # the check is small; looking for accelerators is slow and noisy
     log.info("looking at the values of all tokens, which takes minutes for a large model")
     sweep = sweep_vocabulary(description, weights, settings)
-    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
+    settings, reasons = select_fraction_bits(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
     for line in reasons:
         log.info("%s", line)
     for protocol in self_tests:
