@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 pytest.importorskip("spu")
 pytest.importorskip("cryptography")
@@ -44,7 +45,7 @@ from entropi.private.sessions.generation import Answer, Watcher
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.sampling import Sampling
-from entropi.private.wire import certificates, channel
+from entropi.private.wire import channel
 from entropi.private.wire.addresses import parse_address
 from entropi.private.wire.authority import issue
 from entropi.private.wire.certificates import Tls, tls_files
@@ -213,9 +214,8 @@ def test_unusable_tls_files(authority, capfd, change, complaint):
 
 
 def test_a_key_with_a_password_is_not_waited_for(authority, tmp_path):
-    key = certificates.serialization.load_pem_private_key((authority / "alice-key.pem").read_bytes(), None)
+    key = serialization.load_pem_private_key((authority / "alice-key.pem").read_bytes(), None)
     locked = tmp_path / "locked.pem"
-    serialization = certificates.serialization
     locked.write_bytes(
         key.private_bytes(
             serialization.Encoding.PEM,
@@ -804,8 +804,8 @@ def test_an_answer_is_continued_after_the_line_was_cut(secured, authority, model
     line = network.SlowLine(secured.address(), network.Line(1e9, 0.0))
     pieces, happened, cut = [], [], []
 
-    def stage(done, traffic):
-        if traffic.token == 1 and not cut:
+    def stage(done, communication):
+        if communication.token == 1 and not cut:
             cut.append(line.cut())
 
     watcher = Watcher(stage=stage, text=pieces.append, status=happened.append)
@@ -828,7 +828,7 @@ def test_a_line_that_goes_silent_is_noticed_by_both(secured, authority, capfd, m
     tls = files(authority, "alice")
     frozen = []
 
-    def stage(done, traffic):
+    def stage(done, communication):
         if done == 2:
             frozen.append(time.monotonic())
             line.freeze()

@@ -498,7 +498,7 @@ def test_who_is_revoked_is_out_at_once_and_a_new_certificate_comes_without_a_res
         alice, bob = files(folder, "alice"), files(folder, "bob")
         ended = []
 
-        def stage(done, traffic):
+        def stage(done, communication):
             if done == 3:
                 revoked.write_text(revoke(folder, ["alice"]).read_text())
                 serving.process.send_signal(signal.SIGHUP)
@@ -601,8 +601,8 @@ def test_two_servers_behind_one_address_of_which_one_is_killed(folded, scratch, 
         alice = files(folder, "alice")
         connection = connect(address, alice)
 
-        def stage(done, traffic):
-            if traffic.token == 1 and not killed:  # the first token has come
+        def stage(done, communication):
+            if communication.token == 1 and not killed:  # the first token has come
                 (busy,) = (one for one in servers if parties(scratch, one.process.pid))
                 busy.process.kill()
                 killed.append(busy)

@@ -313,7 +313,7 @@ def test_tokens_are_looked_up_in_pairs(running, model, length):
     server = client.connect(running.address())
     assert server.settings == Settings(paired=True)
     begun, done = [], []
-    answer = server.ask(prompt, 2, watcher=Watcher(begun.append, lambda number, traffic: done.append(number)))
+    answer = server.ask(prompt, 2, watcher=Watcher(begun.append, lambda number, communication: done.append(number)))
     for logits, token in zip(answer.logits, answer.record.new_tokens, strict=True):
         assert np.abs(logits - plain_logits(plain, ids)).max() < TOLERANCE
         ids.append(token)
@@ -837,7 +837,7 @@ def ask_and_interrupt(address, interrupt):
     """Ask in this process, `interrupt()` once the prompt's pass has begun, and return the complaint."""
     done = []
 
-    def stage(number, traffic):
+    def stage(number, communication):
         if number == 3:
             done.append(interrupt())
 

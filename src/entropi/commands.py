@@ -661,10 +661,10 @@ def ask(
         else:
             line.append(ProgressLine("private inference", total, console=console).__enter__())
 
-    def stage(done: int, traffic: records.StageTraffic) -> None:
-        moved[0] += traffic.bytes
-        layer = f"layer {traffic.layer} " if traffic.layer >= 0 else ""
-        line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
+    def stage(done: int, communication: records.StageCommunication) -> None:
+        moved[0] += communication.bytes
+        layer = f"layer {communication.layer} " if communication.layer >= 0 else ""
+        line[0].update(done, f"token {communication.token + 1}, {layer}{communication.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
         received[0] += without_controls(piece, ANSWER_CONTROLS)

@@ -50,7 +50,7 @@ from entropi.private.wire.messages import (
     encode,
 )
 from entropi.private.wire.tunnel import LinkBroken, Tunnel
-from entropi.records import PrivateRun, StageTraffic
+from entropi.records import PrivateRun, StageCommunication
 from entropi.temporary import swept_folder
 
 LINK_SECONDS = 60
@@ -248,9 +248,9 @@ class ClientSession:
             match event:
                 case Linked():
                     pass
-                case StageDone(traffic):
-                    traffic.token += before
-                    self._note(traffic)
+                case StageDone(communication):
+                    communication.token += before
+                    self._note(communication)
                 case Revealed():
                     token = self._take(event, settings)
                     self._show()
@@ -263,15 +263,15 @@ class ClientSession:
             event = await party.event()
         raise LostServer(f"the private computation with {self.where} ended early")
 
-    def _note(self, traffic: StageTraffic) -> None:
+    def _note(self, communication: StageCommunication) -> None:
         generation = self.generation
         generation.done += 1
-        if traffic.name == "setup":
-            generation.setup_seconds += traffic.seconds
-            generation.setup_bytes += traffic.bytes
+        if communication.name == "setup":
+            generation.setup_seconds += communication.seconds
+            generation.setup_bytes += communication.bytes
         else:
-            generation.stages.append(traffic)
-        generation.watcher.stage(generation.done, traffic)
+            generation.stages.append(communication)
+        generation.watcher.stage(generation.done, communication)
 
     def _take(self, revealed: Revealed, settings: Settings) -> int:
         """Keep what is revealed of the next token, and choose it."""

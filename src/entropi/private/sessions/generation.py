@@ -13,7 +13,7 @@ from entropi.private.sessions.sampling import Sampling
 from entropi.private.sessions.tokenization import (
     check_prompt,
 )
-from entropi.records import PrivateRun, StageTraffic
+from entropi.records import PrivateRun, StageCommunication
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Watcher:
     """
 
     begin: Callable[[int], None] = field(default=lambda total: None)
-    stage: Callable[[int, StageTraffic], None] = field(default=lambda done, traffic: None)
+    stage: Callable[[int, StageCommunication], None] = field(default=lambda done, communication: None)
     text: Callable[[str], None] = field(default=lambda piece: None)
     status: Callable[[str], None] = field(default=lambda line: None)
 
@@ -60,7 +60,7 @@ class Generation:
     stop_ids: list[int] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
-    stages: list[StageTraffic] = field(default_factory=list)
+    stages: list[StageCommunication] = field(default_factory=list)
     setup_seconds: float = 0.0
     setup_bytes: int = 0
     reveal_bytes: int = 0

@@ -271,10 +271,10 @@ async def _watch_party(
                 return
             case Linked():
                 patience = state.limits.stall_seconds
-            case StageDone(traffic):
-                sent, received = sent + traffic.sent_bytes, received + traffic.received_bytes
-                state.counters.sent_bytes += traffic.sent_bytes
-                state.counters.received_bytes += traffic.received_bytes
+            case StageDone(communication):
+                sent, received = sent + communication.sent_bytes, received + communication.received_bytes
+                state.counters.sent_bytes += communication.sent_bytes
+                state.counters.received_bytes += communication.received_bytes
             case Revealed():
                 progress.revealed += 1
                 state.counters.tokens += 1
