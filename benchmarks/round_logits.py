@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from entropi.machine import machine
-from entropi.private.engine import Simulation
-from entropi.private.messages import Settings
-from entropi.private.program import Stage, rounded
+from entropi.private.compute.engine import Simulation
+from entropi.private.compute.layers import rounded
+from entropi.private.compute.program import Stage
+from entropi.private.compute.settings import Settings
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 from entropi.training.saved import open_with_heldout
 
@@ -75,8 +76,8 @@ def price(size: int, bits: int) -> tuple[float, float]:
     engine.run(Stage("add", -1, lambda a, b: a + b, ("server's", "client's"), ("logits",)))
     stage = Stage("round", -1, lambda x: rounded(x, bits=bits), ("logits",), ("logits",))
     engine.run(stage)  # keys and transfers that later ones need no more
-    traffic = engine.run(stage)
-    return traffic.bytes / 1e6, traffic.seconds
+    communication = engine.run(stage)
+    return communication.bytes / 1e6, communication.seconds
 
 
 def main() -> None:

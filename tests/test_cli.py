@@ -658,7 +658,8 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a server's answer in place of the private computation."""
     pytest.importorskip("spu")
     pytest.importorskip("jax")
-    from entropi.private import client
+    from entropi.private.sessions import client
+    from entropi.private.sessions.generation import Answer
 
     def put(pieces: list[str], new_text: str) -> None:
         def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any, **options: Any) -> Any:
@@ -666,7 +667,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             stages = []
             for index, piece in enumerate(pieces):
                 stages.append(
-                    records.StageTraffic(
+                    records.StageCommunication(
                         name="exp",
                         layer=0,
                         token=index,
@@ -696,7 +697,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 fraction_bits=18,
                 exp_iterations=8,
             )
-            return client.Answer(record, [np.zeros(4), np.ones(4)])
+            return Answer(record, [np.zeros(4), np.ones(4)])
 
         monkeypatch.setattr(client, "ask", ask)
 
@@ -893,7 +894,7 @@ def test_light_modules(module: str):
 
 def test_the_client_loads_no_torch():
     pytest.importorskip("spu")
-    assert not loaded_by("import entropi.private.client") & {"torch", "transformers", "spu"}
+    assert not loaded_by("import entropi.private.sessions.client") & {"torch", "transformers", "spu"}
     words = "['ask', 'hello', '--server', '127.0.0.1:1']"
     loaded = loaded_by(f"from entropi.cli import main\nassert main({words}) == 2\nprint()")
     assert not loaded & {"torch", "transformers", "matplotlib"}

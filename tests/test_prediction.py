@@ -14,9 +14,11 @@ from entropi.costs import cheetah
 from entropi.costs.calibration import shipped, trials, workers
 from entropi.costs.prediction import NETWORKS, Options, Predictor
 from entropi.costs.tracing import Use, Value, uses
-from entropi.private.engine import Simulation
-from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import Description, forward, one_hot, warm_up
+from entropi.private.compute.description import Description
+from entropi.private.compute.embedding import one_hot
+from entropi.private.compute.engine import Simulation
+from entropi.private.compute.program import forward, warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from private_reference import FIELDS
 
 MODELS = {
@@ -43,7 +45,7 @@ def describe(name: str) -> Description:
 
 
 def metered(protocol: str, model: Description, tokens: int, options: Options) -> list[list]:
-    """Traffic of the set-up, a prompt and one more token, by the engine's own count."""
+    """Communication of the set-up, a prompt and one more token, by the engine's own count."""
     engine = Simulation(protocol, Settings(fraction_bits=options.fraction_bits))
     random = np.random.default_rng(0)
     for name, shape in model.weight_shapes().items():

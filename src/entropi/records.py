@@ -257,7 +257,7 @@ class PredictionRecord(Base, tag="prediction"):
         return f"{'polynomial ' if self.polynomial else ''}t={self.exp_iterations}{whose}"
 
 
-class StageTraffic(msgspec.Struct, kw_only=True):
+class StageCommunication(msgspec.Struct, kw_only=True):
     """What one operation of one pass cost one party, as that party's engine counted it."""
 
     name: str  # "scores", "exp", ...
@@ -290,7 +290,7 @@ class PrivateRun(Base, tag="private"):
     prompt_tokens: list[int]
     new_tokens: list[int]
     new_text: str
-    stages: list[StageTraffic]
+    stages: list[StageCommunication]
     setup_seconds: float
     setup_bytes: int  # input sharing and key exchange counted by the link, where the engine tells; else 0
     reveal_bytes: int  # the server's shares of the logits
