@@ -22,9 +22,9 @@ pytest.importorskip("cryptography")
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-from entropi import cli
+from entropi import cli, commands
 from entropi.errors import UserError
-from entropi.private import client, connect, quotas
+from entropi.private import client, connect, quotas, server
 from entropi.private.admission import Limits, Refusal, SessionError
 from entropi.private.certificates import Peer, Revoked, Tls, Watched, issue, revoke
 from entropi.private.client import Watcher
@@ -260,8 +260,48 @@ def test_a_store_that_is_gone_lets_nobody_take_more(tmp_path, capfd):
         await quota.close()
 
     asyncio.run(scenario())
-    with pytest.raises(UserError, match="cannot be read"):
-        quotas.open_store("redes://here", Limits(client_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("where", "complaint"),
+    [
+        ("redes://:secret@here", "begins with 'redes'"),
+        ("sqlite:///quotas", "begins with 'sqlite'"),
+        ("redis:/secret", "not followed by //"),
+        ("redis://", "no host"),
+        ("redis:///0", "no host"),
+        ("redis://:secret@here:x/0", "host or port"),
+        ("redis://:secret@here:99999/0", "host or port"),
+        ("redis://here/secret", "number of a database"),
+        ("unix://", "path of a socket"),
+        ("unix://here/socket", "path of a socket"),
+        ("", "no name"),
+    ],
+)
+@pytest.mark.parametrize("limits", [Limits(), Limits(client_tokens=1)], ids=["free", "limited"])
+def test_addresses_of_quota_stores_that_are_none(where, complaint, limits, monkeypatch, tmp_path):
+    """Said at once, whether anybody is limited or not, and nothing is made by that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint) as caught:
+        quotas.open_store(where, limits)
+    assert "redis://HOST:PORT/NUMBER" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "where", ["redis://here", "rediss://:secret@here:1/2", "unix:///socket?db=2", "redis://[::1]:1/0"]
+)
+def test_addresses_of_redis(where):
+    pytest.importorskip("redis")
+    assert isinstance(quotas.open_store(where, Limits(client_tokens=1)), quotas.Redis)
+    with pytest.raises(UserError, match="unexpected keyword argument 'nothing'"):
+        quotas.open_store(f"{where.partition('?')[0]}?nothing=1", Limits(client_tokens=1))
+
+
+def test_files_may_have_a_colon_in_their_name(tmp_path):
+    assert not quotas.is_url(str(tmp_path / "a:b"))
+    assert not quotas.is_url("./redis:quotas")
 
 
 def test_a_password_that_is_on_no_command_line(redis_server, monkeypatch):
@@ -448,6 +488,74 @@ def test_files_that_change(tmp_path):
     assert watched.context is kept
     assert peer(tmp_path, "alice") in watched.revoked
     assert not watched.has_changed()  # it is not complained about again
+
+
+# What is wrong, and what is said; the words are made from a folder and from the address of a port in use.
+BEFORE_ANYTHING_ELSE = {
+    "port": (lambda folder, used: ["--listen", used], "cannot listen on 127.0.0.1:"),
+    "metrics": (lambda folder, used: ["--metrics", used], "cannot listen on 127.0.0.1:"),
+    "redis": (
+        lambda folder, used: ["--client-tokens", 9, "--quota-store", f"redis://127.0.0.1:{free_port()}/0"],
+        "the quota store does not answer",
+    ),
+    "sqlite": (
+        lambda folder, used: ["--client-tokens", 9, "--quota-store", written(folder / "quotas", b"\xff" * 5000)],
+        "cannot keep quotas in",
+    ),
+    "address": (lambda folder, used: ["--quota-store", "foo://x"], "begins with 'foo'"),
+    "audit log": (lambda folder, used: ["--audit-log", folder], "cannot write"),
+    "certificate": (lambda folder, used: keys_of(folder / "nowhere"), "cannot read"),
+    "revoked": (lambda folder, used: keys_of(issued(folder), "--revoked", folder / "nothing"), "cannot read"),
+    "list": (
+        lambda folder, used: keys_of(issued(folder), "--revoked", written(folder / "list", b"hello")),
+        "line 1 of",
+    ),
+}
+OF_THE_MODEL = {
+    "canary": (["--canary", "x" * 301], "at most 300 are possible"),
+    "empty canary": (["--canary", ""], "the prompt is empty"),
+}
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def issued(folder):
+    issue(folder, ["127.0.0.1"], [], days=2)
+    return folder
+
+
+def forbidden(*_, **__):
+    raise AssertionError("work that takes minutes for a large model had begun")
+
+
+@pytest.mark.parametrize("mistake", BEFORE_ANYTHING_ELSE)
+@pytest.mark.parametrize("kind", ["folded", "model"])
+def test_mistakes_around_the_model_are_told_before_it_is_looked_at(
+    folded, model, tmp_path, capfd, monkeypatch, mistake, kind
+):
+    monkeypatch.setattr(server, "sweep_vocabulary", forbidden)
+    monkeypatch.setattr(commands, "fold_model", forbidden)
+    words, complaint = BEFORE_ANYTHING_ELSE[mistake]
+    folder = {"folded": folded, "model": model[0]}[kind]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        used = f"127.0.0.1:{listening.getsockname()[1]}"
+        given = words(tmp_path, used)
+        listen = [] if "--listen" in given else ["--listen", "127.0.0.1:0"]
+        status, line = run_cli(capfd, "serve", folder, *listen, *given)
+    assert status == 2
+    assert complaint in line
+
+
+@pytest.mark.parametrize("mistake", OF_THE_MODEL)
+def test_canaries_that_are_none_are_told_before_the_model_is_looked_at(folded, capfd, monkeypatch, mistake):
+    monkeypatch.setattr(server, "sweep_vocabulary", forbidden)
+    words, complaint = OF_THE_MODEL[mistake]
+    status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", *words)
+    assert status == 2
+    assert complaint in line
 
 
 def test_revocation_needs_certificates(folded, tmp_path, capfd):

@@ -493,8 +493,9 @@ def serve(
         from entropi.private.certificates import tls_files
         from entropi.private.messages import Settings
         from entropi.private.monitoring import JsonLines, PlainLines
+        from entropi.private.quotas import is_url
+        from entropi.private.server import check_surroundings
         from entropi.private.server import serve as serve_folder
-        from entropi.private.session import parse_address
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonLines() if log == "json" else PlainLines())
@@ -524,13 +525,11 @@ def serve(
         source_startups,
     )
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
-    for path in (audit_log, None if quota_store is None or "://" in quota_store else Path(quota_store)):
+    for path in (audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store)):
         if path is not None:
             _check_parent(path)
-    parse_address(listen, tls=tls is not None)  # before a model is folded, which takes a while
-    parse_address(metrics)
-    if tls is not None:
-        tls.server_context()
+    if not (model / "folded.json").exists():  # before a model is folded, which takes a while
+        check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     with _terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():

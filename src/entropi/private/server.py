@@ -13,7 +13,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ from entropi.private.admission import (
 from entropi.private.audit import Audit
 from entropi.private.canary import make_canary
 from entropi.private.certificates import Peer, Revoked, Tls, Watched
-from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, cut, startups_that_fit
+from entropi.private.door import HANDSHAKE_SECONDS, Door, Guest, check_free, cut, startups_that_fit
 from entropi.private.messages import (
     MAX_SERVER_MESSAGE,
     PROTOCOL_VERSION,
@@ -151,15 +151,18 @@ def serve(
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
             point would not hold; a self-test that fails, or a canary that would prove nothing.
     """
-    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
-    if revoked is not None and tls is None:
-        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    address, watched = check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     files = Watched(tls, revoked) if tls is not None else None
+    limits = replace(limits, max_startups=startups_that_fit(limits))
     description, weights = load_folded(folder)
     _check_tokenizer(tokenizer, description)
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     jax.config.update("jax_platforms", "cpu")  # the check is small; looking for accelerators is slow and noisy
+    published = None
+    if canary is not None:
+        published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
+        log.info("the canary is %s", encode(published).decode())
     log.info("looking at the values of all tokens, which takes minutes for a large model")
     sweep = sweep_vocabulary(description, weights, settings)
     settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
@@ -167,10 +170,6 @@ def serve(
         log.info("%s", line)
     for protocol in self_tests:
         log.info("%s", self_test(folder, settings, protocol, sweep.worst))
-    published = None
-    if canary is not None:
-        published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
-        log.info("the canary is %s", encode(published).decode())
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
         table = None
@@ -190,6 +189,49 @@ def serve(
         asyncio.run(_serve(host, address, watched))
         audit.close()
     log.info("stopped")
+
+
+def check_surroundings(
+    listen: str,
+    limits: Limits,
+    tls: Tls | None,
+    metrics: str,
+    revoked: Path | None = None,
+    audit_log: Path | None = None,
+    quota_store: str | None = None,
+) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Look at everything that a server needs besides its model, because looking at the model takes minutes.
+
+    Args:
+        listen: and the others, see `serve`.
+
+    Returns:
+        host and port to listen on, and those for metrics.
+
+    Raises:
+        UserError: something cannot be used, in one line.
+    """
+    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
+    if revoked is not None and tls is None:
+        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    if tls is not None:
+        Watched(tls, revoked)
+    for where in (address, watched):
+        with _listening(where):
+            check_free(*where)
+    Audit(Counters(), audit_log).close()
+
+    async def check_store() -> None:
+        quota = Quota(limits, open_store(quota_store, limits))
+        try:
+            await quota.check()
+        finally:
+            await quota.close()
+
+    asyncio.run(check_store())
+    if quota_store is not None and limits.client_sessions is None and limits.client_tokens is None:
+        log.warning("the quota store keeps nothing: neither client_sessions nor client_tokens limits anybody")
+    return address, watched
 
 
 def text_frames(message: bytes, size: int = FRAME) -> tuple[bytes, ...]:
