@@ -41,6 +41,7 @@ def scratch(tmp_path_factory):
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("LC_ENTROPI_TEST_MARK", str(folder))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        patch.setenv("ENTROPI_CACHE", str(folder / "cache"))
         patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         yield folder
 

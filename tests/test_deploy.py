@@ -37,7 +37,7 @@ from entropi.private.client import Sampling, Watcher
 from entropi.private.link_frames import DEFAULT_UNREAD
 from entropi.private.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
 from entropi.private.program import Description
-from entropi.private.session import Party, load_folded, memory_for, parse_address, unread_for
+from entropi.private.session import Party, load_folded, memory_for, needed_memory, parse_address, unread_for
 from entropi.private.tunnel import Tunnel
 from link_messages import SESSION, place, push, two_chunks
 from private_reference import FIELDS
@@ -510,6 +510,17 @@ def test_commands_of_the_page_parse_and_what_it_links_exists():
             assert (ROOT / "docs" / target).exists(), target
 
 
+def test_servers_of_the_examples_have_quotas():
+    """What bounds how much of a model its answers give away; a server without would be copied from the page."""
+    texts = [(ROOT / "docs" / "deploy.md").read_text(), *(path.read_text() for path in (ROOT / "deploy").iterdir())]
+    found = [line for text in texts for line in re.findall(r"^.*entropi serve .*0\.0\.0\.0.*$", text, re.MULTILINE)]
+    (pods,) = re.findall(r"command: \[entropi, serve, .*?ports:", "\n".join(texts), re.DOTALL)
+    assert len(found) == 2
+    for words in (*found, pods):
+        for option in ("--client-tokens", "--client-sessions"):
+            assert re.search(rf"{option}[= ]\d", words)
+
+
 def test_options_of_the_pages_exist():
     serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
     asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
@@ -867,7 +878,11 @@ def test_a_session_that_needs_too_much_memory_fails_alone(folded, scratch):
             await party.stop()
         return event
 
-    assert isinstance(asyncio.run(start()), Failed)
+    failed = asyncio.run(start())
+    assert isinstance(failed, Failed)
+    assert "memory limit of 0.01 GB may be too small" in failed.reason
+    needed = needed_memory(load_folded(folded)[0], 2) / 1e9
+    assert f"about {needed:.1f} GB are predicted for this model and length (--memory-gb)" in failed.reason
     assert no_parties_left(scratch)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -21,14 +22,15 @@ pytest.importorskip("spu")
 pytest.importorskip("cryptography")
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from safetensors.numpy import load_file, save_file
 
 from entropi import cli, commands
 from entropi.errors import UserError
-from entropi.private import client, connect, quotas, server
+from entropi.private import client, connect, findings, quotas, server
 from entropi.private.admission import Limits, Refusal, SessionError
 from entropi.private.certificates import Peer, Revoked, Tls, Watched, issue, revoke
 from entropi.private.client import Watcher
-from entropi.private.messages import Refused, encode
+from entropi.private.messages import Refused, Settings, encode
 from serving import (
     HANGING,
     PROMPT,
@@ -513,7 +515,7 @@ BEFORE_ANYTHING_ELSE = {
 }
 OF_THE_MODEL = {
     "canary": (["--canary", "x" * 301], "at most 300 are possible"),
-    "empty canary": (["--canary", ""], "the prompt is empty"),
+    "empty canary": (["--canary", ""], "the canary is empty"),
 }
 
 
@@ -563,6 +565,118 @@ def test_revocation_needs_certificates(folded, tmp_path, capfd):
     status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", "--revoked", tmp_path / "list")
     assert status == 2
     assert "only be revoked where there are any" in line
+
+
+# --- What an earlier start has found ----------------------------------------------------------------------------------
+
+
+SETTINGS = Settings()
+
+
+@pytest.fixture
+def starts(folded, tmp_path, monkeypatch):
+    """Starts a server that does not listen; what it has done: "sweep", and protocol and tokens of every self-test."""
+    sweeping = server.sweep_vocabulary
+    done = []
+
+    def sweep(*words):
+        done.append("sweep")
+        return sweeping(*words)
+
+    def test(folder, settings, protocol, tokens):
+        done.append((protocol, len(tokens)))
+        return "passed"
+
+    async def serve(*_):
+        pass
+
+    monkeypatch.setenv("ENTROPI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(server, "sweep_vocabulary", sweep)
+    monkeypatch.setattr(server, "self_test", test)
+    monkeypatch.setattr(server, "_serve", serve)
+
+    def start(folder=folded, settings=SETTINGS, tests=("ref2k",), **options):
+        done.clear()
+        tokenizer = (folder / "tokenizer.json").read_text()
+        server.serve(folder, tokenizer, "127.0.0.1:0", settings, Limits(), self_tests=tests, **options)
+        return list(done)
+
+    return start
+
+
+def test_a_start_does_not_repeat_what_an_earlier_one_has_found(starts, tmp_path):
+    whole = [("ref2k", 32)]  # as many tokens as the model has positions
+    assert starts() == ["sweep", *whole]
+    (entry,) = (tmp_path / "cache").rglob("*.json")
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts(tests=()) == []
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS), ("cheetah", 32)]
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts(recheck=True) == ["sweep", *whole]
+    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
+
+
+def test_a_failed_self_test_is_not_kept(starts, monkeypatch):
+    def failing(*_):
+        raise UserError("wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "self_test", failing)
+        with pytest.raises(UserError, match="wrong"):
+            starts()
+    assert starts() == ["sweep", ("ref2k", 32)]
+
+
+def test_what_was_found_of_another_model_is_not_used(starts, folded, tmp_path, monkeypatch):
+    assert starts()[0] == "sweep"
+    assert starts(settings=Settings(output="argmax"))[0] == "sweep"
+    changed = tmp_path / "changed"
+    shutil.copytree(folded, changed)
+    weights = load_file(changed / "folded.safetensors")
+    weights["0.qkv"][0, 0] = np.nextafter(weights["0.qkv"][0, 0], np.float32(1))
+    save_file(weights, changed / "folded.safetensors")
+    assert starts(changed)[0] == "sweep"
+    assert starts()[0] != "sweep"
+    version = findings.metadata.version
+    monkeypatch.setattr(findings.metadata, "version", lambda name: f"{version(name)}.1")
+    assert starts()[0] == "sweep"
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "mode", "link", "other key", "garbage", "folder"])
+def test_entries_that_cannot_be_trusted_are_ignored(starts, tmp_path, damage):
+    starts()
+    (entry,) = (tmp_path / "cache").rglob("*.json")
+    content = entry.read_bytes()
+    if damage == "cut":
+        entry.write_bytes(content[:-10])
+    elif damage == "one bit":
+        entry.write_bytes(content.replace(b'"tokens":300', b'"tokens":301'))
+        assert entry.read_bytes() != content
+    elif damage == "mode":
+        entry.chmod(0o620)
+    elif damage == "garbage":
+        entry.write_bytes(b"\xff\n")
+    elif damage == "link":
+        entry.rename(tmp_path / "elsewhere")
+        entry.symlink_to(tmp_path / "elsewhere")
+    elif damage == "folder":
+        entry.unlink()
+        entry.mkdir()
+    else:
+        starts(settings=Settings(output="argmax"))
+        (other,) = set((tmp_path / "cache").rglob("*.json")) - {entry}
+        os.replace(other, entry)
+    assert starts()[0] == "sweep"
+    assert starts()[0] == ("sweep" if damage == "folder" else ("ref2k", server.SHORT_TEST_TOKENS))
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(starts, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENTROPI_CACHE", str(tmp_path / "file"))
+    assert starts()[0] == "sweep"
+    assert "is not kept for the next start" in caplog.text
+    assert starts()[0] == "sweep"
 
 
 # --- A server whose certificates change -------------------------------------------------------------------------------

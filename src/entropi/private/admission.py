@@ -28,6 +28,7 @@ from entropi.private.messages import (
 from entropi.private.monitoring import Counters
 
 QUEUE_SECONDS = 2.0  # between two looks at a client's place in the queue
+MOST_MEMORY_GB = 1_000_000  # which no machine has; a system's numbers end at 2^63 bytes
 SEND_SECONDS = 30.0  # for a message to leave; a peer that does not read is gone
 
 
@@ -82,6 +83,8 @@ class Limits:
             if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
                 may = "cannot be negative" if name in ("max_queue", "memory_gb") else "must be positive"
                 raise UserError(f"{name} is {value} but {may}")
+        if self.memory_gb is not None and self.memory_gb > MOST_MEMORY_GB:
+            raise UserError(f"memory_gb is {self.memory_gb} but must not be more than {MOST_MEMORY_GB:,}")
 
 
 class Slots:

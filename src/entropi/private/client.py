@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from entropi.console import without_controls
 from entropi.errors import UserError
+from entropi.private.admission import MOST_MEMORY_GB
 from entropi.private.certificates import Tls
 from entropi.private.channel import (
     HANDSHAKE_SECONDS,
@@ -118,7 +119,7 @@ class Sampling:
         if not 0 <= self.temperature <= 100:
             raise UserError(f"temperature is {self.temperature} but must be between 0 and 100")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}, at least 1 is needed")
+            raise UserError(f"top_k is {self.top_k} but must be at least 1")
         if self.seed is not None and self.seed < 0:
             raise UserError(f"seed is {self.seed} but must not be negative")
 
@@ -353,8 +354,8 @@ class _Question:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
-        if self.memory_gb is not None and self.memory_gb < 0:
-            raise UserError(f"memory_gb is {self.memory_gb} but must not be negative")
+        if self.memory_gb is not None and not 0 <= self.memory_gb <= MOST_MEMORY_GB:
+            raise UserError(f"memory_gb is {self.memory_gb} but must be between 0 and {MOST_MEMORY_GB:,}")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         check_prompt(self.prompt)
@@ -496,14 +497,20 @@ class _Session:
         wanted = self.question.max_new_tokens
         most = self.welcome.description.positions + 1  # the last new token is not read again
         ids = self.tokenizer.encode(self.question.prompt, most)
-        if max(ids) >= self.welcome.description.vocab_size:
-            raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
+        self._check_known(ids)
         if len(ids) + wanted > most:
             raise UserError(
                 f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this model takes at most "
                 f"{most} tokens, the new ones included"
             )
         return ids
+
+    def _check_known(self, ids: list[int]) -> None:
+        """Raise `UserError` for tokens that the model does not have."""
+        if max(ids) >= self.welcome.description.vocab_size:
+            own = self.question.privacy.tokenizer is not None
+            who = "--tokenizer is one" if own else f"{self.where} sent a tokenizer"
+            raise UserError(f"{who} that does not belong to its model: it has a token more than the model's vocabulary")
 
     def _padding(self, length: int) -> list[int]:
         """What fills a prompt of this length up to the length that the server is to see."""
@@ -521,6 +528,7 @@ class _Session:
             fill = (self.tokenizer.ids_of(None) or question.stop_ids)[:1]
         if not fill:
             raise UserError("the tokenizer has no token that ends a text: say what to fill up with by --pad-with")
+        self._check_known(fill)
         return (fill * -(-wanted // len(fill)))[-wanted:]
 
     async def _fetch_table(self, folder: Path) -> Path:

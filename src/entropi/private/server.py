@@ -12,17 +12,20 @@ import signal
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import aiohttp
 import jax
+import numpy as np
 from aiohttp import web
 from safetensors.numpy import save_file
 
+from entropi.console import without_controls
 from entropi.errors import UserError
+from entropi.private import findings
 from entropi.private.admission import (
     SEND_SECONDS,
     ClientLeft,
@@ -68,6 +71,7 @@ from entropi.private.session import (
     confinement,
     load_folded,
     memory_for,
+    needed_memory,
     parse_address,
     sha256_of,
     unread_for,
@@ -88,6 +92,7 @@ HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these
 REVOKED = "this client's certificate was revoked"
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 GRACE_SECONDS = 3.0  # for a party to end after its link
+SHORT_TEST_TOKENS = 8  # of the test of known answers, where an earlier start has passed the whole one
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
 log = logging.getLogger("entropi.server")
 request_log = logging.getLogger("entropi.server.requests")  # aiohttp's, for what is not even HTTP
@@ -131,6 +136,7 @@ def serve(
     quota_store: str | None = None,
     self_tests: Sequence[Literal["ref2k", "cheetah"]] = (),
     canary: str | None = None,
+    recheck: bool = False,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -146,6 +152,7 @@ def serve(
         quota_store: path or URL, see `open_store`; None for a file of its own.
         self_tests: ways in which the program is run on a known prompt first, see `self_test`.
         canary: a public prompt whose answer clients are told, so that they can ask for it.
+        recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
@@ -163,13 +170,14 @@ def serve(
     if canary is not None:
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
-    log.info("looking at the values of all tokens, which takes minutes for a large model")
-    sweep = sweep_vocabulary(description, weights, settings)
-    settings, reasons = settle(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
-    for line in reasons:
-        log.info("%s", line)
-    for protocol in self_tests:
-        log.info("%s", self_test(folder, settings, protocol, sweep.worst))
+    least = needed_memory(description, 2)
+    if limits.memory_gb and limits.memory_gb * 1e9 < least:
+        log.warning(
+            "memory_gb %g may be too little: about %.1f GB are predicted for the shortest of sessions",
+            limits.memory_gb,
+            least / 1e9,
+        )
+    settings = _verified(folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck)
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
         table = None
@@ -186,9 +194,53 @@ def serve(
         # What is here by now stays; the door searches often for what connections leave behind.
         gc.collect()
         gc.freeze()
-        asyncio.run(_serve(host, address, watched))
+        try:
+            asyncio.run(_serve(host, address, watched))
+        finally:
+            gc.unfreeze()  # or what others keep in circles, as Triton does, would count as leaked at the end
         audit.close()
     log.info("stopped")
+
+
+def _verified(
+    folder: Path,
+    description: Description,
+    weights: Mapping[str, np.ndarray],
+    settings: Settings,
+    choose: bool,
+    self_tests: Sequence[Literal["ref2k", "cheetah"]],
+    *,
+    recheck: bool,
+) -> Settings:
+    """The settings that sessions can rely on, once the model has been looked at and its tests are passed.
+
+    What an earlier start has found of the same model is not found out again, which takes minutes for a large one,
+    unless `recheck` asks for it. But that was another day, and perhaps another machine with the same cache: so a few
+    tokens are computed again in fixed point on every start.
+    """
+    key = findings.key_of(folder, settings)
+    known = None if recheck else findings.read(key)
+    if known is None:
+        log.info("looking at the values of all tokens, which takes minutes for a large model")
+        sweep, passed = sweep_vocabulary(description, weights, settings), list[str]()
+    else:
+        log.info("an earlier start has looked at the values of this model's tokens; --recheck looks again")
+        sweep, passed = known.sweep, list(known.passed)
+    settled, reasons = settle(description, weights, settings, choose=choose, sweep=sweep)
+    for line in reasons:
+        log.info("%s", line)
+    for protocol in self_tests:
+        tokens = sweep.worst
+        if protocol in passed:
+            log.info("an earlier start has passed the test of known answers (%s)", protocol)
+            if protocol != "ref2k":
+                continue
+            tokens = tokens[:SHORT_TEST_TOKENS]
+        log.info("%s", self_test(folder, settled, protocol, tokens))
+        passed += [protocol] if protocol not in passed else []
+    if known is None or list(known.passed) != passed:
+        findings.keep(findings.Findings(key, sweep, tuple(passed)))
+    return settled
 
 
 def check_surroundings(
@@ -253,11 +305,17 @@ def text_frames(message: bytes, size: int = FRAME) -> tuple[bytes, ...]:
 def _check_tokenizer(tokenizer: str, description: Description) -> None:
     """Raise `UserError` for what every client would refuse."""
     try:
-        size = own_tokenizer(tokenizer).tokenizer.get_vocab_size()
+        ids = own_tokenizer(tokenizer).tokenizer.get_vocab(with_added_tokens=True)
     except UserError:
         raise UserError("the model's tokenizer.json is damaged") from None
-    if size > description.vocab_size:
-        raise UserError(f"the tokenizer has {size} tokens, but the model only {description.vocab_size}")
+    # Fewer tokens than rows are usual: many checkpoints are padded to a multiple of 64 or 128 rows.
+    if beyond := sorted((number, token) for token, number in ids.items() if number >= description.vocab_size):
+        first = without_controls(repr(beyond[0][1][:40]))
+        raise UserError(
+            f"{len(beyond)} of the tokenizer's {len(ids)} tokens have an id that the model, which has "
+            f"{description.vocab_size} rows, does not know, {first} ({beyond[0][0]}) for example: take them out of "
+            "tokenizer.json, if they were added to it only, or use the tokenizer that the model was trained with"
+        )
     if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
         raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
     log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from entropi.errors import UserError
 from entropi.private.confinement import summary
+from entropi.private.functions import CIPHERTEXT, POLYNOMIALS
 from entropi.private.link_frames import DEFAULT_UNREAD
 from entropi.private.messages import BadMessage, Event, Failed, Job, Proceed, Settings, decode, decode_event, encode
 from entropi.private.program import Description, Stage, forward
@@ -122,22 +123,44 @@ def stages_of_pass(model: Description, settings: Settings, new: int, past: int) 
 def memory_for(model: Description, tokens: int, memory_gb: float | None) -> int | None:
     """Bytes that a party's process may write to: the limit asked for, or else what a session needs, twice.
 
-    The prediction was fitted to `VmData` of both parties of small models; the limit counts the same. It has a part of
-    its own (Python, JAX, SPU, tables of oblivious transfer), one for every core's threads, one for the weights and
-    their shares, one for the encoded entries of the largest matrix product, and one for the largest tensor of which
-    every number takes part in comparisons or polynomials.
-
     Args:
         tokens: prompt and answer together.
         memory_gb: in 10^9 bytes; None for the prediction, 0 for no limit.
     """
     if memory_gb is not None:
         return int(memory_gb * 1e9) or None
-    sizes = [math.prod(shape) for shape in model.weight_shapes().values()]
+    return int(MEMORY_ROOM * needed_memory(model, tokens))
+
+
+def needed_memory(model: Description, tokens: int) -> int:
+    """Bytes that a party of a session with so many tokens, prompt and answer together, is predicted to write to.
+
+    The prediction lies above `VmData` of both parties of all shapes in docs/security.md, and the limit counts the same.
+    It has a part of its own (Python, JAX, SPU, tables of oblivious transfer), one for every core's threads, one for the
+    weights, their shares and encodings, one for the polynomials of the largest matrix product, and one for the largest
+    tensor of which every number takes part in comparisons or polynomials.
+    """
+    shapes = model.weight_shapes()
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    # Multiplications of the largest product; larger ones are computed in pieces (`times_matrix`, `times_table`).
+    rows, once = min(tokens, 128), ("embedding", "positions", "head")  # the head has one row
+    largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
+    table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
     wide = max(model.intermediate_size, 3 * model.hidden_size)
     values = tokens * max(model.heads * tokens, wide) + model.vocab_size
-    needed = 2e9 + 5e7 * (os.cpu_count() or 1) + 32 * sum(sizes) + 400 * max(sizes) + 8e3 * values
-    return int(MEMORY_ROOM * needed)
+    own = 2e9 + 5e7 * (os.cpu_count() or 1)
+    return int(own + 150 * weights + 30 * max(largest, table) + 8e3 * values)
+
+
+def _too_little_memory(job: Job, memory_bytes: int | None) -> str:
+    """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
+    needed = needed_memory(job.description, job.prompt_length + job.max_new_tokens)
+    if memory_bytes is None or memory_bytes >= needed:
+        return ""
+    return (
+        f"; its memory limit of {memory_bytes / 1e9:.2g} GB may be too small, as about {needed / 1e9:.1f} GB are "
+        "predicted for this model and length (--memory-gb)"
+    )
 
 
 def unread_for(memory_bytes: int | None) -> int:
@@ -173,8 +196,9 @@ async def confinement() -> str:
 class Party:
     """The child process that runs one party of one session."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, too_little: str = "") -> None:
         self._process = process
+        self._too_little = too_little  # memory, if it is; said of every failure, for each may come from that
 
     @classmethod
     async def start(cls, job: Job, memory_bytes: int | None = None) -> Party:
@@ -188,7 +212,7 @@ class Party:
             start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
             env=_environment(),
         )
-        party = cls(process)
+        party = cls(process, _too_little_memory(job, memory_bytes))
         try:
             if memory_bytes is not None:
                 with contextlib.suppress(ProcessLookupError):  # its events tell why it is gone
@@ -198,6 +222,11 @@ class Party:
             await party.stop()
             raise
         return party
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
 
     async def proceed(self, token: int | None = None) -> None:
         """Let the party run the pass for one more token."""
@@ -214,11 +243,12 @@ class Party:
         assert self._process.stdout is not None
         try:
             if line := await self._process.stdout.readline():
-                return decode_event(line)
+                event = decode_event(line)
+                return Failed(reason=event.reason + self._too_little) if isinstance(event, Failed) else event
         except (BadMessage, ValueError):  # what a crashing process may leave; too long a line
-            return Failed(reason="the party's process wrote something unreadable")
+            return Failed(reason="the party's process wrote something unreadable" + self._too_little)
         if status := await self._process.wait():
-            return Failed(reason=f"the party's process ended with status {status}")
+            return Failed(reason=f"the party's process ended with status {status}{self._too_little}")
         return None
 
     async def suspended(self) -> None:
