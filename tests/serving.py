@@ -115,7 +115,9 @@ class Server:
         return self.log_file.read_text()
 
     def address(self):
-        wait_for(lambda: "listening on" in self.log or self.process.poll() is not None)
+        wait_for(
+            lambda: "listening on" in self.log or self.process.poll() is not None, 10 * HANGING
+        )  # it compiles much
         return re.search(r"listening on ([^, ]+:\d+)", self.log)[1]
 
     def sessions_closed(self):
@@ -134,8 +136,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + HANGING
+def wait_for(condition, seconds=HANGING):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

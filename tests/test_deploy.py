@@ -771,6 +771,22 @@ def test_memory_is_limited_to_what_a_model_needs_with_room():
         admission.Limits(memory_gb=-1)
 
 
+def test_the_prediction_of_memory_lies_above_what_was_measured(monkeypatch):
+    """Of every shape in the table, for both parties, on as many cores as it was measured with."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    table = (ROOT / "benchmarks" / "results" / "party_memory.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    base = dict(layers=2, heads=4, hidden_size=128, vocab_size=2048, positions=512, temperature=True, centre=False)
+    gelu = dict(norm="layer", final_norm="layer", activation="gelu", temperature=False)
+    assert len(rows) == 11
+    for name, tokens, predicted, *measured in rows[1:]:
+        changes = {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", name)}
+        fields = {**FIELDS, **base, **(gelu if "GELU" in name else {}), **changes}
+        needed = needed_memory(Description(**{**fields, "key_value_heads": fields["heads"]}), int(tokens)) / 1e9
+        assert f"{needed:.2f}" == predicted
+        assert needed > 1.1 * max(map(float, measured[:2]))
+
+
 @two_party
 def test_what_the_server_tells_of_itself(secured):
     wait_for(secured.sessions_closed)

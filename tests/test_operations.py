@@ -31,6 +31,7 @@ from entropi.private.admission import Limits, Refusal, SessionError
 from entropi.private.certificates import Peer, Revoked, Tls, Watched, issue, revoke
 from entropi.private.client import Watcher
 from entropi.private.messages import Refused, Settings, encode
+from entropi.private.session import load_folded
 from serving import (
     HANGING,
     PROMPT,
@@ -573,15 +574,23 @@ def test_revocation_needs_certificates(folded, tmp_path, capfd):
 SETTINGS = Settings()
 
 
+@pytest.fixture(scope="module")
+def swept(folded):
+    return server.sweep_vocabulary(*load_folded(folded), SETTINGS)
+
+
 @pytest.fixture
-def starts(folded, tmp_path, monkeypatch):
+def starts(folded, swept, tmp_path, monkeypatch):
     """Starts a server that does not listen; what it has done: "sweep", and protocol and tokens of every self-test."""
-    sweeping = server.sweep_vocabulary
     done = []
 
-    def sweep(*words):
+    def sweep(*_):
         done.append("sweep")
-        return sweeping(*words)
+        return swept
+
+    def settle(model, weights, settings, *, choose, sweep):
+        assert sweep == swept  # whether it was found now or read
+        return settings, []
 
     def test(folder, settings, protocol, tokens):
         done.append((protocol, len(tokens)))
@@ -592,6 +601,7 @@ def starts(folded, tmp_path, monkeypatch):
 
     monkeypatch.setenv("ENTROPI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(server, "sweep_vocabulary", sweep)
+    monkeypatch.setattr(server, "settle", settle)
     monkeypatch.setattr(server, "self_test", test)
     monkeypatch.setattr(server, "_serve", serve)
 

@@ -135,7 +135,7 @@ def memory_for(model: Description, tokens: int, memory_gb: float | None) -> int 
 def needed_memory(model: Description, tokens: int) -> int:
     """Bytes that a party of a session with so many tokens, prompt and answer together, is predicted to write to.
 
-    The prediction lies above `VmData` of both parties of all shapes in docs/security.md, and the limit counts the same.
+    It lies above `VmData`, which the limit counts, of both parties of ten shapes (benchmarks/results/party_memory.md).
     It has a part of its own (Python, JAX, SPU, tables of oblivious transfer), one for every core's threads, one for the
     weights, their shares and encodings, one for the polynomials of the largest matrix product, and one for the largest
     tensor of which every number takes part in comparisons or polynomials.
