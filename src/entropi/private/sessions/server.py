@@ -9,15 +9,17 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from aiohttp import web
 from safetensors.numpy import save_file
 
+from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.admission.audit import Audit
-from entropi.private.admission.door import Door, cut, startups_that_fit
+from entropi.private.admission.door import Door, check_free, cut, startups_that_fit
 from entropi.private.admission.limits import Limits
 from entropi.private.admission.logs import Sparing
 from entropi.private.admission.monitoring import Counters, monitoring_app
@@ -25,12 +27,12 @@ from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
 from entropi.private.compute.description import Description
-from entropi.private.compute.fixed_point import select_fraction_bits, sweep_vocabulary
 from entropi.private.compute.folded import load_folded, sha256_of
 from entropi.private.compute.program import compute_on_processor
-from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
+from entropi.private.sessions.findings import verified
+from entropi.private.sessions.memory import needed_memory
 from entropi.private.sessions.party_handle import confinement
 from entropi.private.sessions.server_session import LEAVE_SECONDS, REVOKED, dismiss, log, run_session
 from entropi.private.sessions.server_state import ServerState
@@ -70,6 +72,7 @@ def serve(
     quota_store: str | None = None,
     self_tests: Sequence[Literal["ref2k", "cheetah"]] = (),
     canary: str | None = None,
+    recheck: bool = False,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -85,31 +88,32 @@ def serve(
         quota_store: path or URL, see `open_store`; None for a file of its own.
         self_tests: ways in which the program is run on a known prompt first, see `self_test`.
         canary: a public prompt whose answer clients are told, so that they can ask for it.
+        recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
             point would not hold; a self-test that fails, or a canary that would prove nothing.
     """
-    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
-    if revoked is not None and tls is None:
-        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    address, watched = check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     files = Watched(tls, revoked) if tls is not None else None
+    limits = replace(limits, max_startups=startups_that_fit(limits))
     description, weights = load_folded(folder)
     _check_tokenizer(tokenizer, description)
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
     compute_on_processor()  # the check is small; looking for accelerators is slow and noisy
-    log.info("looking at the values of all tokens, which takes minutes for a large model")
-    sweep = sweep_vocabulary(description, weights, settings)
-    settings, reasons = select_fraction_bits(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
-    for line in reasons:
-        log.info("%s", line)
-    for protocol in self_tests:
-        log.info("%s", self_test(folder, settings, protocol, sweep.worst))
     published = None
     if canary is not None:
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
+    least = needed_memory(description, 2)
+    if limits.memory_gb and limits.memory_gb * 1e9 < least:
+        log.warning(
+            "memory_gb %g may be too little: about %.1f GB are predicted for the shortest of sessions",
+            limits.memory_gb,
+            least / 1e9,
+        )
+    settings = verified(folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck)
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
         table = None
@@ -126,19 +130,71 @@ def serve(
         # What is here by now stays; the door searches often for what connections leave behind.
         gc.collect()
         gc.freeze()
-        asyncio.run(_serve(state, address, watched))
+        try:
+            asyncio.run(_serve(state, address, watched))
+        finally:
+            gc.unfreeze()  # or what others keep in circles, as Triton does, would count as leaked at the end
         audit.close()
     log.info("stopped")
+
+
+def check_surroundings(
+    listen: str,
+    limits: Limits,
+    tls: Tls | None,
+    metrics: str,
+    revoked: Path | None = None,
+    audit_log: Path | None = None,
+    quota_store: str | None = None,
+) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Look at everything that a server needs besides its model, because looking at the model takes minutes.
+
+    Args:
+        listen: and the others, see `serve`.
+
+    Returns:
+        host and port to listen on, and those for metrics.
+
+    Raises:
+        UserError: something cannot be used, in one line.
+    """
+    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
+    if revoked is not None and tls is None:
+        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    if tls is not None:
+        Watched(tls, revoked)
+    for where in (address, watched):
+        with _listening(where):
+            check_free(*where)
+    Audit(Counters(), audit_log).close()
+
+    async def check_store() -> None:
+        quota = Quota(limits, open_store(quota_store, limits))
+        try:
+            await quota.check()
+        finally:
+            await quota.close()
+
+    asyncio.run(check_store())
+    if quota_store is not None and limits.client_sessions is None and limits.client_tokens is None:
+        log.warning("the quota store keeps nothing: neither client_sessions nor client_tokens limits anybody")
+    return address, watched
 
 
 def _check_tokenizer(tokenizer: str, description: Description) -> None:
     """Raise `UserError` for what every client would refuse."""
     try:
-        size = own_tokenizer(tokenizer).tokenizer.get_vocab_size()
+        ids = own_tokenizer(tokenizer).tokenizer.get_vocab(with_added_tokens=True)
     except UserError:
         raise UserError("the model's tokenizer.json is damaged") from None
-    if size > description.vocab_size:
-        raise UserError(f"the tokenizer has {size} tokens, but the model only {description.vocab_size}")
+    # Fewer tokens than rows are usual: many checkpoints are padded to a multiple of 64 or 128 rows.
+    if beyond := sorted((number, token) for token, number in ids.items() if number >= description.vocab_size):
+        first = without_controls(repr(beyond[0][1][:40]))
+        raise UserError(
+            f"{len(beyond)} of the tokenizer's {len(ids)} tokens have an id that the model, which has "
+            f"{description.vocab_size} rows, does not know, {first} ({beyond[0][0]}) for example: take them out of "
+            "tokenizer.json, if they were added to it only, or use the tokenizer that the model was trained with"
+        )
     if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
         raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
     log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))
@@ -176,7 +232,7 @@ async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[st
     for strangers in (request_log, logging.getLogger("asyncio")):
         strangers.addFilter(Sparing())
     files = state.watched
-    entrance = Door(files, startups_that_fit(state.limits), state.limits.source_startups, state.audit)
+    entrance = Door(files, state.limits.max_startups, state.limits.source_startups, state.audit)
     side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, state.audit)
     loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
