@@ -11,7 +11,7 @@ from entropi.entropy import native
 from entropi.entropy.attention import available_implementations, entropy_attention
 from exactness import assert_as_exact, everything, kernel, make
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernel: {native.why_not()}")
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=f"no kernel: {native.unavailable_reason()}")
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

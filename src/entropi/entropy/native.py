@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from entropi.cache import default_cache_dir
+from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, with_empty
 from entropi.entropy.secure_softmax import lowest
-from entropi.entropy.sinks import gradient as gradient_of_sinks
 from entropi.errors import UserError
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
@@ -54,17 +54,17 @@ class _Problem(ctypes.Structure):
         *((name, _Tensor) for name in _TENSORS),
         ("mask_column", ctypes.c_long),
         ("mask_kind", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("entropy", "log_normaliser", "grad_entropy")),
+        *((name, ctypes.c_void_p) for name in ("entropy", "lse", "grad_entropy")),
         ("iterations", ctypes.c_int),
         ("lowest", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("largest", "first")),
+        *((name, ctypes.c_void_p) for name in ("largest", "argmax")),
         ("softcap", ctypes.c_float),
         ("sinks", ctypes.c_void_p),
     )
 
 
 @torch.compiler.assume_constant_result
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the kernel cannot run on this machine, or None where it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
@@ -139,7 +139,7 @@ def _parallel() -> Any:
     return None
 
 
-ROW_RESULTS = ("entropy", "log_normaliser", "largest", "first")
+ROW_RESULTS = ("entropy", "lse", "largest", "argmax")
 
 
 def _problem(
@@ -180,23 +180,6 @@ def _view(tensor: Tensor) -> _Tensor:
     return _Tensor(tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[3])
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor, its last dimension contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def row_results(query: Tensor, exp_iterations: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernels return of every row beside the output, uninitialised.
-
-    `(B, H, T)` each: entropy, log-normaliser and, where the exponential is the power of `exp_iterations`, the largest
-    logit and the first key that has it (empty otherwise, for the polynomial too).
-    """
-    rows = query.shape[:3]
-    extra = (0,) if exp_iterations is None or exp_iterations < 0 else rows
-    floats = (query.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, extra))
-    return *floats, query.new_empty(extra, dtype=torch.int32)  # type: ignore[return-value]
-
-
 def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """The mask as the kernel reads it: bool or float32, broadcast by strides of 0."""
     if mask is None:
@@ -216,13 +199,13 @@ def attention(
     exp_iterations: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output `(B, H, T, E)`, entropy and log-normaliser `(B, H, T)` of scaled queries; see `row_results`."""
+    """Output `(B, H, T, E)`, entropy and log-sum-exp `(B, H, T)` of scaled queries; see `row_results`."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     sinks = None if sinks is None else sinks.contiguous()
     output = query.new_empty(*query.shape[:3], value.shape[3])
-    rows = row_results(query, exp_iterations)
+    rows = with_empty(output, *row_results(query, exp_iterations))[1:]
     mask = _mask(mask, query, key)  # kept until the kernel has run, which is given addresses
     problem = _problem(
         query,
@@ -257,9 +240,9 @@ def attention_backward(
     softcap: float | None,
     output: Tensor,
     entropy: Tensor,
-    log_normaliser: Tensor,
+    lse: Tensor,
     largest: Tensor,
-    first: Tensor,
+    argmax: Tensor,
     grad_output: Tensor,
     grad_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,7 +261,7 @@ def attention_backward(
         query,
         key,
         mask,
-        None,  # the log-normaliser counts them
+        None,  # the log-sum-exp counts them
         causal,
         exp_iterations,
         softcap,
@@ -289,9 +272,9 @@ def attention_backward(
         grad_key=grads[1],
         grad_value=grads[2],
         entropy=entropy,
-        log_normaliser=log_normaliser,
+        lse=lse,
         largest=largest,
-        first=first,
+        argmax=argmax,
         grad_entropy=grad_entropy,
     )
     # Fewer heads than threads: share out a head's key blocks, at the price of a dQ and a packing a piece.
@@ -300,41 +283,6 @@ def attention_backward(
     pieces = max(1, min(pieces, key.shape[2] // KEY_BLOCK))
     library.entropi_backward(ctypes.byref(problem), ctypes.c_long(pieces), ctypes.c_uint(threads), _parallel())
     return grads[0], grads[1], grads[2]
-
-
-def make_differentiable(forward: Any, backward: Any, unit: float = 1.0) -> None:
-    """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
-
-    Both kernels have these two operators: forward(query, key, value, mask, sinks, causal, exp_iterations, softcap) ->
-    output and `row_results`, with `secure_softmax`'s signed iterations and float32 sinks `(B, H, T)`; backward(those
-    eight, those five, gradients of output and entropy) -> gradients of q, k, v. Log-normalisers are in `unit` nats.
-    """
-
-    @forward.register_fake
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        exp_iterations = rest[3]
-        return query.new_empty(*query.shape[:3], value.shape[3]), *row_results(query, exp_iterations)
-
-    @backward.register_fake
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, mask, sinks, *ctx.options = inputs
-        ctx.save_for_backward(query, key, value, mask, sinks, *output)
-        ctx.mark_non_differentiable(*output[2:])
-
-    def differentiate(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, sinks, *results = ctx.saved_tensors
-        incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
-        grads = backward(query, key, value, mask, sinks, *ctx.options, *results, *incoming)
-        grad_sinks = None
-        if ctx.needs_input_grad[4]:
-            output, entropy, log_normaliser = results[:3]
-            grad_sinks = gradient_of_sinks(sinks, log_normaliser * unit, output, entropy, *incoming)
-        return (*grads, None, grad_sinks, None, None, None)
-
-    forward.register_autograd(differentiate, setup_context=save)
 
 
 make_differentiable(attention, attention_backward)
