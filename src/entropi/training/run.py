@@ -419,6 +419,7 @@ def _record_start(
             corpus=recipe.corpus,
             corpus_hash=prepared.corpus.content_hash,
             tokenizer_hash=tokenizer_hash(prepared.tokenizer),
+            corpus_sources=[records.CorpusSource(s.name, s.licence, s.part) for s in prepared.corpus.sources],
             tokens_per_step=_tokens_per_step(recipe),
             total_steps=recipe.steps,
             precision=recipe.precision,
