@@ -73,6 +73,8 @@ class Recipe:
         qk_clip: largest attention logit: where a head exceeds it, an update is followed by scaling its query and key
             weights down (0: never)
         precision: arithmetic of matrix products; "auto" measures whether bfloat16 is faster here
+        compile: compile the layers, the loss and the regulariser with torch.compile, which takes up to a minute at the
+            start and needs a C++ compiler, on GPUs Triton
         seed: of initial weights and data order
         entropy_weight: lambda, the weight of the entropy penalty (used with EReg)
         entropy_margin: gamma, tolerated deviation as a share of the maximum entropy
@@ -133,6 +135,7 @@ class Recipe:
     gradient_clip: float = 1.0
     qk_clip: float = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
     seed: int = 0
     entropy_weight: float = 1e-5
     entropy_margin: float = 0.2
