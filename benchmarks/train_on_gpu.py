@@ -1,10 +1,10 @@
 """Architectures side by side at GPT-2 small's real shape on one GPU, for so many seconds each: loss, speed, heads.
 
-    python benchmarks/train_on_gpu.py --pack tokens.tar.xz [--corpus site-packages] [--megabytes 36]
+    python benchmarks/train_on_gpu.py --pack tokens.tar.xz [--corpus site-packages] [--train-tokens 24e6]
     python benchmarks/train_on_gpu.py --tokens tokens.tar.xz [--seconds-per-row 20] [--minutes 4] [--dry-run]
 
-The first command writes a corpus as tokens into one file that can be taken to a machine without network; where it would
-be larger than asked for, it holds a sample of the documents. The second one trains every row through the product's own
+The first command writes a corpus as tokens, or documents from all over it where it is larger than asked for, into one
+file that can be taken to a machine without network. The second one trains every row through the product's own
 recipes and trainer, 12 layers, 12 heads, width 768, with Muon, and needs torch with CUDA, transformers and msgspec, no
 installation. All rows compile side by side before the first is timed (`--no-warm` leaves that to each). A row is timed
 for a few steps, without learning, then trained for as many as the seconds allow; a row that diverges says in which
@@ -29,19 +29,26 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
 import numpy as np  # noqa: E402
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from entropi.data.corpus import Document
+
 PEAK = 989e12
-HELDOUT_TOKENS = 500_000
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 4, "lc": 0, "lp": 1, "pb": 1}]  # two bytes a token
+HELDOUT_TOKENS = 400_000
+CHARACTERS = 4.0  # a token, about
+LEARN_CHARACTERS = 12_000_000  # that the tokenizer is learnt from
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 1, "lc": 0, "lp": 1, "pb": 1}]  # two bytes a token
 SECONDS_AROUND = 20  # that a row needs beside its training: timing, held-out text, saving
 TRIAL_STEPS = 16
 
@@ -65,7 +72,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def sample(streams: list[Any], share: float) -> Iterator[tuple[np.ndarray, int]]:
-    """That share of the documents, spread over all, with the end of text; their characters are not known."""
+    """That share of the documents, spread over all, and the first, with the end of text; their characters are not known."""
     from entropi.data.corpus import position
     from entropi.data.shards import open_stream
 
@@ -73,65 +80,66 @@ def sample(streams: list[Any], share: float) -> Iterator[tuple[np.ndarray, int]]
     for stream in streams:
         ids, start = open_stream(stream.path), 0
         for end in stream.ends.tolist():
-            if position(str(number)) < share:
+            if position(str(number)) < share or number == 0:
                 yield np.asarray(ids[start : end + 1]), 0
             start, number = end + 1, number + 1
 
 
-def write_tokens(folder: Path, prepared: Any, train_share: float, heldout_share: float) -> Any:
-    """A folder of shards, as `--corpus` takes it, with a share of the documents of a prepared corpus."""
+def write_tokens(
+    folder: Path, name: str, source: str, tokenizer: Tokenizer, parts: dict[str, Iterator[tuple[np.ndarray, int]]]
+) -> Any:
+    """A folder of shards, as `--corpus` takes it, of documents that are tokens already; returns its manifest."""
     from entropi.data import shards
     from entropi.data.packing import TOKENIZER_FILE
     from entropi.data.tokenizer import end_of_text_id, tokenizer_hash
 
     folder.mkdir(parents=True)
-    (folder / TOKENIZER_FILE).write_text(prepared.tokenizer.to_str(), encoding="utf-8")
-    manifest = shards.Manifest(
-        name=prepared.corpus.name,
-        source=prepared.corpus.content_hash,
-        tokenizer=tokenizer_hash(prepared.tokenizer),
-        end_of_text=end_of_text_id(prepared.tokenizer),
-    )
-    for part, blocks, share in (
-        ("train", prepared.packed.train, train_share),
-        ("held-out", prepared.packed.heldout, heldout_share),
-    ):
-        manifest.parts[part] = shards.Part(complete=True)
-        documents = sample(blocks.streams, share)
-        while shard := shards.write_shard(
-            folder, f"{part}-{len(manifest.parts[part].shards):05}", documents, np.uint16
-        ):
-            manifest.parts[part].shards.append(shard)
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+    end = end_of_text_id(tokenizer)
+    manifest = shards.Manifest(name=name, source=source, tokenizer=tokenizer_hash(tokenizer), end_of_text=end)
+    for part, documents in parts.items():
+        found = manifest.parts[part] = shards.Part(complete=True)
+        while shard := shards.write_shard(folder, f"{part}-{len(found.shards):05}", documents, np.uint16):
+            found.shards.append(shard)
     shards.save_manifest(folder, manifest)
     return manifest
 
 
-def pack(file: Path, corpus: str, vocab_size: int, megabytes: float) -> dict[str, Any]:
-    """Write the tokens of a corpus into one compressed file of at most so many megabytes."""
-    from entropi.console import make_console
-    from entropi.data.packing import prepare
+def spread(documents: Collection[Document], characters: float, salt: str = "") -> list[Document]:
+    """About so many characters of the documents, taken from all over them."""
+    from entropi.data.corpus import position
 
-    prepared = prepare(corpus, vocab_size, 128, console=make_console())
-    packed = prepared.packed
-    if prepared.tokenizer.get_vocab_size() > 1 << 16:
+    share = characters / max(1, sum(len(document.text) for document in documents))
+    return [document for document in documents if position(salt + document.path) < share]
+
+
+def pack(file: Path, corpus: str, vocab_size: int, tokens: float) -> dict[str, Any]:
+    """Write about so many tokens of a corpus, and some of its held-out part, into one compressed file."""
+    from entropi.console import make_console
+    from entropi.data.corpus import Corpus, load_corpus
+    from entropi.data.packing import encoded
+    from entropi.data.site_packages import SITE_PACKAGES, load_site_packages
+    from entropi.data.tokenizer import train_tokenizer
+
+    texts = load_site_packages(console=make_console()) if corpus == SITE_PACKAGES else load_corpus(corpus)
+    train, heldout = spread(texts.train, CHARACTERS * tokens), spread(texts.heldout, CHARACTERS * HELDOUT_TOKENS)
+    learnt_from = spread(train, LEARN_CHARACTERS, "tokenizer") or train
+    tokenizer = train_tokenizer(Corpus(texts.name, learnt_from, [], ""), vocab_size)
+    if tokenizer.get_vocab_size() > 1 << 16:
         raise SystemExit("a token has to fit into two bytes: take a smaller vocabulary")
-    heldout = min(1.0, HELDOUT_TOKENS / packed.heldout_tokens)
-    # How well it compresses is measured on a sample.
-    some = min(1.0, 4e6 / packed.train_tokens)
-    trial = b"".join(ids.astype(np.uint16).tobytes() for ids, _ in sample(packed.train.streams, some))
-    size = len(lzma.compress(trial, format=lzma.FORMAT_XZ, filters=FILTERS)) / len(trial) * 2
-    share = min(1.0, 0.97 * 1e6 * megabytes / size / packed.train_tokens)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "tokens")
-        manifest = write_tokens(folder, prepared, share, heldout)
+        parts = {name: encoded(part, tokenizer) for name, part in (("train", train), ("held-out", heldout or train))}
+        manifest = write_tokens(folder, texts.name, texts.content_hash, tokenizer, parts)
         with lzma.open(file, "wb", filters=FILTERS) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
             tar.add(folder, "tokens")
     return {
         "file": str(file),
         "megabytes": file.stat().st_size / 1e6,
-        "share_of_training_text": share,
-        "vocabulary": prepared.tokenizer.get_vocab_size(),
+        "vocabulary": tokenizer.get_vocab_size(),
+        "characters": sum(len(document.text) for document in train),
+        "characters_of_the_corpus": sum(len(document.text) for document in texts.train),
         "train_tokens": manifest.parts["train"].tokens,
         "heldout_tokens": manifest.parts["held-out"].tokens,
     }
@@ -144,8 +152,12 @@ def unpack(file: Path, folder: Path) -> None:
     with tarfile.open(file, "r:xz") as tar:
         tar.extractall(folder, filter="data")
     prepared = prepare(str(folder / "tokens"), 0, 16)
-    train, heldout = prepared.packed.train_tokens, prepared.packed.heldout_tokens
-    write_tokens(folder / "few", prepared, min(1.0, 4e6 / train), min(1.0, 2e4 / heldout))
+    packed = prepared.packed
+    parts = {
+        "train": sample(packed.train.streams, 4e6 / packed.train_tokens),
+        "held-out": sample(packed.heldout.streams, 0.2),
+    }
+    write_tokens(folder / "few", prepared.corpus.name, prepared.corpus.content_hash, prepared.tokenizer, parts)
 
 
 def make_row(name: str, options: argparse.Namespace, tokens: Path) -> tuple[Any, bool]:
@@ -361,7 +373,7 @@ def main() -> int:
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write the tokens of a corpus, and train nothing")
     parser.add_argument("--corpus", default="site-packages")
     parser.add_argument("--vocab-size", type=int, default=16384)
-    parser.add_argument("--megabytes", type=float, default=36.0)
+    parser.add_argument("--train-tokens", type=float, default=24e6, help="of the training part that --pack writes")
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="what --pack wrote")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--seconds-per-row", type=float, default=20.0)
@@ -377,7 +389,7 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     if options.pack:
-        print(json.dumps(pack(options.pack, options.corpus, options.vocab_size, options.megabytes)))
+        print(json.dumps(pack(options.pack, options.corpus, options.vocab_size, options.train_tokens)))
         return 0
     if not options.tokens and not options.data:
         parser.error("give --pack FILE or --tokens FILE")
