@@ -72,7 +72,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def sample(streams: list[Any], share: float) -> Iterator[tuple[np.ndarray, int]]:
-    """That share of the documents, spread over all, and the first, with the end of text; their characters are not known."""
+    """That share of the documents, spread over all, and the first; their characters are not known."""
     from entropi.data.corpus import position
     from entropi.data.shards import open_stream
 
