@@ -30,6 +30,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ LEARN_CHARACTERS = 12_000_000  # that the tokenizer is learnt from
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 1, "lc": 0, "lp": 1, "pb": 1}]  # two bytes a token
 SECONDS_AROUND = 20  # that a row needs beside its training: timing, held-out text, saving
 TRIAL_STEPS = 16
+WARM_SECONDS, WARM_AT_ONCE = 100, 6  # as many rows as fit into the GPU's memory
 
 SOFTMAX_ONLY: dict[str, Any] = {  # configs/softmax_only.yaml
     "architecture": "EReg(SM(t)+ScFuFFN)",
@@ -299,27 +301,19 @@ def warm(options: argparse.Namespace, data: Path) -> dict[str, float]:
         str(options.batch),
     ]
     command += ["--dry-run"] * options.dry_run
-    started = {
-        name: subprocess.Popen(
-            [*command, "--warm-row", name],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in options.rows
-    }
-    seconds = {}
-    for name, process in started.items():
+
+    def compile_one(name: str) -> float:
+        left = max(1.0, WARM_SECONDS - (time.monotonic() - began))
         try:
-            _, said = process.communicate(timeout=max(1.0, 100 - (time.monotonic() - began)))
+            done = subprocess.run([*command, "--warm-row", name], env=environment, capture_output=True, timeout=left)
+            if done.returncode:
+                print(f"{name}, compiling ahead: {done.stderr.decode()[-1500:]}", file=sys.stderr)
         except subprocess.TimeoutExpired:
-            process.kill()
-            said = "took too long"
-        if process.returncode:
-            print(f"{name}, compiling ahead: {said[-1500:]}", file=sys.stderr)
-        seconds[name] = time.monotonic() - began
-    return seconds
+            print(f"{name}, compiling ahead: took longer than {left:.0f} s", file=sys.stderr)
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(1 if options.dry_run else WARM_AT_ONCE) as workers:
+        return dict(zip(options.rows, workers.map(compile_one, options.rows)))
 
 
 def line(found: dict[str, Any]) -> str:
