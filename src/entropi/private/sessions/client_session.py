@@ -181,14 +181,20 @@ class ClientSession:
         wanted = self.generation.max_new_tokens
         most = self.welcome.description.positions + 1  # the last new token is not read again
         ids = self.tokenizer.encode(self.generation.prompt, most)
-        if max(ids) >= self.welcome.description.vocab_size:
-            raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
+        self._check_known(ids)
         if len(ids) + wanted > most:
             raise UserError(
                 f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this model takes at most "
                 f"{most} tokens, the new ones included"
             )
         return ids
+
+    def _check_known(self, ids: list[int]) -> None:
+        """Raise `UserError` for tokens that the model does not have."""
+        if max(ids) >= self.welcome.description.vocab_size:
+            own = self.generation.privacy.tokenizer is not None
+            who = "--tokenizer is one" if own else f"{self.where} sent a tokenizer"
+            raise UserError(f"{who} that does not belong to its model: it has a token more than the model's vocabulary")
 
     def _padding(self, length: int) -> list[int]:
         """What fills a prompt of this length up to the length that the server is to see."""
@@ -206,6 +212,7 @@ class ClientSession:
             fill = (self.tokenizer.ids_of(None) or generation.stop_ids)[:1]
         if not fill:
             raise UserError("the tokenizer has no token that ends a text: say what to fill up with by --pad-with")
+        self._check_known(fill)
         return (fill * -(-wanted // len(fill)))[-wanted:]
 
     async def _fetch_table(self, folder: Path) -> Path:

@@ -96,6 +96,8 @@ def issue(folder: Path, servers: Sequence[str], clients: Sequence[str], days: in
     if len(set(wanted)) < len(wanted):
         problems.append("a name is given twice")
     problems += [f"{folder / (name + '.pem')} exists already" for name in wanted if (folder / f"{name}.pem").exists()]
+    if folder.exists() and not folder.is_dir():
+        problems.append(f"{folder} is a file, where the authority's folder should be")
     if problems:
         raise UserError("; ".join(problems))
     folder.mkdir(parents=True, exist_ok=True)
