@@ -22,6 +22,7 @@ from entropi.private.compute.fixed_point import select_fraction_bits, sweep_voca
 from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions import findings
+from entropi.private.sessions.memory import needed_memory
 from entropi.private.sessions.server_session import log
 from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
 from entropi.private.wire.addresses import listening, parse_address
@@ -137,3 +138,14 @@ def verified_settings(
     if known is None or list(known.passed) != passed:
         findings.keep(findings.Findings(key, sweep, tuple(passed)))
     return settled
+
+
+def warn_of_little_memory(limits: Limits, description: Description) -> None:
+    """Say in the log if the memory limit is below what the shortest of sessions is predicted to need."""
+    least = needed_memory(description, 2)
+    if limits.memory_gb and limits.memory_gb * 1e9 < least:
+        log.warning(
+            "memory_gb %g may be too little: about %.1f GB are predicted for the shortest of sessions",
+            limits.memory_gb,
+            least / 1e9,
+        )

@@ -211,19 +211,7 @@ async def _compute(
             link = asyncio.create_task(_watch_link(tunnel))
             suspended = asyncio.create_task(party.suspended())
             tasks += [work, listen, link, suspended]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() and work.exception() is None:  # the client may still be reading its last share
-                await asyncio.wait([listen], timeout=LEAVE_SECONDS)
-            elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
-                await asyncio.wait([work], timeout=REPORT_SECONDS)
-            for task in (work, listen):
-                if task.done():
-                    task.result()
-            if suspended.done():
-                session_log.warning("somebody stopped the party's process")
-                raise SessionError("the server's party failed")
-            if not (work.done() or listen.done()):
-                link.result()
+            await _end_of_session(work, listen, link, suspended, session_log)
             if progress.revealed < progress.asked:
                 raise ClientLeft("the client left in the middle of a pass")
         finally:
@@ -231,19 +219,47 @@ async def _compute(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await party.stop()
-            session_log.info(
-                "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
-                tunnel.sent,
-                tunnel.received,
-                tunnel.turns,
-                tunnel.most_unread,
-                fields={
-                    "link_sent": tunnel.sent,
-                    "link_received": tunnel.received,
-                    "turns": tunnel.turns,
-                    "most_unread": tunnel.most_unread,
-                },
-            )
+            _log_link(tunnel, session_log)
+
+
+async def _end_of_session(
+    work: asyncio.Task[None],
+    listen: asyncio.Task[None],
+    link: asyncio.Task[None],
+    suspended: asyncio.Task[None],
+    session_log: SessionLog,
+) -> None:
+    """Wait until one of a session's tasks has ended, and raise what says most about why."""
+    await asyncio.wait([work, listen, link, suspended], return_when=asyncio.FIRST_COMPLETED)
+    if work.done() and work.exception() is None:  # the client may still be reading its last share
+        await asyncio.wait([listen], timeout=LEAVE_SECONDS)
+    elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
+        await asyncio.wait([work], timeout=REPORT_SECONDS)
+
+    for task in (work, listen):
+        if task.done():
+            task.result()
+    if suspended.done():
+        session_log.warning("somebody stopped the party's process")
+        raise SessionError("the server's party failed")
+    if not (work.done() or listen.done()):
+        link.result()
+
+
+def _log_link(tunnel: Tunnel, session_log: SessionLog) -> None:
+    session_log.info(
+        "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
+        tunnel.sent,
+        tunnel.received,
+        tunnel.turns,
+        tunnel.most_unread,
+        fields={
+            "link_sent": tunnel.sent,
+            "link_received": tunnel.received,
+            "turns": tunnel.turns,
+            "most_unread": tunnel.most_unread,
+        },
+    )
 
 
 @dataclass
