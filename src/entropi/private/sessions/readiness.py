@@ -60,6 +60,7 @@ def check_surroundings(
         raise UserError("certificates can only be revoked where there are any: TLS files are missing")
     if tls is not None:
         Watched(tls, revoked)
+
     for where in (address, watched):
         with listening(where):
             check_free(*where)
@@ -123,9 +124,11 @@ def verified_settings(
     else:
         log.info("an earlier start has looked at the values of this model's tokens; --recheck looks again")
         sweep, passed = known.sweep, list(known.passed)
+
     settled, reasons = select_fraction_bits(description, weights, settings, choose=choose, sweep=sweep)
     for line in reasons:
         log.info("%s", line)
+
     for protocol in self_tests:
         tokens = sweep.worst
         if protocol in passed:
@@ -135,6 +138,7 @@ def verified_settings(
             tokens = tokens[:SHORT_TEST_TOKENS]
         log.info("%s", self_test(folder, settled, protocol, tokens))
         passed += [protocol] if protocol not in passed else []
+
     if known is None or list(known.passed) != passed:
         findings.keep(findings.Findings(key, sweep, tuple(passed)))
     return settled

@@ -65,13 +65,16 @@ async def run_session(request: web.Request, state: ServerState, guest: Guest) ->
     socket = web.WebSocketResponse(
         max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
     )
+
     transport, peer = request.transport, Peer.of(request.transport)
     await socket.prepare(request)
     client = str(peer) if peer is not None else ""
     session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(state))
+
     started = time.monotonic()
     session_log.info("opened%s", f" by {client}" if client else "")
     state.sockets[socket] = peer
+
     ending: Ending = "failed"
     progress, reason = Progress(), ""
     try:
@@ -146,6 +149,7 @@ async def _talk(
     hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
+
     await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
     start = await receive(socket, Start, HANDSHAKE_SECONDS)
     if start.digest != state.digest:
@@ -158,6 +162,7 @@ async def _talk(
             f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
             f"{positions} positions"
         )
+
     async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
         session_log.quiet, progress.computing = False, True
         state.counters.prompt_tokens += start.prompt_length
@@ -203,6 +208,7 @@ async def _compute(
             ),
             memory_bytes=memory,
         )
+
         tasks: list[asyncio.Task[None]] = []
         try:
             await send(socket, Accepted(session))
@@ -276,12 +282,14 @@ async def _watch_party(
 ) -> None:
     """Log what the party reports, until it has finished."""
     sent = received = 0
+
     patience = min(LINK_SECONDS, state.limits.stall_seconds)
     while True:
         try:
             event = await asyncio.wait_for(party.event(), patience)
         except asyncio.TimeoutError:
             raise SessionError(f"nothing happened for {patience:g} s") from None
+
         match event:
             case None:
                 return
