@@ -49,6 +49,7 @@ from entropi.private.wire.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
 from entropi.private.wire.versions import engine_version
 
 WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
+START_SECONDS = 30.0  # to read it, a tokenizer of megabytes perhaps, and to encode a prompt
 QUIET_SESSIONS = 100  # connections within a minute that have log lines of their own before they have a slot
 LINK_SECONDS = 60.0  # for both engines to start and find each other
 HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
@@ -151,7 +152,7 @@ async def _talk(
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
 
     await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
-    start = await receive(socket, Start, HANDSHAKE_SECONDS)
+    start = await receive(socket, Start, START_SECONDS)
     if start.digest != state.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
     if start.max_new_tokens > state.limits.max_new_tokens:
