@@ -116,7 +116,7 @@ def verified_settings(
     unless `recheck` asks for it. But that was another day, and perhaps another machine with the same cache: so a few
     tokens are computed again in fixed point on every start.
     """
-    key = findings.key_of(folder, settings)
+    key = findings.key_of(folder, settings, choose)
     known = None if recheck else findings.read(key)
     if known is None:
         log.info("looking at the values of all tokens, which takes minutes for a large model")
