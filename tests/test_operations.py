@@ -31,7 +31,7 @@ from entropi.private.admission import quota_stores, quotas
 from entropi.private.admission.limits import Limits
 from entropi.private.compute.folded import load_folded
 from entropi.private.compute.settings import Settings
-from entropi.private.sessions import client, client_session, findings, server
+from entropi.private.sessions import client, client_session, findings, readiness, server
 from entropi.private.sessions.generation import Watcher
 from entropi.private.wire.authority import issue, revoke
 from entropi.private.wire.certificates import Peer, Tls
@@ -545,7 +545,7 @@ def forbidden(*_, **__):
 def test_mistakes_around_the_model_are_told_before_it_is_looked_at(
     folded, model, tmp_path, capfd, monkeypatch, mistake, kind
 ):
-    monkeypatch.setattr(findings, "sweep_vocabulary", forbidden)
+    monkeypatch.setattr(readiness, "sweep_vocabulary", forbidden)
     monkeypatch.setattr(commands, "fold_model", forbidden)
     words, complaint = BEFORE_ANYTHING_ELSE[mistake]
     folder = {"folded": folded, "model": model[0]}[kind]
@@ -560,7 +560,7 @@ def test_mistakes_around_the_model_are_told_before_it_is_looked_at(
 
 @pytest.mark.parametrize("mistake", OF_THE_MODEL)
 def test_canaries_that_are_none_are_told_before_the_model_is_looked_at(folded, capfd, monkeypatch, mistake):
-    monkeypatch.setattr(findings, "sweep_vocabulary", forbidden)
+    monkeypatch.setattr(readiness, "sweep_vocabulary", forbidden)
     words, complaint = OF_THE_MODEL[mistake]
     status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", *words)
     assert status == 2
@@ -582,7 +582,7 @@ SETTINGS = Settings()
 
 @pytest.fixture(scope="module")
 def swept(folded):
-    return findings.sweep_vocabulary(*load_folded(folded), SETTINGS)
+    return server.sweep_vocabulary(*load_folded(folded), SETTINGS)
 
 
 @pytest.fixture
@@ -606,9 +606,9 @@ def starts(folded, swept, tmp_path, monkeypatch):
         pass
 
     monkeypatch.setenv("ENTROPI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(findings, "sweep_vocabulary", sweep)
-    monkeypatch.setattr(findings, "select_fraction_bits", settle)
-    monkeypatch.setattr(findings, "self_test", test)
+    monkeypatch.setattr(readiness, "sweep_vocabulary", sweep)
+    monkeypatch.setattr(readiness, "select_fraction_bits", settle)
+    monkeypatch.setattr(readiness, "self_test", test)
     monkeypatch.setattr(server, "_serve", serve)
 
     def start(folder=folded, settings=SETTINGS, tests=("ref2k",), **options):
@@ -625,12 +625,12 @@ def test_a_start_does_not_repeat_what_an_earlier_one_has_found(starts, tmp_path)
     assert starts() == ["sweep", *whole]
     (entry,) = (tmp_path / "cache").rglob("*.json")
     assert stat.S_IMODE(entry.stat().st_mode) == 0o600
-    assert starts() == [("ref2k", findings.SHORT_TEST_TOKENS)]
+    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
     assert starts(tests=()) == []
-    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", findings.SHORT_TEST_TOKENS), ("cheetah", 32)]
-    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", findings.SHORT_TEST_TOKENS)]
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS), ("cheetah", 32)]
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS)]
     assert starts(recheck=True) == ["sweep", *whole]
-    assert starts() == [("ref2k", findings.SHORT_TEST_TOKENS)]
+    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
 
 
 def test_a_failed_self_test_is_not_kept(starts, monkeypatch):
@@ -638,7 +638,7 @@ def test_a_failed_self_test_is_not_kept(starts, monkeypatch):
         raise UserError("wrong")
 
     with monkeypatch.context() as patch:
-        patch.setattr(findings, "self_test", failing)
+        patch.setattr(readiness, "self_test", failing)
         with pytest.raises(UserError, match="wrong"):
             starts()
     assert starts() == ["sweep", ("ref2k", 32)]
@@ -685,7 +685,7 @@ def test_entries_that_cannot_be_trusted_are_ignored(starts, tmp_path, damage):
         (other,) = set((tmp_path / "cache").rglob("*.json")) - {entry}
         os.replace(other, entry)
     assert starts()[0] == "sweep"
-    assert starts()[0] == ("sweep" if damage == "folder" else ("ref2k", findings.SHORT_TEST_TOKENS))
+    assert starts()[0] == ("sweep" if damage == "folder" else ("ref2k", server.SHORT_TEST_TOKENS))
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(starts, tmp_path, monkeypatch, caplog):

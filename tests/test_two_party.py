@@ -33,8 +33,7 @@ from entropi.private.admission.limits import Limits
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import forward
 from entropi.private.compute.settings import Settings
-from entropi.private.sessions import client, server_session
-from entropi.private.sessions import server as server_module
+from entropi.private.sessions import client, readiness, server_session
 from entropi.private.sessions.generation import Watcher
 from entropi.private.sessions.privacy import Privacy
 from entropi.private.wire import channel
@@ -864,7 +863,7 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_have(capfd, folded, tmp
     assert "1 of the tokenizer's 301 tokens have an id that the model, which has 300 rows, does not know" in line
     assert "'<pad>' (300) for example: take them out of tokenizer.json" in line
     description = msgspec.json.decode((folded / "folded.json").read_bytes(), type=Description)
-    server_module._check_tokenizer(json.dumps(tokenizer), msgspec.structs.replace(description, vocab_size=384))
+    readiness.check_tokenizer(json.dumps(tokenizer), msgspec.structs.replace(description, vocab_size=384))
 
 
 def test_port_in_use(capfd, folded, running):
@@ -933,9 +932,7 @@ def test_client_is_killed_and_the_server_answers_the_next_one(running, model, sc
 
 def test_client_that_stalls_takes_no_slot(stalled_client):
     wait_for(lambda: stalled_client)
-    assert stalled_client == [
-        {"type": "Refused", "reason": f"no Start message within {server_session.START_SECONDS} s"}
-    ]
+    assert stalled_client == [{"type": "Refused", "reason": f"no Start message within {server.START_SECONDS} s"}]
 
 
 def test_server_is_killed(more_servers, scratch):

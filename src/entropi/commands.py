@@ -497,7 +497,7 @@ def serve(
         from entropi.private.admission.logs import JsonLines, PlainLines
         from entropi.private.admission.quota_stores import is_url
         from entropi.private.compute.settings import Settings
-        from entropi.private.sessions.server import check_surroundings
+        from entropi.private.sessions.readiness import check_surroundings
         from entropi.private.sessions.server import serve as serve_folder
         from entropi.private.wire.certificates import tls_files
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)

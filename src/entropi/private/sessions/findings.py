@@ -12,24 +12,18 @@ import logging
 import os
 import platform
 import stat
-from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import msgspec
-import numpy as np
 
 from entropi.cache import default_cache_dir, written_whole
 from entropi.errors import UserError
-from entropi.private.compute.description import Description
-from entropi.private.compute.fixed_point import Sweep, select_fraction_bits, sweep_vocabulary
+from entropi.private.compute.fixed_point import Sweep
 from entropi.private.compute.folded import DESCRIPTION_FILE, WEIGHTS_FILE, sha256_of
-from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.wire.messages import BadMessage, Digest, decode, encode
 
-SHORT_TEST_TOKENS = 8  # of the test of known answers, where an earlier start has passed the whole one
 MAX_ENTRY = 16 << 20  # bytes
 _LIBRARIES = ("jax", "jaxlib", "numpy", "spu")
 log = logging.getLogger("entropi.server")
@@ -58,7 +52,7 @@ def key_of(folder: Path, settings: Settings, choose: bool) -> str:
     parts = [sha256_of(folder / name) for name in (DESCRIPTION_FILE, WEIGHTS_FILE)]
     parts += [encode(settings).decode(), str(choose), platform.machine(), platform.python_version()]
     parts += [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
-    package = Path(__file__).parents[2]
+    package = Path(__file__).parents[1]
     parts += [f"{path.relative_to(package)} {sha256_of(path)}" for path in sorted(package.rglob("*.py"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -97,44 +91,3 @@ def keep(found: Findings) -> None:
 
 def _path(key: str) -> Path:
     return default_cache_dir() / "served" / f"{key}.json"
-
-
-def verified(
-    folder: Path,
-    description: Description,
-    weights: Mapping[str, np.ndarray],
-    settings: Settings,
-    choose: bool,
-    self_tests: Sequence[Literal["ref2k", "cheetah"]],
-    *,
-    recheck: bool,
-) -> Settings:
-    """The settings that sessions can rely on, once the model has been looked at and its tests are passed.
-
-    What an earlier start has found of the same model is not found out again, which takes minutes for a large one,
-    unless `recheck` asks for it. But that was another day, and perhaps another machine with the same cache: so a few
-    tokens are computed again in fixed point on every start.
-    """
-    key = key_of(folder, settings, choose)
-    known = None if recheck else read(key)
-    if known is None:
-        log.info("looking at the values of all tokens, which takes minutes for a large model")
-        sweep, passed = sweep_vocabulary(description, weights, settings), list[str]()
-    else:
-        log.info("an earlier start has looked at the values of this model's tokens; --recheck looks again")
-        sweep, passed = known.sweep, list(known.passed)
-    settled, reasons = select_fraction_bits(description, weights, settings, choose=choose, sweep=sweep)
-    for line in reasons:
-        log.info("%s", line)
-    for protocol in self_tests:
-        tokens = sweep.worst
-        if protocol in passed:
-            log.info("an earlier start has passed the test of known answers (%s)", protocol)
-            if protocol != "ref2k":
-                continue
-            tokens = tokens[:SHORT_TEST_TOKENS]
-        log.info("%s", self_test(folder, settled, protocol, tokens))
-        passed += [protocol] if protocol not in passed else []
-    if known is None or list(known.passed) != passed:
-        keep(Findings(key, sweep, tuple(passed)))
-    return settled

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.admission.limits import MOST_MEMORY_GB
+from entropi.private.compute.settings import MOST_MEMORY_GB
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import Sampling
 from entropi.private.sessions.tokenization import (

@@ -8,7 +8,6 @@ import os
 from entropi.private.compute.description import Description
 from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS
 from entropi.private.wire.link_frames import DEFAULT_UNREAD
-from entropi.private.wire.messages import Job
 
 MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need must not fail for it
 
@@ -43,17 +42,6 @@ def needed_memory(model: Description, tokens: int) -> int:
     values = tokens * max(model.heads * tokens, wide) + model.vocab_size
     own = 2e9 + 5e7 * (os.cpu_count() or 1)
     return int(own + 150 * weights + 30 * max(largest, table) + 8e3 * values)
-
-
-def too_little_memory(job: Job, memory_bytes: int | None) -> str:
-    """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
-    needed = needed_memory(job.description, job.prompt_length + job.max_new_tokens)
-    if memory_bytes is None or memory_bytes >= needed:
-        return ""
-    return (
-        f"; its memory limit of {memory_bytes / 1e9:.2g} GB may be too small, as about {needed / 1e9:.1f} GB are "
-        "predicted for this model and length (--memory-gb)"
-    )
 
 
 def unread_for(memory_bytes: int | None) -> int:

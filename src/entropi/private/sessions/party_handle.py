@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from entropi.private.sessions.confinement import summary
-from entropi.private.sessions.memory import too_little_memory
+from entropi.private.sessions.memory import needed_memory
 from entropi.private.wire.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
 from entropi.private.wire.tunnel import link_folder
 
@@ -52,6 +52,17 @@ async def confinement() -> str:
         return "unknown"
 
 
+def _too_little_memory(job: Job, memory_bytes: int | None) -> str:
+    """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
+    needed = needed_memory(job.description, job.prompt_length + job.max_new_tokens)
+    if memory_bytes is None or memory_bytes >= needed:
+        return ""
+    return (
+        f"; its memory limit of {memory_bytes / 1e9:.2g} GB may be too small, as about {needed / 1e9:.1f} GB are "
+        "predicted for this model and length (--memory-gb)"
+    )
+
+
 class Party:
     """The child process that runs one party of one session."""
 
@@ -71,7 +82,7 @@ class Party:
             start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
             env=_environment(),
         )
-        party = cls(process, too_little_memory(job, memory_bytes))
+        party = cls(process, _too_little_memory(job, memory_bytes))
         try:
             if memory_bytes is not None:
                 with contextlib.suppress(ProcessLookupError):  # its events tell why it is gone

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,31 +15,32 @@ from typing import Literal
 from aiohttp import web
 from safetensors.numpy import save_file
 
-from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.admission.audit import Audit
-from entropi.private.admission.door import Door, check_free, cut, startups_that_fit
+from entropi.private.admission.door import Door, cut, startups_that_fit
 from entropi.private.admission.limits import Limits
 from entropi.private.admission.logs import Sparing
 from entropi.private.admission.monitoring import Counters, monitoring_app
 from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
-from entropi.private.compute.description import Description
 from entropi.private.compute.folded import load_folded, sha256_of
 from entropi.private.compute.program import compute_on_processor
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
-from entropi.private.sessions.findings import verified
-from entropi.private.sessions.memory import needed_memory
 from entropi.private.sessions.party_handle import confinement
+from entropi.private.sessions.readiness import (
+    check_surroundings,
+    check_tokenizer,
+    verified_settings,
+    warn_of_little_memory,
+)
 from entropi.private.sessions.server_session import LEAVE_SECONDS, REVOKED, dismiss, log, run_session
 from entropi.private.sessions.server_state import ServerState
-from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
-from entropi.private.wire.addresses import parse_address
+from entropi.private.sessions.tokenization import own_tokenizer
+from entropi.private.wire.addresses import listening, spelled
 from entropi.private.wire.certificates import Peer, Tls
 from entropi.private.wire.messages import (
-    MAX_SERVER_MESSAGE,
     Welcome,
     encode,
 )
@@ -97,23 +97,22 @@ def serve(
     address, watched = check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     files = Watched(tls, revoked) if tls is not None else None
     limits = replace(limits, max_startups=startups_that_fit(limits))
+
     description, weights = load_folded(folder)
-    _check_tokenizer(tokenizer, description)
+    check_tokenizer(tokenizer, description)
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
+
     compute_on_processor()  # the check is small; looking for accelerators is slow and noisy
     published = None
     if canary is not None:
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
-    least = needed_memory(description, 2)
-    if limits.memory_gb and limits.memory_gb * 1e9 < least:
-        log.warning(
-            "memory_gb %g may be too little: about %.1f GB are predicted for the shortest of sessions",
-            limits.memory_gb,
-            least / 1e9,
-        )
-    settings = verified(folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck)
+    warn_of_little_memory(limits, description)
+    settings = verified_settings(
+        folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck
+    )
+
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
         table = None
@@ -122,88 +121,76 @@ def serve(
             save_file({"embedding": weights["embedding"]}, table)
         del weights
         welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None, published)
-        slots, quota = Slots(limits, counters), Quota(limits, open_store(quota_store, limits))
         audit = Audit(counters, audit_log)
-        greeting = text_frames(encode(welcome))
-        digest = welcome.digest()
-        state = ServerState(folder, welcome, digest, limits, slots, quota, counters, table, audit, files, greeting)
-        # What is here by now stays; the door searches often for what connections leave behind.
-        gc.collect()
-        gc.freeze()
-        try:
-            asyncio.run(_serve(state, address, watched))
-        finally:
-            gc.unfreeze()  # or what others keep in circles, as Triton does, would count as leaked at the end
+        state = ServerState(
+            folder=folder,
+            welcome=welcome,
+            digest=welcome.digest(),
+            limits=limits,
+            slots=Slots(limits, counters),
+            quota=Quota(limits, open_store(quota_store, limits)),
+            counters=counters,
+            table=table,
+            audit=audit,
+            watched=files,
+            greeting=text_frames(encode(welcome)),
+        )
+        _run(state, address, watched)
         audit.close()
     log.info("stopped")
 
 
-def check_surroundings(
-    listen: str,
-    limits: Limits,
-    tls: Tls | None,
-    metrics: str,
-    revoked: Path | None = None,
-    audit_log: Path | None = None,
-    quota_store: str | None = None,
-) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Look at everything that a server needs besides its model, because looking at the model takes minutes.
-
-    Args:
-        listen: and the others, see `serve`.
-
-    Returns:
-        host and port to listen on, and those for metrics.
-
-    Raises:
-        UserError: something cannot be used, in one line.
-    """
-    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
-    if revoked is not None and tls is None:
-        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
-    if tls is not None:
-        Watched(tls, revoked)
-    for where in (address, watched):
-        with _listening(where):
-            check_free(*where)
-    Audit(Counters(), audit_log).close()
-
-    async def check_store() -> None:
-        quota = Quota(limits, open_store(quota_store, limits))
-        try:
-            await quota.check()
-        finally:
-            await quota.close()
-
-    asyncio.run(check_store())
-    if quota_store is not None and limits.client_sessions is None and limits.client_tokens is None:
-        log.warning("the quota store keeps nothing: neither client_sessions nor client_tokens limits anybody")
-    return address, watched
-
-
-def _check_tokenizer(tokenizer: str, description: Description) -> None:
-    """Raise `UserError` for what every client would refuse."""
+def _run(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:
+    """Answer clients at `address` until a signal ends it."""
+    # What is here by now stays; the door searches often for what connections leave behind.
+    gc.collect()
+    gc.freeze()
     try:
-        ids = own_tokenizer(tokenizer).tokenizer.get_vocab(with_added_tokens=True)
-    except UserError:
-        raise UserError("the model's tokenizer.json is damaged") from None
-    # Fewer tokens than rows are usual: many checkpoints are padded to a multiple of 64 or 128 rows.
-    if beyond := sorted((number, token) for token, number in ids.items() if number >= description.vocab_size):
-        first = without_controls(repr(beyond[0][1][:40]))
-        raise UserError(
-            f"{len(beyond)} of the tokenizer's {len(ids)} tokens have an id that the model, which has "
-            f"{description.vocab_size} rows, does not know, {first} ({beyond[0][0]}) for example: take them out of "
-            "tokenizer.json, if they were added to it only, or use the tokenizer that the model was trained with"
+        asyncio.run(_serve(state, address, metrics))
+    finally:
+        gc.unfreeze()  # or what others keep in circles, as Triton does, would count as leaked at the end
+
+
+async def _serve(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:
+    request_log.addFilter(_without_trace)
+    for strangers in (request_log, logging.getLogger("asyncio")):
+        strangers.addFilter(Sparing())
+
+    loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    if state.watched is not None:
+        loop.add_signal_handler(signal.SIGHUP, again.set)
+    log.info("in force for a session's process: %s", await confinement())
+
+    async with contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(state.quota.close)
+        await state.quota.check()
+        for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
+            closing.callback(task.cancel)
+
+        entrance = Door(state.watched, startups_that_fit(state.limits), state.limits.source_startups, state.audit)
+        port = await _listen(_application(state, entrance), entrance, address, closing)
+        log.info(
+            "listening on %s, %s, protocol %s, %s",
+            spelled(address[0], port),
+            state.welcome.description.architecture,
+            state.welcome.settings.protocol,
+            "TLS 1.3 with client certificates" if state.watched is not None else "no TLS: this machine only",
         )
-    if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
-        raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
-    log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))
-    if found := objections(tokenizer, description.vocab_size):
-        log.warning("clients will not apply this tokenizer unless they name its SHA-256: %s", "; ".join(found))
+
+        side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, state.audit)
+        port = await _listen(monitoring_app(state.counters), side_door, metrics, closing)
+        log.info("metrics on http://%s/metrics", spelled(metrics[0], port))
+
+        await stopping.wait()
+        log.info("stopping")
 
 
-async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[str, int]) -> None:
-    async def handler(request: web.Request) -> web.WebSocketResponse:
+def _application(state: ServerState, entrance: Door) -> web.Application:
+    """What answers clients: sessions, and the token embeddings where these are public."""
+
+    async def session(request: web.Request) -> web.WebSocketResponse:
         return await run_session(request, state, entrance.guest(request))
 
     async def table(request: web.Request) -> web.FileResponse:
@@ -211,6 +198,7 @@ async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[st
         peer, transport = Peer.of(request.transport), request.transport
         if peer is not None and peer in state.revoked:
             raise web.HTTPForbidden
+
         response = web.FileResponse(state.table)
         patience = SEND_SECONDS + state.table.stat().st_size / TABLE_BYTES_PER_SECOND
         try:
@@ -224,60 +212,25 @@ async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[st
         await asyncio.gather(*(dismiss(socket, "the server is stopping") for socket in state.sockets))
 
     app = web.Application()
-    app.router.add_get("/v1/session", handler)
+    app.router.add_get("/v1/session", session)
     if state.table is not None:
         app.router.add_get("/v1/table", table)
     app.on_shutdown.append(end_sessions)
-    request_log.addFilter(_without_trace)
-    for strangers in (request_log, logging.getLogger("asyncio")):
-        strangers.addFilter(Sparing())
-    files = state.watched
-    entrance = Door(files, state.limits.max_startups, state.limits.source_startups, state.audit)
-    side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, state.audit)
-    loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
-    if files is not None:
-        loop.add_signal_handler(signal.SIGHUP, again.set)
-    log.info("in force for a session's process: %s", await confinement())
-    async with contextlib.AsyncExitStack() as closing:
-        closing.push_async_callback(state.quota.close)
-        await state.quota.check()
-        for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
-            closing.callback(task.cancel)
-        for each, door, where in (
-            (app, entrance, address),
-            (monitoring_app(state.counters), side_door, watched),
-        ):
-            each.middlewares.append(door.attend)
-            runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
-            await runner.setup()
-            closing.push_async_callback(runner.cleanup)
-            assert runner.server is not None
-            closing.callback(door.close)
-            with _listening(where):
-                port = door.open(runner.server, *where)
-            if each is app:
-                log.info(
-                    "listening on %s, %s, protocol %s, %s",
-                    _spell(where[0], port),
-                    state.welcome.description.architecture,
-                    state.welcome.settings.protocol,
-                    "TLS 1.3 with client certificates" if files is not None else "no TLS: this machine only",
-                )
-            else:
-                log.info("metrics on http://%s/metrics", _spell(where[0], port))
-        await stopping.wait()
-        log.info("stopping")
+    return app
 
 
-@contextlib.contextmanager
-def _listening(address: tuple[str, int]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-        raise UserError(f"cannot listen on {_spell(*address)}: {reason}") from None
+async def _listen(
+    app: web.Application, door: Door, address: tuple[str, int], closing: contextlib.AsyncExitStack
+) -> int:
+    """Let clients of `app` in by a door, until `closing` ends; the port."""
+    app.middlewares.append(door.attend)
+    runner = web.AppRunner(app, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
+    await runner.setup()
+    closing.push_async_callback(runner.cleanup)
+    assert runner.server is not None
+    closing.callback(door.close)
+    with listening(address):
+        return door.open(runner.server, *address)
 
 
 async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
@@ -290,6 +243,7 @@ async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
         if files is None or not (again.is_set() or files.has_changed()):
             again.clear()
             continue
+
         again.clear()
         try:
             files.reload()
@@ -297,14 +251,11 @@ async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
             log.error("what was read before stays in use: %s", error)
             state.audit.happened("certificates not reloaded", str(error))
             continue
+
         state.counters.revoked = len(files.revoked)
         state.audit.happened("certificates reloaded", f"{len(files.revoked)} revoked")
         ended = [socket for socket, peer in state.sockets.items() if peer is not None and peer in files.revoked]
         await asyncio.gather(*(dismiss(socket, REVOKED) for socket in ended))
-
-
-def _spell(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
