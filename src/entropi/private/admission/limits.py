@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from entropi.errors import UserError
 from entropi.private.compute.settings import MOST_MEMORY_GB
 
-MOST_MEMORY_GB = 1_000_000  # which no machine has; a system's numbers end at 2^63 bytes
-
 
 @dataclass(frozen=True)
 class Limits:
