@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import free_port, model, save_model, scratch  # noqa: F401
+
+from serving import free_port, model  # noqa: F401
 
 pytest.importorskip("spu", reason="asking in private needs the extra private")
 pytest.importorskip("matplotlib", reason="pictures need the extra report")
