@@ -55,6 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in what the program knows, and rewrite links to files outside docs/."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", commands())
+    if "<!-- records -->" in markdown:
+        markdown = markdown.replace("<!-- records -->", kinds_of_records())
     markdown = re.sub(r"^::: result of ([\w.]+)", lambda match: f"::: {home_of_result(match[1])}", markdown, flags=re.M)
     here = page.file.src_uri
     # A page that lies in docs/ is one folder deeper in the repository than on the site.
@@ -88,6 +90,18 @@ def home_of_result(name: str) -> str:
     result = get_type_hints(getattr(found, "__wrapped__", found))["return"]
     result = (get_args(result) or (result,))[0]
     return f"{result.__module__}.{result.__qualname__}"
+
+
+def kinds_of_records() -> str:
+    """Every kind of record with its first sentence and its fields."""
+    from entropi import records
+
+    rows = []
+    for kind in records.Base.__subclasses__():
+        sentence = cell((kind.__doc__ or "").strip().partition("\n")[0])
+        fields = ", ".join(f"`{name}`" for name in kind.__struct_fields__ if name != "version")
+        rows.append(f"| `{kind.__struct_config__.tag}` | {sentence} | {fields} |")
+    return "| kind | what | fields |\n|---|---|---|\n" + "\n".join(rows)
 
 
 def commands() -> str:
