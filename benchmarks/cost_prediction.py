@@ -24,9 +24,9 @@ import numpy as np
 from entropi.costs.calibration import read, shipped
 from entropi.costs.prediction import NETWORKS, Options, Predictor, described
 from entropi.model.shape import Shape
-from entropi.private.engine import Simulation
-from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import forward, warm_up
+from entropi.private.compute.engine import Simulation
+from entropi.private.compute.program import forward, warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.records import StageTraffic
 
 GPT2 = dict(hidden_size=768, num_attention_heads=12, vocab_size=2000, exp_iterations=3)

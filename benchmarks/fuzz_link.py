@@ -15,8 +15,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["entropi.private.link_frames"]):
-    from entropi.private.link_frames import BadFrame, LinkGuard
+with atheris.instrument_imports(include=["entropi.private.wire.link_frames"]):
+    from entropi.private.wire.link_frames import BadFrame, LinkGuard
 
 from link_messages import SESSION, Engine, chunk, conversation, place, question_of, two_chunks
 

@@ -28,8 +28,8 @@ import aiohttp
 from aiohttp import web
 
 from entropi.private import Tls, connect
-from entropi.private.certificates import issue
-from entropi.private.tunnel import MAX_LINK_MESSAGE, Tunnel
+from entropi.private.wire.authority import issue
+from entropi.private.wire.tunnel import MAX_LINK_MESSAGE, Tunnel
 
 START_SECONDS = 120
 CHUNK = 64 << 10

@@ -41,10 +41,13 @@ import jax
 import jax.numpy as jnp
 
 from entropi.machine import machine
-from entropi.private.engine import PARTIES, Engine, Simulation
-from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import Description, Stage, forward, one_hot
-from entropi.private.session import load_folded
+from entropi.private.compute.description import Description
+from entropi.private.compute.embedding import one_hot
+from entropi.private.compute.engine import PARTIES, Engine, Simulation
+from entropi.private.compute.folded import load_folded
+from entropi.private.compute.program import Stage, forward
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.sessions.engine_link import open_link
 from entropi.records import StageTraffic
 from entropi.report.traffic import by_operation
 
@@ -212,7 +215,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
     if task.kind == "trained":
         model, trained = load_folded(Path(task.folded))
     plain = task.kind == "straightforward"
-    engine = Engine(rank, session, links, Settings(), plain_settings if plain else None)
+    engine = Engine(rank, open_link(rank, links, session), Settings(), plain_settings if plain else None)
     random = np.random.default_rng(task.seed)
 
     def hold(name: str, shape: tuple[int, ...], owner: int, value: Callable[[], np.ndarray]) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from entropi.machine import machine
-from entropi.private.engine import Simulation
-from entropi.private.messages import Settings
-from entropi.private.program import Stage, rounded
+from entropi.private.compute.engine import Simulation
+from entropi.private.compute.layers import rounded
+from entropi.private.compute.program import Stage
+from entropi.private.compute.settings import Settings
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 from entropi.training.saved import open_with_heldout
 

@@ -1,11 +1,11 @@
 """The layer equations of a folded model in plain NumPy, one token after another, and folded models with random weights.
 
-Written from the equations, not from the program: what `entropi.private.program` computes is compared with this.
+Written from the equations, not from the program: what `entropi.private.compute.program` computes is compared with this.
 """
 
 import numpy as np
 
-from entropi.private.program import Description
+from entropi.private.compute.description import Description
 
 FIELDS = dict(
     format=2,

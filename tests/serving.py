@@ -21,9 +21,9 @@ from entropi.data.corpus import load_corpus
 from entropi.data.tokenizer import train_tokenizer
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.private import client
-from entropi.private.messages import PROTOCOL_VERSION, Hello, encode
-from entropi.private.versions import engine_version
+from entropi.private.sessions import client
+from entropi.private.wire.messages import PROTOCOL_VERSION, Hello, encode
+from entropi.private.wire.versions import engine_version
 
 TEXT = "The secret garden lies behind the old stone wall, and the keeper of the garden has the only key. "
 PROMPT = "the keeper lies"
@@ -155,7 +155,7 @@ def parties(mark, parent=None):
     return [
         pid
         for pid, command in marked_processes(mark).items()
-        if "entropi.private.party" in command and (parent is None or parent_of(pid) == parent)
+        if "entropi.private.sessions.party" in command and (parent is None or parent_of(pid) == parent)
     ]
 
 

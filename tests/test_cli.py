@@ -658,7 +658,8 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a server's answer in place of the private computation."""
     pytest.importorskip("spu")
     pytest.importorskip("jax")
-    from entropi.private import client
+    from entropi.private.sessions import client
+    from entropi.private.sessions.generation import Answer
 
     def put(pieces: list[str], new_text: str) -> None:
         def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any, **options: Any) -> Any:
@@ -696,7 +697,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 fraction_bits=18,
                 exp_iterations=8,
             )
-            return client.Answer(record, [np.zeros(4), np.ones(4)])
+            return Answer(record, [np.zeros(4), np.ones(4)])
 
         monkeypatch.setattr(client, "ask", ask)
 
@@ -893,7 +894,7 @@ def test_light_modules(module: str):
 
 def test_the_client_loads_no_torch():
     pytest.importorskip("spu")
-    assert not loaded_by("import entropi.private.client") & {"torch", "transformers", "spu"}
+    assert not loaded_by("import entropi.private.sessions.client") & {"torch", "transformers", "spu"}
     words = "['ask', 'hello', '--server', '127.0.0.1:1']"
     loaded = loaded_by(f"from entropi.cli import main\nassert main({words}) == 2\nprint()")
     assert not loaded & {"torch", "transformers", "matplotlib"}
@@ -920,6 +921,21 @@ ROOMS: dict[str, set[str]] = {
     "costs": {"model", "private"},
     "private": set(),
     "report": set(),
+}
+# Rooms inside `private`, the lowest first.
+INNER_ROOMS: dict[str, set[str]] = {
+    "compute": set(),
+    "wire": {"compute"},
+    "admission": {"compute", "wire"},
+    "sessions": {"compute", "wire", "admission"},
+}
+JAX_FREE = {"description", "settings"}  # all that `wire` and `admission` may import of `compute`
+INNER_FOREIGN: dict[str, set[str]] = {
+    "jax": {"compute"},
+    "spu": {"compute", "sessions"},
+    "aiohttp": {"wire", "admission", "sessions"},
+    "cryptography": {"wire"},
+    **{name: {"wire", "admission", "sessions"} for name in ("asyncio", "socket", "socketserver", "ssl", "http")},
 }
 FOREIGN: dict[str, set[str]] = {  # packages that only these may import
     "torch": {"entropy", "model", "training", "demo"},
@@ -972,6 +988,81 @@ def test_imports_go_one_way(path: Path):
             assert target in {room, *COMMON, *ROOMS[room]}, f"{room} imports {target}"
         elif room in COMMON:
             assert parts[1] in COMMON, f"{room} imports {parts[1]}"
+
+
+PRIVATE_FILES = [path for path in FILES if path.parent.parent.name == "private"]
+
+
+def test_every_private_file_has_a_room():
+    inside = [path for path in FILES if room_of(path) == "private"]
+    assert {path.relative_to(PACKAGE / "private") for path in inside if path not in PRIVATE_FILES} == {
+        Path("__init__.py")
+    }
+    assert {path.parent.name for path in PRIVATE_FILES} == set(INNER_ROOMS)
+
+
+@pytest.mark.parametrize("path", PRIVATE_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_inside_private_go_one_way(path: Path):
+    room = path.parent.name
+    for module in imports_of(path):
+        parts = module.split(".")
+        assert room in INNER_FOREIGN.get(parts[0], {room}), f"{room} imports {parts[0]}"
+        if parts[:2] == ["entropi", "private"]:
+            assert parts[2] in {room, *INNER_ROOMS[room]}, f"{room} imports {parts[2]}"
+            if parts[2] == "compute" and room in ("wire", "admission"):
+                assert parts[3] in JAX_FREE, f"{room} imports {parts[3]}"
+
+
+def test_what_crosses_and_who_is_let_in_need_neither_jax_nor_spu():
+    modules = [
+        ".".join(("entropi", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in PRIVATE_FILES
+        if path.parent.name in ("wire", "admission") and path.name != "__init__.py"
+    ]
+    assert len(modules) > 10
+    blocked = "import sys\nfor name in ('jax', 'jaxlib', 'spu'): sys.modules[name] = None\n"
+    loaded = loaded_by(blocked + "".join(f"import {module}\n" for module in modules))
+    assert "aiohttp" in loaded  # they have been imported
+    assert not loaded & {"torch", "transformers"}
+    refused = subprocess.run(
+        [sys.executable, "-c", blocked + "import entropi.private.compute.program"], capture_output=True, text=True
+    )
+    assert "ModuleNotFoundError" in refused.stderr  # so blocking works
+
+
+def test_a_client_loads_nothing_of_what_lets_clients_in():
+    script = "import sys, entropi.private.sessions.client; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "entropi.private.wire.channel" in loaded
+    assert not [name for name in loaded if name.startswith("entropi.private.admission")]
+
+
+def test_computing_opens_no_socket():
+    """What SPU's own code opens would be among the process's descriptors too."""
+    pytest.importorskip("spu")
+    script = """
+import os
+import numpy as np
+from entropi.private.compute.engine import Simulation
+from entropi.private.compute.program import warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+
+engine = Simulation("cheetah", Settings())
+stage, shapes = warm_up()
+for name, (shape, owner) in shapes.items():
+    engine.hold(name, np.zeros(shape), SERVER if owner == "server" else CLIENT)
+assert engine.run(stage).bytes > 0
+links = ["/proc/self/fd/" + number for number in os.listdir("/proc/self/fd")]
+targets = [os.readlink(link) for link in links if os.path.islink(link)]  # the folder's own is closed again
+print(sum(target.startswith("socket:") for target in targets), len(targets))
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+    )
+    sockets, descriptors = done.stdout.split()[-2:]
+    assert int(sockets) == 0
+    assert int(descriptors) > 2
 
 
 def test_the_direction_test_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

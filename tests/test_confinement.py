@@ -11,14 +11,14 @@ import tempfile
 import pytest
 
 pytest.importorskip("spu")
-from entropi.private import confinement, session
+from entropi.private.sessions import confinement, party_handle
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's means are Linux's")
 
 TAKEN_OVER = """
 import json, os, resource, signal, socket, subprocess, sys, threading
 from pathlib import Path
-from entropi.private import confinement
+from entropi.private.sessions import confinement
 folder, secret, port, lost, parent = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4], os.getppid()
 if lost == "user":
     confinement._python = lambda: []
@@ -148,7 +148,7 @@ def test_a_kernel_without_these_means_is_told_apart(monkeypatch, tmp_path):
 
 
 def test_the_process_says_what_is_in_force(tmp_path):
-    line = asyncio.run(session.confinement())
+    line = asyncio.run(party_handle.confinement())
     assert line.startswith("no core dumps, ")
     found = json.loads(take_over(tmp_path).stdout)
     assert line == confinement.summary(found["told"])
@@ -158,7 +158,7 @@ def test_a_party_is_told_no_passwords(monkeypatch):
     monkeypatch.setenv("ENTROPI_REDIS_PASSWORD", "hunter2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    told = session._environment()
+    told = party_handle._environment()
     assert "hunter" not in " ".join(told.values())
     assert told["OMP_NUM_THREADS"] == "1"
 
@@ -166,7 +166,7 @@ def test_a_party_is_told_no_passwords(monkeypatch):
 def test_nothing_is_imported_from_the_working_folder(tmp_path):
     """A party is not started by -m, which would put that folder first."""
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the working folder')")
-    command = [*session.PARTY_COMMAND, "--confinement", str(tmp_path)]
+    command = [*party_handle.PARTY_COMMAND, "--confinement", str(tmp_path)]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert "no core dumps" in confinement.summary(json.loads(ran.stdout))

@@ -31,14 +31,27 @@ from rich.console import Console
 from entropi import cli, records
 from entropi.console import ProgressLine
 from entropi.errors import UserError
-from entropi.private import admission, certificates, channel, client, connect, monitoring
-from entropi.private.certificates import Tls, issue, tls_files
-from entropi.private.client import Sampling, Watcher
-from entropi.private.link_frames import DEFAULT_UNREAD
-from entropi.private.messages import CLIENT, SERVER, Failed, Job, Settings, Start, decode_from_server, encode
-from entropi.private.program import Description
-from entropi.private.session import Party, load_folded, memory_for, parse_address, unread_for
-from entropi.private.tunnel import Tunnel
+from entropi.private import connect
+from entropi.private.admission import monitoring
+from entropi.private.admission.limits import Limits
+from entropi.private.admission.logs import JsonLines, PlainLines, SessionLog
+from entropi.private.admission.slots import Slots
+from entropi.private.compute.description import Description
+from entropi.private.compute.folded import load_folded
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.sessions import client
+from entropi.private.sessions.generation import Answer, Watcher
+from entropi.private.sessions.memory import memory_for, unread_for
+from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.sampling import Sampling
+from entropi.private.wire import certificates, channel
+from entropi.private.wire.addresses import parse_address
+from entropi.private.wire.authority import issue
+from entropi.private.wire.certificates import Tls, tls_files
+from entropi.private.wire.link_frames import DEFAULT_UNREAD
+from entropi.private.wire.messages import Failed, Job, Start, decode_from_server, encode
+from entropi.private.wire.server_channel import ClientLeft, Refusal
+from entropi.private.wire.tunnel import Tunnel
 from link_messages import SESSION, place, push, two_chunks
 from private_reference import FIELDS
 from serving import (
@@ -264,7 +277,7 @@ class Line:
 
 
 def test_the_queue_is_first_come_first_served(monkeypatch):
-    monkeypatch.setattr(admission, "QUEUE_SECONDS", 0.01)
+    monkeypatch.setattr("entropi.private.admission.slots.QUEUE_SECONDS", 0.01)
     counters = monitoring.Counters()
     order = []
 
@@ -274,17 +287,17 @@ def test_the_queue_is_first_come_first_served(monkeypatch):
             await done.wait()
 
     async def scenario():
-        slots = admission.Slots(admission.Limits(max_sessions=1, max_queue=2), counters)
+        slots = Slots(Limits(max_sessions=1, max_queue=2), counters)
         lines, dones = [Line() for _ in range(4)], [asyncio.Event() for _ in range(4)]
         tasks = []
         for index in range(4):
             tasks.append(asyncio.create_task(enter(slots, index, lines[index], dones[index])))
             await asyncio.sleep(0.03)
         assert (counters.sessions, counters.waiting) == (1, 2)
-        with pytest.raises(admission.Refusal, match="busy"):
+        with pytest.raises(Refusal, match="busy"):
             await tasks[3]
         lines[1].leaves.set()  # the first in the queue gives up
-        with pytest.raises(admission.ClientLeft):
+        with pytest.raises(ClientLeft):
             await tasks[1]
         await asyncio.sleep(0.05)
         assert [line.told for line in lines] == [[], [0], [1, 0], []]
@@ -300,9 +313,9 @@ def test_the_queue_is_first_come_first_served(monkeypatch):
 
 def test_waiting_has_an_end():
     async def scenario():
-        slots = admission.Slots(admission.Limits(queue_seconds=0.01), monitoring.Counters())
+        slots = Slots(Limits(queue_seconds=0.01), monitoring.Counters())
         async with slots.slot(Line()):
-            with pytest.raises(admission.Refusal, match="too long"):
+            with pytest.raises(Refusal, match="too long"):
                 async with slots.slot(Line()):
                     pass
         async with slots.slot(Line()):
@@ -344,9 +357,9 @@ def test_log_lines_for_programs():
             lines.append(self.format(record))
 
     logger, handler = logging.Logger("test"), Kept()
-    handler.setFormatter(monitoring.JsonLines())
+    handler.setFormatter(JsonLines())
     logger.addHandler(handler)
-    monitoring.SessionLog(logger, "ab12", "alice/00ff").info("a %s", "token\n", fields={"sent_bytes": 3})
+    SessionLog(logger, "ab12", "alice/00ff").info("a %s", "token\n", fields={"sent_bytes": 3})
     try:
         raise RuntimeError("boom")
     except RuntimeError:
@@ -366,18 +379,18 @@ def test_log_lines_for_programs():
 HOSTILE = "\x1b]0;owned\x07\x9b2J\r\n2026-01-01 INFO stopped\u202e\x7f\ud800"
 
 
-@pytest.mark.parametrize("formatter", [monitoring.PlainLines, monitoring.JsonLines])
+@pytest.mark.parametrize("formatter", [PlainLines, JsonLines])
 def test_names_of_clients_cannot_write_on_the_screen_or_forge_a_line(formatter):
     written = io.StringIO()
     logger, handler = logging.Logger("test"), logging.StreamHandler(written)
     handler.setFormatter(formatter())
     logger.addHandler(handler)
-    name = HOSTILE if formatter is monitoring.PlainLines else HOSTILE[:-1]  # no UTF-8 has a lone surrogate
-    monitoring.SessionLog(logger, "ab12", name).info("opened by %s", name)
+    name = HOSTILE if formatter is PlainLines else HOSTILE[:-1]  # no UTF-8 has a lone surrogate
+    SessionLog(logger, "ab12", name).info("opened by %s", name)
     line = written.getvalue()
     assert line.count("\n") == 1
     assert not {*HOSTILE[:1], "\x07", "\x9b", "\r", "\u202e", "\x7f", "\ud800"} & set(line)
-    if formatter is monitoring.JsonLines:
+    if formatter is JsonLines:
         assert json.loads(line)["client"] == name  # escaped, and complete
     else:
         assert "session ab12: opened by \ufffd]0;owned\ufffd" in line
@@ -396,7 +409,7 @@ def test_control_characters_of_answers_stay_off_the_terminal(monkeypatch, capfd)
         for piece in (answered[:5], answered[5:]):
             watcher.text(piece)
         watcher.status("busy\x1b[2J")
-        return client.Answer(record, [])
+        return Answer(record, [])
 
     monkeypatch.setattr(client, "ask", answer)
     assert cli.main(["ask", "p", "--server", "127.0.0.1:1"]) == 0
@@ -412,7 +425,7 @@ def test_control_characters_of_answers_stay_off_the_terminal(monkeypatch, capfd)
 @pytest.mark.parametrize("name", ["max_queue", "queue_seconds", "stall_seconds", "memory_gb", "client_tokens"])
 def test_limits_that_let_nobody_in(name):
     with pytest.raises(UserError, match=name):
-        admission.Limits(**{name: -1})
+        Limits(**{name: -1})
 
 
 def test_metrics_know_no_certificates_and_stay_at_home(tmp_path, capfd):
@@ -755,9 +768,9 @@ def test_memory_is_limited_to_what_a_model_needs_with_room():
     assert memory_for(small, 8, 0) is None
     assert unread_for(memory_for(small, 8, 2.0)) == 500_000_000
     assert unread_for(None) == DEFAULT_UNREAD
-    assert admission.Limits(memory_gb=0).memory_gb == 0
+    assert Limits(memory_gb=0).memory_gb == 0
     with pytest.raises(UserError, match="memory_gb is -1"):
-        admission.Limits(memory_gb=-1)
+        Limits(memory_gb=-1)
 
 
 @two_party

@@ -224,7 +224,7 @@ def test_secure_softmax_approaches_the_exact_one(iterations):
 @pytest.mark.parametrize("iterations", [1, 4, 5, 8, 16])
 def test_secure_softmax_is_what_the_secure_engine_computes(iterations):
     """The two rooms may not import each other: here they meet, and must agree on the formula and the clip."""
-    functions = pytest.importorskip("entropi.private.functions")
+    functions = pytest.importorskip("entropi.private.compute.functions")
     x = np.concatenate([np.linspace(-12, 0, 100), -(2.0**iterations) * np.array([0.89, 0.91, 1.5])]).astype(np.float32)
     expected = np.asarray(functions.exp_of_nonpositive(x, iterations), dtype=np.float64)
     row = torch.from_numpy(np.sort(x)).double()  # the largest is 0

@@ -31,8 +31,14 @@ import aiohttp
 from aiohttp import web
 
 from entropi.errors import UserError
-from entropi.private import admission, audit, connect, door, monitoring, server
-from entropi.private.certificates import Tls, issue
+from entropi.private import connect
+from entropi.private.admission import audit, door, monitoring
+from entropi.private.admission.limits import Limits
+from entropi.private.admission.logs import Sparing
+from entropi.private.sessions import server_session
+from entropi.private.wire.authority import issue
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.server_channel import ClientLeft, leave_in_time, text_frames
 from serving import (
     HANGING,
     PROMPT,
@@ -114,7 +120,7 @@ async def has_ended(stream):
 
 def test_newcomers_take_the_place_of_the_oldest_of_the_largest_crowd():
     async def scenario():
-        async with open_door(admission.Limits(max_startups=8, source_startups=6)) as (_, port, counters):
+        async with open_door(Limits(max_startups=8, source_startups=6)) as (_, port, counters):
 
             async def enter(source):
                 return await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
@@ -148,7 +154,7 @@ def test_who_has_asked_stays_before_who_has_not_and_sessions_stay_for_good():
             await finish.wait()
             return web.Response(text="yes")
 
-        limits = admission.Limits(max_startups=4, source_startups=4)
+        limits = Limits(max_startups=4, source_startups=4)
         async with open_door(limits, handler) as (_, port, counters), aiohttp.ClientSession() as http:
             waiting = []
             for query in ("?inside", ""):
@@ -172,7 +178,7 @@ def test_silent_connections_end_after_a_while(monkeypatch):
     monkeypatch.setattr(door, "TICK_SECONDS", 0.05)
 
     async def scenario():
-        async with open_door(admission.Limits()) as (_, port, counters):
+        async with open_door(Limits()) as (_, port, counters):
             silent, _ = await asyncio.open_connection("127.0.0.1", port)
             half, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET / HTTP/1.1\r\nX-Slow: ")
@@ -188,7 +194,7 @@ def test_silent_connections_end_after_a_while(monkeypatch):
 
 def test_a_system_without_descriptors_costs_the_connection_and_not_the_server(monkeypatch, caplog):
     async def scenario():
-        async with open_door(admission.Limits(max_startups=4)) as (opened, port, counters):
+        async with open_door(Limits(max_startups=4)) as (opened, port, counters):
             silent, _ = await asyncio.open_connection("127.0.0.1", port)
             await asyncio.sleep(0.05)
 
@@ -229,10 +235,10 @@ def test_connections_that_fit_into_the_descriptors(monkeypatch):
     monkeypatch.setattr(door.resource, "setrlimit", lambda _, limits: told.append(limits))
     for soft, hard, expected in ((1 << 20, 1 << 20, 64), (150, 1 << 20, 64), (150, 150, 150 - 1 * 16 - 8 - 96)):
         monkeypatch.setattr(door.resource, "getrlimit", lambda _, found=(soft, hard): found)
-        assert door.startups_that_fit(admission.Limits()) == expected
+        assert door.startups_that_fit(Limits()) == expected
     assert told == [(184, 1 << 20), (150, 150)]
     with pytest.raises(UserError, match="may open 150 files, but 4 sessions"):
-        door.startups_that_fit(admission.Limits(max_sessions=4))
+        door.startups_that_fit(Limits(max_sessions=4))
 
 
 @pytest.mark.parametrize(
@@ -256,8 +262,8 @@ def test_a_message_in_fragments_arrives_as_one(length):
     async def handler(request):
         socket = web.WebSocketResponse(heartbeat=0.01, compress=False)  # with pings in between
         await socket.prepare(request)
-        await server._greet(request, server.text_frames(message, 64 << 10))
-        await server._greet(request, server.text_frames(b"b" * 300, 100))
+        await server_session._greet(request, text_frames(message, 64 << 10))
+        await server_session._greet(request, text_frames(b"b" * 300, 100))
         await socket.receive()
         return socket
 
@@ -283,12 +289,12 @@ def test_nothing_is_sent_for_ever():
     async def never():
         await asyncio.sleep(HANGING)
 
-    with pytest.raises(admission.ClientLeft, match="took nothing for 0"):
-        asyncio.run(admission.leave_in_time(never(), 0.01))
+    with pytest.raises(ClientLeft, match="took nothing for 0"):
+        asyncio.run(leave_in_time(never(), 0.01))
 
 
 def test_a_client_that_does_not_read_is_not_waited_for_when_its_session_ends(monkeypatch):
-    monkeypatch.setattr(server, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(server_session, "LEAVE_SECONDS", 0.05)
 
     class Full:
         """A connection whose other side takes nothing."""
@@ -300,14 +306,14 @@ def test_a_client_that_does_not_read_is_not_waited_for_when_its_session_ends(mon
             await asyncio.sleep(HANGING)
 
     started = time.monotonic()
-    asyncio.run(server._dismiss(Full(), "stopping"))
-    asyncio.run(server._dismiss(Full()))
+    asyncio.run(server_session.dismiss(Full(), "stopping"))
+    asyncio.run(server_session.dismiss(Full()))
     assert time.monotonic() - started < HANGING / 2
 
 
 def test_strangers_cannot_fill_the_log(caplog):
     logger = logging.getLogger("entropi.test.strangers")
-    sparing = monitoring.Sparing(10)
+    sparing = Sparing(10)
     logger.addFilter(sparing)
     for number in range(1000):
         logger.error("garbage %d", number)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from entropi.private import link_frames
-from entropi.private.link_frames import MAX_PUSH, PUSH_BYTES, BadFrame, LinkGuard
+from entropi.private.wire import link_frames
+from entropi.private.wire.link_frames import MAX_PUSH, PUSH_BYTES, BadFrame, LinkGuard
 from link_messages import (
     MARK,
     SESSION,

@@ -13,8 +13,10 @@ import pytest
 
 pytest.importorskip("spu")
 
-from entropi.private import messages
-from entropi.private.messages import (
+from entropi.private.compute.description import Description
+from entropi.private.compute.settings import Settings
+from entropi.private.wire import messages
+from entropi.private.wire.messages import (
     PROTOCOL_VERSION,
     Accepted,
     BadMessage,
@@ -27,13 +29,11 @@ from entropi.private.messages import (
     Queued,
     Refused,
     Revealed,
-    Settings,
     StageDone,
     Start,
     Welcome,
     encode,
 )
-from entropi.private.program import Description
 from entropi.records import StageTraffic
 from private_reference import FIELDS
 from serving import HANGING, Server, hello, honest_answer, no_parties_left, wait_for

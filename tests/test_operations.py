@@ -24,11 +24,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from entropi import cli
 from entropi.errors import UserError
-from entropi.private import client, connect, quotas
-from entropi.private.admission import Limits, Refusal, SessionError
-from entropi.private.certificates import Peer, Revoked, Tls, Watched, issue, revoke
-from entropi.private.client import Watcher
-from entropi.private.messages import Refused, encode
+from entropi.private import connect
+from entropi.private.admission import quota_stores, quotas
+from entropi.private.admission.limits import Limits
+from entropi.private.sessions import client, client_session
+from entropi.private.sessions.generation import Watcher
+from entropi.private.wire.authority import issue, revoke
+from entropi.private.wire.certificates import Peer, Tls
+from entropi.private.wire.messages import Refused, encode
+from entropi.private.wire.revocation import Revoked, Watched
+from entropi.private.wire.server_channel import Refusal, SessionError
 from serving import (
     HANGING,
     PROMPT,
@@ -90,7 +95,7 @@ def where(request, tmp_path):
 
 @contextlib.asynccontextmanager
 async def opened(where, **limits):
-    quota = quotas.Quota(Limits(**limits), quotas.open_store(where, Limits(**limits)))
+    quota = quotas.Quota(Limits(**limits), quota_stores.open_store(where, Limits(**limits)))
     await quota.check()
     try:
         yield quota
@@ -134,7 +139,7 @@ def test_a_restart_forgets_no_token_and_no_session_for_ever(where, monkeypatch):
     async def scenario():
         async with opened(where, client_sessions=1, client_tokens=10) as quota:
             await spend(quota, "alice", 5, 4)
-            killed = quotas.open_store(where, Limits(client_tokens=10))
+            killed = quota_stores.open_store(where, Limits(client_tokens=10))
             assert await killed.begin("alice", "a" * 32, 6, Limits(client_tokens=10)) is None
             await killed.close()
         async with opened(where, client_sessions=1, client_tokens=10) as quota:
@@ -142,7 +147,7 @@ def test_a_restart_forgets_no_token_and_no_session_for_ever(where, monkeypatch):
         async with opened(where, client_tokens=10) as quota:
             assert "0 more tokens" in await refused(quota, "alice", 1)
 
-    monkeypatch.setattr(quotas, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(quota_stores, "LEASE_SECONDS", 2.0)
     asyncio.run(scenario())
     time.sleep(3.1)  # Redis counts whole seconds
 
@@ -156,7 +161,7 @@ def test_a_restart_forgets_no_token_and_no_session_for_ever(where, monkeypatch):
 
 @pytest.mark.slow
 def test_a_long_session_keeps_its_place(where, monkeypatch):
-    monkeypatch.setattr(quotas, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(quota_stores, "LEASE_SECONDS", 2.0)
     monkeypatch.setattr(quotas, "RENEW_SECONDS", 0.2)
 
     async def scenario():
@@ -246,7 +251,7 @@ def test_a_store_that_is_gone_lets_nobody_take_more(tmp_path, capfd):
     url = f"redis://:secret@127.0.0.1:{free_port()}/0"
 
     async def scenario():
-        quota = quotas.Quota(Limits(client_tokens=1), quotas.open_store(url, Limits(client_tokens=1)))
+        quota = quotas.Quota(Limits(client_tokens=1), quota_stores.open_store(url, Limits(client_tokens=1)))
         with pytest.raises(UserError, match="does not answer") as caught:
             await quota.check()
         assert "secret" not in str(caught.value)
@@ -261,7 +266,7 @@ def test_a_store_that_is_gone_lets_nobody_take_more(tmp_path, capfd):
 
     asyncio.run(scenario())
     with pytest.raises(UserError, match="cannot be read"):
-        quotas.open_store("redes://here", Limits(client_tokens=1))
+        quota_stores.open_store("redes://here", Limits(client_tokens=1))
 
 
 def test_a_password_that_is_on_no_command_line(redis_server, monkeypatch):
@@ -288,16 +293,16 @@ def test_a_password_that_is_on_no_command_line(redis_server, monkeypatch):
 def test_where_quotas_are_kept(tmp_path, monkeypatch):
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert quotas.default_file() == tmp_path / "entropi" / "quotas.sqlite"
+    assert quota_stores.default_file() == tmp_path / "entropi" / "quotas.sqlite"
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/entropi:/var/lib/other")
-    assert quotas.default_file() == Path("/var/lib/entropi/quotas.sqlite")
-    assert quotas.open_store("/nowhere/at/all", Limits()) is None  # nothing is limited
+    assert quota_stores.default_file() == Path("/var/lib/entropi/quotas.sqlite")
+    assert quota_stores.open_store("/nowhere/at/all", Limits()) is None  # nothing is limited
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot keep quotas"):
-        quotas.open_store(str(tmp_path / "file" / "quotas.sqlite"), Limits(client_tokens=1))
+        quota_stores.open_store(str(tmp_path / "file" / "quotas.sqlite"), Limits(client_tokens=1))
     (tmp_path / "garbage").write_bytes(b"\xff" * 5000)
     with pytest.raises(UserError, match="cannot keep quotas"):
-        quotas.open_store(str(tmp_path / "garbage"), Limits(client_tokens=1))
+        quota_stores.open_store(str(tmp_path / "garbage"), Limits(client_tokens=1))
 
 
 # --- A client that tries again ----------------------------------------------------------------------------------------
@@ -313,7 +318,7 @@ def test_where_quotas_are_kept(tmp_path, monkeypatch):
 )
 def test_what_is_tried_again(monkeypatch, answers, retries, complaint):
     """A refusal ends a question, but not one that was going on elsewhere: its session may still be counted there."""
-    monkeypatch.setattr(client, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(client_session, "RETRY_SECONDS", 0.01)
     met = []
 
     async def handler(request):

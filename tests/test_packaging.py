@@ -114,7 +114,7 @@ def test_two_builds_are_the_same_wheel(tmp_path):
         digests.append(hashlib.sha256(wheel.read_bytes()).hexdigest())
         with zipfile.ZipFile(wheel) as opened:
             infos = opened.infolist()
-        assert "entropi/private/server.py" in [info.filename for info in infos]
+        assert "entropi/private/sessions/server.py" in [info.filename for info in infos]
         committed = subprocess.run(
             ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, check=True
         ).stdout

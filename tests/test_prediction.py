@@ -14,9 +14,11 @@ from entropi.costs import cheetah
 from entropi.costs.calibration import shipped, trials, workers
 from entropi.costs.prediction import NETWORKS, Options, Predictor
 from entropi.costs.tracing import Use, Value, uses
-from entropi.private.engine import Simulation
-from entropi.private.messages import CLIENT, SERVER, Settings
-from entropi.private.program import Description, forward, one_hot, warm_up
+from entropi.private.compute.description import Description
+from entropi.private.compute.embedding import one_hot
+from entropi.private.compute.engine import Simulation
+from entropi.private.compute.program import forward, warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from private_reference import FIELDS
 
 MODELS = {

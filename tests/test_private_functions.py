@@ -1,5 +1,9 @@
 """Secure nonlinear functions: a table of operations x protocols, errors and prices as their docstrings claim."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,10 +12,10 @@ pytest.importorskip("spu")
 import jax.numpy as jnp  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 
-from entropi.private import functions  # noqa: E402
-from entropi.private.engine import PARTIES, Simulation  # noqa: E402
-from entropi.private.messages import Settings  # noqa: E402
-from entropi.private.program import Stage  # noqa: E402
+from entropi.private.compute import functions  # noqa: E402
+from entropi.private.compute.engine import PARTIES, Simulation  # noqa: E402
+from entropi.private.compute.program import Stage  # noqa: E402
+from entropi.private.compute.settings import Settings  # noqa: E402
 
 random = np.random.default_rng(7)
 RESOLUTION = 2.0**-18
@@ -98,7 +102,7 @@ OPERATIONS = {
     ),
     "inverse_root of much": (functions.inverse_root, log_uniform(0, 12, 200), lambda x: x**-0.5, 8 * RESOLUTION, 0),
     "gelu": (functions.gelu, uniform(-12, 12, 400), exact_gelu, 0.0018, 1e-5),
-    "silu": (functions.silu, uniform(-20, 20, 400), lambda x: x / (1 + np.exp(-x)), 0.008, 1e-5),
+    "silu": (functions.silu, uniform(-20, 20, 400), lambda x: x / (1 + np.exp(-x)), 0.0075, 1e-5),
     "scale_rows small": (
         lambda x: functions.scale_rows(x, x[..., 0]),
         uniform(-5, 5, 2, 3, 8),
@@ -314,3 +318,27 @@ def test_the_table_in_pieces_is_the_whole(monkeypatch, polynomials, rows):
     table = uniform(-1, 1, 603, 40)
     ids = random.integers(0, 603, rows)
     np.testing.assert_array_equal(functions.times_table(np.eye(603, dtype=np.float32)[ids], table), table[ids])
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_the_constants_of_activations_are_those_of_the_script_that_fits_them(name):
+    pytest.importorskip("scipy")
+    script = Path(__file__).parents[1] / "benchmarks" / "fit_activations.py"
+    spec = importlib.util.spec_from_file_location("fit_activations", script)
+    fitting = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = fitting  # which its data class needs
+    spec.loader.exec_module(fitting)
+
+    falls = getattr(fitting, f"{name}_falls")
+    constant = lambda part: getattr(functions, f"_{name.upper()}_{part}")  # noqa: E731
+    found = fitting.fit(falls, constant("END"))
+    for part in ("alpha", "beta", "a", "gamma", "delta"):
+        assert getattr(found, part) == pytest.approx(constant(part.upper()), rel=2e-5)
+    for other in (0.97, 1.03):
+        assert fitting.fit(falls, other * constant("END")).error > found.error
+
+    x = np.linspace(0, 12, 4001)
+    exact = [x - fall for fall in falls(x)]
+    computed = np.asarray(getattr(functions, name)(x.astype(np.float32)), np.float64)
+    error = max(np.abs(computed - values).max() for values in exact)
+    assert error == pytest.approx(found.error, rel=0.01)

@@ -11,7 +11,8 @@ from entropi.model.architectures import ARCHITECTURES
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.folding import fold
-from entropi.private.program import Description, run_plain
+from entropi.private.compute.description import Description
+from entropi.private.compute.program import run_plain
 
 SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=24)
 VARIANTS = {

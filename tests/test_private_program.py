@@ -15,18 +15,24 @@ import msgspec  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from entropi.errors import UserError  # noqa: E402
-from entropi.private import program, ranges  # noqa: E402
-from entropi.private.messages import CLIENT, SERVER, Failed, Job, Revealed, Settings, trust  # noqa: E402
-from entropi.private.program import Description, Stage, forward, one_hot, pair_limit, run_plain  # noqa: E402
-from entropi.private.ranges import (  # noqa: E402
+from entropi.private.compute import (  # noqa: E402
+    attention,
+    fixed_point,
+)
+from entropi.private.compute.description import Description  # noqa: E402
+from entropi.private.compute.embedding import one_hot, pair_limit  # noqa: E402
+from entropi.private.compute.fixed_point import (  # noqa: E402
     Ranges,
     can_pair,
     measure_ranges,
     problems,
     safe_fraction_bits,
-    settle,
+    select_fraction_bits,
     sweep_vocabulary,
 )
+from entropi.private.compute.program import Stage, forward, run_plain  # noqa: E402
+from entropi.private.compute.settings import CLIENT, SERVER, Settings, trust  # noqa: E402
+from entropi.private.wire.messages import Failed, Job, Revealed  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -59,7 +65,7 @@ def test_long_prompts_are_scored_in_blocks(monkeypatch):
     weights = random_weights(model, dtype=np.float64)
     prompt = np.random.default_rng(0).integers(0, 53, 21).tolist()
     for rows in (4, 7, 20):
-        monkeypatch.setattr(program, "_BLOCK_ROWS", rows)
+        monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
         generated, logits = run_plain(model, weights, prompt, 2, 5, exact=True)
         for step, got in enumerate(logits):
             expected = reference_logits(model, weights, prompt + generated[:step])
@@ -94,7 +100,7 @@ SIMULATED = {
 def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     """Values after a pass over each list of tokens, and the stages' traffic."""
     pytest.importorskip("spu")
-    from entropi.private.engine import Simulation
+    from entropi.private.compute.engine import Simulation
 
     engine = Simulation(protocol, settings)
     options = dict(paired=settings.paired, fraction_bits=settings.fraction_bits) | options
@@ -152,7 +158,7 @@ def test_logits_under_cheetah_are_the_plain_ones():
 
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):
     """The client's results of a generation by two real parties."""
-    from entropi.private.session import Party
+    from entropi.private.sessions.party_handle import Party
 
     save_file(weights, folder / "weights.safetensors")
     save_file({"embedding": weights["embedding"]}, folder / "table.safetensors")
@@ -252,7 +258,7 @@ def test_options_of_embedding_and_output(embedding, output):
 def test_rounded_logits_tell_nothing_below_the_step(protocol, bits):
     """Every logit is the nearest multiple of the step, always the same: asking again averages nothing away."""
     pytest.importorskip("spu")
-    from entropi.private.engine import Simulation
+    from entropi.private.compute.engine import Simulation
 
     step = 2.0**-bits
     (stage,) = [s for s in forward(describe(), 1, 0, 5, logit_bits=bits) if s.name == "round"]
@@ -283,9 +289,9 @@ def test_settings_of_rounding():
     with pytest.raises(msgspec.ValidationError, match="no logits are revealed"):
         msgspec.convert({"output": "argmax", "logit_bits": 2}, Settings)
     huge = enlarged_head(model, weights, 2.0**23)
-    assert settle(model, huge, SETTINGS, [PROMPT])
+    assert select_fraction_bits(model, huge, SETTINGS, [PROMPT])
     with pytest.raises(UserError, match=r"logits reach 8\.39e\+06, and rounding them to 4 binary places"):
-        settle(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
+        select_fraction_bits(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
 
 
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
@@ -294,7 +300,7 @@ def test_settings_of_rounding():
 def test_pairs_of_tokens_are_told_apart(protocol, fraction_bits, tokens):
     """With values up to the bound; the smaller of a pair must survive next to the larger, in either place."""
     pytest.importorskip("spu")
-    from entropi.private.engine import Simulation
+    from entropi.private.compute.engine import Simulation
 
     largest = 0.998 * pair_limit(fraction_bits)
     table = np.random.default_rng(1).uniform(-largest, largest, (53, 24)).astype(np.float32)
@@ -319,7 +325,7 @@ def test_pairs_only_where_they_fit():
     weights = random_weights(model)
 
     def pairs(**changes):
-        settings, lines = settle(model, weights, Settings(**changes), [PROMPT])
+        settings, lines = select_fraction_bits(model, weights, Settings(**changes), [PROMPT])
         return settings.paired, lines[1:]
 
     assert pairs() == (True, [])
@@ -391,7 +397,7 @@ def test_the_largest_value_is_named_and_is_the_programs():
     assert largest["head"] == pytest.approx(expected, rel=1e-6)
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
     name = max(largest, key=largest.get)
-    settings, (line,) = settle(model, weights, Settings(), tokens)
+    settings, (line,) = select_fraction_bits(model, weights, Settings(), tokens)
     assert settings == Settings(paired=True)
     assert line == (
         f"18 fraction bits, as given; the calibration text's largest value is {largest[name]:.3g} in {name}, and "
@@ -410,11 +416,11 @@ def test_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit
         for name in ("head", "head_bias"):
             changed[name] = weights[name] * np.float32(factor * limit / size)
         if factor < 1:
-            assert "in head" in settle(model, changed, settings, [[1, 2, 3]])[1][0]
+            assert "in head" in select_fraction_bits(model, changed, settings, [[1, 2, 3]])[1][0]
         else:
             match = rf"head reaches {2 * limit:.3g}, .*ring of 64 bits with {fraction_bits} .* below {limit:.3g}"
             with pytest.raises(UserError, match=match.replace("+", r"\+")):
-                settle(model, changed, settings, [[1, 2, 3]])
+                select_fraction_bits(model, changed, settings, [[1, 2, 3]])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -424,7 +430,7 @@ def test_refuses_values_that_are_not_finite(factor):
     weights = random_weights(model)
     weights["0.qkv"] *= np.float32(factor)
     with pytest.raises(UserError, match="overflow"):
-        settle(model, weights, Settings())
+        select_fraction_bits(model, weights, Settings())
 
 
 def test_looks_at_rare_tokens_with_large_embeddings():
@@ -434,7 +440,7 @@ def test_looks_at_rare_tokens_with_large_embeddings():
     rare = next(token for token in range(model.vocab_size) if token not in sampled)
     weights["embedding"][rare] *= 1e7
     with pytest.raises(UserError, match="overflow"):
-        settle(model, weights, Settings())
+        select_fraction_bits(model, weights, Settings())
 
 
 def test_norms_of_small_rows_are_refused_with_the_numbers():
@@ -450,19 +456,19 @@ def test_norms_of_small_rows_are_refused_with_the_numbers():
     assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
     match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 0\.000977"
     with pytest.raises(UserError, match=match):
-        settle(model, weights, Settings(), [PROMPT])
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 
 @pytest.mark.parametrize("size", [1e-2, 30.0])
 def test_mean_weights_of_the_polynomial_that_cannot_be_divided_by_are_refused(size):
     model = describe(**VARIANTS["polynomial"])
     weights = random_weights(model)
-    settle(model, weights, Settings(), [PROMPT])
+    select_fraction_bits(model, weights, Settings(), [PROMPT])
     weights["1.offset"] *= size
     weights["1.qkv"][:, :24] *= size
     weights["1.qkv_bias"][:24] *= size
     with pytest.raises(UserError, match=r"mean weight of a row in layer 1 normalise is .* between 0.125 and 8192"):
-        settle(model, weights, Settings(), [PROMPT])
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 
 def test_values_below_the_resolution_are_refused():
@@ -471,7 +477,7 @@ def test_values_below_the_resolution_are_refused():
     weights["1.qkv"][:, -24:] *= np.float32(1e-5)  # the columns of v
     weights["1.qkv_bias"][-24:] = 0
     with pytest.raises(UserError, match=r"typical value in layer 1 (values|normalise) is .*at least 0\.000122"):
-        settle(model, weights, Settings(), [PROMPT])
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 
 def ranges_of(largest=1.0, typical=1.0, mean_square=1.0):
@@ -531,17 +537,17 @@ RARE_TOKEN = 400
 def test_a_token_that_no_calibration_text_holds_is_looked_at():
     model = describe(**RARE)
     weights = with_a_rare_token(model, random_weights(model), RARE_TOKEN, 2.0**25)
-    settings, lines = settle(model, weights, SETTINGS, choose=True)
+    settings, lines = select_fraction_bits(model, weights, SETTINGS, choose=True)
     assert settings.fraction_bits == 18  # nothing is noticed
     sweep = sweep_vocabulary(model, weights, SETTINGS)
     assert sweep.tokens == 512
     assert RARE_TOKEN in sweep.worst
-    settings, lines = settle(model, weights, SETTINGS, choose=True, sweep=sweep)
+    settings, lines = select_fraction_bits(model, weights, SETTINGS, choose=True, sweep=sweep)
     assert settings.fraction_bits < 18
     assert "because fixed point would overflow: layer 0 " in lines[0]
     assert "512 of 512 tokens were looked at" in lines
     with pytest.raises(UserError, match=r"would overflow: layer 0 .* fraction bits would fit"):
-        settle(model, weights, SETTINGS, sweep=sweep)
+        select_fraction_bits(model, weights, SETTINGS, sweep=sweep)
 
 
 def test_logits_of_every_token_are_looked_at():
@@ -557,13 +563,13 @@ def test_logits_of_every_token_are_looked_at():
 
 def test_the_look_at_a_vocabulary_is_bounded(monkeypatch):
     """Then tokens with the largest embeddings are looked at, and the log says how many."""
-    monkeypatch.setattr(ranges, "MAX_SWEEP_OPERATIONS", 0.0)
+    monkeypatch.setattr(fixed_point, "MAX_SWEEP_OPERATIONS", 0.0)
     model = describe(**RARE)
     weights = random_weights(model)
     weights["embedding"][RARE_TOKEN] *= 10
     sweep = sweep_vocabulary(model, weights, SETTINGS)
-    assert sweep.tokens == ranges.SWEEP_LENGTH
-    assert "128 of 512 tokens were looked at" in settle(model, weights, SETTINGS, sweep=sweep)[1]
+    assert sweep.tokens == fixed_point.SWEEP_LENGTH
+    assert "128 of 512 tokens were looked at" in select_fraction_bits(model, weights, SETTINGS, sweep=sweep)[1]
     assert RARE_TOKEN in sweep.worst
 
 
@@ -571,7 +577,7 @@ def test_the_look_at_a_vocabulary_is_bounded(monkeypatch):
 def test_known_answers_in_fixed_point(tmp_path):
     """The same program on a prompt where its numbers wrap: what a check of ranges missed is refused."""
     pytest.importorskip("spu")
-    from entropi.private import self_test
+    from entropi.private.compute import self_test
 
     model = describe(**RARE)
     prompt = [5, RARE_TOKEN, 9, 3]
@@ -589,7 +595,7 @@ def test_known_answers_in_fixed_point(tmp_path):
 @pytest.mark.slow
 def test_a_failed_self_test_is_one_line(tmp_path):
     pytest.importorskip("spu")
-    from entropi.private.self_test import self_test
+    from entropi.private.compute.self_test import self_test
 
     model = describe(**RARE)
     (tmp_path / "folded.json").write_bytes(msgspec.json.encode(model))
@@ -607,7 +613,7 @@ def test_canaries():
     pytest.importorskip("spu")
     from types import SimpleNamespace
 
-    from entropi.private.canary import complaint, make_canary
+    from entropi.private.sessions.canary import complaint, make_canary
 
     model = describe(**{**RARE, "vocab_size": 53})
     weights = random_weights(model)
@@ -646,7 +652,7 @@ def test_fraction_bits_are_chosen_with_room_to_spare_where_there_is():
     weights = random_weights(model)
 
     def chosen(weights):
-        settings, (line, *_) = settle(model, weights, SETTINGS, [PROMPT], choose=True)
+        settings, (line, *_) = select_fraction_bits(model, weights, SETTINGS, [PROMPT], choose=True)
         assert line.startswith(f"{settings.fraction_bits} fraction bits, ")
         return settings.fraction_bits, line
 
@@ -677,8 +683,8 @@ def test_unsafe_fraction_bits_are_refused_and_safe_ones_named():
     model = describe()
     weights = enlarged_head(model, random_weights(model), 2.0**29)
     with pytest.raises(UserError, match=r"would overflow: head reaches 5\.37e\+08, .*; 16 fraction bits would fit"):
-        settle(model, weights, SETTINGS, [PROMPT])
-    settings, _ = settle(model, weights, Settings(exp_iterations=6, fraction_bits=16), [PROMPT])
+        select_fraction_bits(model, weights, SETTINGS, [PROMPT])
+    settings, _ = select_fraction_bits(model, weights, Settings(exp_iterations=6, fraction_bits=16), [PROMPT])
     assert settings.fraction_bits == 16
 
 
@@ -689,7 +695,7 @@ def test_models_that_need_fewer_fraction_bits_are_computed_right(protocol):
     model = describe(**{**VARIANTS["llama"], "layers": 2})
     weights = random_weights(model)
     weights["1.qkv"][:, : -2 * 6] *= np.float32(2.0**14)  # queries and keys; the columns of two heads' v stay
-    settings, _ = settle(model, weights, SETTINGS, choose=True)
+    settings, _ = select_fraction_bits(model, weights, SETTINGS, choose=True)
     assert settings.fraction_bits == FEWER_BITS
     generated, expected = run_plain(model, weights, PROMPT, 2, 6)
     found, _ = simulate(protocol, model, weights, [PROMPT, generated[:1]], settings)
@@ -712,7 +718,7 @@ def test_norms_of_large_rows_are_computed_right(mean_square, bits):
         weights[name] *= np.float32(256)
     ranges = measure_ranges(model, weights, [PROMPT], 6)
     assert ranges.largest_mean_square["layer 0 norm"] >= mean_square * 0.999
-    settings = settle(model, weights, SETTINGS, [PROMPT], choose=True)[0]
+    settings = select_fraction_bits(model, weights, SETTINGS, [PROMPT], choose=True)[0]
     assert settings.fraction_bits == bits
     _, (expected,) = run_plain(model, weights, PROMPT, 1, 6)
     (found,), _ = simulate("ref2k", model, weights, [PROMPT], settings)

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers import decoders as decoding
 
 from entropi.errors import UserError
-from entropi.private import client, tokenization
-from entropi.private.client import Privacy
-from entropi.private.tokenization import (
+from entropi.private.sessions import client, client_session, generation, tokenization
+from entropi.private.sessions.privacy import Privacy
+from entropi.private.sessions.sampling import GREEDY
+from entropi.private.sessions.tokenization import (
     MAX_PROMPT,
     objections,
     own_tokenizer,
@@ -249,8 +250,8 @@ def test_a_text_that_cannot_fit_is_not_encoded():
 
 def a_session(prompt, max_new_tokens, positions=32, **options):
     """A client's session as far as lengths go, without a server."""
-    question = client._Question(prompt, max_new_tokens, client.GREEDY, 0, client.Watcher(), Privacy(**options))
-    session = client._Session(SimpleNamespace(name="there:1"), None, None, question)
+    question = generation.Generation(prompt, max_new_tokens, GREEDY, 0, generation.Watcher(), Privacy(**options))
+    session = client_session.ClientSession(SimpleNamespace(name="there:1"), None, None, question)
     session.welcome = SimpleNamespace(description=SimpleNamespace(positions=positions, vocab_size=SIZE))
     session.tokenizer = tokenizer_of_stranger(json.dumps(byte_level()), SIZE)
     question.stop_ids = session.tokenizer.ids_of(question.privacy.stop_tokens)

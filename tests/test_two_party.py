@@ -29,11 +29,18 @@ from tokenizers import pre_tokenizers
 
 from entropi import cli, records
 from entropi.errors import UserError
-from entropi.private import admission, channel, client, server
-from entropi.private.link_frames import MAX_PUSH, LinkGuard
-from entropi.private.messages import Accepted, Canary, Refused, Settings, Start, Welcome, decode_from_server, encode
-from entropi.private.program import Description, forward
-from entropi.private.tunnel import Tunnel
+from entropi.private.admission.limits import Limits
+from entropi.private.compute.description import Description
+from entropi.private.compute.program import forward
+from entropi.private.compute.settings import Settings
+from entropi.private.sessions import client, server_session
+from entropi.private.sessions.generation import Watcher
+from entropi.private.sessions.privacy import Privacy
+from entropi.private.wire import channel
+from entropi.private.wire.link_frames import MAX_PUSH, LinkGuard
+from entropi.private.wire.messages import Accepted, Canary, Refused, Start, Welcome, decode_from_server, encode
+from entropi.private.wire.server_channel import SessionError
+from entropi.private.wire.tunnel import Tunnel
 from link_messages import SESSION, place, push, two_chunks
 from serving import (
     HANGING,
@@ -306,7 +313,7 @@ def test_tokens_are_looked_up_in_pairs(running, model, length):
     server = client.connect(running.address())
     assert server.settings == Settings(paired=True)
     begun, done = [], []
-    answer = server.ask(prompt, 2, watcher=client.Watcher(begun.append, lambda number, traffic: done.append(number)))
+    answer = server.ask(prompt, 2, watcher=Watcher(begun.append, lambda number, traffic: done.append(number)))
     for logits, token in zip(answer.logits, answer.record.new_tokens, strict=True):
         assert np.abs(logits - plain_logits(plain, ids)).max() < TOLERANCE
         ids.append(token)
@@ -319,7 +326,7 @@ def test_lengths_need_not_tell_what_a_prompt_and_its_answer_are(running, model):
     _, plain, tokenizer = model
     ids = [0] * (8 - len(tokenizer.encode(PROMPT).ids)) + tokenizer.encode(PROMPT).ids
     first = tokenizer.id_to_token(int(plain_logits(plain, ids).argmax()))
-    privacy = client.Privacy(pad_to=8, full_length=True, stop_tokens=(first,))
+    privacy = Privacy(pad_to=8, full_length=True, stop_tokens=(first,))
     answer = client.ask(running.address(), PROMPT, 2, privacy=privacy)
     assert len(ids) == 8
     assert answer.record.padding_tokens == 8 - len(answer.record.prompt_tokens) > 0
@@ -328,7 +335,7 @@ def test_lengths_need_not_tell_what_a_prompt_and_its_answer_are(running, model):
     for row, token in zip(answer.logits, answer.record.new_tokens, strict=True):
         assert np.abs(row - plain_logits(plain, ids)).max() < TOLERANCE
         ids.append(token)
-    shorter = client.ask(running.address(), PROMPT, 2, privacy=client.Privacy(pad_to=8, stop_tokens=(first,)))
+    shorter = client.ask(running.address(), PROMPT, 2, privacy=Privacy(pad_to=8, stop_tokens=(first,)))
     assert shorter.record.new_tokens == answer.record.new_tokens[:1]
 
 
@@ -835,7 +842,7 @@ def ask_and_interrupt(address, interrupt):
             done.append(interrupt())
 
     with pytest.raises(UserError) as caught:
-        client.ask(address, PROMPT, NEW_TOKENS, client.Watcher(stage=stage))
+        client.ask(address, PROMPT, NEW_TOKENS, Watcher(stage=stage))
     assert len(done) == 1
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -933,7 +940,7 @@ async def hold_a_session(address, meanwhile):
 
 def test_busy_server_lets_one_wait_and_refuses_another(running, model, scratch):
     address, happened, answers = running.address(), [], []
-    watcher = client.Watcher(status=happened.append)
+    watcher = Watcher(status=happened.append)
     waiting = threading.Thread(target=lambda: answers.append(client.ask(address, PROMPT, 1, watcher)))
 
     def ask():
@@ -965,9 +972,9 @@ def test_sessions_in_which_nothing_happens_end():
         async def event(self):
             await asyncio.sleep(HANGING)
 
-    host = SimpleNamespace(limits=admission.Limits(stall_seconds=0.1))
-    with pytest.raises(admission.SessionError, match=r"nothing happened for 0\.1 s"):
-        asyncio.run(server._watch_party(Stalled(), server.log, host, None, server._Progress()))
+    host = SimpleNamespace(limits=Limits(stall_seconds=0.1))
+    with pytest.raises(SessionError, match=r"nothing happened for 0\.1 s"):
+        asyncio.run(server_session._watch_party(Stalled(), server_session.log, host, None, server_session.Progress()))
 
 
 # --- Last: what ran all the time --------------------------------------------------------------------------------------

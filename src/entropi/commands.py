@@ -489,12 +489,12 @@ def serve(
         canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
     """
     with _extra("private"):
-        from entropi.private.admission import Limits
-        from entropi.private.certificates import tls_files
-        from entropi.private.messages import Settings
-        from entropi.private.monitoring import JsonLines, PlainLines
-        from entropi.private.server import serve as serve_folder
-        from entropi.private.session import parse_address
+        from entropi.private.admission.limits import Limits
+        from entropi.private.admission.logs import JsonLines, PlainLines
+        from entropi.private.compute.settings import Settings
+        from entropi.private.sessions.server import serve as serve_folder
+        from entropi.private.wire.addresses import parse_address
+        from entropi.private.wire.certificates import tls_files
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonLines() if log == "json" else PlainLines())
@@ -613,12 +613,15 @@ def ask(
         logits: .npy file for the logits (tokens, V)
     """
     with _extra("private"):
-        from entropi.private.canary import complaint
-        from entropi.private.certificates import tls_files
-        from entropi.private.client import Privacy, Sampling, Watcher, connect
-        from entropi.private.client import ask as ask_server
-        from entropi.private.tokenization import MAX_PROMPT
-        from entropi.private.versions import engine_version
+        from entropi.private.sessions.canary import complaint
+        from entropi.private.sessions.client import ask as ask_server
+        from entropi.private.sessions.client import connect
+        from entropi.private.sessions.generation import Watcher
+        from entropi.private.sessions.privacy import Privacy
+        from entropi.private.sessions.sampling import Sampling
+        from entropi.private.sessions.tokenization import MAX_PROMPT
+        from entropi.private.wire.certificates import tls_files
+        from entropi.private.wire.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
@@ -727,7 +730,7 @@ def certificates(folder: Path, server: list[str], client: list[str], revoke: lis
         days: for which the certificates are valid
     """
     with _extra("private"):
-        from entropi.private import certificates as authority
+        from entropi.private.wire import authority
 
     if server or client or not revoke:
         for path in authority.issue(folder, server, client, days):
@@ -801,8 +804,8 @@ def demo(folder: Path = Path("runs/demo"), steps: int = 600) -> None:
         steps: optimizer updates of each training
     """
     with _extra("private"):
-        import entropi.private.client
-        from entropi.private.versions import engine_version
+        import entropi.private.sessions.client
+        from entropi.private.wire.versions import engine_version
 
         engine_version()
     with _extra("report"):

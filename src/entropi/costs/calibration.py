@@ -27,7 +27,7 @@ from entropi.costs.cheetah import CALLS, Cheetah
 from entropi.costs.tracing import Known, Use, Value, uses
 from entropi.errors import UserError
 from entropi.machine import machine
-from entropi.private.program import Stage
+from entropi.private.compute.program import Stage
 
 ProtocolName: TypeAlias = Literal["cheetah", "semi2k", "aby3"]
 _DELAYS_S = (0.002, 0.032)  # one way, for counting trips
@@ -136,7 +136,7 @@ def trials() -> Iterator[Trial]:
     import jax
     import jax.numpy as jnp
 
-    from entropi.private.functions import square
+    from entropi.private.compute.functions import square
 
     shared: Known = "shared"
     server: Known = "server"
@@ -180,11 +180,19 @@ def run_trials(
     protocol: ProtocolName, fraction_bits: int, chosen: list[Trial], delay_s: float = 0.0, progress: Any = None
 ) -> list[Reading]:
     """Run trials under a protocol, all parties on this machine, their messages `delay_s` late."""
-    from entropi.private.engine import PARTIES, Simulation
-    from entropi.private.messages import CLIENT, SERVER, Settings
+    from entropi.private.compute.engine import PARTIES, Simulation
+    from entropi.private.compute.settings import CLIENT, SERVER, Settings
 
-    lines = LateLines(PARTIES[protocol], delay_s) if delay_s else None
-    engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), lines.links if lines else None)
+    late = None
+    if delay_s:
+        from entropi.private.sessions.engine_link import open_link
+
+        lines = LateLines(PARTIES[protocol], delay_s)
+
+        def late(rank: int) -> Any:
+            return open_link(rank, lines.links[rank])
+
+    engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), late)
     books = bookkeeper(protocol, workers())
     random = np.random.default_rng(0)
     readings = []
@@ -290,7 +298,7 @@ def calibrate(
     """
     from datetime import date
 
-    from entropi.private.versions import engine_version
+    from entropi.private.wire.versions import engine_version
 
     def part(first: float, last: float) -> Callable[[int, int], None]:
         def report(done: int, of: int) -> None:

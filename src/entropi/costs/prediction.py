@@ -21,16 +21,9 @@ from entropi.costs.operations import count
 from entropi.costs.tracing import Value, uses
 from entropi.errors import UserError
 from entropi.model.shape import expected_description
-from entropi.private.messages import TRUST
-from entropi.private.program import (
-    LEAST_PAIR_FRACTION_BITS,
-    Description,
-    Embedding,
-    Output,
-    Stage,
-    forward,
-    warm_up,
-)
+from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Description, Embedding, Output
+from entropi.private.compute.program import Stage, forward, warm_up
+from entropi.private.compute.settings import TRUST
 from entropi.records import CostRecord, OperationCost, PassCost, PredictionRecord
 
 TRUST_MODELS = {

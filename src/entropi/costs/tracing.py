@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal as Constant
 
-from entropi.private.program import Stage
+from entropi.private.compute.program import Stage
 
 # Who knows a value: everybody, one party, or nobody (each party holds a share).
 Known: TypeAlias = Literal["public", "server", "client", "shared"]

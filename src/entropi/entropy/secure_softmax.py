@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CLIP = 0.9  # of 2^t, as in entropi.private.functions; a test compares the two
+CLIP = 0.9  # of 2^t, as in entropi.private.compute.functions; a test compares the two
 HIDDEN = -5.0e29  # logits up to here belong to keys that the row does not see
 LARGEST_ITERATIONS = 16
 LARGEST_POLYNOMIAL = 8  # beyond, float32 would lose in 1 + s / 2^t what the power multiplies

@@ -10,17 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropi.private.certificates import Tls
-    from entropi.private.client import Privacy, Sampling, Watcher, connect
+    from entropi.private.sessions.client import connect
+    from entropi.private.sessions.generation import Watcher
+    from entropi.private.sessions.privacy import Privacy
+    from entropi.private.sessions.sampling import Sampling
+    from entropi.private.wire.certificates import Tls
 
 __all__ = ["Privacy", "Sampling", "Tls", "Watcher", "connect"]
 
 _HOMES = {
-    "Privacy": "entropi.private.client",
-    "Sampling": "entropi.private.client",
-    "Tls": "entropi.private.certificates",
-    "Watcher": "entropi.private.client",
-    "connect": "entropi.private.client",
+    "Privacy": "entropi.private.sessions.client",
+    "Sampling": "entropi.private.sessions.client",
+    "Tls": "entropi.private.wire.certificates",
+    "Watcher": "entropi.private.sessions.client",
+    "connect": "entropi.private.sessions.client",
 }
 
 

@@ -1,0 +1,48 @@
+"""What a server allows: how many sessions and connections, how long, how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entropi.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server allows.
+
+    Attributes:
+        max_sessions: computing at a time.
+        max_queue: clients waiting for one of these; 0 refuses whoever finds all slots taken.
+        queue_seconds: the longest wait.
+        max_new_tokens: that a session may ask for.
+        session_seconds: from the end of the queue on.
+        stall_seconds: that may pass without any operation finished or token asked for.
+        memory_gb: address space that a session's process may write to, in 10^9 bytes; None for what its model and
+            length need, with room; 0 for no limit.
+        client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
+        client_tokens: generated within a day, of one client certificate; None for no limit.
+        max_startups: connections that have no session yet.
+        source_startups: of these, of one address or client certificate.
+
+    Raises:
+        UserError: a limit that would let nobody in.
+    """
+
+    max_sessions: int = 1
+    max_queue: int = 8
+    queue_seconds: float = 600.0
+    max_new_tokens: int = 64
+    session_seconds: float = 3600.0
+    stall_seconds: float = 600.0
+    memory_gb: float | None = None
+    client_sessions: int | None = None
+    client_tokens: int | None = None
+    max_startups: int = 64
+    source_startups: int = 48
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
+                may = "cannot be negative" if name in ("max_queue", "memory_gb") else "must be positive"
+                raise UserError(f"{name} is {value} but {may}")

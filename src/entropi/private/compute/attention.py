@@ -1,0 +1,180 @@
+"""Attention, as pure JAX over packed pairs of a query and a key it sees; public shapes.
+
+Notation as in `program`: m new tokens after p cached ones, s = p + m; r rows of queries; H heads of width k, G of them
+with keys and values of their own; n pairs of a query and a key it sees.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from entropi.private.compute.description import MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
+from entropi.private.compute.functions import (
+    power,
+    product_bytes,
+    reciprocal,
+    reciprocal_of_wide,
+    scale_rows,
+    segment_max,
+    times_matrix,
+)
+
+_BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
+
+
+def project(
+    state: Array, matrix: Array, bias: Array, *cached: Array, model: Description, rows: int, past: int
+) -> tuple[Array, ...]:
+    """`(m, d)` -> q `(H, r, k)`, k and v `(G, s, k)`; one wide product where every row's query is needed."""
+    width, shared = model.hidden_size, model.key_value_heads * model.head_size
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, model.head_size).transpose(1, 0, 2)
+
+    new = state.shape[0]
+    if rows == new:
+        joint = times_matrix(state, matrix) + bias
+        query, key, value = joint[:, :width], joint[:, width : width + shared], joint[:, width + shared :]
+    else:
+        query = state[-rows:] @ matrix[:, :width] + bias[:width]
+        joint = times_matrix(state, matrix[:, width:]) + bias[width:]
+        key, value = joint[:, :shared], joint[:, shared:]
+    queries, keys, values = split(query), split(key), split(value)
+    if model.position_embedding == "rotary":
+        turn = partial(rotate, dimensions=model.rotary_dimensions, base=model.rotary_base)
+        queries, keys = turn(queries, first=past + new - rows), turn(keys, first=past)
+    if cached:
+        keys, values = jnp.concatenate([cached[0], keys], axis=1), jnp.concatenate([cached[1], values], axis=1)
+    return queries, keys, values
+
+
+def rotate(x: Array, *, first: int, dimensions: int, base: float) -> Array:
+    """Rotary position embedding of `(H, r, k)` at positions from `first` on: angles are public, so this is local.
+
+    The first `dimensions` columns rotate, column j with column j + dimensions / 2 (GPT-NeoX's and Llama's order).
+    """
+    frequencies = base ** (-np.arange(0, dimensions, 2) / dimensions)
+    angles = np.arange(first, first + x.shape[1])[:, None] * np.tile(frequencies, 2)
+    turned, kept = x[..., :dimensions], x[..., dimensions:]
+    half = dimensions // 2
+    other = jnp.concatenate([-turned[..., half:], turned[..., :half]], axis=-1)
+    cosine, sine = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
+    return jnp.concatenate([turned * cosine + other * sine, kept], axis=-1)
+
+
+def temper(query: Array, inverse_temperature: Array, *, rows: slice) -> Array:
+    """Rows of q `(H, r, k)` divided by the temperature of their head and position (Eq. 9)."""
+    return scale_rows(query, inverse_temperature[:, rows], private=True)
+
+
+def scale_by_length(query: Array, *, first: int, positions: int) -> Array:
+    """Rows of q `(H, r, k)` times log(n) / log(positions), n the keys that they see: public, so this is local."""
+    factors = np.log(np.arange(first + 1, first + 1 + query.shape[1])) / np.log(positions)
+    return query * factors[:, None].astype(query.dtype)
+
+
+def visible(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and key index of every pair a causal model sees, row by row; the last row sees every key."""
+    row, column = np.nonzero(np.tril(np.ones((rows, keys), dtype=bool), keys - rows))
+    return row, column
+
+
+def scores(query: Array, key: Array) -> Array:
+    """`(H, n)` logits of the visible pairs.
+
+    In blocks of queries against the keys that the block's last one sees: blocks of 128 rows of 64 fill a ciphertext
+    and save the products beyond; smaller ones would send more than they save. Few rows do not fill one, and are one
+    product of all heads, every row holding zeros in the columns of the others.
+    """
+    heads, rows, width = query.shape
+    groups, keys, _ = key.shape
+    shared = heads // groups  # queries that share their keys are rows of one product
+    parts = []
+    for start in range(0, rows, _BLOCK_ROWS):
+        block = query[:, start : start + _BLOCK_ROWS]
+        size = block.shape[1]
+        seen = keys - rows + start + size
+        grouped, seen_keys = block.reshape(groups, shared * size, width), key[:, :seen]
+        apart = groups * product_bytes(shared * size, width, seen)
+        if product_bytes(heads * size, groups * width, seen) < apart:
+            joint = block_rows(grouped) @ seen_keys.transpose(0, 2, 1).reshape(groups * width, seen)
+        else:
+            joint = grouped @ seen_keys.transpose(0, 2, 1)
+        row, column = visible(size, seen)
+        parts.append(joint.reshape(heads, size * seen)[:, row * seen + column])
+    return jnp.concatenate(parts, axis=1)
+
+
+def block_rows(blocks: Array) -> Array:
+    """Blocks `(G, a, b)` on the diagonal of `(G a, G b)`, zeros elsewhere; public, so that nothing is sent."""
+    groups, high, wide = blocks.shape
+    where = np.eye(groups, dtype=bool)[:, None, :, None]
+    return jnp.where(where, blocks[:, :, None, :], 0.0).reshape(groups * high, groups * wide)
+
+
+def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
+    """`(H, n)`: visible logits, each less its row's largest."""
+    row, _ = visible(rows, keys)
+    return logits - segment_max(logits, np.bincount(row))[:, row]
+
+
+def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int) -> Array:
+    """`(H, n)` weights by the polynomial kernel, of visible logits and offsets `(H, P)` that the server adds.
+
+    A first row sees itself alone: its weight is constant whatever its logit, which may be too small to divide by.
+    """
+    row, _ = visible(rows, keys)
+    weights = power(logits + offset[:, keys - rows : keys][:, row], iterations)
+    if rows == keys:
+        weights = jnp.concatenate([jnp.full_like(weights[:, :1], MIDDLE_WEIGHT), weights[:, 1:]], axis=1)
+    return weights
+
+
+def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, Array]:
+    """Packed weights `(H, n)` and v `(G, s, k)` -> unnormalised heads `(H, r, k)` and row sums `(H, r)`."""
+    heads, (groups, keys, width) = weights.shape[0], value.shape
+    row, column = visible(rows, keys)
+    where = np.full((rows, keys), len(row))  # one entry past the end holds the zero of the future
+    where[row, column] = np.arange(len(row))
+    padded = jnp.concatenate([weights, jnp.zeros((heads, 1), weights.dtype)], axis=1)
+    shared = heads // groups * rows
+    matrix = padded[:, where.reshape(-1)].reshape(groups, shared, keys)
+    totals = matrix.sum(axis=-1).reshape(heads, rows)
+    if product_bytes(shared, groups * keys, groups * width) < groups * product_bytes(shared, keys, width):
+        # All heads side by side in one product, as in `scores`: their values on the diagonal.
+        joint = matrix.transpose(1, 0, 2).reshape(shared, groups * keys) @ block_rows(value)
+        return joint.reshape(shared, groups, width).transpose(1, 0, 2).reshape(heads, rows, width), totals
+    return (matrix @ value).reshape(heads, rows, width), totals
+
+
+def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
+    """Divide after the value product: r d multiplications instead of H r s.
+
+    A row of v weights sums to between 1 and v; divided by the root of v first, sum and reciprocal have the same number
+    of digits to stand on.
+    """
+    rows = heads.shape[1]
+    seen = np.arange(keys - rows + 1, keys + 1)
+    root = (seen**-0.5).astype(heads.dtype)
+    return scale_rows(heads, reciprocal(totals * root, seen)) * root[:, None]
+
+
+def normalise_means(heads: Array, totals: Array, *, keys: int) -> Array:
+    """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`."""
+    rows = heads.shape[1]
+    share = (1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))).astype(heads.dtype)
+    return scale_rows(heads, reciprocal_of_wide(totals * share, MEAN_WEIGHT_BITS)) * share[:, None]
+
+
+def divide(heads: Array, totals: Array) -> Array:
+    """What `normalise` and `normalise_means` approximate."""
+    return heads / totals[..., None]
+
+
+def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
+    """Residual connection around the output projection, for the last `rows` tokens."""
+    return state[-rows:] + times_matrix(heads.transpose(1, 0, 2).reshape(rows, -1), matrix) + bias

@@ -1,0 +1,102 @@
+"""What both parties know of a model and of how it is computed: architecture, sizes, limits; no weight, and no JAX."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Norm: TypeAlias = Literal["none", "rms", "layer"]
+Embedding: TypeAlias = Literal["private", "public"]
+Output: TypeAlias = Literal["logits", "top_k", "argmax"]
+
+LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
+# By the polynomial kernel a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
+# MIDDLE_WEIGHT, below that too small, and above it useless: so the middle leaves a bit more room above the mean.
+MIDDLE_WEIGHT, MEAN_WEIGHT_BITS = 32.0, 8
+
+
+class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What both parties know of a model: its architecture and sizes, no weight. Read from `folded.json`.
+
+    What the fields mean for the computation is `forward`'s docstring.
+    """
+
+    format: Annotated[int, msgspec.Meta(ge=2, le=2)]
+    architecture: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]  # callers print it
+    layers: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    key_value_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # fewer than heads: groups of queries share theirs
+    hidden_size: Size
+    vocab_size: Size
+    positions: Size
+    intermediate_size: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]  # between up and down; 0 without an activation
+    position_embedding: Literal["learned", "rotary"]
+    rotary_dimensions: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]  # first columns of a head that rotate; even
+    rotary_base: Annotated[float, msgspec.Meta(ge=1, le=1e9)]
+    temperature: bool  # q is scaled by a private factor per head and position
+    exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] | None  # of the kernel it was trained with; None: exp
+    norm: Norm  # before attention and before the FFN; gains and biases are folded away
+    norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
+    parallel_residual: bool  # the FFN reads what attention reads
+    activation: Literal["identity", "relu", "gelu", "square", "bilinear", "swiglu"]
+    explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers with a linear map in the FFN's place
+    final_norm: Norm
+    centre: bool  # a matrix multiplies the state before the final norm or the head
+    end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
+    polynomial: bool = False  # the kernel is a power of the logits and private offsets, with no maximum
+    log_length: bool = False  # q is scaled by log(n) / log(positions), n the keys that its row sees
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.hidden_size % self.heads:
+            problems.append(f"hidden_size {self.hidden_size} is not a multiple of {self.heads} heads")
+        if self.heads % self.key_value_heads:
+            problems.append(f"{self.heads} heads are not a multiple of {self.key_value_heads} key_value_heads")
+        if any(not 0 <= layer < self.layers for layer in self.explicit_ffn):
+            problems.append(f"explicit_ffn names layers outside 0..{self.layers - 1}")
+        if (self.activation == "identity") != (self.intermediate_size == 0):
+            problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
+        if self.polynomial and (self.exp_iterations is None or self.temperature):
+            problems.append("a polynomial kernel needs exp_iterations, and has offsets instead of a temperature")
+        if self.log_length and self.positions < 2:
+            problems.append("log_length needs at least 2 positions")
+        rotary = self.position_embedding == "rotary"
+        if self.rotary_dimensions % 2 or self.rotary_dimensions > self.hidden_size // self.heads:
+            problems.append(f"rotary_dimensions {self.rotary_dimensions} are odd or more than a head has")
+        if rotary != (self.rotary_dimensions > 0):
+            problems.append(f"rotary_dimensions are {self.rotary_dimensions} with {self.position_embedding} positions")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def head_size(self) -> int:
+        """k, the width of a head."""
+        return self.hidden_size // self.heads
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the server's weights; the client needs them to hold its empty shares."""
+        d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
+        joint = d + 2 * self.key_value_heads * self.head_size
+        up = 2 * m if self.activation in ("bilinear", "swiglu") else m
+        shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
+        if self.position_embedding == "learned":
+            shapes["positions"] = (self.positions, d)
+        for layer in range(self.layers):
+            shapes[f"{layer}.qkv"], shapes[f"{layer}.qkv_bias"] = (d, joint), (joint,)
+            shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (d, d), (d,)
+            if self.temperature:
+                shapes[f"{layer}.inverse_temperature"] = (self.heads, self.positions)
+            if self.polynomial:
+                shapes[f"{layer}.offset"] = (self.heads, self.positions)
+            if self.activation != "identity":
+                shapes[f"{layer}.up"], shapes[f"{layer}.up_bias"] = (d, up), (up,)
+                shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, d), (d,)
+            if layer in self.explicit_ffn:
+                shapes[f"{layer}.ffn"], shapes[f"{layer}.ffn_bias"] = (d, d), (d,)
+        if self.centre:
+            shapes["centre"] = (d, d)
+        shapes["head"], shapes["head_bias"] = (d, v), (v,)
+        return shapes

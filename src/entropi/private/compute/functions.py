@@ -1,0 +1,380 @@
+"""Nonlinear functions as the secure engine evaluates them cheaply: pure JAX, public shapes and indices.
+
+Every function states the range it holds on, its error and its price: bytes per element under CHEETAH, both directions,
+ring of 64 bits, 18 fraction bits, operands of many thousand elements. Gathers by public index, additions and products
+with public whole numbers are free; a product with another public number costs 3 (its truncation), two secret numbers
+168. Homomorphic products travel in ciphertexts of 8,192 numbers, which is the floor of anything smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+CIPHERTEXT = 8192  # numbers in one ciphertext
+_SENT_BYTES, _ANSWER_BYTES = 175_000, 262_000  # of a matrix product's ciphertexts, measured
+_PRODUCT_BYTES = 165  # of one number times another, without the truncation
+_PRIVATE_PRODUCT_BYTES = 106  # of a shared number times one that one party knows
+_POLYNOMIALS = 30_000  # that one product may hold at the server, 6 GB
+_FEW = 3700  # numbers whose products, made of prepared ones, cost less than a ciphertext each way
+
+
+def product_bytes(rows: int, inner: int, columns: int) -> int:
+    """Estimated bytes of a product of two secret matrices, `(rows, inner)` times `(inner, columns)`.
+
+    Either party encrypts its share of the smaller operand and gets the results back, in full ciphertexts.
+    """
+    sent = min(-(-rows * inner // CIPHERTEXT), -(-inner * columns // CIPHERTEXT))
+    return 2 * (sent * _SENT_BYTES + -(-rows * columns // CIPHERTEXT) * _ANSWER_BYTES)
+
+
+def times_matrix(x: Array, matrix: Array) -> Array:
+    """`(n, d)` times the server's `(d, m)`, in pieces of 128 rows or more that fit its memory.
+
+    The engine keeps a polynomial of 200 KB for every 8,192 multiplications, all at once: 22 GB for 512 rows of a width
+    of 768 and queries, keys and values. Full ciphertexts make pieces cost no byte more.
+    """
+    rows, (inner, columns) = x.shape[0], matrix.shape
+    most = max(128, _POLYNOMIALS * CIPHERTEXT // (inner * columns) // 128 * 128)
+    if rows <= most:
+        return x @ matrix
+    return jnp.concatenate([x[start : start + most] @ matrix for start in range(0, rows, most)])
+
+
+def times_table(chosen: Array, table: Array) -> Array:
+    """One-hot rows `(n, V)` times the server's `(V, d)`, cut to fit its memory in the way that sends least.
+
+    What fits is limited as in `times_matrix`, and every piece of the table sends answers of its own. Fewer rows at a
+    time leave room for larger pieces, until their answers no longer fill ciphertexts.
+    """
+    rows, (entries, width) = chosen.shape[0], table.shape
+
+    def pieces(block: int) -> int:
+        return -(-block * entries * width // (_POLYNOMIALS * CIPHERTEXT))
+
+    def price(block: int) -> int:
+        return -(-rows // block) * pieces(block) * product_bytes(block, -(-entries // pieces(block)), width)
+
+    block = min((-(-rows >> halvings) for halvings in range(rows.bit_length())), key=price)
+    size = -(-entries // pieces(block))
+    parts = [
+        sum(
+            chosen[start : start + block, first : first + size] @ table[first : first + size]
+            for first in range(0, entries, size)
+        )
+        for start in range(0, rows, block)
+    ]
+    return jnp.concatenate(parts)
+
+
+# SPU's exponential with one squaring is (1 + x / 2)^2, and the only way to its multiplication of a number with itself,
+# whose ciphertexts cross once instead of twice. `square` is a primitive so that one program means x * x everywhere and
+# lowers to that exponential for SPU, whose platform calls itself "interpreter".
+_square = Primitive("square")
+_square.def_impl(lambda x: x * x)
+_square.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_square, mlir.lower_fun(lambda x: x * x, multiple_results=False))
+mlir.register_lowering(
+    _square, mlir.lower_fun(lambda x: jnp.exp((x + x) - 2.0), multiple_results=False), platform="interpreter"
+)
+
+
+def square(x: Array) -> Array:
+    """x^2 for |x| < 2^12, error 2^-16 (1 + |x|); 110 bytes where x * x costs 168. Few numbers: x * x, 240 bytes.
+
+    The engine has to be configured for one squaring an exponential (`fxp_exp_iters` = 1).
+    """
+    result: Array = x * x if x.size < _FEW else _square.bind(x)
+    return result
+
+
+def in_full_ciphertexts(function: Callable[[Array], Array], x: Array) -> Array:
+    """`function` elementwise, in two parts where that saves a ciphertext.
+
+    The engine halves what it squares, and either half fills whole ciphertexts; up to one ciphertext beyond an even
+    number of them is cheaper by itself.
+    """
+    flat = x.reshape(-1)
+    rest = flat.size % (2 * CIPHERTEXT)
+    if not 0 < rest <= CIPHERTEXT or rest == flat.size:
+        return function(x)
+    parts = [function(flat[:-rest]), function(flat[-rest:])]
+    return jnp.concatenate(parts).reshape(x.shape)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0), exact; 98 bytes."""
+    return jnp.maximum(x, 0.0)
+
+
+def segment_max(packed: Array, lengths: np.ndarray) -> Array:
+    """Largest element of every segment of `packed` `(..., sum(lengths))`, `(..., len(lengths))`.
+
+    A tournament of all segments at once: about one comparison (98 bytes) an element, ceil(log2(longest)) rounds
+    of them. Segments of different length cost what they hold, where a padded rectangle would cost twice for a
+    causal triangle.
+    """
+    lengths = np.asarray(lengths)
+    while lengths.max() > 1:
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        pairs, singles = lengths // 2, lengths % 2
+        left = np.concatenate([s + 2 * np.arange(n) for s, n in zip(starts, pairs)])
+        winners = jnp.maximum(packed[..., left], packed[..., left + 1])
+        last = (starts + lengths - 1)[singles == 1]
+        pool = jnp.concatenate([winners, packed[..., last]], axis=-1)
+        # Put each segment's odd one out behind its winners again.
+        first_winner = np.concatenate([[0], np.cumsum(pairs)[:-1]])
+        left_over = len(left) + np.cumsum(singles) - 1
+        order = np.concatenate(
+            [
+                np.concatenate([f + np.arange(n), [o] if single else []])
+                for f, n, single, o in zip(first_winner, pairs, singles, left_over)
+            ]
+        ).astype(np.int64)
+        packed, lengths = pool[..., order], pairs + singles
+    return packed
+
+
+def exp_of_nonpositive(x: Array, iterations: int) -> Array:
+    """The softmax kernel (1 + max(x, -0.9 2^t) / 2^t)^(2^t) for x <= 0, t = `iterations`; 98 + 110 t bytes.
+
+    As an approximation of exp(x) its relative error is about x^2 / 2^(t+1). The clip bounds what is squared: below
+    -2^(t+1) the powers would explode. What is clipped comes out as 0.1^(2^t).
+    """
+
+    return power(jnp.maximum(1.0 + x * 2.0**-iterations, 0.1), iterations)
+
+
+def power(x: Array, iterations: int) -> Array:
+    """x^(2^t), t = `iterations`, in the range of `square`; 110 t bytes, and nothing compared."""
+
+    def squares(x: Array) -> Array:
+        for _ in range(iterations):
+            x = square(x)
+        return x
+
+    return in_full_ciphertexts(squares, x)
+
+
+def reciprocal(x: Array, spread: np.ndarray) -> Array:
+    """1 / x for x in [spread^-1/2, spread^1/2], relative error 2^-16 (1 + sqrt(spread)); 1,350 bytes.
+
+    `spread` is public, at least 1 and broadcasts against x. Three comparisons find the quarter of the range, in
+    logarithms; there the best line a - b x starts Goldschmidt's iteration, whose two products do not wait for each
+    other. The engine's own, which knows no range, costs twice that and ten times the messages.
+    """
+    edges = np.maximum(spread, 1.5) ** np.linspace(-0.5, 0.5, 5).reshape(5, *[1] * x.ndim)
+    error, offset, slope = _best_lines(edges[:-1], edges[1:])
+    edges, offset, slope = (part.astype(x.dtype) for part in (edges, offset, slope))
+    better = (offset[1:] - offset[:-1]) - (slope[1:] - slope[:-1]) * x[None]
+    guess = offset[0] - slope[0] * x + jnp.where(x[None] > edges[1:-1], better, 0.0).sum(axis=0)
+    return _goldschmidt(x, guess, 1.0 - x * guess, float(error.max()))
+
+
+def reciprocal_of_wide(x: Array, bits: int) -> Array:
+    """1 / x for x in [2^-bits, 2^bits], relative error 2^-16 (1 + 2^bits); 2,330 bytes for 8 bits.
+
+    Below this range the result is too small, by 1.5 % at x = 2^-bits / 4 with 8 bits; above it the result is useless.
+
+    Between the even powers of two, which `bits` - 1 comparisons find, x is first multiplied by another one into
+    [1/2, 2], because lines for so wide a range would have to cancel where others are meant.
+    """
+    powers = 2.0 ** np.arange(bits - 1, -bits, -2).reshape(-1, *[1] * x.ndim)
+    edges = 2.0 ** np.arange(2 - bits, bits, 2).reshape(-1, *[1] * x.ndim)
+    steps = (powers[1:] - powers[:-1]).astype(x.dtype)
+    power = powers[0].astype(x.dtype) + jnp.where(x[None] > edges.astype(x.dtype), steps, 0.0).sum(axis=0)
+    error, offset, slope = _best_lines(0.5, 2.0)
+    near_one = x * power
+    line = offset - slope * near_one
+    products = jnp.stack([near_one, power]) * line
+    return _goldschmidt(x, products[1], 1.0 - products[0], float(error))
+
+
+def _best_lines(low: Any, high: Any) -> tuple[Any, Any, Any]:
+    """Largest |1 - x (a - b x)| on [low, high], a and b: the Chebyshev polynomial of degree 2, scaled to be 1 at 0."""
+    error = 1 / (2 * ((low + high) / (high - low)) ** 2 - 1)
+    slope = 8 * error / (high - low) ** 2
+    return error, slope * (low + high), slope
+
+
+def _goldschmidt(x: Array, guess: Array, wrong: Array, largest: float) -> Array:
+    """1 / x = g (1 + w) (1 + w^2) (1 + w^4) ... of a guess g and w = 1 - x g, |w| <= `largest`, to 2^-20.
+
+    The two products of a step do not wait for each other, and nothing corrects what they round. The last w is
+    therefore found from x: for one product's rounds more, only the last two count, two last digits each under CHEETAH.
+    """
+    if largest**2 > 2.0**-20:
+        while largest**4 > 2.0**-20:
+            products = jnp.stack([guess, wrong]) * wrong
+            guess, wrong, largest = guess + products[0], products[1], largest**2
+        guess = guess + guess * wrong
+        wrong = 1.0 - x * guess
+    return guess + guess * wrong
+
+
+def inverse_root(x: Array) -> Array:
+    """1 / sqrt(x) for x in [2^-10, 2^16), error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 2,530 bytes.
+
+    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x: see `fixed_point`.
+    """
+    guess = jax.lax.rsqrt(x)
+    return guess * (1.5 - (x * guess) * (0.5 * guess))
+
+
+# GELU(x) = relu(x) - g(|x|), g(a) = a P(N > a) falls to nothing beyond _GELU_END. With u = max(_GELU_END - a, 0) the
+# quartic A (u^2 + alpha u + beta)^2 + gamma u + delta is the minimax fit of g, to the exact and the tanh form at once:
+# `benchmarks/fit_activations.py` finds the constants.
+_GELU_END = 3.18
+_GELU_ALPHA, _GELU_BETA = -2.0078923, -0.4444392
+_GELU_A, _GELU_GAMMA, _GELU_DELTA = -0.02132011, 0.07003382, 0.00536868
+
+
+def gelu(x: Array) -> Array:
+    """GELU, absolute error below 0.0018 everywhere, of the tanh form as of the exact one; 430 bytes.
+
+    Two comparisons (relu, from which |x| follows, and the end of the fit) and two squarings.
+    """
+    positive = relu(x)
+    inside = relu(_GELU_END + x - (positive + positive))
+    quartic = square(square(inside) + _GELU_ALPHA * inside + _GELU_BETA)
+    return positive - (_GELU_A * quartic + _GELU_GAMMA * inside + _GELU_DELTA)
+
+
+# SiLU(x) = relu(x) - h(|x|), h(a) = a / (1 + e^a), fitted as GELU is.
+_SILU_END = 6.0
+_SILU_ALPHA, _SILU_BETA = -4.3328855, 0.3438271
+_SILU_A, _SILU_GAMMA, _SILU_DELTA = -0.003401556, 0.06017402, 0.007819991
+
+
+def silu(x: Array) -> Array:
+    """x sigmoid(x), absolute error below 0.0075 everywhere; 430 bytes, as `gelu`."""
+    positive = relu(x)
+    inside = relu(_SILU_END + x - (positive + positive))
+    quartic = square(square(inside) + _SILU_ALPHA * inside + _SILU_BETA)
+    return positive - (_SILU_A * quartic + _SILU_GAMMA * inside + _SILU_DELTA)
+
+
+def silu_exact(x: Array) -> Array:
+    """What `silu` stands for; not for the secure engine."""
+    return x / (1.0 + jnp.exp(-x))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GPT-2's GELU ("gelu_new"), which `gelu` stands for; not for the secure engine."""
+    return 0.5 * x * (1.0 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
+    """Row i of `x` `(..., n, d)` times `factor` `(..., n)`, which one party knows if `private`.
+
+    168 bytes an element as products of numbers, 109 with private factors; as a product with a diagonal matrix 73 for
+    128 rows of 768, and half of it with private ones. That takes ten times the processor's time, so it has to save
+    two fifths of the bytes. A few numbers: 240.
+    """
+    if private and x.size < _FEW:
+        return x * shared(factor, x)[..., None]
+    rows, width = x.shape[-2:]
+    block = min(rows, 128)
+    numbers = block * width * (_PRIVATE_PRODUCT_BYTES if private else _PRODUCT_BYTES)
+    matrix = product_bytes(block, block, width) // (2 if private else 1)
+    if rows % block or matrix > 0.6 * numbers:
+        return x * factor[..., None]
+    blocks = x.reshape(-1, block, width)
+    factors = factor.reshape(-1, block)
+    # Chosen by a public mask, the server's factors stay the server's, and its product with them costs half.
+    diagonal = jnp.where(np.eye(block, dtype=bool), factors[..., None], 0.0)
+    return (diagonal @ blocks).reshape(x.shape)
+
+
+def shared(x: Array, other: Array) -> Array:
+    """`x`, which one party knows, as a value that neither knows, as `other` is: without communication.
+
+    For such values alone the engine prepares products in advance; others cost a ciphertext each way however few they
+    are. The gather keeps the compiler from seeing that nothing of `other` remains.
+    """
+    joint = jnp.concatenate([x.reshape(-1), other.reshape(-1)[:1]])
+    return joint[np.arange(x.size)].reshape(x.shape)
+
+
+def sums_of_squares(x: Array) -> Array:
+    """Sum of squares of every row, `(n, d)` -> `(n,)`, error 2^-18 whatever d.
+
+    For many rows the diagonal of x x^T: 56 bytes an element at 128 x 768; otherwise 110.
+    """
+    rows, width = x.shape
+    block = min(rows, 128)
+    if rows % block or product_bytes(block, width, block) >= block * width * 0.65 * _PRODUCT_BYTES:
+        return square(x).sum(axis=-1)
+    blocks = x.reshape(-1, block, width)
+    products = (blocks @ blocks.transpose(0, 2, 1)).reshape(len(blocks), -1)
+    return products[:, :: block + 1].reshape(rows)
+
+
+def _keep_larger(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """(value, index) pairs elementwise: the larger values with their indices, and the smaller ones; left wins ties."""
+    keep = left[0] >= right[0]
+    value, index = jnp.where(keep, left[0], right[0]), jnp.where(keep, left[1], right[1])
+    return (value, index), (left[0] + right[0] - value, left[1] + right[1] - index)
+
+
+def argmax(x: Array) -> Array:
+    """Index of the largest of `(n,)`, as a float `()`; the first of equals. A tournament: about 115 bytes."""
+    value, index = x, jnp.arange(x.size, dtype=x.dtype)
+    while value.size > 1:
+        half = value.size // 2
+        odd = value[2 * half :], index[2 * half :]
+        winners, _ = _keep_larger((value[: 2 * half : 2], index[: 2 * half : 2]), (value[1::2], index[1::2]))
+        value, index = (jnp.concatenate(pair) for pair in zip(winners, odd))
+    return index[0]
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The `k` largest of `(n,)`, k <= n, descending, and their indices as floats; 115 bytes a comparison.
+
+    Runs of w = k rounded up to a power of two are sorted, then merged in pairs of which the larger half is kept:
+    about n (log2(w) (log2(w) + 1) / 4 + 1 + log2(w) / 2) comparisons.
+    """
+    width = 1 << max(k - 1, 0).bit_length()
+    missing = -x.size % width
+    value = jnp.concatenate([x, jnp.full(missing, -(2.0**20), x.dtype)]).reshape(-1, width)
+    index = jnp.arange(value.size, dtype=x.dtype).reshape(value.shape)
+    length = 2
+    while length <= width:
+        value, index = _merge_step(value, index, length, mirror=True)
+        for shorter in _halvings(length // 2):
+            value, index = _merge_step(value, index, shorter, mirror=False)
+        length *= 2
+    while len(value) > 1:
+        half = len(value) // 2
+        odd = value[2 * half :], index[2 * half :]
+        # Against the mirrored neighbour, the larger of each pair are the largest w of both runs.
+        other = value[1::2, ::-1], index[1::2, ::-1]
+        (value, index), _ = _keep_larger((value[: 2 * half : 2], index[: 2 * half : 2]), other)
+        for shorter in _halvings(width):
+            value, index = _merge_step(value, index, shorter, mirror=False)
+        value, index = (jnp.concatenate(pair) for pair in zip((value, index), odd))
+    return value[0, :k], index[0, :k]
+
+
+def _halvings(length: int) -> list[int]:
+    """length, length / 2, ... down to 2."""
+    return [length >> step for step in range(length.bit_length() - 1)]
+
+
+def _merge_step(value: Array, index: Array, length: int, mirror: bool) -> tuple[Array, Array]:
+    """Compare and exchange within groups of `length` columns: i with i + length / 2, or with its mirror image."""
+    columns = np.arange(value.shape[1]).reshape(-1, length)
+    left = columns[:, : length // 2].reshape(-1)
+    right = (columns[:, : length // 2 - 1 : -1] if mirror else columns[:, length // 2 :]).reshape(-1)
+    high, low = _keep_larger((value[:, left], index[:, left]), (value[:, right], index[:, right]))
+    back = np.argsort(np.concatenate([left, right]))
+    value, index = (jnp.concatenate([h, w], axis=1)[:, back] for h, w in zip(high, low))
+    return value, index

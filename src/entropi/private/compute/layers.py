@@ -1,0 +1,73 @@
+"""What a layer does besides attention, and what happens to the logits: norms, matrices, gated networks, choices."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from entropi.private.compute.description import Norm
+from entropi.private.compute.functions import (
+    argmax,
+    inverse_root,
+    scale_rows,
+    silu,
+    silu_exact,
+    sums_of_squares,
+    times_matrix,
+    top_k,
+)
+
+
+def normalise_state(state: Array, *, kind: Norm, epsilon: float) -> Array:
+    """Rows by their root mean square, centred before where `kind` is "layer"; gain and bias are in what follows."""
+    if kind == "layer":
+        state = state - state.sum(axis=-1, keepdims=True) * (1.0 / state.shape[1])
+    mean = sums_of_squares(state) * (1.0 / state.shape[1])
+    return scale_rows(state, inverse_root(mean + epsilon))
+
+
+def affine(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> Array:
+    """x W + b, for the last `rows` rows of x or all."""
+    return times_matrix(state if rows is None else state[-rows:], matrix) + bias
+
+
+def add_affine(base: Array, state: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
+    """base + x W + b, for the last `rows` rows."""
+    return base[-rows:] + times_matrix(state[-rows:], matrix) + bias
+
+
+def bilinear(hidden: Array) -> Array:
+    """Left half times right half, elementwise."""
+    width = hidden.shape[1] // 2
+    return hidden[:, :width] * hidden[:, width:]
+
+
+def swiglu(hidden: Array) -> Array:
+    """SiLU of the left half times the right half, elementwise (Llama)."""
+    width = hidden.shape[1] // 2
+    return silu(hidden[:, :width]) * hidden[:, width:]
+
+
+def swiglu_exact(hidden: Array) -> Array:
+    """What `swiglu` approximates."""
+    width = hidden.shape[1] // 2
+    return silu_exact(hidden[:, :width]) * hidden[:, width:]
+
+
+def rounded(logits: Array, *, bits: int) -> Array:
+    """2^bits times the logits, to the nearest whole number.
+
+    The engine's floor is exact. A product cut to fewer digits would round too, but its last digit is up or down at
+    random, and whoever asks again and again could average that away.
+    """
+    return jnp.floor(logits * 2.0**bits + 0.5)
+
+
+def likeliest(logits: Array) -> Array:
+    """Index of the largest of `(1, V)`, `(1,)`."""
+    return argmax(logits[0]).reshape(1)
+
+
+def likeliest_few(logits: Array, *, count: int) -> tuple[Array, Array]:
+    """The `count` largest of `(1, V)`, descending, and their indices."""
+    return top_k(logits[0], count)

@@ -1,0 +1,273 @@
+"""The private program: a folded model as a list of pure JAX stages over named values.
+
+A stage is a function of arrays with public shapes. The same list runs in plaintext (`run_plain`), and under
+secure computation, where every named value stays secret-shared between the stages and only the result is
+revealed. Stages are what bytes and seconds are attributed to.
+
+Notation: m new tokens after p cached ones, s = p + m; r rows of queries, m in all layers but the last, where
+only the last token's row is needed; H heads of width k, G of them with keys and values of their own; d = H k;
+n pairs of a query and a key it sees; V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from entropi.private.compute.attention import (
+    divide,
+    merge_heads,
+    normalise,
+    normalise_means,
+    powers,
+    project,
+    scale_by_length,
+    scores,
+    shift_by_row_max,
+    temper,
+    weighted_values,
+)
+from entropi.private.compute.description import Description, Embedding, Output
+from entropi.private.compute.embedding import add_positions, embed, lower, pair_products, pair_shift, separate
+from entropi.private.compute.functions import (
+    exp_of_nonpositive,
+    gelu,
+    gelu_tanh,
+    reciprocal,
+    relu,
+    square,
+    times_matrix,
+)
+from entropi.private.compute.layers import (
+    add_affine,
+    affine,
+    bilinear,
+    likeliest,
+    likeliest_few,
+    normalise_state,
+    rounded,
+    swiglu,
+    swiglu_exact,
+)
+from entropi.private.compute.settings import Settings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One operation: reads values `inputs`, writes values `outputs`; `layer` is -1 outside the layers.
+
+    `exact` is the function that `function` approximates, None where it computes what it says.
+    """
+
+    name: str
+    layer: int
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    exact: Callable[..., Any] | None = None
+
+
+def forward(
+    model: Description,
+    new: int,
+    past: int,
+    exp_iterations: int,
+    *,
+    embedding: Embedding = "private",
+    paired: bool = False,
+    fraction_bits: int = 18,
+    output: Output = "logits",
+    choices: int = 1,
+    logit_bits: int | None = None,
+    every_row: bool = False,
+) -> Iterator[Stage]:
+    """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
+
+    The input is "tokens", `one_hot`, for a private table, in pairs if `paired` (see `pair_products`, which depends on
+    the engine's fraction bits); or "embedded" `(m, d)`, rows of a public table, looked up by the client. The result is
+    "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or
+    "tokens_out" `(1,)` alone. With `logit_bits` b these logits are whole numbers, 2^b times the logits, rounded.
+    With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of
+    all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel has the
+    model's own t, or `exp_iterations` for a model that was trained with the exact exponential. The polynomial
+    kernel takes no maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
+
+    One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
+
+        state' = state + softmax(q k^T) v output + output_bias,    q, k, v = n qkv + qkv_bias
+        state'' = state' + act(n' up + up_bias) down + down_bias + n' ffn + ffn_bias
+
+    with n' = norm(state'), or n where residuals are parallel; without norms, "ffn" replaces the residual state instead
+    of adding to it.
+    """
+    read = "normed" if model.norm != "none" else "state"
+    normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
+    keys = past + new
+    iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
+    position = ("positions",) if model.position_embedding == "learned" else ()
+    if embedding == "public":
+        yield Stage("embedding", -1, partial(add_positions, past=past), ("embedded", *position), ("state",))
+    elif paired and new > 1:
+        shift = pair_shift(fraction_bits)
+        products = partial(pair_products, shift=shift)
+        yield Stage("embedding", -1, products, ("tokens", "embedding"), ("pairs", "raised"))
+        yield Stage("embedding", -1, partial(lower, shift=shift // 2), ("pairs", "raised"), ("pairs", "raised"))
+        unpaired = partial(separate, shift=shift - shift // 2, tokens=new, past=past)
+        yield Stage("embedding", -1, unpaired, ("pairs", "raised", *position), ("state",))
+    else:
+        yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
+    for layer in range(model.layers):
+        rows = 1 if layer == model.layers - 1 and not every_row else new
+        w = f"{layer}."
+        if model.norm != "none":
+            yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+        base = "state"
+        if model.parallel_residual:
+            yield from feed_forward(model, layer, rows, read, "base")
+            base = "base" if layer in model.explicit_ffn or model.activation != "identity" else "state"
+        cached = (w + "k", w + "v") if past else ()
+        projection = partial(project, model=model, rows=rows, past=past)
+        yield Stage("qkv", layer, projection, (read, w + "qkv", w + "qkv_bias", *cached), ("q", w + "k", w + "v"))
+        if model.temperature:
+            temperature = partial(temper, rows=slice(keys - rows, keys))
+            yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
+        if model.log_length:
+            lengthen = partial(scale_by_length, first=keys - rows, positions=model.positions)
+            yield Stage("length", layer, lengthen, ("q",), ("q",))
+        yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
+        if model.polynomial:
+            weigh = partial(powers, rows=rows, keys=keys, iterations=iterations)
+            yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
+        else:
+            yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
+            exponential = partial(exp_of_nonpositive, iterations=iterations)
+            exact = jnp.exp if model.exp_iterations is None else None
+            yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
+        yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
+        division = partial(normalise_means if model.polynomial else normalise, keys=keys)
+        yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
+        merge = partial(merge_heads, rows=rows)
+        yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
+        if not model.parallel_residual:
+            if model.norm != "none" and (layer in model.explicit_ffn or model.activation != "identity"):
+                yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+            yield from feed_forward(model, layer, rows, read, "state")
+    if model.centre:
+        yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
+    if model.final_norm != "none":
+        norm = partial(normalise_state, kind=model.final_norm, epsilon=model.norm_epsilon)
+        yield Stage("norm", -1, norm, ("state",), ("state",))
+    yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
+    if output == "argmax":
+        yield Stage("choose", -1, likeliest, ("logits",), ("tokens_out",))
+    elif output == "top_k":
+        yield Stage("choose", -1, partial(likeliest_few, count=choices), ("logits",), ("logits_out", "tokens_out"))
+    if logit_bits is not None and output != "argmax":
+        result = "logits" if output == "logits" else "logits_out"
+        yield Stage("round", -1, partial(rounded, bits=logit_bits), (result,), (result,))
+
+
+def stages_of_pass(model: Description, settings: Settings, new: int, past: int) -> Iterator[Stage]:
+    """`forward` as these settings have it: what both parties run, and what the client counts."""
+    return forward(
+        model,
+        new,
+        past,
+        settings.exp_iterations,
+        embedding=settings.embedding,
+        paired=settings.paired,
+        fraction_bits=settings.fraction_bits,
+        output=settings.output,
+        choices=settings.choices,
+        logit_bits=settings.logit_bits,
+    )
+
+
+def feed_forward(model: Description, layer: int, rows: int, read: str, result: str) -> Iterator[Stage]:
+    """Stages of a layer's FFN, the residual connection included, from `read` and "state" to the value `result`."""
+    w, base = f"{layer}.", "state"
+    if model.activation != "identity":
+        up = partial(affine, rows=rows)
+        yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
+        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear, "swiglu": swiglu}
+        exact = {"gelu": gelu_tanh, "swiglu": swiglu_exact}.get(model.activation)
+        yield Stage("activation", layer, functions[model.activation], ("hidden",), ("hidden",), exact=exact)
+    if layer in model.explicit_ffn:
+        matrix = (w + "ffn", w + "ffn_bias")
+        if model.norm == "none":
+            yield Stage("ffn", layer, partial(affine, rows=rows), (base, *matrix), (result,))
+        else:
+            yield Stage("ffn", layer, partial(add_affine, rows=rows), (base, read, *matrix), (result,))
+        base = result
+    if model.activation != "identity":
+        down = partial(add_affine, rows=rows)
+        yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
+
+
+def warm_up() -> tuple[Stage, dict[str, tuple[tuple[int, int], Literal["server", "client"]]]]:
+    """A small stage that makes the engine exchange keys and base oblivious transfers; its inputs' shapes and owners.
+
+    Without it the first use of each kind of operation would pay for them.
+    """
+
+    def operations(x: Array, y: Array) -> Array:
+        product = x @ y  # private times private, then shared times shared, then shared times private
+        product = product @ product @ x[:, :4]
+        larger = jnp.maximum(product[:, :2], product[:, 2:])
+        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
+
+    stage = Stage("setup", -1, operations, ("warm_x", "warm_y"), ("warm_z",))
+    return stage, {"warm_x": ((4, 8), "server"), "warm_y": ((8, 4), "client")}
+
+
+def compute_on_processor() -> None:
+    """Keep JAX in this process from looking for accelerators."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def run_plain(
+    model: Description,
+    weights: Mapping[str, np.ndarray],
+    token_ids: list[int],
+    new_tokens: int,
+    exp_iterations: int,
+    *,
+    exact: bool = False,
+    every_row: bool = False,
+    watch: Callable[[Stage, tuple[Array, ...], Array], None] | None = None,
+) -> tuple[list[int], list[np.ndarray]]:
+    """Greedy generation in plaintext: tokens and the logits `(V,)` they were chosen from.
+
+    With `every_row` the logits after every token of each pass instead, `(m, V)`.
+
+    With `exact` the model's own functions are computed, the exact softmax (unless it was trained with the kernel) and
+    GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
+    """
+    values: dict[str, Any] = {name: jnp.asarray(w) for name, w in weights.items()}
+    fresh, past = list(token_ids), 0
+    generated: list[int] = []
+    all_logits: list[np.ndarray] = []
+    for _ in range(new_tokens):
+        values["embedded"] = values["embedding"][np.asarray(fresh)]
+        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public", every_row=every_row):
+            function = stage.exact if exact and stage.exact is not None else stage.function
+            operands = tuple(values[name] for name in stage.inputs)
+            results = function(*operands)
+            for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
+                values[name] = value
+                if watch is not None:
+                    watch(stage, operands, value)
+        past += len(fresh)
+        rows = np.asarray(values["logits"])
+        logits = rows if every_row else rows[-1]
+        fresh = [int(rows[-1].argmax())]
+        generated += fresh
+        all_logits.append(logits)
+    return generated, all_logits

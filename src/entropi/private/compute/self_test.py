@@ -1,0 +1,133 @@
+"""Known answers: the real fixed-point program on a known prompt against plaintext, before anybody relies on it.
+
+The check of ranges reasons about what fixed point holds; this runs it. REF2K is the engine's own arithmetic in one
+party; CHEETAH runs the cryptography too, both parties as threads. It is a process of its own,
+`python -m entropi.private.compute.self_test`, so that the engine's memory and crashes are not the server's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from entropi.errors import UserError
+from entropi.private.compute.description import TokenId
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+
+CHEETAH_TOKENS = 8  # of the one pass with cryptography
+# What a logit may be wrong by. Right runs are wrong by 0.0015 with 18 fraction bits and by about 0.02 with 14; wrapped
+# numbers are wrong by whole logits.
+TOLERANCE, RELATIVE_TOLERANCE = 0.1, 1e-3
+PATIENCE_SECONDS = 3600
+
+
+class Question(msgspec.Struct, forbid_unknown_fields=True):
+    """What to compute: the folded model in a folder on these tokens."""
+
+    folder: str
+    settings: Settings
+    protocol: Literal["ref2k", "cheetah"]
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+
+
+class Finding(msgspec.Struct, forbid_unknown_fields=True):
+    """How far logits are from plaintext's, the largest of these, and how long the run took."""
+
+    error: float | None  # None where it is not finite
+    largest: float
+    seconds: float
+
+
+def self_test(folder: Path, settings: Settings, protocol: Literal["ref2k", "cheetah"], tokens: list[int]) -> str:
+    """Run the program on a prompt of `tokens` and on one more token; one line that says what came out.
+
+    Raises:
+        UserError: logits that are wrong, or a run that failed.
+    """
+    if protocol == "cheetah":
+        tokens = tokens[:CHEETAH_TOKENS]
+    name = {"ref2k": "fixed point", "cheetah": "the cryptographic protocol"}[protocol]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "entropi.private.compute.self_test"],
+            input=msgspec.json.encode(Question(str(folder), settings, protocol, tokens)),
+            capture_output=True,
+            timeout=PATIENCE_SECONDS,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+        found = msgspec.json.decode(done.stdout, type=Finding)
+    except (subprocess.TimeoutExpired, msgspec.MsgspecError, UnicodeError):
+        raise UserError(f"the test of known answers in {name} failed to run") from None
+    bound = TOLERANCE + RELATIVE_TOLERANCE * found.largest
+    if found.error is None or not found.error < bound:
+        wrong = "not even finite" if found.error is None else f"wrong by {found.error:.2g}"
+        raise UserError(
+            f"in {name} this model's logits are {wrong} on a known prompt, and {bound:.2g} is allowed: its values do "
+            "not suit these settings although they seemed to"
+        )
+    return (
+        f"known answers in {name}: logits of {len(tokens)} tokens and one more are wrong by {found.error:.2g} at most, "
+        f"{found.seconds:.1f} s"
+    )
+
+
+def main() -> None:
+    """Answer the `Question` on standard input with a `Finding` on standard output."""
+    # SPU and its libraries may print; only the finding goes to the parent.
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    answer.write(msgspec.json.encode(compare(question)))
+    answer.close()
+
+
+def compare(question: Question) -> Finding:
+    """Logits under the engine against the same program's in plaintext."""
+    from entropi.private.compute.embedding import one_hot
+    from entropi.private.compute.engine import Simulation
+    from entropi.private.compute.folded import load_folded
+    from entropi.private.compute.program import forward, run_plain
+
+    started = time.monotonic()
+    settings = question.settings
+    model, weights = load_folded(Path(question.folder))
+    prompt = question.tokens[: max(model.positions - 1, 1)]
+    every_row = question.protocol == "ref2k"
+    passes = 2 if len(prompt) < model.positions else 1
+    generated, expected = run_plain(model, weights, prompt, passes, settings.exp_iterations, every_row=every_row)
+    engine = Simulation(question.protocol, settings)
+    for name, weight in weights.items():
+        engine.hold(name, weight, SERVER)
+    past, error, largest = 0, 0.0, 0.0
+    for tokens, plain in zip([prompt, generated[:1]], expected):
+        if settings.embedding == "public":
+            engine.hold("embedded", weights["embedding"][tokens], CLIENT)
+        else:
+            engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), CLIENT)
+        for stage in forward(
+            model,
+            len(tokens),
+            past,
+            settings.exp_iterations,
+            embedding=settings.embedding,
+            paired=settings.paired,
+            fraction_bits=settings.fraction_bits,
+            every_row=every_row,
+        ):
+            engine.run(stage)
+        difference = np.abs(engine.reveal("logits").astype(np.float64) - plain.reshape(-1, model.vocab_size)).max()
+        error, largest = max(error, float(difference)), max(largest, float(np.abs(plain).max()))
+        past += len(tokens)
+    finite = bool(np.isfinite(error) and np.isfinite(largest))
+    return Finding(error if finite else None, largest if finite else 0.0, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    main()

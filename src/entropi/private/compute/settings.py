@@ -1,0 +1,65 @@
+"""How the engines compute and what they reveal: the settings on which both parties agree, and what each then learns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS
+
+SERVER: Literal[0] = 0  # ranks of the two parties
+CLIENT: Literal[1] = 1
+
+
+class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How the secure engine computes; both parties must agree.
+
+    The ring has 64 bits: a product carries twice the fraction bits until it is truncated, so that in 32 bits, with the
+    12 fraction bits that our functions need at least, it would have to stay below 2^6; 128 bits would double the bytes.
+    """
+
+    protocol: Literal["cheetah"] = "cheetah"
+    ring_bits: Literal[64] = 64
+    # More resolve smaller numbers and hold less large ones; `select_fraction_bits` chooses or checks them for a model.
+    fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
+    # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 110 bytes a score and halves the kernel's error. A model
+    # that was trained with the kernel brings its own t.
+    exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
+    # Whose the token table is: the server's, read by a one-hot product, or everybody's, read by the client alone.
+    embedding: Literal["private", "public"] = "private"
+    # Two tokens in one row of the private table's product: half of its bytes, where `select_fraction_bits` allows it.
+    paired: bool = False
+    # What the client learns of each token's logits: all, the `choices` largest, or which one is the largest.
+    output: Literal["logits", "top_k", "argmax"] = "logits"
+    choices: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8
+    # Binary places that these logits are rounded to, in secret; None for all there are.
+    logit_bits: Annotated[int, msgspec.Meta(ge=0, le=8)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.paired and self.embedding == "public":
+            raise ValueError("tokens are paired in the product with a private table, and the embedding is public")
+        if self.paired and self.fraction_bits < LEAST_PAIR_FRACTION_BITS:
+            raise ValueError(f"tokens cannot be paired with fewer than {LEAST_PAIR_FRACTION_BITS} fraction bits")
+        if self.logit_bits is not None and self.output == "argmax":
+            raise ValueError("no logits are revealed that could be rounded")
+
+
+TRUST = {
+    "cheetah": "two parties, semi-honest, no third party: the server learns how many tokens there are and nothing "
+    "else of prompt and answer; the client learns the logits, the architecture and the tokenizer, and nothing else "
+    "of the weights"
+}
+
+
+def trust(settings: Settings) -> str:
+    """`TRUST` in the case of these settings: what each side learns."""
+    learned = {
+        "logits": "the logits",
+        "top_k": f"the {settings.choices} likeliest tokens and their logits",
+        "argmax": "the likeliest token",
+    }[settings.output]
+    if settings.logit_bits is not None:
+        learned += f", rounded to {2.0**-settings.logit_bits:g},"
+    text = TRUST[settings.protocol].replace("the logits", learned).replace(",,", ",")
+    return text + (", whose token embeddings are public" if settings.embedding == "public" else "")

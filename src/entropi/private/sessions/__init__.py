@@ -1,0 +1,1 @@
+"""The two sides of a private conversation: client, server, and the process on either side that is its party."""

@@ -1,0 +1,155 @@
+"""The prompt owner's side: ask a server, run this side's party, receive what nobody else can read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+
+from entropi.private.compute.description import Description
+from entropi.private.compute.settings import Settings, trust
+from entropi.private.sessions.client_session import generate
+from entropi.private.sessions.generation import Answer, Generation, Watcher
+from entropi.private.sessions.privacy import USUAL, Privacy
+from entropi.private.sessions.sampling import GREEDY, Sampling
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.channel import (
+    ServerAddress,
+    greet,
+)
+from entropi.private.wire.messages import (
+    Canary,
+    Welcome,
+)
+
+
+def connect(server: str, tls: Tls | None = None) -> Connection:
+    """Greet a server and learn what it makes public.
+
+    Args:
+        server: "HOST:PORT" of a running server.
+        tls: this client's files; needed unless the server is on this machine, at a loopback address.
+
+    Raises:
+        UserError: nobody there, not an entropi server, a certificate that is not accepted; one line.
+    """
+    where = ServerAddress.at(server, tls)
+    return Connection(where, asyncio.run(greet(where)))
+
+
+class Connection:
+    """A server that can be asked; every question is a session of its own."""
+
+    def __init__(self, server: ServerAddress, welcome: Welcome) -> None:
+        self._server, self._welcome = server, welcome
+
+    @property
+    def description(self) -> Description:
+        """Architecture and sizes of the model."""
+        return self._welcome.description
+
+    @property
+    def settings(self) -> Settings:
+        """How the engines compute, and what they reveal."""
+        return self._welcome.settings
+
+    @property
+    def trust(self) -> str:
+        """What each side learns, in words."""
+        return trust(self._welcome.settings)
+
+    @property
+    def canary(self) -> Canary | None:
+        """A public prompt and the answer to it that the owner published; see `canary.complaint`."""
+        return self._welcome.canary
+
+    def ask(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        retries: int = 0,
+        watcher: Watcher | None = None,
+        privacy: Privacy = USUAL,
+        memory_gb: float | None = None,
+    ) -> Answer:
+        """Let the model continue `prompt` without showing it.
+
+        Args:
+            retries: so many times a session that broke is continued in a new one, with the tokens received so far
+                as part of the prompt; each costs a pass over all of it.
+            memory_gb: most memory of this side's party, in 10^9 bytes; by default what the model needs, with room;
+                0 for no limit.
+
+        Raises:
+            UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
+        """
+        generation = Generation(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
+        generation.digest = self._welcome.digest()
+        return asyncio.run(generate(self._server, generation))
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        retries: int = 0,
+        privacy: Privacy = USUAL,
+    ) -> Iterator[str]:
+        """The pieces of the answer as they are received; closing the iterator ends the session.
+
+        Raises:
+            UserError: as for `ask`, after the pieces that were received.
+        """
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        generation = Generation(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put), privacy)
+        generation.digest = self._welcome.digest()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(generate(self._server, generation))
+
+        def work() -> None:
+            try:
+                loop.run_until_complete(task)
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+
+
+def ask(
+    server: str,
+    prompt: str,
+    max_new_tokens: int,
+    watcher: Watcher | None = None,
+    *,
+    tls: Tls | None = None,
+    sampling: Sampling = GREEDY,
+    retries: int = 0,
+    privacy: Privacy = USUAL,
+    memory_gb: float | None = None,
+) -> Answer:
+    """`connect` and `Connection.ask` in one, over one connection.
+
+    Raises:
+        UserError: as for these.
+    """
+    generation = Generation(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
+    return asyncio.run(generate(ServerAddress.at(server, tls), generation))

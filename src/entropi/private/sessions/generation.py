@@ -1,0 +1,90 @@
+"""One answer: what is asked, what of it has been received, what a caller sees meanwhile and gets in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from entropi.errors import UserError
+from entropi.private.sessions.privacy import USUAL, Privacy
+from entropi.private.sessions.sampling import Sampling
+from entropi.private.sessions.tokenization import (
+    check_prompt,
+)
+from entropi.records import PrivateRun, StageTraffic
+
+
+@dataclass
+class Answer:
+    """A finished generation: the record, and the logits behind every new token.
+
+    `logits` holds one array a token: `(V,)` where the server reveals all, `(k,)` of its likeliest tokens where it
+    reveals these, and nothing where it reveals the arg-max only.
+    """
+
+    record: PrivateRun
+    logits: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a caller may want to see while the answer is computed.
+
+    `begin(stages)` is called with the number of operations if all tokens are generated, once for every session;
+    `stage(done, record)` after every operation, set-up included; `text(piece)` whenever more of the answer can be
+    shown; `status(line)` when something else happens: a place in the queue, a retry.
+    """
+
+    begin: Callable[[int], None] = field(default=lambda total: None)
+    stage: Callable[[int, StageTraffic], None] = field(default=lambda done, traffic: None)
+    text: Callable[[str], None] = field(default=lambda piece: None)
+    status: Callable[[str], None] = field(default=lambda line: None)
+
+
+@dataclass
+class Generation:
+    """What is asked, and what of the answer has been received, over as many sessions as it takes."""
+
+    prompt: str
+    max_new_tokens: int
+    sampling: Sampling
+    retries: int
+    watcher: Watcher
+    privacy: Privacy = USUAL
+    memory_gb: float | None = None  # most memory of this side's party: see `memory_for`
+    digest: str | None = None  # of what the server made public when the question was begun
+    padding: list[int] = field(default_factory=list)  # before the prompt
+    prompt_ids: list[int] = field(default_factory=list)
+    stop_ids: list[int] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+    stages: list[StageTraffic] = field(default_factory=list)
+    setup_seconds: float = 0.0
+    setup_bytes: int = 0
+    reveal_bytes: int = 0
+    done: int = 0  # operations, set-ups included
+    shown: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
+        if self.memory_gb is not None and self.memory_gb < 0:
+            raise UserError(f"memory_gb is {self.memory_gb} but must not be negative")
+        if self.retries < 0:
+            raise UserError(f"retries is {self.retries} but must not be negative")
+        check_prompt(self.prompt)
+        self.random = np.random.default_rng(self.sampling.seed)
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The new tokens up to the first that ends a text, that one included."""
+        ends = [place for place, token in enumerate(self.new_tokens) if token in self.stop_ids]
+        return self.new_tokens[: ends[0] + 1] if ends else self.new_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last token received was the last of all."""
+        ended = bool(self.new_tokens) and self.new_tokens[-1] in self.stop_ids and not self.privacy.full_length
+        return ended or len(self.new_tokens) == self.max_new_tokens

@@ -1,0 +1,106 @@
+"""One party of one session, in a process of its own (`party_process`).
+
+Takes a `Job` and then a `Proceed` for every further token, writes `Event`s, one JSON line each. Its parent may kill it
+at any moment; that ends the session and nothing else. When its standard input ends, the parent is gone, and the party
+goes too.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import numpy as np
+from safetensors.numpy import load
+
+from entropi.private.compute.embedding import one_hot
+from entropi.private.compute.engine import Engine, EngineError
+from entropi.private.compute.program import stages_of_pass, warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.sessions.engine_link import open_link
+from entropi.private.wire.messages import Event, Failed, Job, Linked, Proceed, Revealed, StageDone, decode, encode
+
+
+def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO) -> int:
+    """Run a job; the process's status, 1 after a `Failed` event.
+
+    Args:
+        line: the encoded `Job`.
+        files: contents of those that it names, by the names of its fields.
+        lines: what the parent says next.
+    """
+    try:
+        job = decode(line, Job)
+        engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
+        _emit(events, Linked())
+        _serve_session(engine, job, files, lines, events)
+        engine.close()
+    except EngineError as error:
+        _emit(events, Failed(reason=str(error)))
+        return 1
+    except BrokenPipeError:
+        return 1  # the parent is gone, and with it the session
+    except Exception as error:  # the parent's user reads one line, wherever it comes from
+        _emit(events, Failed(reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]))
+        return 1
+    return 0
+
+
+def _serve_session(
+    engine: Engine, job: Job, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO
+) -> None:
+    _warm_up(engine, events)
+    model, settings = job.description, job.settings
+    public = settings.embedding == "public"
+    weights = load(files["weights"]) if "weights" in files else None
+    table = load(files["table"])["embedding"] if "table" in files and public else None
+    if public and job.rank == CLIENT and table is None:
+        raise EngineError("the embedding is public, but the client has no copy of it")
+    for name, shape in model.weight_shapes().items():
+        if name != "embedding" or not public:
+            engine.hold(name, shape, weights[name] if weights is not None else None)
+    fresh, count, past = job.prompt, job.prompt_length, 0
+    for token in range(job.max_new_tokens):
+        if public:
+            engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
+        else:
+            tokens = None
+            if fresh is not None:
+                tokens = one_hot(fresh, model.vocab_size, settings.paired, settings.fraction_bits)
+            engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
+        for stage in stages_of_pass(model, settings, count, past):
+            _emit(events, StageDone(engine.run(stage, token)))
+        _emit(events, _reveal(engine, settings))
+        past += count
+        if token + 1 < job.max_new_tokens:
+            proceed = decode(lines.get(), Proceed)
+            fresh, count = ([proceed.token] if proceed.token is not None else None), 1
+
+
+def _reveal(engine: Engine, settings: Settings) -> Revealed:
+    """Send the client its result, and nothing else of the logits."""
+    tokens = logits = None
+    size = 0
+    if settings.output != "logits":
+        indices, size = engine.reveal_to_client("tokens_out")
+        tokens = None if indices is None else np.rint(indices).astype(int).tolist()
+    if settings.output != "argmax":
+        values, more = engine.reveal_to_client("logits" if settings.output == "logits" else "logits_out")
+        size += more
+        scale = 1.0 if settings.logit_bits is None else 2.0**-settings.logit_bits
+        logits = None if values is None else (values.reshape(-1) * scale).tolist()
+    return Revealed(bytes=size, logits=logits, tokens=tokens)
+
+
+def _warm_up(engine: Engine, events: BinaryIO) -> None:
+    """Keys and base oblivious transfers, before anything is counted as the prompt's."""
+    stage, shapes = warm_up()
+    for name, (shape, owner) in shapes.items():
+        own = engine.rank == (SERVER if owner == "server" else CLIENT)
+        engine.hold(name, shape, np.zeros(shape) if own else None)
+    _emit(events, StageDone(engine.run(stage, 0)))
+
+
+def _emit(events: BinaryIO, event: Event) -> None:
+    events.write(encode(event) + b"\n")

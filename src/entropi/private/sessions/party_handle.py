@@ -1,0 +1,124 @@
+"""The parent's side of a party: starts its process, gives it its job, reads its events, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import sys
+from pathlib import Path
+
+from entropi.private.sessions.confinement import summary
+from entropi.private.wire.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
+from entropi.private.wire.tunnel import link_folder
+
+SUSPENDED_SECONDS = 10.0  # that a party may be stopped by a signal
+# Without the working folder in the search path: what lies there is neither imported nor readable to a party.
+PARTY_COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from entropi.private.sessions.party_process import main; sys.exit(main())",
+)
+_KEPT = {"HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
+_KEPT_PREFIXES = ("LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "XLA_")
+_LINE_LIMIT = 64 << 20  # a line of logits of the largest vocabulary fits
+
+
+def _environment() -> dict[str, str]:
+    """What a party's process needs to know of this one's environment: no password, no token of anything else."""
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    return {**kept, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+async def confinement() -> str:
+    """What a party's process gives up on this system, in one line; "unknown" if none can be started."""
+    with link_folder() as folder:
+        process = await asyncio.create_subprocess_exec(
+            *PARTY_COMMAND,
+            "--confinement",
+            folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=_environment(),
+        )
+        said, _ = await process.communicate()
+    try:
+        return summary(decode(said, list[str]))
+    except BadMessage:
+        return "unknown"
+
+
+class Party:
+    """The child process that runs one party of one session."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, job: Job, memory_bytes: int | None = None) -> Party:
+        """Start the process, with a limit to the memory it may write to, and hand it its job by pipe."""
+        process = await asyncio.create_subprocess_exec(
+            *PARTY_COMMAND,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            limit=_LINE_LIMIT,
+            start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
+            env=_environment(),
+        )
+        party = cls(process)
+        try:
+            if memory_bytes is not None:
+                with contextlib.suppress(ProcessLookupError):  # its events tell why it is gone
+                    resource.prlimit(process.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+            await party._write(encode(job))
+        except BaseException:  # a session that ends right now
+            await party.stop()
+            raise
+        return party
+
+    async def proceed(self, token: int | None = None) -> None:
+        """Let the party run the pass for one more token."""
+        await self._write(encode(Proceed(token=token)))
+
+    async def _write(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its events tell why it is gone
+            self._process.stdin.write(line + b"\n")
+            await self._process.stdin.drain()
+
+    async def event(self) -> Event | None:
+        """The next event, None once the process has ended as it should; any other end is a `Failed` event."""
+        assert self._process.stdout is not None
+        try:
+            if line := await self._process.stdout.readline():
+                return decode_event(line)
+        except (BadMessage, ValueError):  # what a crashing process may leave; too long a line
+            return Failed(reason="the party's process wrote something unreadable")
+        if status := await self._process.wait():
+            return Failed(reason=f"the party's process ended with status {status}")
+        return None
+
+    async def suspended(self) -> None:
+        """Return once somebody has stopped the process (SIGSTOP) and not let it go on for a while; Linux only.
+
+        Its parent still answers for it on the control channel, so that the other side could not tell it from one that
+        computes.
+        """
+        looks = 0
+        while looks < 2:
+            await asyncio.sleep(SUSPENDED_SECONDS / 2)
+            state = ""
+            with contextlib.suppress(OSError, IndexError):  # the name before it, in parentheses, may hold anything
+                state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            looks = looks + 1 if state == "T" else 0
+
+    async def stop(self) -> None:
+        """End the process, whatever it is doing, and wait until it is gone."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()

@@ -1,0 +1,324 @@
+"""One session of a server: handshake, a slot, this side's party, and why it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+
+from entropi.private.admission.door import HANDSHAKE_SECONDS, Guest, cut
+from entropi.private.admission.logs import SessionLog
+from entropi.private.admission.monitoring import Ending
+from entropi.private.admission.quotas import Usage
+from entropi.private.compute.folded import WEIGHTS_FILE
+from entropi.private.compute.settings import SERVER
+from entropi.private.sessions.memory import memory_for, unread_for
+from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.server_state import ServerState
+from entropi.private.wire.certificates import Peer
+from entropi.private.wire.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    Failed,
+    Hello,
+    Job,
+    Linked,
+    Next,
+    Refused,
+    Revealed,
+    StageDone,
+    Start,
+    encode,
+)
+from entropi.private.wire.server_channel import (
+    ClientLeft,
+    Refusal,
+    SessionError,
+    expect,
+    leave_in_time,
+    receive,
+    send,
+)
+from entropi.private.wire.tunnel import MAX_LINK_MESSAGE, LinkBroken, Tunnel
+from entropi.private.wire.versions import engine_version
+
+WELCOME_SECONDS = 15.0  # to take the welcome; clients do not wait for longer either
+QUIET_SESSIONS = 100  # connections within a minute that have log lines of their own before they have a slot
+LINK_SECONDS = 60.0  # for both engines to start and find each other
+HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
+REVOKED = "this client's certificate was revoked"
+LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
+GRACE_SECONDS = 3.0  # for a party to end after its link
+REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
+log = logging.getLogger("entropi.server")
+
+
+async def run_session(request: web.Request, state: ServerState, guest: Guest) -> web.WebSocketResponse:
+    if "Origin" in request.headers:  # a web page in somebody's browser
+        raise web.HTTPForbidden
+    socket = web.WebSocketResponse(
+        max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
+    )
+    transport, peer = request.transport, Peer.of(request.transport)
+    await socket.prepare(request)
+    client = str(peer) if peer is not None else ""
+    session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(state))
+    started = time.monotonic()
+    session_log.info("opened%s", f" by {client}" if client else "")
+    state.sockets[socket] = peer
+    ending: Ending = "failed"
+    progress, reason = Progress(), ""
+    try:
+        if peer is not None and peer in state.revoked:
+            raise Refusal(REVOKED)
+        await _talk(request, socket, peer.name if peer is not None else "", session_log, state, guest, progress)
+        ending = "finished"
+        await dismiss(socket)
+    except (ClientLeft, ConnectionError) as error:  # the latter where this side was about to say something
+        ending = "left"
+        if peer is not None and peer in state.revoked:
+            ending, reason = "refused", REVOKED
+        elif isinstance(error, ClientLeft):
+            reason = str(error)
+    except SessionError as error:
+        ending, reason = "refused" if isinstance(error, Refusal) else "failed", str(error)
+        session_log.warning("%s", error)
+        await dismiss(socket, reason)
+    except Exception:
+        session_log.exception("failed")
+        reason = "the server failed"
+        await dismiss(socket, reason)
+    finally:
+        del state.sockets[socket]
+        if transport is not None:  # what a client that does not read has not taken by then is thrown away
+            asyncio.get_running_loop().call_later(LEAVE_SECONDS / 2, cut, transport)
+        state.counters.endings[ending] += 1
+        seconds = round(time.monotonic() - started, 3)
+        session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": seconds})
+        told = {"session": session_log.session, "address": guest.address, "seconds": seconds}
+        told["tokens"] = progress.revealed
+        state.audit.session(client or guest.address, ending, reason, told, computed=progress.computing)
+    return socket
+
+
+def _too_many_lines(state: ServerState) -> bool:
+    """Whether so many connections had lines in the log of late that another one's would only fill it."""
+    now = time.monotonic()
+    while state.recent and state.recent[0] < now - 60:
+        state.recent.popleft()
+    if len(state.recent) >= QUIET_SESSIONS:
+        return True
+    state.recent.append(now)
+    return False
+
+
+async def dismiss(socket: web.WebSocketResponse, reason: str | None = None) -> None:
+    """Close the control channel, with a reason if there is one to tell."""
+    with contextlib.suppress(ConnectionError, RuntimeError, ClientLeft):
+        if reason is not None:
+            await leave_in_time(socket.send_str(encode(Refused(reason=reason[:300])).decode()), LEAVE_SECONDS / 2)
+        await leave_in_time(socket.close(), LEAVE_SECONDS)  # a client that does not read would be waited for
+
+
+async def _greet(request: web.Request, greeting: tuple[bytes, ...]) -> None:
+    """Send the welcome, a piece whenever there is room for one."""
+    for frame in greeting:
+        await request.writer.write(frame)
+        await request.writer.drain()
+
+
+async def _talk(
+    request: web.Request,
+    socket: web.WebSocketResponse,
+    name: str,
+    session_log: SessionLog,
+    state: ServerState,
+    guest: Guest,
+    progress: Progress,
+) -> None:
+    """Handshake, then the session itself once there is room for it."""
+    hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
+    if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
+        raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
+    await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
+    start = await receive(socket, Start, HANDSHAKE_SECONDS)
+    if start.digest != state.digest:
+        raise Refusal("the description of the model that reached the client is not the server's")
+    if start.max_new_tokens > state.limits.max_new_tokens:
+        raise Refusal(f"at most {state.limits.max_new_tokens} new tokens a session are allowed")
+    positions = state.welcome.description.positions
+    if start.prompt_length + start.max_new_tokens - 1 > positions:
+        raise Refusal(
+            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
+            f"{positions} positions"
+        )
+    async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
+        session_log.quiet, progress.computing = False, True
+        state.counters.prompt_tokens += start.prompt_length
+        began = time.monotonic()
+        try:
+            work = _compute(socket, usage, session_log, state, start, progress)
+            await asyncio.wait_for(work, state.limits.session_seconds)
+        except asyncio.TimeoutError:
+            raise SessionError("the session's time limit was reached") from None
+        finally:
+            state.counters.session_seconds += time.monotonic() - began
+
+
+async def _compute(
+    socket: web.WebSocketResponse,
+    usage: Usage,
+    session_log: SessionLog,
+    state: ServerState,
+    start: Start,
+    progress: Progress,
+) -> None:
+    """One pass for the prompt and one for every `Next`."""
+    session, welcome = secrets.token_hex(16), state.welcome
+    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, state.limits.memory_gb)
+
+    async def carry(message: bytes) -> None:
+        try:
+            await leave_in_time(socket.send_bytes(message))
+        except ClientLeft:
+            raise ConnectionResetError from None  # the link is broken, as where the connection is
+
+    async with Tunnel(SERVER, session, carry, unread_for(memory)) as tunnel:
+        party = await Party.start(
+            Job(
+                rank=SERVER,
+                session=session,
+                links=tunnel.links,
+                description=welcome.description,
+                settings=welcome.settings,
+                max_new_tokens=start.max_new_tokens,
+                prompt_length=start.prompt_length,
+                weights=str(state.folder / WEIGHTS_FILE),
+            ),
+            memory_bytes=memory,
+        )
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await send(socket, Accepted(session))
+            work = asyncio.create_task(_watch_party(party, session_log, state, usage, progress))
+            listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start.max_new_tokens, progress))
+            link = asyncio.create_task(_watch_link(tunnel))
+            suspended = asyncio.create_task(party.suspended())
+            tasks += [work, listen, link, suspended]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() and work.exception() is None:  # the client may still be reading its last share
+                await asyncio.wait([listen], timeout=LEAVE_SECONDS)
+            elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
+                await asyncio.wait([work], timeout=REPORT_SECONDS)
+            for task in (work, listen):
+                if task.done():
+                    task.result()
+            if suspended.done():
+                session_log.warning("somebody stopped the party's process")
+                raise SessionError("the server's party failed")
+            if not (work.done() or listen.done()):
+                link.result()
+            if progress.revealed < progress.asked:
+                raise ClientLeft("the client left in the middle of a pass")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await party.stop()
+            session_log.info(
+                "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
+                tunnel.sent,
+                tunnel.received,
+                tunnel.turns,
+                tunnel.most_unread,
+                fields={
+                    "link_sent": tunnel.sent,
+                    "link_received": tunnel.received,
+                    "turns": tunnel.turns,
+                    "most_unread": tunnel.most_unread,
+                },
+            )
+
+
+@dataclass
+class Progress:
+    """Tokens of one session."""
+
+    asked: int = 1
+    revealed: int = 0
+    computing: bool = False  # it had a slot
+
+
+async def _watch_party(
+    party: Party, session_log: SessionLog, state: ServerState, usage: Usage, progress: Progress
+) -> None:
+    """Log what the party reports, until it has finished."""
+    sent = received = 0
+    patience = min(LINK_SECONDS, state.limits.stall_seconds)
+    while True:
+        try:
+            event = await asyncio.wait_for(party.event(), patience)
+        except asyncio.TimeoutError:
+            raise SessionError(f"nothing happened for {patience:g} s") from None
+        match event:
+            case None:
+                return
+            case Linked():
+                patience = state.limits.stall_seconds
+            case StageDone(traffic):
+                sent, received = sent + traffic.sent_bytes, received + traffic.received_bytes
+                state.counters.sent_bytes += traffic.sent_bytes
+                state.counters.received_bytes += traffic.received_bytes
+            case Revealed():
+                progress.revealed += 1
+                state.counters.tokens += 1
+                await usage.count_token()
+                session_log.info(
+                    "a token, %d bytes sent, %d received so far",
+                    sent,
+                    received,
+                    fields={"sent_bytes": sent, "received_bytes": received},
+                )
+            case Failed(reason):
+                session_log.warning("%s", reason)
+                raise SessionError("the server's party failed")  # why may be none of the client's business
+
+
+def _printable(text: str) -> str:
+    """What a stranger has written, fit for one line of a log."""
+    return "".join(c for c in text[:120] if c.isprintable())
+
+
+async def _watch_link(tunnel: Tunnel) -> None:
+    """Raise once the engines' link is broken although nobody has finished."""
+    await tunnel.broken()
+    await asyncio.sleep(GRACE_SECONDS)  # the party may have finished, or be about to say why not
+    raise SessionError("the engines' link broke")
+
+
+async def _listen_to_client(
+    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, max_new_tokens: int, progress: Progress
+) -> None:
+    """Pass on the client's `Next`s, one fewer than there are tokens, and its engine's bytes; until it leaves."""
+    with contextlib.suppress(ClientLeft):
+        while True:
+            message = await socket.receive()
+            if message.type == aiohttp.WSMsgType.BINARY:
+                try:
+                    await tunnel.receive(message.data)
+                except LinkBroken as error:
+                    raise SessionError(str(error)) from None
+                continue
+            if message.type == aiohttp.WSMsgType.CLOSE and message.data == aiohttp.WSCloseCode.POLICY_VIOLATION:
+                raise SessionError(f"the client refused this side's bytes: {_printable(message.extra or '')}")
+            expect(message, Next)
+            if progress.asked == max_new_tokens:
+                raise SessionError("all tokens were asked for already")
+            progress.asked += 1
+            await party.proceed()

@@ -1,0 +1,188 @@
+"""Everything that crosses a boundary between processes or machines: typed, bounded, validated before use."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from entropi.private.compute.description import Description, TokenId
+from entropi.private.compute.settings import Settings
+from entropi.records import StageTraffic
+
+PROTOCOL_VERSION = 3
+
+MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
+MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
+MAX_TOKENS = 1 << 14
+
+Text = Annotated[str, msgspec.Meta(max_length=300)]
+Address = Annotated[str, msgspec.Meta(max_length=120)]
+SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+
+
+# Control channel, client to server: text messages of a WebSocket. Its binary messages are the engines' (`tunnel`).
+
+
+class Hello(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """First message; engines of different versions do not understand each other's ciphertexts."""
+
+    version: int
+    engine: Text
+
+
+class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Ask for a session; `digest` is the client's, of what the server made public."""
+
+    prompt_length: TokenCount
+    max_new_tokens: TokenCount
+    digest: Digest
+
+
+class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Run the pass for one more token; which token it is stays with the client."""
+
+
+FromClient: TypeAlias = Hello | Start | Next
+
+
+# Control channel, server to client.
+
+
+class Canary(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A public prompt and what the model answers to it in plaintext: the likeliest tokens, one by one."""
+
+    prompt: Text
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=16)]
+    logits: Annotated[list[float], msgspec.Meta(min_length=1, max_length=16)]  # of these tokens
+
+
+class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """What the server makes public."""
+
+    description: Description
+    tokenizer: Annotated[str, msgspec.Meta(max_length=MAX_SERVER_MESSAGE)]
+    settings: Settings
+    table: Digest | None = None  # SHA-256 of the file with the token embeddings, where they are public
+    canary: Canary | None = None
+
+    def digest(self) -> str:
+        """SHA-256, hex: both sides must have the same before they compute."""
+        return hashlib.sha256(encode(self)).hexdigest()
+
+
+class Queued(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """All slots are taken; so many other clients will be served before this one."""
+
+    ahead: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+
+
+class Accepted(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """The session begins; `session` marks the engines' messages."""
+
+    session: SessionId
+
+
+class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """The session ends, with a reason a person can read."""
+
+    reason: Text
+
+
+FromServer: TypeAlias = Welcome | Queued | Accepted | Refused
+
+
+# Between a process and the party it started, over pipes.
+
+
+class Job(msgspec.Struct, forbid_unknown_fields=True):
+    """What a party does. The prompt travels by pipe: command lines can be read by other users of a machine."""
+
+    rank: Literal[0, 1]
+    session: SessionId
+    links: tuple[Address, Address]  # of the engines, by rank, as this one is to know them
+    description: Description
+    settings: Settings
+    max_new_tokens: TokenCount
+    prompt_length: TokenCount
+    prompt: list[TokenId] | None = None  # the client's
+    weights: str | None = None  # the server's: path of the safetensors file
+    table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
+
+
+class Proceed(msgspec.Struct, forbid_unknown_fields=True):
+    """Run the pass for one more token; only the client's party is told which."""
+
+    token: TokenId | None = None
+
+
+class Linked(msgspec.Struct, tag=True):
+    """Both engines are connected."""
+
+
+class StageDone(msgspec.Struct, tag=True):
+    """One operation has finished."""
+
+    traffic: StageTraffic
+
+
+class Revealed(msgspec.Struct, tag=True):
+    """The client's party holds the logits of the next token; the server's has sent its shares of them."""
+
+    bytes: int
+    logits: list[float] | None = None  # of the whole vocabulary, or of `tokens`
+    tokens: list[int] | None = None  # the likeliest, where that is all the client learns; logits None for arg-max
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The party gives up."""
+
+    reason: str
+
+
+Event: TypeAlias = Linked | StageDone | Revealed | Failed
+
+M = TypeVar("M")
+
+_event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_client_decoder: msgspec.json.Decoder[FromClient] = msgspec.json.Decoder(FromClient)
+_server_decoder: msgspec.json.Decoder[FromServer] = msgspec.json.Decoder(FromServer)
+
+
+class BadMessage(Exception):
+    """Bytes that are not a message of the expected kind; the text is one line."""
+
+
+def decode(data: bytes | str, kind: type[M]) -> M:
+    """A validated message; `BadMessage` for anything else."""
+    return _decode(data, msgspec.json.Decoder(kind))
+
+
+def decode_event(data: bytes) -> Event:
+    """A party's event; `BadMessage` for anything else."""
+    return _decode(data, _event_decoder)
+
+
+def decode_from_client(data: bytes | str) -> FromClient:
+    """A client's message; `BadMessage` for anything else."""
+    return _decode(data, _client_decoder)
+
+
+def decode_from_server(data: bytes | str) -> FromServer:
+    """A server's message; `BadMessage` for anything else."""
+    return _decode(data, _server_decoder)
+
+
+def _decode(data: bytes | str, decoder: msgspec.json.Decoder[Any]) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise BadMessage(" ".join(str(error).split())) from None
+
+
+def encode(message: object) -> bytes:
+    """One line of JSON."""
+    return msgspec.json.encode(message)

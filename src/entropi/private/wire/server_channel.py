@@ -1,0 +1,94 @@
+"""A server's control channel to one client: messages sent and received in time, and what ends a session."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import aiohttp
+from aiohttp import web
+
+from entropi.private.wire.messages import (
+    MAX_CLIENT_MESSAGE,
+    BadMessage,
+    FromServer,
+    Hello,
+    Next,
+    Start,
+    decode_from_client,
+    encode,
+)
+
+SEND_SECONDS = 30.0  # for a message to leave; a peer that does not read is gone
+FRAME = 64 << 10  # bytes of the welcome that leave at a time, and so about what one client's buffer holds of it
+
+
+class SessionError(Exception):
+    """Something that ends one session; the text is sent to the client."""
+
+
+class Refusal(SessionError):
+    """A session that does not begin."""
+
+
+class ClientLeft(SessionError):
+    """The client closed the connection, or it broke."""
+
+
+async def send(socket: web.WebSocketResponse, message: FromServer) -> None:
+    """A control message; `ClientLeft` if the client does not take it."""
+    await leave_in_time(socket.send_str(encode(message).decode()))
+
+
+async def leave_in_time(sending: Awaitable[object], seconds: float = SEND_SECONDS) -> None:
+    """Wait for something to be sent; `ClientLeft` if the client does not take it."""
+    try:
+        await asyncio.wait_for(sending, seconds)
+    except asyncio.TimeoutError:
+        raise ClientLeft(f"the client took nothing for {seconds:g} s") from None
+
+
+M = TypeVar("M", Hello, Start, Next)
+
+
+async def receive(socket: web.WebSocketResponse, kind: type[M], timeout: float) -> M:
+    """The next message, which must be of `kind`."""
+    try:
+        return expect(await asyncio.wait_for(socket.receive(), timeout), kind)
+    except asyncio.TimeoutError:
+        raise Refusal(f"no {kind.__name__} message within {timeout} s") from None
+
+
+def expect(message: aiohttp.WSMessage, kind: type[M]) -> M:
+    """A control message, which must be of `kind`."""
+    if message.type == aiohttp.WSMsgType.BINARY:
+        raise Refusal("that message is not of this protocol")
+    if message.type != aiohttp.WSMsgType.TEXT:
+        raise ClientLeft("the client left")
+    try:
+        if len(message.data) > MAX_CLIENT_MESSAGE:
+            raise BadMessage("too long")
+        decoded = decode_from_client(message.data)
+    except BadMessage:
+        raise Refusal("that message is not of this protocol") from None
+    if not isinstance(decoded, kind):
+        raise Refusal(f"expected a {kind.__name__} message")
+    return decoded
+
+
+def text_frames(message: bytes, size: int = FRAME) -> tuple[bytes, ...]:
+    """A WebSocket text message in fragments of at most `size` bytes, as a server sends them (RFC 6455, section 5.4)."""
+    parts = [message[start : start + size] for start in range(0, len(message), size)] or [b""]
+    frames = []
+    for index, part in enumerate(parts):
+        first = (aiohttp.WSMsgType.TEXT if index == 0 else 0) | (0x80 if index == len(parts) - 1 else 0)
+        if len(part) < 126:
+            head = struct.pack("!BB", first, len(part))
+        elif len(part) < 1 << 16:
+            head = struct.pack("!BBH", first, 126, len(part))
+        else:
+            head = struct.pack("!BBQ", first, 127, len(part))
+        frames.append(head + part)
+    return tuple(frames)
