@@ -141,3 +141,13 @@ def test_a_private_question(tmp_path, environment, model):  # noqa: F811
     said = example("ask_in_private.py", model[0], "the keeper", folder=tmp_path, environment=environment)
     assert "'the keeper' -> " in said
     assert "MB in both directions" in said
+
+
+@pytest.mark.slow
+def test_a_new_activation_is_trained_folded_and_right_in_private(tmp_path, environment):
+    said = example("new_activation.py", folder=tmp_path, environment=environment)
+    assert float(re.search(r"loss ([\d.]+)", said)[1]) < 3.5  # of log 64 = 4.16 before training
+    private, plain = re.search(r"next token (\d+), in plaintext (\d+)", said).groups()
+    assert private == plain
+    assert float(re.search(r"difference of a logit ([\d.]+)", said)[1]) < 0.01
+    assert float(re.search(r": ([\d.]+) MB", said)[1]) > 0
