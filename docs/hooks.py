@@ -21,13 +21,13 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 OUTSIDE = (
     "*.md",
+    "LICENSE",
     "benchmarks/*.py",
     "benchmarks/results/**/*.md",
     "configs/**/*.yaml",
     "deploy/*",
     "examples/*.py",
-    "src/entropi/**/*.py",
-    "tests/*.py",
+    "src/entropi/model/folding.py",
 )
 LINK = re.compile(r"(\]\()([^)#\s]*)(#[^)\s]*)?(\))")
 
