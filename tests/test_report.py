@@ -27,7 +27,7 @@ from entropi import records
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
-    CostRecord,
+    CountRecord,
     DiagnosisRecord,
     EntropySnapshot,
     Evaluation,
@@ -43,10 +43,10 @@ from entropi.records import (
 )
 from entropi.report import figures
 from entropi.report.folder import frames, read_run
+from entropi.report.formatting import even_distance, even_share, table_of_heads
 from entropi.report.heads import in_script
 from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
 from entropi.report.traffic import by_operation, by_pass
-from entropi.report.words import even_distance, even_share, table_of_heads
 
 NAN = math.nan
 LAYERS, HEADS, CONTEXT = 6, 4, 128
@@ -125,7 +125,7 @@ def diagnosis(shares: Iterable[float] = (0.0417, 0.25, 0.2917, 0.4166), verdict:
     )
 
 
-cost = CostRecord(
+cost = CountRecord(
     architecture="SM(t)+ScFuFFN",
     seq_len=CONTEXT,
     parameters=1_712_345,

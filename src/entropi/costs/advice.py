@@ -1,15 +1,12 @@
-"""What to change: the paper's figures beside a prediction, what would help most, and what fits a budget."""
+"""What to change: the paper's figures beside a prediction, and what would help most."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from entropi.costs.calibration import Calibration
-from entropi.costs.operations import parameters
-from entropi.costs.prediction import Network, Options, predict
-from entropi.errors import UserError
+from entropi.costs.prediction import CostModel, Options
 from entropi.model.shape import Shape
 from entropi.records import PredictionRecord
 
@@ -54,13 +51,11 @@ class Change:
     saved_latency: float  # seconds
 
 
-def changes(
-    shape: Shape, seq_len: int, calibration: Calibration, line: Network, options: Options, now: PredictionRecord
-) -> list[Change]:
-    """Changes that save bytes, the one that saves most first."""
+def changes(shape: Shape, seq_len: int, costs: CostModel, now: PredictionRecord) -> list[Change]:
+    """Changes that save bytes, the one that saves most first; `now` is the prediction without any."""
     found = []
-    for words, other, chosen in _alternatives(shape, options):
-        then = predict(other, seq_len, calibration, line, chosen)
+    for words, other, chosen in _alternatives(shape, costs.options):
+        then = replace(costs, options=chosen).predict(other, seq_len)
         saved = now.prompt.bytes - then.prompt.bytes
         if saved > 0.005 * now.prompt.bytes:
             found.append(Change(words, saved, now.prompt.latency - then.prompt.latency))
@@ -96,90 +91,3 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
     if shape.num_key_value_heads == shape.num_attention_heads and shape.num_attention_heads % 4 == 0:
         fewer = shape.num_attention_heads // 4
         yield f"{fewer} heads of keys and values for all queries", replace(shape, num_key_value_heads=fewer), options
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most that the pass over a prompt may take: bytes, or seconds."""
-
-    text: str
-    limit: float
-    measure: Callable[[PredictionRecord], float]
-
-
-def budget(text: str) -> Budget:
-    """From "2GB", "500MB" or "30s", "5min".
-
-    Raises:
-        UserError: none of these.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GB|MB|s|min)\s*", text)
-    if match is None or float(match.group(1)) == 0:
-        raise UserError(f"{text!r} is no budget: write bytes such as 2GB or 500MB, or a time such as 30s or 5min")
-    number, unit = float(match.group(1)), match.group(2)
-    if unit in ("GB", "MB"):
-        return Budget(text, number * {"GB": 1e9, "MB": 1e6}[unit], lambda record: record.prompt.bytes)
-    return Budget(text, number * {"s": 1, "min": 60}[unit], lambda record: record.prompt.latency)
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """A configuration within a budget."""
-
-    shape: Shape
-    parameters: int  # in the layers, before folding
-    prediction: PredictionRecord
-
-
-SEARCHED = ("SM+LN+G", "SM+LN+R", "SM+R", "SM(t)+ScFuFFN")
-WIDTHS = (256, 384, 512, 768, 1024, 1536)
-DEPTHS = (2, 3, 4, 6, 8, 12, 16, 18, 24, 36, 48)
-_HEAD = 64
-
-
-def fitting(
-    limit: Budget,
-    shape: Shape,
-    seq_len: int,
-    calibration: Calibration,
-    line: Network,
-    options: Options,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Fitting]:
-    """For every architecture and width the deepest model within a budget; most parameters in the layers first.
-
-    Vocabulary, positions and kernel are those of `shape`, heads are 64 wide. A layer more costs the same at any depth,
-    so two depths are predicted to find the deepest, which is then predicted itself.
-    """
-    found = []
-    combinations = [(architecture, width) for architecture in SEARCHED for width in WIDTHS]
-    for number, (architecture, width) in enumerate(combinations):
-        base = replace(
-            shape,
-            architecture=architecture,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_attention_heads=width // _HEAD,
-            num_key_value_heads=width // _HEAD,
-        )
-
-        def at(layers: int, base: Shape = base) -> PredictionRecord:
-            return predict(replace(base, num_hidden_layers=layers), seq_len, calibration, line, options)
-
-        two, three = limit.measure(at(2)), limit.measure(at(3))
-        deepest = [depth for depth in DEPTHS if two + (depth - 2) * (three - two) <= limit.limit]
-        while deepest:
-            prediction = at(deepest[-1])
-            if limit.measure(prediction) <= limit.limit:
-                chosen = replace(base, num_hidden_layers=deepest[-1])
-                found.append(Fitting(chosen, _in_layers(chosen), prediction))
-                break
-            deepest.pop()
-        if progress is not None:
-            progress(number + 1, len(combinations))
-    return sorted(found, key=lambda one: one.parameters, reverse=True)
-
-
-def _in_layers(shape: Shape) -> int:
-    more = replace(shape, num_hidden_layers=shape.num_hidden_layers + 1)
-    return (parameters(more) - parameters(shape)) * shape.num_hidden_layers
