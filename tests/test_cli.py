@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Done, assert_refused, spawn
-from entropi import cli
+from entropi import cli, commands
 from entropi.cli import main
 from entropi.commands import COMMANDS
 from entropi.commands.common import Command
@@ -105,6 +105,9 @@ def test_no_command():
         (["cost", "--compare", "SM", "SM+R", "--budget", "2GB"], ["--compare and --budget exclude each other"]),
         (["cost", "--budget", "2GB", "--layers", "3"], ["--layers would be ignored: --budget searches"]),
         (["cost", "--budget", "2GB", "--picture", "x.png"], ["--picture has nothing to draw with --budget"]),
+        (["cost", "--budget", "2GB", "--intermediate-size", "3"], ["--intermediate-size would be ignored: --budget"]),
+        (["cost", "--intermediate-size", "0"], ["intermediate_size is 0, at least 1 is needed"]),
+        (["cost", "--key-value-heads", "5"], ["12 heads are no multiple of 5 key-value heads"]),
         (["cost", "--record"], ["--record needs --architecture with one run folder"]),
         (
             ["cost", "--architecture", "LSTM"],
@@ -235,3 +238,22 @@ def test_the_report_loads_no_torch(trained: Path, tmp_path: Path):
 
 def test_training_loads_no_jax():
     assert not loaded_by("import entropi.training.run") & {"jax", "spu", "matplotlib", "aiohttp"}
+
+
+def test_a_command_is_one_file(entropi: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Options, lists and help of a command come from its module alone."""
+    (tmp_path / "greet.py").write_text(
+        "from entropi.commands.common import Command, Words\n"
+        "def run(names: list[str], loud: bool = False, times: int = 1) -> None:\n"
+        '    """Greet somebody.\n\n    Args:\n'
+        '        names: whom\n        loud: shout\n        times: how often\n    """\n'
+        "    print(' '.join(times * names).upper() if loud else times * names)\n"
+        "COMMAND = Command(run, place=99, words={'names': Words('NAME', positional=True)})\n"
+    )
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    found = commands.find_commands()
+    assert list(found) == [*COMMANDS, "greet"]
+    monkeypatch.setattr(cli, "COMMANDS", found)
+    assert entropi("greet", "ann", "bo", "--loud", "--times", "2").out == "ANN BO ANN BO\n"
+    assert "Greet somebody." in entropi("--help").out
+    monkeypatch.delitem(sys.modules, "entropi.commands.greet")

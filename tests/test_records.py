@@ -406,3 +406,14 @@ def test_rewrite_of_records_that_cannot_be_encoded_leaves_the_file(path: Path):
     with pytest.raises(RuntimeError):
         records.rewrite(path, failing())
     assert records.read(path) == [step(1)]
+
+
+def test_a_prediction_with_the_former_name_of_its_rounds_is_read(tmp_path: Path) -> None:
+    """Until 27 November 2026 rounds were recorded as "trips"."""
+    (prediction,) = (r for r in EXAMPLES if isinstance(r, PredictionRecord))
+    line = records.encode(prediction)
+    older = line.replace(b'"rounds":', b'"trips":')
+    assert older != line
+    (tmp_path / "records.jsonl").write_bytes(older + b"\n" + line + b"\n")
+    assert records.read(tmp_path / "records.jsonl") == [prediction, prediction]
+    assert prediction.prompt.rounds == 3.0

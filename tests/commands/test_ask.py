@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,8 +26,9 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     pytest.importorskip("spu")
     pytest.importorskip("jax")
     from entropi.private import client
+    from entropi.private.messages import Settings
 
-    def put(pieces: list[str], new_text: str) -> None:
+    def put(pieces: list[str], new_text: str, output: Literal["logits", "argmax"] = "logits") -> None:
         def ask(server: str, prompt: str, max_new_tokens: int, watcher: Any, **options: Any) -> Any:
             watcher.begin(len(pieces))
             stages = []
@@ -62,9 +64,10 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 fraction_bits=18,
                 exp_iterations=8,
             )
-            return client.Answer(record, [np.zeros(4), np.ones(4)])
+            return client.Answer(record, [np.zeros(4), np.ones(4)] if output == "logits" else [])
 
         monkeypatch.setattr(client, "ask", ask)
+        monkeypatch.setattr(client, "connect", lambda *given: SimpleNamespace(settings=Settings(output=output)))
 
     return put
 
@@ -137,3 +140,25 @@ def test_a_prompt_that_is_no_text(
     assert_refused(entropi("ask", os.fsdecode(latin)), "the prompt is not UTF-8 text")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(latin), "utf-8", errors))
     assert_refused(entropi("ask", "-"), "standard input is not UTF-8 text")
+
+
+def test_logits_that_are_not_revealed_are_refused_before_anything_is_computed(
+    entropi: Callable[..., Done], answering: Callable[..., None], tmp_path: Path
+):
+    answering(["a"], "a", output="argmax")
+    done = entropi("ask", "hello", "--logits", tmp_path / "logits.npy", "--record", tmp_path)
+    assert_refused(done, "127.0.0.1:9000 reveals no logits (it serves with --output argmax): ask without --logits")
+    assert list(tmp_path.iterdir()) == []
+    assert entropi("ask", "hello").out == "a\n"
+
+
+@pytest.mark.parametrize("text", ["\n", " \t", ""])
+def test_an_answer_that_nobody_sees_is_told_with_escapes(
+    entropi: Callable[..., Done], answering: Callable[..., None], text: str
+):
+    answering([text], text)
+    done = entropi("ask", "hello")
+    assert done.out == text + "\n"
+    assert f"the answer is {text!r}; 1 tokens in 1.0 s" in done.err
+    answering(["a"], "a")
+    assert "the answer is" not in entropi("ask", "hello").err

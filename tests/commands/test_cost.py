@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -209,3 +211,97 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytes
         assert "--exp-iterations 3 would be ignored: " in refused(*words, "--exp-iterations", 3)
     assert main(["cost", "--seq-len", "16", "--runs", str(own)]) == 0
     assert "MB at t=2 (its own), perplexity 20.00" in capsys.readouterr().out
+
+
+SMALL_LLAMA = {
+    **LLAMA_7B,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 172,
+    "vocab_size": 500,
+}
+
+
+def test_advice_can_be_checked_by_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Advice for a model of other sizes than the named ones, and the comparison that its last line tells."""
+
+    def found(*words: object) -> Any:
+        assert main(["cost", "--seq-len", "24", *map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def total(one: Any) -> dict[str, float]:
+        return one["prediction"]["prompt"]["total"]
+
+    model = written(SMALL_LLAMA, tmp_path)
+    advised = found("--architecture", model)
+    options = advised["size_options"].split()
+    assert " ".join(options) == (
+        "--layers 2 --heads 8 --key-value-heads 8 --hidden-size 64 --intermediate-size 172 --vocab-size 500 "
+        "--position-embedding rotary --bias none"
+    )
+    assert main(["cost", "--seq-len", "24", "--architecture", str(model)]) == 0
+    assert f"--compare 'SM+RMS+SwiGLU' NAME {' '.join(options)}\n" in capsys.readouterr().out
+
+    now, bilinear = found("--compare", "SM+RMS+SwiGLU", "SM+RMS+Bilinear", *options)
+    assert total(now) == total(advised)
+    changes = {change["words"]: change for change in advised["changes"]}
+    change = changes["a bilinear network in place of SwiGLU (SM+RMS+Bilinear)"]
+    assert change["saved_bytes"] == pytest.approx(total(now)["bytes"] - total(bilinear)["bytes"])
+    assert change["saved_latency"] == pytest.approx(total(now)["latency"] - total(bilinear)["latency"])
+
+    options[options.index("--key-value-heads") + 1] = "2"
+    (fewer,) = found("--compare", "SM+RMS+SwiGLU", *options)
+    saved = changes["2 heads of keys and values for all queries"]["saved_bytes"]
+    assert saved == pytest.approx(total(now)["bytes"] - total(fewer)["bytes"])
+
+
+def test_sizes_that_no_option_gives_are_not_said_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = {**asdict(SMALL), "model_type": "entropi", "parallel_residual": True}
+    model = written(config, tmp_path)
+    assert main(["cost", "--seq-len", "24", "--architecture", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "What would help" in shown
+    assert "Another architecture at these sizes" not in shown
+
+
+@pytest.mark.parametrize("words", [["--architecture", "SM+LN+G"], ["--compare", "SM+LN+G", "SM(t)+ScFuFFN"]])
+def test_every_operation_shown_is_explained(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["cost", "--seq-len", "16", "--layers", "1", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "A round is one message latency, one way: half a round trip of the network." in shown
+    assert re.search(r"\brounds\b", shown)
+    assert "trips" not in shown
+    legend = shown[shown.index("The operations, as they run:") :]
+    predicted = make_report(CostModel.shipped(), Shape(architecture=words[1], num_hidden_layers=1), 16, "").prediction
+    for name in predicted.prompt.by_operation():
+        assert re.search(rf"^  {name} +\w", legend, re.M), name
+
+
+def test_every_operation_of_the_program_has_words():
+    """Stages are made in the sources of the private program, under the names that tables and records show."""
+    named = set()
+    for path in (Path(records.__file__).parent / "private").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Stage":
+                first = node.args[0]
+                if isinstance(first, ast.Constant):
+                    named.add(first.value)
+    assert {"norm", "exp", "setup"} <= named
+    assert named == records.OPERATIONS.keys()
+
+
+def test_a_budget_that_nothing_keeps_tells_the_cheapest(entropi: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):
+    from entropi.costs import budget
+
+    monkeypatch.setattr(budget, "WIDTHS", (64,))
+    done = entropi("cost", "--budget", "1s", "--seq-len", "16")
+    assert done.status == 0
+    assert "nothing that was searched answers a prompt of 16 tokens within 1s; the cheapest is SM" in done.out
+    found = json.loads(entropi("cost", "--budget", "1s", "--seq-len", "16", "--json").out)
+    assert found["fitting"] == []
+    seconds = sum(one["latency"] for one in found["cheapest"]["prompt"]["operations"])
+    assert f" and {seconds:,.1f} s; " in done.out
+    found = json.loads(entropi("cost", "--budget", "100GB", "--seq-len", "16", "--json").out)
+    assert {one["layers"] for one in found["fitting"]} == {48}

@@ -43,7 +43,10 @@ def test_batch_size_zero(entropi: Callable[..., Done], trained: Path):
     assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 8")
 
 
-def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path):
+def test_train_evaluate_and_diagnose_agree(
+    entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     recorded = [r for r in records.read(trained / "records.jsonl") if isinstance(r, records.Evaluation)][-1]
     done = entropi("evaluate", trained, "--corpus", corpus, "--json")
     found = json.loads(done.out)
@@ -62,7 +65,13 @@ def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained
     diagnosis = json.loads(done.out)
     assert np.array(diagnosis["entropy"]) == pytest.approx(np.array(recorded.entropy), rel=1e-6)
     assert (diagnosis["corpus"], diagnosis["layers"]) == (str(corpus), [0, 1])
-    assert diagnosis["attention"]["layers"] == [0, 1]
+    where = diagnosis["attention"]
+    assert where["layers"] == [0, 1]
+    for name in ("distance", "on_first", "on_previous", "on_itself"):
+        assert np.shape(where[name]) == (2, 2), name
+    assert np.shape(where["entropy_by_position"]) == (2, len(where["positions"]))
+    for name in ("cross_entropy", "perplexity", "tokens"):
+        assert diagnosis[name] == pytest.approx(getattr(recorded, name), rel=1e-6), name
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     done = entropi("diagnose", trained, "--corpus", corpus, "--html", tmp_path / "page.html")
     assert diagnosis["verdict"] in done.out
@@ -70,7 +79,8 @@ def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"the perplexity is <strong>{recorded.perplexity:,.2f}</strong>" in page
     assert "Learned entropy thresholds" in page  # what the run folder holds is shown as well
-    assert (trained / "entropy.png").stat().st_size > 5000
+    assert (tmp_path / "tiny-entropy.png").stat().st_size > 5000  # in the working folder, not in the run's
+    assert not (trained / "entropy.png").exists()
     assert re.search(r"^layer +0 +1$", done.err, re.M)  # the table
     assert "measured on held-out text of texts, " in done.out
     assert "Loading weights" not in done.err

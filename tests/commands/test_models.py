@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from command_line import TINY, Done, assert_refused
 from entropi.cli import main
+from entropi.data.tokenizer import END_OF_TEXT
 from entropi.training.saved import open_model
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -195,3 +197,46 @@ def test_places_that_cannot_be_written(entropi: Callable[..., Done], trained: Pa
     pytest.importorskip("spu")
     assert_refused(entropi("ask", "x", "--logits", tmp_path / "no" / "x.npy"), "there is no folder")
     assert_refused(entropi("ask", "x", "--record", tmp_path / "no"), "there is no run folder")
+
+
+@pytest.mark.parametrize("command", ["serve", "fold"])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        ("llama", "of other families, GPT-2 and GPT-NeoX (Pythia) can become one"),
+        ("gpt2", "EntropiForCausalLM.from_gpt2(MODEL).save_pretrained(FOLDER), with its tokenizer.json copied"),
+        ("gpt_neox", "EntropiForCausalLM.from_gpt_neox(MODEL).save_pretrained(FOLDER)"),
+    ],
+)
+def test_a_model_of_another_family_is_told_the_way(
+    entropi: Callable[..., Done], tmp_path: Path, command: str, family: str, way: str
+):
+    if command == "serve":
+        pytest.importorskip("spu")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    words = {"serve": ["--listen", "127.0.0.1:0"], "fold": [tmp_path / "out"]}[command]
+    can = {"serve": "what can be served are run folders", "fold": "what can be folded are run folders"}[command]
+    assert_refused(entropi(command, tmp_path, *words), f"is of type '{family}'; {can} of entropi train", way)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_way_there_is_one(entropi: Callable[..., Done], tmp_path: Path):
+    """What the message says of a GPT-2, done."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import entropi as package
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=16))
+    folder = tmp_path / "model"
+    package.EntropiForCausalLM.from_gpt2(gpt2).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, END_OF_TEXT: 1}, merges=[]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    done = entropi("fold", folder, tmp_path / "folded")
+    assert done.status == 0, done.err
+    assert (tmp_path / "folded" / "folded.safetensors").exists()
+
+
+def test_serve_says_that_any_architecture_will_do(entropi: Callable[..., Done]):
+    shown = entropi("serve", "--help").out
+    assert "softmax-only" not in shown
+    assert "of any architecture" in " ".join(shown.split())

@@ -86,11 +86,26 @@ def test_control_c_ends_a_training_that_can_be_continued(tmp_path: Path, corpus:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "entropi: interrupted; the same command continues the run"
+    assert errors.splitlines()[-1] == f"entropi: interrupted; entropi train {folder} continues the run"
     assert not (folder / "model").exists()
-    done = spawn(*words)
+    done = spawn("train", folder)
     assert done.status == 0, done.err
     starts = [r for r in records.read(folder / "records.jsonl") if isinstance(r, records.RunStarted)]
     assert starts[-1].resumed_at >= 5
     steps = [r.step for r in records.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
     assert steps == list(range(1, 401))
+
+
+def test_the_run_alone_continues_it(entropi: Callable[..., Done], corpus: Path, tmp_path: Path):
+    """What was chosen for a run need not be typed again, and what is typed otherwise is refused."""
+    run = tmp_path / "run"
+    assert entropi("train", run, "--corpus", corpus, *TINY, "--save-every", "1").status == 0
+    before = (run / "config.yaml").read_bytes()
+    again = entropi("train", run)
+    assert again.status == 0, again.err
+    assert "nothing to do" in again.err
+    assert (run / "config.yaml").read_bytes() == before
+    assert_refused(entropi("train", run, "--seed", "5"), "differs in seed (0 there, 5 here)")
+    assert "default: 3)" in " ".join(entropi("train", "--config", run / "config.yaml", "--help").out.split())
+    (run / "config.yaml").write_text("stepz: 3\n")
+    assert_refused(entropi("train", run), "unknown setting stepz")

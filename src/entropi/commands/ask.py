@@ -240,7 +240,7 @@ class _Display:
 
 def _summary(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line; an answer that nobody sees, with escapes."""
-    unseen = f"the answer is {run.new_text!r}; " if not run.new_text.strip() else ""
+    unseen = "" if run.new_text.strip() else f"the answer is {run.new_text!r}; "
     return (
         f"{unseen}{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
         f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, softmax kernel t={run.exp_iterations}"

@@ -42,6 +42,31 @@ def paper_figures(shape: Shape, seq_len: int) -> tuple[float, float] | None:
     return PAPER.get((shape.num_hidden_layers, seq_len, shape.architecture))
 
 
+def size_options(shape: Shape) -> str | None:
+    """The options of `entropi cost` that give an architecture by name these sizes; None where there are none.
+
+    What no prediction depends on is left out.
+    """
+    options = {
+        "num_hidden_layers": "--layers",
+        "num_attention_heads": "--heads",
+        "num_key_value_heads": "--key-value-heads",
+        "hidden_size": "--hidden-size",
+        "intermediate_size": "--intermediate-size",
+        "vocab_size": "--vocab-size",
+        "position_embedding": "--position-embedding",
+        "bias": "--bias",
+    }
+    without_effect = (
+        *("max_position_embeddings", "layer_norm_epsilon", "eos_token_id", "tie_word_embeddings", "rotary_base"),
+        *("exp_iterations", "polynomial"),
+    )
+    kept = {name: getattr(shape, name) for name in (*options, *without_effect)}
+    if Shape(architecture=shape.architecture, **kept) != shape:
+        return None
+    return " ".join(f"{option} {kept[name]}" for name, option in options.items())
+
+
 @dataclass(frozen=True)
 class Change:
     """Another way to build or serve the model, and what it would save of the prompt's pass."""
@@ -65,13 +90,16 @@ def changes(shape: Shape, seq_len: int, costs: CostModel, now: PredictionRecord)
 def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, Options]]:
     parts, name = shape.parts, shape.architecture
     if parts.activation == "gelu":
-        yield "ReLU in place of GELU", replace(shape, architecture=re.sub(r"\+G$", "+R", name)), options
+        relu = re.sub(r"\+G$", "+R", name)
+        yield f"ReLU in place of GELU ({relu})", replace(shape, architecture=relu), options
     if parts.activation == "swiglu":
-        bilinear = replace(shape, architecture=name.replace("+SwiGLU", "+Bilinear"))
-        yield "a bilinear network in place of SwiGLU", bilinear, options
+        bilinear = name.replace("+SwiGLU", "+Bilinear")
+        words = f"a bilinear network in place of SwiGLU ({bilinear})"
+        yield words, replace(shape, architecture=bilinear), options
+
     if parts.norm != "none":
         bare = re.sub(r"\+(LN|RMS)(?=\+|$)", "", name)
-        yield "no norms in the layers", replace(shape, architecture=bare), options
+        yield f"no norms in the layers ({bare})", replace(shape, architecture=bare), options
     if not parts.softmax_only:
         softmax_only = "SM(t)+ScFuFFN" if parts.temperature else "SM+ScFuFFN"
         words = f"softmax only ({softmax_only}): linear networks fold away"
@@ -79,6 +107,7 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
     if parts.temperature and shape.temperature_granularity == "position" and not shape.polynomial:
         words = "temperatures by head, which fold away"
         yield words, replace(shape, temperature_granularity="head"), options
+
     if not shape.polynomial:
         words = "training with squares of logits as attention weights (polynomial, t=1)"
         yield words, replace(shape, exp_iterations=1, polynomial=True), options
@@ -86,6 +115,7 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         if iterations > 2:
             words = f"training with the softmax kernel t=2 in place of t={iterations}"
             yield words, replace(shape, exp_iterations=2), options
+
     if options.embedding == "private":
         yield "a public token table", shape, replace(options, embedding="public")
     if shape.num_key_value_heads == shape.num_attention_heads and shape.num_attention_heads % 4 == 0:

@@ -26,6 +26,7 @@ class CostReport:
     prediction: PredictionRecord
     paper: tuple[float, float] | None = None  # GB and minutes that the paper prints
     changes: Sequence[advice.Change] = ()  # what would save bytes, most first
+    size_options: str | None = None  # what gives another architecture the same sizes on the command line
 
     def to_json(self) -> dict[str, Any]:
         """What JSON has a form for, sums over the operations included."""
@@ -42,6 +43,7 @@ class CostReport:
         found["prediction"]["kernel"] = self.prediction.kernel
         found["paper"] = None if self.paper is None else {"GB": self.paper[0], "minutes": self.paper[1]}
         found["changes"] = [asdict(change) for change in self.changes]
+        found["size_options"] = self.size_options
         return found
 
 
@@ -60,6 +62,7 @@ def make_report(costs: CostModel, shape: Shape, seq_len: int, name: str, *, advi
         prediction=prediction,
         paper=advice.paper_figures(shape, seq_len),
         changes=advice.changes(shape, seq_len, costs, prediction) if advise else (),
+        size_options=advice.size_options(shape) if advise else None,
     )
 
 

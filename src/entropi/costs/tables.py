@@ -31,6 +31,9 @@ def show(report: CostReport) -> None:
         console.print(f"\n{_dominant(report)}. What would help, all sizes as they are:")
         for change in report.changes:
             console.print(f"  {change.words} would save {_size(change.saved_bytes)} and {change.saved_latency:,.0f} s")
+        if report.size_options is not None:
+            architecture = report.counts.architecture
+            console.print(f"Another architecture at these sizes: --compare '{architecture}' NAME {report.size_options}")
 
 
 def _show_counts(console: Console, report: CostReport) -> None:

@@ -23,7 +23,18 @@ from entropi.errors import UserError
 from entropi.records import Evaluation, Record
 from entropi.report import figures
 from entropi.report.folder import Run, frames, read_run
-from entropi.report.formatting import duration, heads, number, pattern_in_words, percent, quote, rounded, sentence, size
+from entropi.report.formatting import (
+    duration,
+    heads,
+    number,
+    pattern_in_words,
+    percent,
+    quote,
+    rounded,
+    sentence,
+    size,
+    visible,
+)
 from entropi.report.heads import cells, explorer, in_script
 
 MAX_PAGE_BYTES = 5_000_000
@@ -317,7 +328,7 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (number, rounded, size, duration, percent, heads, quote, sentence, pattern_in_words)
+    words = (number, rounded, size, duration, percent, heads, quote, visible, sentence, pattern_in_words)
     environment.filters.update({function.__name__: function for function in words})
     private_runs = [run for run in runs if run.private is not None]
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
