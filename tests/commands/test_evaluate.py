@@ -18,7 +18,7 @@ from entropi.training.saved import open_model
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_evaluate_cuts_as_the_run_was_trained(entropi: Callable[..., Done], model: Path, tmp_path: Path):
