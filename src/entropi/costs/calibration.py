@@ -216,9 +216,9 @@ def run_trials(
         counted: Counter[str] = Counter()
         for call in trace_calls(stage, values):
             counted += counter.count(call)
-        communication = engine.run(stage)
+        metered = engine.run(stage)
         readings.append(
-            Reading(trial.name, counted, communication.bytes, communication.messages, communication.seconds)
+            Reading(trial.name, counted, metered.bytes, metered.messages, metered.seconds)
         )
         if progress is not None:
             progress(number + 1, len(chosen))
