@@ -41,16 +41,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # what the tests say to servers is said here too
 
-from entropi.private.canary import TOLERANCE
-from entropi.private.certificates import Tls, issue, revoke
-from entropi.private.channel import ServerAddress, greet
-from entropi.private.messages import Next, Settings, Start, encode
-from entropi.private.program import run_plain
-from entropi.private.session import load_folded
-from entropi.private.tokenization import own_tokenizer
-
 from entropi import cli
 from entropi.machine import machine
+from entropi.private.compute.folded import load_folded
+from entropi.private.compute.program import run_plain
+from entropi.private.compute.settings import Settings
+from entropi.private.sessions.canary import TOLERANCE
+from entropi.private.sessions.tokenization import own_tokenizer
+from entropi.private.wire.authority import issue, revoke
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.channel import ServerAddress, greet
+from entropi.private.wire.messages import Next, Start, encode
 from link_messages import place, push, two_chunks
 from serving import TEXT, hello, save_model
 from test_link import damaged
