@@ -51,7 +51,6 @@ from test_messages_fuzz import UPGRADE, frame
 
 DESCRIPTORS = 1024
 HALF_OPEN, IDLE, UNREAD = 1600, 200, 42
-WELCOME_BYTES = 12_000_000
 AFTER_SECONDS = 30  # after the last connection of a flood
 LAYERS = 10**8
 PROMPT_BYTES = 10_000_000
@@ -224,7 +223,7 @@ async def long_prompt(server: Server) -> dict[str, Any]:
 async def many_layers(server: Server) -> dict[str, Any]:
     """A model's folder whose config.json says that it has 10^8 layers."""
     folder = server.site.folder / "layers"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for file in (server.site.folder / "model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
@@ -266,11 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [attack.__name__ for attack in ATTACKS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--site", type=Path, help="folder for model and certificates, for several runs; temporary else")
     given = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, HALF_OPEN + 500), hard), hard))
-    with tempfile.TemporaryDirectory(prefix="entropi-floods-") as folder:
-        site = prepare(Path(folder), WELCOME_BYTES)
+    with contextlib.ExitStack() as closing:
+        if given.site is None:
+            given.site = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="entropi-floods-")))
+        site = prepare(given.site)
         print(json.dumps(asyncio.run(supervised(measure(site, given.only)))))
 
 

@@ -71,7 +71,7 @@ MOST_TOKENS = 3  # of an honest answer
 PIECE = 60_000  # bytes of one binary message
 MOST_PUSHED = 3000  # megabytes that nobody waits for
 SERVER_OPTIONS = (
-    *("--max-sessions", 2, "--max-queue", 64, "--max-new-tokens", 8, "--self-test", "ref2k"),
+    *("--max-sessions", 2, "--max-queue", 64, "--max-new-tokens", 8, "--self-test", "none"),
     *("--client-sessions", 64, "--client-tokens", 1_000_000),
 )
 PROMPTS = ("the key", "the keeper lies", "behind the old stone wall", TEXT[:40], TEXT[20:80])
@@ -189,13 +189,15 @@ class Site:
         return self.folder / "keys"
 
     def tls(self, name: str) -> Tls:
-        """Files of a client; "mallory" has another authority, "eve-revoked" is on the list."""
+        """Files of a client: "alice" is honest, "eve" comes in crowds, which displace each other, "oscar" comes alone,
+        "mallory" has another authority, and "eve-revoked" is on the list.
+        """
         folder = self.keys / "strangers" if name == "mallory" else self.keys
         return Tls(folder / f"{name}.pem", folder / f"{name}-key.pem", self.keys / "ca.pem")
 
     @functools.cached_property
     def contexts(self) -> dict[str, ssl.SSLContext]:
-        names = ("alice", "eve", "eve-revoked", "mallory", HOST)
+        names = ("alice", "eve", "oscar", "eve-revoked", "mallory", HOST)
         found = {name: self.tls(name).client_context() for name in names}
         found["nobody"] = ssl.create_default_context(cafile=self.keys / "ca.pem")
         return found
@@ -205,12 +207,13 @@ def prepare(folder: Path, tokenizer_bytes: int = TOKENIZER_BYTES) -> Site:
     """A model, folded, with questions; certificates. What an earlier run left in the folder is used."""
     site, file = Site(folder, folder / "folded"), folder / "questions.json"
     if not file.exists():
+        folder.mkdir(exist_ok=True)
         save_model(folder / "model")
         assert cli.main(["fold", str(folder / "model"), str(site.folded)]) == 0
         found = questions(site.folded)
         path = site.folded / "tokenizer.json"
         path.write_text(path.read_text() + " " * tokenizer_bytes)
-        issue(site.keys, [HOST], ["alice", "eve", "eve-revoked"], days=2)
+        issue(site.keys, [HOST], ["alice", "eve", "oscar", "eve-revoked"], days=2)
         issue(site.keys / "strangers", [], ["mallory"], days=2)
         revoke(site.keys, ["eve-revoked"])
         file.write_text(json.dumps([(one.prompt, one.tokens, one.logits.tolist()) for one in found]))
@@ -379,7 +382,7 @@ async def honest(server: Server, fixed: random.Random) -> tuple[str, float]:
 
 @contextlib.asynccontextmanager
 async def line(
-    server: Server, name: str | None = "eve", buffer: int | None = None
+    server: Server, name: str | None = "oscar", buffer: int | None = None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection with somebody's certificate, None for no TLS; it is cut at the end."""
     raw = socket.socket()
@@ -449,7 +452,7 @@ async def idle(server: Server, fixed: random.Random) -> str:
     """40 connections that do nothing after the handshake."""
 
     async def one() -> str:
-        async with line(server) as (reader, _):
+        async with line(server, "eve") as (reader, _):
             _, ended = await heard_from(reader, HELD_SECONDS)
             return "ended by the server" if ended else "kept"
 
@@ -464,7 +467,7 @@ async def drip(server: Server, fixed: random.Random) -> str:
         "request": UPGRADE[:-2] + b"X: " + b"x" * 500,
         "message": frame(TEXT_FRAME, b'{"type":"Hello"' + b" " * 1000),
     }[stage]
-    async with line(server, None if stage == "handshake" else "eve") as (reader, writer):
+    async with line(server, None if stage == "handshake" else "oscar") as (reader, writer):
         if stage == "message":
             await say(writer, UPGRADE)
         listening = asyncio.create_task(heard_from(reader, 3 * HELD_SECONDS))
@@ -479,7 +482,7 @@ async def unread_welcome(server: Server, fixed: random.Random) -> str:
     """20 clients that ask for the welcome and do not read it."""
 
     async def one() -> str:
-        async with line(server, buffer=4096) as (_, writer):
+        async with line(server, "eve", 4096) as (_, writer):
             await say(writer, UPGRADE + frame(TEXT_FRAME, hello().encode()))
             await asyncio.sleep(HELD_SECONDS)
             return "not read"
@@ -635,7 +638,7 @@ async def dripped_link(server: Server, fixed: random.Random) -> str:
 @contextlib.asynccontextmanager
 async def tampered(server: Server, fixed: random.Random, kind: str) -> AsyncIterator[Any]:
     """A client in the middle of its computation, whose engine's messages go wrong from now on."""
-    words = (fixed.randrange(1 << 30), kind, fixed.randint(20, 400), *ask_words(server, "the keeper lies", 4, "eve"))
+    words = (fixed.randrange(1 << 30), kind, fixed.randint(20, 400), *ask_words(server, "the keeper lies", 4, "oscar"))
     pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
     async with running(sys.executable, "-c", CLIENT, *words, **pipes) as process:
         async with asyncio.timeout(ATTACK_SECONDS / 2):
@@ -916,7 +919,6 @@ def main() -> int:
     with contextlib.ExitStack() as closing:
         if given.site is None:
             given.site = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="entropi-siege-")))
-        given.site.mkdir(exist_ok=True)
         site = prepare(given.site)
         try:
             found = asyncio.run(supervised(besiege(site, given)))

@@ -932,9 +932,8 @@ def test_client_is_killed_and_the_server_answers_the_next_one(running, model, sc
 
 def test_client_that_stalls_takes_no_slot(stalled_client):
     wait_for(lambda: stalled_client)
-    assert stalled_client == [
-        {"type": "Refused", "reason": f"no Start message within {server_session.START_SECONDS} s"}
-    ]
+    reason = f"no Start message within {server_session.START_SECONDS} s"
+    assert stalled_client == [{"type": "Refused", "reason": reason}]
 
 
 def test_server_is_killed(more_servers, scratch):

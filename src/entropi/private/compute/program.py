@@ -38,23 +38,17 @@ from entropi.private.compute.description import Description, Embedding, Output
 from entropi.private.compute.embedding import add_positions, embed, lower, pair_products, pair_shift, separate
 from entropi.private.compute.functions import (
     exp_of_nonpositive,
-    gelu,
-    gelu_tanh,
     reciprocal,
-    relu,
-    square,
     times_matrix,
 )
 from entropi.private.compute.layers import (
+    ACTIVATIONS,
     add_affine,
     affine,
-    bilinear,
     likeliest,
     likeliest_few,
     normalise_state,
     rounded,
-    swiglu,
-    swiglu_exact,
 )
 from entropi.private.compute.settings import Settings
 
@@ -225,9 +219,8 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
     if model.activation != "identity":
         up = partial(affine, rows=rows)
         yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
-        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear, "swiglu": swiglu}
-        exact = {"gelu": gelu_tanh, "swiglu": swiglu_exact}.get(model.activation)
-        yield Stage("activation", layer, functions[model.activation], ("hidden",), ("hidden",), exact=exact)
+        function, exact = ACTIVATIONS[model.activation]
+        yield Stage("activation", layer, function, ("hidden",), ("hidden",), exact=exact)
     if layer in model.explicit_ffn:
         matrix = (w + "ffn", w + "ffn_bias")
         if model.norm == "none":

@@ -38,6 +38,7 @@ from entropi.private.wire.messages import (
 )
 from entropi.private.wire.server_channel import (
     ClientLeft,
+    ControlChannel,
     Refusal,
     SessionError,
     expect,
@@ -63,7 +64,7 @@ log = logging.getLogger("entropi.server")
 async def run_session(request: web.Request, state: ServerState, guest: Guest) -> web.WebSocketResponse:
     if "Origin" in request.headers:  # a web page in somebody's browser
         raise web.HTTPForbidden
-    socket = web.WebSocketResponse(
+    socket = ControlChannel(
         max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
     )
 
