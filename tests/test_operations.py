@@ -33,6 +33,7 @@ from entropi.private.compute.folded import load_folded
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions import client, client_session, findings, readiness, server
 from entropi.private.sessions.generation import Watcher
+from entropi.private.wire import channel
 from entropi.private.wire.authority import issue, revoke
 from entropi.private.wire.certificates import Peer, Tls
 from entropi.private.wire.messages import Refused, encode
@@ -382,6 +383,24 @@ def test_what_is_tried_again(monkeypatch, answers, retries, complaint):
     finally:
         app.close()
     assert met == answers
+
+
+def test_a_server_that_is_too_slow_may_be_tried_again(monkeypatch):
+    """A machine that has too much to do cannot be told from another program that says nothing."""
+    monkeypatch.setattr(channel, "CONNECT_SECONDS", 0.2)
+
+    async def connect(port):
+        async with channel.open_channel(channel.ServerAddress.at(f"127.0.0.1:{port}", None)):
+            pass
+
+    class Silent:
+        async def receive(self):
+            await asyncio.sleep(HANGING)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(channel.LostServer):
+        asyncio.run(connect(silent.getsockname()[1]))
+    with pytest.raises(channel.LostServer):
+        asyncio.run(channel.receive(Silent(), "there:1", Refused, 0.01))
 
 
 # --- Revocation -------------------------------------------------------------------------------------------------------

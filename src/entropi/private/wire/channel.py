@@ -110,7 +110,7 @@ async def open_channel(
             reason = os.strerror(number) if number and number > 0 else error.os_error.strerror or str(error.os_error)
             raise LostServer(f"cannot reach a server at {where}: {reason}") from None
         except asyncio.TimeoutError:
-            raise UserError(f"{where} accepts connections but does not answer as an entropi server") from None
+            raise LostServer(f"{where} accepts connections but does not answer as an entropi server") from None
         except (ssl.SSLError, aiohttp.ClientOSError) as error:
             cause = error if isinstance(error, ssl.SSLError) else error.__cause__ or error
             if "ALERT" in str(cause).upper():  # in TLS 1.3 the server looks at our certificate after the handshake
@@ -155,7 +155,7 @@ async def receive(  # type: ignore[no-untyped-def]
     try:
         message = await asyncio.wait_for(socket.receive(), timeout)
     except asyncio.TimeoutError:
-        raise UserError(f"{where} does not answer as an entropi server") from None
+        raise LostServer(f"{where} does not answer as an entropi server") from None
     if message.type == aiohttp.WSMsgType.BINARY:
         raise UserError(f"{where} does not follow the protocol")
     if message.type != aiohttp.WSMsgType.TEXT:
