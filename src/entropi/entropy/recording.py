@@ -42,7 +42,7 @@ def record_entropy(
         keep_patterns: keep where every head looked as well (`attention_pattern`); costs the attention once more.
 
     Yields:
-        The recorder: `mean()` is `(layers, heads)` nats (Eq. 5-7 of 2501.03489), `by_layer()` and `rows` are more.
+        The recorder: `mean()` is `(layers, heads)` nats (Eq. 5-7 of 2501.03489); `by_layer()` and `rows` say more.
 
     Raises:
         ValueError: a model without softmax attention, or whose attention cannot be taken by another's, or needs what
