@@ -27,7 +27,7 @@ from entropi.model.shape import Shape
 from entropi.private.compute.engine import Simulation
 from entropi.private.compute.program import forward, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.records import StageTraffic
+from entropi.records import StageCommunication
 
 GPT2 = dict(hidden_size=768, num_attention_heads=12, vocab_size=2000, exp_iterations=3)
 SMALL = dict(hidden_size=256, num_attention_heads=4, vocab_size=1500, exp_iterations=3)
@@ -57,7 +57,7 @@ PASSES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def metered(shape: Shape, tokens: int) -> list[StageTraffic]:
+def metered(shape: Shape, tokens: int) -> list[StageCommunication]:
     """The pass over a prompt, table public, stage by stage."""
     model = described(shape)
     engine = Simulation("cheetah", Settings())

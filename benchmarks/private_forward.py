@@ -48,8 +48,8 @@ from entropi.private.compute.folded import load_folded
 from entropi.private.compute.program import Stage, forward
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.sessions.engine_link import open_link
-from entropi.records import StageTraffic
-from entropi.report.traffic import by_operation
+from entropi.records import StageCommunication
+from entropi.report.communication import by_operation
 
 GPT2 = dict(
     format=2,
@@ -206,7 +206,7 @@ WARM_UP = 8  # tokens of the pass that exchanges keys
 
 
 def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: Any) -> None:
-    """One of the two processes; puts a word before every pass, every stage's traffic, and None into `channel`.
+    """One of the two processes; puts a word before every pass, every stage's communication, and None into `channel`.
 
     A trained model's logits stand before the None, at the client.
     """
@@ -238,9 +238,9 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
 
     def run(stages: Iterator[Stage], token: int, counted: bool) -> None:
         for stage in stages:
-            traffic = engine.run(stage, token)
+            communication = engine.run(stage, token)
             if counted:
-                channel.put(traffic)
+                channel.put(communication)
 
     inputs = np.random.default_rng(task.seed + 1)
     if task.kind == "embedding":
@@ -285,7 +285,7 @@ class Turns:
 
     Every party opens its own connections, so what is said goes from who connected to who listens; the way back holds
     receipts only. Two conversations at the same time count as more turns than either has: an upper bound of the
-    trips that wait for each other.
+    rounds that wait for each other.
     """
 
     def __init__(self, links: tuple[str, str]) -> None:
@@ -324,7 +324,7 @@ class Turns:
             sink.shutdown(socket.SHUT_WR)
 
 
-def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int, list[float]]:
+def run_two(task: Task, label: str) -> tuple[list[StageCommunication], int, list[float]]:
     """The client's view of a task's stages, the turns of its last pass, and the logits of a trained model."""
     context = multiprocessing.get_context("spawn")
     links, session, channels = free_links(), secrets.token_hex(16), [context.Queue(), context.Queue()]
@@ -337,19 +337,19 @@ def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int, list[float
     ]
     for process in processes:
         process.start()
-    found: list[StageTraffic] = []
+    found: list[StageCommunication] = []
     logits: list[float] = []
     before = 0
-    while (traffic := take(channels[CLIENT], processes)) is not None:
-        if isinstance(traffic, str):
+    while (communication := take(channels[CLIENT], processes)) is not None:
+        if isinstance(communication, str):
             before = turns.count
             continue
-        if isinstance(traffic, np.ndarray):
-            logits = traffic[-1].tolist()
+        if isinstance(communication, np.ndarray):
+            logits = communication[-1].tolist()
             continue
-        found.append(traffic)
+        found.append(communication)
         total = sum(stage.bytes for stage in found)
-        where = f"layer {traffic.layer} {traffic.name}" if traffic.layer >= 0 else traffic.name
+        where = f"layer {communication.layer} {communication.name}" if communication.layer >= 0 else communication.name
         print(f"\r{label}: {where:20s} {total / 1e6:9.1f} MB", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for process in processes:
@@ -357,7 +357,7 @@ def run_two(task: Task, label: str) -> tuple[list[StageTraffic], int, list[float
     return found, turns.count - before, logits
 
 
-def take(channel: Any, processes: list[Any]) -> StageTraffic | str | np.ndarray | None:
+def take(channel: Any, processes: list[Any]) -> StageCommunication | str | np.ndarray | None:
     """The next reading; fails when a party has died instead of waiting for it."""
     while True:
         try:
@@ -369,7 +369,7 @@ def take(channel: Any, processes: list[Any]) -> StageTraffic | str | np.ndarray 
                 raise SystemExit("a party ended early; its reason is above") from None
 
 
-def simulate(protocol: str, task: Task) -> list[StageTraffic]:
+def simulate(protocol: str, task: Task) -> list[StageCommunication]:
     """One layer and the last one under another protocol, all parties in this process."""
     model = described(task)
     engine = Simulation(protocol, Settings())  # type: ignore[arg-type]
@@ -379,8 +379,8 @@ def simulate(protocol: str, task: Task) -> list[StageTraffic]:
     found = []
     for counted, new in ((False, WARM_UP), (True, task.tokens)):
         engine.hold("embedded", random.normal(size=(new, model.hidden_size)), CLIENT)
-        traffic = [engine.run(stage) for stage in forward(model, new, 0, 8, embedding="public")]
-        found = traffic if counted else []
+        communication = [engine.run(stage) for stage in forward(model, new, 0, 8, embedding="public")]
+        found = communication if counted else []
     return found
 
 
@@ -471,10 +471,10 @@ class Result(msgspec.Struct):
     """A task's readings and where they were taken."""
 
     task: Task
-    stages: list[StageTraffic]
+    stages: list[StageCommunication]
     seconds: float
     machine: str
-    turns: int = 0  # of the direction between the parties in the last pass: an upper bound of its dependent trips
+    turns: int = 0  # of the direction between the parties in the last pass: an upper bound of its dependent rounds
     simulated: str | None = None  # the protocol, where the parties were threads of one process
     logits: list[float] = []  # after the last token, of a trained model
 
@@ -493,10 +493,10 @@ def measured(out: Path, label: str, task: Task, protocol: str | None = None) -> 
     return result
 
 
-def whole(stages: list[StageTraffic], layers: int) -> tuple[float, float, float]:
+def whole(stages: list[StageCommunication], layers: int) -> tuple[float, float, float]:
     """GB, messages and seconds of twelve layers: what ran, and the first layer again for every one that did not."""
 
-    def sums(chosen: list[StageTraffic]) -> np.ndarray:
+    def sums(chosen: list[StageCommunication]) -> np.ndarray:
         return np.array([[s.bytes / 1e9, s.messages, s.seconds] for s in chosen if s.token == 0]).sum(axis=0)
 
     total = sums(stages) + (12 - layers) * sums([stage for stage in stages if stage.layer == 0])

@@ -76,8 +76,8 @@ def price(size: int, bits: int) -> tuple[float, float]:
     engine.run(Stage("add", -1, lambda a, b: a + b, ("server's", "client's"), ("logits",)))
     stage = Stage("round", -1, lambda x: rounded(x, bits=bits), ("logits",), ("logits",))
     engine.run(stage)  # keys and transfers that later ones need no more
-    traffic = engine.run(stage)
-    return traffic.bytes / 1e6, traffic.seconds
+    communication = engine.run(stage)
+    return communication.bytes / 1e6, communication.seconds
 
 
 def main() -> None:

@@ -667,7 +667,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             stages = []
             for index, piece in enumerate(pieces):
                 stages.append(
-                    records.StageTraffic(
+                    records.StageCommunication(
                         name="exp",
                         layer=0,
                         token=index,
@@ -922,21 +922,6 @@ ROOMS: dict[str, set[str]] = {
     "private": set(),
     "report": set(),
 }
-# Rooms inside `private`, the lowest first.
-INNER_ROOMS: dict[str, set[str]] = {
-    "compute": set(),
-    "wire": {"compute"},
-    "admission": {"compute", "wire"},
-    "sessions": {"compute", "wire", "admission"},
-}
-JAX_FREE = {"description", "settings"}  # all that `wire` and `admission` may import of `compute`
-INNER_FOREIGN: dict[str, set[str]] = {
-    "jax": {"compute"},
-    "spu": {"compute", "sessions"},
-    "aiohttp": {"wire", "admission", "sessions"},
-    "cryptography": {"wire"},
-    **{name: {"wire", "admission", "sessions"} for name in ("asyncio", "socket", "socketserver", "ssl", "http")},
-}
 FOREIGN: dict[str, set[str]] = {  # packages that only these may import
     "torch": {"entropy", "model", "training", "demo"},
     "transformers": {"entropy", "model", "training"},
@@ -988,81 +973,6 @@ def test_imports_go_one_way(path: Path):
             assert target in {room, *COMMON, *ROOMS[room]}, f"{room} imports {target}"
         elif room in COMMON:
             assert parts[1] in COMMON, f"{room} imports {parts[1]}"
-
-
-PRIVATE_FILES = [path for path in FILES if path.parent.parent.name == "private"]
-
-
-def test_every_private_file_has_a_room():
-    inside = [path for path in FILES if room_of(path) == "private"]
-    assert {path.relative_to(PACKAGE / "private") for path in inside if path not in PRIVATE_FILES} == {
-        Path("__init__.py")
-    }
-    assert {path.parent.name for path in PRIVATE_FILES} == set(INNER_ROOMS)
-
-
-@pytest.mark.parametrize("path", PRIVATE_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_inside_private_go_one_way(path: Path):
-    room = path.parent.name
-    for module in imports_of(path):
-        parts = module.split(".")
-        assert room in INNER_FOREIGN.get(parts[0], {room}), f"{room} imports {parts[0]}"
-        if parts[:2] == ["entropi", "private"]:
-            assert parts[2] in {room, *INNER_ROOMS[room]}, f"{room} imports {parts[2]}"
-            if parts[2] == "compute" and room in ("wire", "admission"):
-                assert parts[3] in JAX_FREE, f"{room} imports {parts[3]}"
-
-
-def test_what_crosses_and_who_is_let_in_need_neither_jax_nor_spu():
-    modules = [
-        ".".join(("entropi", *path.relative_to(PACKAGE).with_suffix("").parts))
-        for path in PRIVATE_FILES
-        if path.parent.name in ("wire", "admission") and path.name != "__init__.py"
-    ]
-    assert len(modules) > 10
-    blocked = "import sys\nfor name in ('jax', 'jaxlib', 'spu'): sys.modules[name] = None\n"
-    loaded = loaded_by(blocked + "".join(f"import {module}\n" for module in modules))
-    assert "aiohttp" in loaded  # they have been imported
-    assert not loaded & {"torch", "transformers"}
-    refused = subprocess.run(
-        [sys.executable, "-c", blocked + "import entropi.private.compute.program"], capture_output=True, text=True
-    )
-    assert "ModuleNotFoundError" in refused.stderr  # so blocking works
-
-
-def test_a_client_loads_nothing_of_what_lets_clients_in():
-    script = "import sys, entropi.private.sessions.client; print(*sys.modules, sep='\\n')"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert "entropi.private.wire.channel" in loaded
-    assert not [name for name in loaded if name.startswith("entropi.private.admission")]
-
-
-def test_computing_opens_no_socket():
-    """What SPU's own code opens would be among the process's descriptors too."""
-    pytest.importorskip("spu")
-    script = """
-import os
-import numpy as np
-from entropi.private.compute.engine import Simulation
-from entropi.private.compute.program import warm_up
-from entropi.private.compute.settings import CLIENT, SERVER, Settings
-
-engine = Simulation("cheetah", Settings())
-stage, shapes = warm_up()
-for name, (shape, owner) in shapes.items():
-    engine.hold(name, np.zeros(shape), SERVER if owner == "server" else CLIENT)
-assert engine.run(stage).bytes > 0
-links = ["/proc/self/fd/" + number for number in os.listdir("/proc/self/fd")]
-targets = [os.readlink(link) for link in links if os.path.islink(link)]  # the folder's own is closed again
-print(sum(target.startswith("socket:") for target in targets), len(targets))
-"""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
-    )
-    sockets, descriptors = done.stdout.split()[-2:]
-    assert int(sockets) == 0
-    assert int(descriptors) > 2
 
 
 def test_the_direction_test_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -38,7 +38,14 @@ from entropi.private.admission.logs import Sparing
 from entropi.private.sessions import server_session
 from entropi.private.wire.authority import issue
 from entropi.private.wire.certificates import Tls
-from entropi.private.wire.server_channel import ClientLeft, leave_in_time, text_frames
+from entropi.private.wire.server_channel import (
+    MOST_PINGS,
+    ClientLeft,
+    ControlChannel,
+    Refusal,
+    leave_in_time,
+    text_frames,
+)
 from serving import (
     HANGING,
     PROMPT,
@@ -283,6 +290,60 @@ def test_a_message_in_fragments_arrives_as_one(length):
     first, second = asyncio.run(scenario())
     assert (first.type, first.data.encode()) == (aiohttp.WSMsgType.TEXT, message)
     assert (second.type, second.data) == (aiohttp.WSMsgType.TEXT, "b" * 300)
+
+
+def ping_flood(pings):
+    """What a control channel receives of so many pings and a message behind them, and how often others had a turn."""
+    told, turns = [], [0]
+
+    async def others():
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async def handler(request):
+        channel = ControlChannel(compress=False)
+        await channel.prepare(request)
+        await channel.send_str("ready")
+        await asyncio.sleep(0.2)  # until everything has arrived
+        competing = asyncio.create_task(others())
+        try:
+            told.append((await channel.receive()).data)
+        except Refusal as refusal:
+            told.append(str(refusal))
+        competing.cancel()
+        return channel
+
+    async def scenario():
+        app = web.Application()
+        app.router.add_get("/", handler)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        pongs = 0
+        async with aiohttp.ClientSession() as http, http.ws_connect(url, autoping=False) as channel:
+            await channel.receive(HANGING)
+            for _ in range(pings):
+                await channel.ping()
+            await channel.send_str("hello")
+            while (await channel.receive(HANGING)).type == aiohttp.WSMsgType.PONG:
+                pongs += 1
+        await runner.cleanup()
+        return pongs
+
+    return asyncio.run(scenario()), told, turns[0]
+
+
+def test_a_flood_of_pings_ends_and_a_few_are_answered():
+    """A hundred thousand empty ones, 600 KB, once kept a server busy for seconds in which nobody else had a turn."""
+    pongs, told, turns = ping_flood(MOST_PINGS)
+    assert (pongs, told) == (MOST_PINGS, ["hello"])
+    assert turns >= pongs
+    pongs, told, turns = ping_flood(1000)
+    assert (pongs, told) == (MOST_PINGS, [f"more than {MOST_PINGS} pings within a minute"])
+    assert turns >= pongs
 
 
 def test_nothing_is_sent_for_ever():

@@ -34,7 +34,7 @@ from entropi.private.wire.messages import (
     Welcome,
     encode,
 )
-from entropi.records import StageTraffic
+from entropi.records import StageCommunication
 from private_reference import FIELDS
 from serving import HANGING, Server, hello, honest_answer, no_parties_left, wait_for
 
@@ -79,14 +79,14 @@ def mutated(fixed, message):
 
 def samples(description):
     """Proper messages of every kind, with their decoder."""
-    traffic = StageTraffic(
+    communication = StageCommunication(
         name="exp", layer=0, token=1, seconds=0.5, sent_bytes=1, received_bytes=2, sent_messages=3, received_messages=4
     )
     settings = Settings(output="top_k")
     job = Job(0, "0" * 32, ("unix:/a", "unix:/b"), description, settings, 3, 2, [1, 2])
     from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64), Next()]
     from_server = [Welcome(description, "{}", settings, "1" * 64), Queued(3), Accepted("2" * 32), Refused("no")]
-    events = [Linked(), StageDone(traffic), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
+    events = [Linked(), StageDone(communication), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
     return (
         [(m, messages.decode_from_client) for m in from_client]
         + [(m, messages.decode_from_server) for m in from_server]

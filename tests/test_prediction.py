@@ -45,7 +45,7 @@ def describe(name: str) -> Description:
 
 
 def metered(protocol: str, model: Description, tokens: int, options: Options) -> list[list]:
-    """Traffic of the set-up, a prompt and one more token, by the engine's own count."""
+    """Communication of the set-up, a prompt and one more token, by the engine's own count."""
     engine = Simulation(protocol, Settings(fraction_bits=options.fraction_bits))
     random = np.random.default_rng(0)
     for name, shape in model.weight_shapes().items():

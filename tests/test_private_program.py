@@ -98,7 +98,7 @@ SIMULATED = {
 
 
 def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
-    """Values after a pass over each list of tokens, and the stages' traffic."""
+    """Values after a pass over each list of tokens, and the stages' communication."""
     pytest.importorskip("spu")
     from entropi.private.compute.engine import Simulation
 
@@ -106,17 +106,17 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     options = dict(paired=settings.paired, fraction_bits=settings.fraction_bits) | options
     for name, weight in weights.items():
         engine.hold(name, weight, 0)
-    past, found, traffic = 0, [], []
+    past, found, communication = 0, [], []
     for tokens in passes:
         if options.get("embedding") == "public":
             engine.hold("embedded", weights["embedding"][tokens], 1)
         else:
             engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), 1)
         for stage in forward(model, len(tokens), past, settings.exp_iterations, **options):
-            traffic.append(engine.run(stage))
+            communication.append(engine.run(stage))
         past += len(tokens)
         found.append({name: engine.reveal(name) for name in ("logits", *stage.outputs)})
-    return found, traffic
+    return found, communication
 
 
 QUICK = {"softmax only", "polynomial", "layer norm", "llama"}  # the rest is slow
@@ -144,16 +144,16 @@ def test_logits_under_cheetah_are_the_plain_ones():
     model = describe(**{**VARIANTS["llama"], **changes})
     weights = random_weights(model)
     generated, expected = run_plain(model, weights, PROMPT, 2, 6)
-    found, traffic = simulate("cheetah", model, weights, [PROMPT, generated[:1]], output="top_k", choices=3)
+    found, communication = simulate("cheetah", model, weights, [PROMPT, generated[:1]], output="top_k", choices=3)
     for got, plain in zip(found, expected):
         np.testing.assert_allclose(got["logits"][0], plain, atol=0.004)
         np.testing.assert_array_equal(np.rint(got["tokens_out"]), np.argsort(-plain)[:3])
-    names = {stage.name for stage in traffic}
+    names = {stage.name for stage in communication}
     assert names == {
         "embedding", "norm", "qkv", "temperature", "scores", "max", "exp", "values", "normalise", "output", "ffn",
         "activation", "head", "choose",
     }  # fmt: skip
-    assert all(stage.bytes > 0 for stage in traffic)
+    assert all(stage.bytes > 0 for stage in communication)
 
 
 async def two_processes(folder, model, weights, settings, prompt, new_tokens):

@@ -28,7 +28,7 @@ from entropi.records import (
     RunStarted,
     SkippedUpdate,
     Spread,
-    StageTraffic,
+    StageCommunication,
     StudyClaim,
     StudyRow,
     StudyRun,
@@ -119,7 +119,7 @@ EXAMPLES: list[Record] = [
         new_tokens=[3],
         new_text="x\n",
         stages=[
-            StageTraffic(
+            StageCommunication(
                 name="exp",
                 layer=0,
                 token=0,

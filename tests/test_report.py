@@ -38,14 +38,14 @@ from entropi.records import (
     RolledBack,
     RunStarted,
     SkippedUpdate,
-    StageTraffic,
+    StageCommunication,
     TrainingStep,
 )
 from entropi.report import figures
+from entropi.report.communication import by_operation, by_pass
 from entropi.report.folder import frames, read_run
 from entropi.report.heads import in_script
 from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
-from entropi.report.traffic import by_operation, by_pass
 from entropi.report.words import even_distance, even_share, table_of_heads
 
 NAN = math.nan
@@ -151,10 +151,10 @@ def pattern(on_first: float = 0.125) -> AttentionPattern:
     )
 
 
-def stages() -> list[StageTraffic]:
+def stages() -> list[StageCommunication]:
     sizes = {"embedding": 3.1, "qkv": 9.7, "scores": 12.4, "exp": 71.0, "normalise": 33.2, "values": 8.8, "ffn": 2.5}
     return [
-        StageTraffic(
+        StageCommunication(
             name=name,
             layer=-1 if name == "embedding" else layer,
             token=token,
@@ -299,7 +299,7 @@ def drawings() -> dict[str, Any]:
     nan_step = TrainingStep(
         step=1, cross_entropy=NAN, entropy_penalty=NAN, learning_rate=NAN, grad_norm=None, tokens_per_second=NAN
     )
-    zero = StageTraffic(
+    zero = StageCommunication(
         name="exp",
         layer=0,
         token=0,
@@ -467,7 +467,7 @@ def test_causal_maximum() -> None:
     assert figures.causal_maximum(128) == pytest.approx(sum(math.log(i + 1) for i in range(128)) / 128)
 
 
-def test_traffic_sums() -> None:
+def test_communication_sums() -> None:
     operations = by_operation(stages())
     assert [operation.name for operation in operations][:2] == ["exp", "normalise"]
     assert operations[0].prompt.bytes == 71_000_000 * LAYERS
@@ -475,7 +475,7 @@ def test_traffic_sums() -> None:
     assert [token for token, _ in by_pass(stages())] == [0, 1, 2, 3]
     total = sum(stage.bytes for stage in stages())
     assert sum(operation.total.bytes for operation in operations) == total
-    assert sum(traffic.bytes for _, traffic in by_pass(stages())) == total
+    assert sum(communication.bytes for _, communication in by_pass(stages())) == total
 
 
 # The page
@@ -726,7 +726,7 @@ def test_private_run_alone(tmp_path: Path) -> None:
 
 def test_text_cannot_inject_markup(tmp_path: Path) -> None:
     broken = f"\"'>{SCRIPT}<img src=http://example.org/x onerror=alert(1)>{{{{ 7*191 }}}}"
-    stage = StageTraffic(
+    stage = StageCommunication(
         name=broken,
         layer=0,
         token=0,

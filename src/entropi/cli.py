@@ -52,11 +52,16 @@ class _Parser(ArgumentParser):
         # An option that may be left out says so at length, and what it may be otherwise in the same words.
         text = re.sub(r"Does not validate .*? Errors: - (Expected .*?) - .* Given value:", r"\1. Got value:", text)
         text = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\. Got value:", _expectation, text)
+        text = re.sub(r"^(\w+): expected float, got (-?(?:nan|inf)\b)", _not_finite, text, flags=re.IGNORECASE)
         raise UserError(f"{text} (see {command} --help)")
 
 
 def _expectation(match: re.Match[str]) -> str:
     return f"expected {match[1] or 'one of ' + match[2]}, got"
+
+
+def _not_finite(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')}: expected a finite number, got {match[2]}"
 
 
 def build_parser(recipe: Recipe | None = None) -> ArgumentParser:

@@ -8,6 +8,7 @@ name of the package, such as `fold` (the parser looks its functions up there, wh
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -450,6 +451,7 @@ def serve(
     fraction_bits: int | None = None,
     self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
     canary: str | None = None,
+    recheck: bool = False,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
 
@@ -487,13 +489,16 @@ def serve(
         self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
             the engine's fixed-point numbers, cheetah also with the cryptography
         canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
+        recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
+            with the same model, settings and versions
     """
     with _extra("private"):
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.logs import JsonLines, PlainLines
+        from entropi.private.admission.quota_stores import is_url
         from entropi.private.compute.settings import Settings
+        from entropi.private.sessions.readiness import check_surroundings
         from entropi.private.sessions.server import serve as serve_folder
-        from entropi.private.wire.addresses import parse_address
         from entropi.private.wire.certificates import tls_files
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
@@ -506,10 +511,12 @@ def serve(
         "choices": choices,
         "logit_bits": round_logits,
     }
+    if round_logits is not None and output == "argmax":
+        raise UserError("--round-logits has nothing to round with --output argmax, which reveals no logits")
     try:
         settings = msgspec.convert(chosen, Settings)
     except msgspec.ValidationError as error:
-        raise UserError(f"these settings are not possible: {error}") from None
+        raise UserError(f"these settings are not possible: {_as_option(str(error), chosen)}") from None
     limits = Limits(
         max_sessions,
         max_queue,
@@ -524,13 +531,11 @@ def serve(
         source_startups,
     )
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
-    for path in (audit_log, None if quota_store is None or "://" in quota_store else Path(quota_store)):
+    for path in (audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store)):
         if path is not None:
             _check_parent(path)
-    parse_address(listen, tls=tls is not None)  # before a model is folded, which takes a while
-    parse_address(metrics)
-    if tls is not None:
-        tls.server_context()
+    if not (model / "folded.json").exists():  # before a model is folded, which takes a while
+        check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     with _terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = model
         if not (model / "folded.json").exists():
@@ -557,6 +562,7 @@ def serve(
             quota_store=quota_store,
             self_tests=tests[self_test],
             canary=canary,
+            recheck=recheck,
         )
 
 
@@ -593,12 +599,13 @@ def ask(
         tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
         tls_key: its private key
         server_ca: certificate of the authority that the server's certificate is from
-        temperature: of sampling, which happens here; 0 takes the likeliest token
+        temperature: of sampling, which happens here, up to 100; 0 takes the likeliest token
         top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
         seed: of sampling
         tokenizer: tokenizer.json of the model, to use in place of the one that the server sends
         tokenizer_sha256: hash of the tokenizer.json that the server must send; without one of these two options only
-            tokenizers are applied that can neither change a prompt nor spell it out by their number of tokens
+            tokenizers are applied that give every prompt back unchanged and whose vocabulary alone the server can
+            choose: with it, it can still make the number of tokens tell whether certain words occur (docs/security.md)
         pad_to: fill the prompt up, at its front, to a multiple of so many tokens: the server sees that length; the
             model reads the filling, which changes the answer
         pad_with: file with text to fill up with; public text of the prompt's kind changes answers least, and by default
@@ -661,10 +668,10 @@ def ask(
         else:
             line.append(ProgressLine("private inference", total, console=console).__enter__())
 
-    def stage(done: int, traffic: records.StageTraffic) -> None:
-        moved[0] += traffic.bytes
-        layer = f"layer {traffic.layer} " if traffic.layer >= 0 else ""
-        line[0].update(done, f"token {traffic.token + 1}, {layer}{traffic.name}, {moved[0] / 1e6:.1f} MB")
+    def stage(done: int, communication: records.StageCommunication) -> None:
+        moved[0] += communication.bytes
+        layer = f"layer {communication.layer} " if communication.layer >= 0 else ""
+        line[0].update(done, f"token {communication.token + 1}, {layer}{communication.name}, {moved[0] / 1e6:.1f} MB")
 
     def text(piece: str) -> None:
         received[0] += without_controls(piece, ANSWER_CONTROLS)
@@ -843,6 +850,15 @@ def _extra(name: str) -> Iterator[None]:
         raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
 
 
+def _as_option(complaint: str, given: dict[str, Any]) -> str:
+    """A complaint about one of the fields of `Settings`, with the name of its option and what was given for it."""
+    found = re.fullmatch(r"Expected (.*) - at `\$\.(\w+)`", complaint)
+    if found is None:
+        return complaint
+    option = {"logit_bits": "round_logits"}.get(found[2], found[2]).replace("_", "-")
+    return f"--{option} is {given[found[2]]}, expected {found[1].replace('`', '')}"
+
+
 def _read_text(path: Path, what: str) -> str:
     """The content of a file that has to be UTF-8 text."""
     try:
@@ -852,9 +868,11 @@ def _read_text(path: Path, what: str) -> str:
 
 
 def _check_parent(path: Path) -> None:
-    """Refuse, before long work, a file to write whose folder does not exist."""
+    """Refuse, before long work, a file to write whose folder does not exist, or that is a folder."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
 
 
 def _print_json(value: Any) -> None:

@@ -37,6 +37,14 @@ class _Header(msgspec.Struct):
     version: int = SCHEMA_VERSION
 
 
+class CorpusSource(msgspec.Struct, frozen=True):
+    """Where part of a corpus comes from, and under which licence."""
+
+    name: str  # with its version
+    licence: str  # as the source itself states it
+    part: str  # train or held-out
+
+
 class RunStarted(Base, tag="run"):
     """The first record of a training run, written again whenever the run is resumed."""
 
@@ -57,6 +65,7 @@ class RunStarted(Base, tag="run"):
     total_steps: int
     precision: str
     tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
+    corpus_sources: list[CorpusSource] = []  # where they are known
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
 
 
@@ -257,7 +266,7 @@ class PredictionRecord(Base, tag="prediction"):
         return f"{'polynomial ' if self.polynomial else ''}t={self.exp_iterations}{whose}"
 
 
-class StageTraffic(msgspec.Struct, kw_only=True):
+class StageCommunication(msgspec.Struct, kw_only=True):
     """What one operation of one pass cost one party, as that party's engine counted it."""
 
     name: str  # "scores", "exp", ...
@@ -290,7 +299,7 @@ class PrivateRun(Base, tag="private"):
     prompt_tokens: list[int]
     new_tokens: list[int]
     new_text: str
-    stages: list[StageTraffic]
+    stages: list[StageCommunication]
     setup_seconds: float
     setup_bytes: int  # input sharing and key exchange counted by the link, where the engine tells; else 0
     reveal_bytes: int  # the server's shares of the logits

@@ -30,10 +30,10 @@ from entropi.records import (
     EntropySnapshot,
     Evaluation,
     PredictionRecord,
-    StageTraffic,
+    StageCommunication,
     TrainingStep,
 )
-from entropi.report.traffic import by_operation
+from entropi.report.communication import by_operation
 
 # Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out as too pale for white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -542,7 +542,7 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
 
 
 @_styled
-def bytes_per_operation(stages: Iterable[StageTraffic]) -> Figure:
+def bytes_per_operation(stages: Iterable[StageCommunication]) -> Figure:
     """Bytes in both directions by operation, over all layers; prompt pass and further tokens told apart."""
     operations = by_operation(stages)
     total = sum(operation.total.bytes for operation in operations)

@@ -32,7 +32,7 @@ from entropi.records import (
     TrainingStep,
 )
 from entropi.report import figures
-from entropi.report.traffic import OperationTraffic, Traffic, by_operation, by_pass
+from entropi.report.communication import Communication, OperationCommunication, by_operation, by_pass
 
 # Fields that hold a row a layer; all but the last a column a head, of which layers may have different numbers.
 LOOKS = ("distance", "on_first", "on_previous", "on_itself")
@@ -112,17 +112,17 @@ class Run:
         return Counter(update.reason for update in self.skipped).most_common()
 
     @property
-    def operations(self) -> list[OperationTraffic]:
+    def operations(self) -> list[OperationCommunication]:
         return by_operation(self.private.stages) if self.private is not None else []
 
     @property
-    def passes(self) -> list[tuple[int, Traffic]]:
+    def passes(self) -> list[tuple[int, Communication]]:
         return by_pass(self.private.stages) if self.private is not None else []
 
     @property
-    def staged(self) -> Traffic:
+    def staged(self) -> Communication:
         """What all stages of the private run cost together."""
-        return sum((operation.total for operation in self.operations), Traffic())
+        return sum((operation.total for operation in self.operations), Communication())
 
     @property
     def private_bytes(self) -> int:

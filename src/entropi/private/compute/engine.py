@@ -25,7 +25,7 @@ from spu.utils import frontend
 
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.records import StageTraffic
+from entropi.records import StageCommunication
 
 # One party may compute locally for minutes while the other waits; a dead peer is noticed on the control channel.
 RECEIVE_TIMEOUT_S = 3600
@@ -73,7 +73,7 @@ class Engine:
         self._runtime.set_var(name, shares[self.rank])
         self._tracer.shapes[name] = jax.ShapeDtypeStruct(shape, np.float32)
 
-    def run(self, stage: Stage, token: int) -> StageTraffic:
+    def run(self, stage: Stage, token: int) -> StageCommunication:
         """Run one stage on held values, in step with the other party, and say what it cost."""
         executable = self._tracer.compile(stage)
         started = time.perf_counter()
@@ -82,8 +82,9 @@ class Engine:
         except RuntimeError as error:
             raise EngineError(one_line(error, f"the secure computation failed in {stage.name}")) from None
         seconds = time.perf_counter() - started
+
         ((sent, received, sent_messages, received_messages),) = _meter(self._log, 1)
-        return StageTraffic(
+        return StageCommunication(
             name=stage.name,
             layer=stage.layer,
             token=token,
@@ -101,6 +102,7 @@ class Engine:
             for chunk in share.share_chunks:
                 self._link.send(CLIENT, chunk)
             return None, sum(len(chunk) for chunk in share.share_chunks)
+
         theirs = libspu.Share()
         theirs.meta = share.meta  # shape and type are the client's own knowledge, only the content is the server's
         chunks = []
@@ -157,14 +159,14 @@ class Simulation:
             runtime.set_var(name, share)
         self._tracer.shapes[name] = jax.ShapeDtypeStruct(array.shape, np.float32)
 
-    def run(self, stage: Stage, token: int = 0) -> StageTraffic:
-        """Run one stage; the traffic is summed over the parties, every byte and message counted once, as sent."""
+    def run(self, stage: Stage, token: int = 0) -> StageCommunication:
+        """Run one stage; the communication is summed over the parties, every byte and message counted once, as sent."""
         executable = self._tracer.compile(stage)
         started = time.perf_counter()
         self._together(lambda rank: self._runtimes[rank].run(executable))
         seconds = time.perf_counter() - started
         readings = _meter(self._log, self.parties)
-        return StageTraffic(
+        return StageCommunication(
             name=stage.name,
             layer=stage.layer,
             token=token,
@@ -237,7 +239,7 @@ def _meter(log: BinaryIO, parties: int) -> list[tuple[int, ...]]:
     """Bytes sent and received, messages sent and received of the latest run, for every party, from SPU's log."""
     found = _LINK_LINE.findall(log.read())
     if len(found) != parties:
-        raise EngineError(f"the engine's log has {len(found)} traffic lines for one run, expected {parties}")
+        raise EngineError(f"the engine's log has {len(found)} link lines for one run, expected {parties}")
     return [tuple(int(number) for number in reading) for reading in found]
 
 

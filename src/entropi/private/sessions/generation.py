@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from entropi.errors import UserError
+from entropi.private.compute.settings import MOST_MEMORY_GB
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import Sampling
 from entropi.private.sessions.tokenization import (
     check_prompt,
 )
-from entropi.records import PrivateRun, StageTraffic
+from entropi.records import PrivateRun, StageCommunication
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Watcher:
     """
 
     begin: Callable[[int], None] = field(default=lambda total: None)
-    stage: Callable[[int, StageTraffic], None] = field(default=lambda done, traffic: None)
+    stage: Callable[[int, StageCommunication], None] = field(default=lambda done, communication: None)
     text: Callable[[str], None] = field(default=lambda piece: None)
     status: Callable[[str], None] = field(default=lambda line: None)
 
@@ -60,7 +61,7 @@ class Generation:
     stop_ids: list[int] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
-    stages: list[StageTraffic] = field(default_factory=list)
+    stages: list[StageCommunication] = field(default_factory=list)
     setup_seconds: float = 0.0
     setup_bytes: int = 0
     reveal_bytes: int = 0
@@ -70,8 +71,8 @@ class Generation:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
-        if self.memory_gb is not None and self.memory_gb < 0:
-            raise UserError(f"memory_gb is {self.memory_gb} but must not be negative")
+        if self.memory_gb is not None and not 0 <= self.memory_gb <= MOST_MEMORY_GB:
+            raise UserError(f"memory_gb is {self.memory_gb} but must be between 0 and {MOST_MEMORY_GB:,}")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         check_prompt(self.prompt)

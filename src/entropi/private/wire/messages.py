@@ -9,7 +9,7 @@ import msgspec
 
 from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import Settings
-from entropi.records import StageTraffic
+from entropi.records import StageCommunication
 
 PROTOCOL_VERSION = 3
 
@@ -126,7 +126,7 @@ class Linked(msgspec.Struct, tag=True):
 class StageDone(msgspec.Struct, tag=True):
     """One operation has finished."""
 
-    traffic: StageTraffic
+    communication: StageCommunication
 
 
 class Revealed(msgspec.Struct, tag=True):

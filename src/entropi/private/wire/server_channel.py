@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -21,6 +22,7 @@ from entropi.private.wire.messages import (
     encode,
 )
 
+MOST_PINGS = 60  # of one client within a minute; ours sends one in ten seconds
 SEND_SECONDS = 30.0  # for a message to leave; a peer that does not read is gone
 FRAME = 64 << 10  # bytes of the welcome that leave at a time, and so about what one client's buffer holds of it
 
@@ -35,6 +37,37 @@ class Refusal(SessionError):
 
 class ClientLeft(SessionError):
     """The client closed the connection, or it broke."""
+
+
+class ControlChannel(web.WebSocketResponse):
+    """The server's end of a client's control channel: one message in a turn of the event loop, and few pings.
+
+    What has arrived in one piece would otherwise be worked off in one turn, a hundred thousand pings and their answers
+    among it, while every other client waits.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(autoping=False, **options)
+        self._pings, self._minute = 0, time.monotonic()
+
+    async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
+        """The next message that is no ping or pong.
+
+        Raises:
+            Refusal: there are too many of these.
+        """
+        while True:
+            await asyncio.sleep(0)
+            message = await super().receive(timeout)
+            if message.type not in (aiohttp.WSMsgType.PING, aiohttp.WSMsgType.PONG):
+                return message
+            if time.monotonic() - self._minute > 60:
+                self._pings, self._minute = 0, time.monotonic()
+            self._pings += 1
+            if self._pings > MOST_PINGS:
+                raise Refusal(f"more than {MOST_PINGS} pings within a minute")
+            if message.type == aiohttp.WSMsgType.PING:
+                await leave_in_time(self.pong(message.data))
 
 
 async def send(socket: web.WebSocketResponse, message: FromServer) -> None:

@@ -50,7 +50,7 @@ class Tunnel:
     ) -> None:
         self.rank, self._send = rank, send
         self._guard = LinkGuard(rank, session, unread)
-        # How often the direction of the engines' own messages changed: two of these are one round trip.
+        # How often the direction of the engines' own messages changed: at most one round (a message latency) each.
         self.turns = 0
         self.sent = self.received = 0  # bytes, the first of every message included
         self._last = -1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from entropi.records import StageTraffic
+from entropi.records import StageCommunication
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Communication:
     """Bytes and messages in both directions, and seconds."""
 
     sent_bytes: int = 0
@@ -21,8 +21,8 @@ class Traffic:
     def bytes(self) -> int:
         return self.sent_bytes + self.received_bytes
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
+    def __add__(self, other: Communication) -> Communication:
+        return Communication(
             self.sent_bytes + other.sent_bytes,
             self.received_bytes + other.received_bytes,
             self.messages + other.messages,
@@ -31,35 +31,35 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class OperationTraffic:
+class OperationCommunication:
     """What one operation cost over all layers: in the pass over the prompt, and for all further tokens."""
 
     name: str
-    prompt: Traffic
-    further: Traffic
+    prompt: Communication
+    further: Communication
 
     @property
-    def total(self) -> Traffic:
+    def total(self) -> Communication:
         return self.prompt + self.further
 
 
-def _traffic(stage: StageTraffic) -> Traffic:
-    return Traffic(stage.sent_bytes, stage.received_bytes, stage.messages, stage.seconds)
+def _communication(stage: StageCommunication) -> Communication:
+    return Communication(stage.sent_bytes, stage.received_bytes, stage.messages, stage.seconds)
 
 
-def by_operation(stages: Iterable[StageTraffic]) -> list[OperationTraffic]:
+def by_operation(stages: Iterable[StageCommunication]) -> list[OperationCommunication]:
     """Stages summed over layers and tokens, the operation with most bytes first (then most seconds)."""
-    sums: dict[str, list[Traffic]] = {}
+    sums: dict[str, list[Communication]] = {}
     for stage in stages:
-        pair = sums.setdefault(stage.name, [Traffic(), Traffic()])
-        pair[stage.token > 0] += _traffic(stage)
-    operations = [OperationTraffic(name, prompt, further) for name, (prompt, further) in sums.items()]
+        pair = sums.setdefault(stage.name, [Communication(), Communication()])
+        pair[stage.token > 0] += _communication(stage)
+    operations = [OperationCommunication(name, prompt, further) for name, (prompt, further) in sums.items()]
     return sorted(operations, key=lambda o: (o.total.bytes, o.total.seconds), reverse=True)
 
 
-def by_pass(stages: Iterable[StageTraffic]) -> list[tuple[int, Traffic]]:
-    """Stages summed over layers and operations: `(token, traffic)`, token 0 for the pass over the prompt."""
-    sums: dict[int, Traffic] = {}
+def by_pass(stages: Iterable[StageCommunication]) -> list[tuple[int, Communication]]:
+    """Stages summed over layers and operations: `(token, communication)`, token 0 for the pass over the prompt."""
+    sums: dict[int, Communication] = {}
     for stage in stages:
-        sums[stage.token] = sums.get(stage.token, Traffic()) + _traffic(stage)
+        sums[stage.token] = sums.get(stage.token, Communication()) + _communication(stage)
     return sorted(sums.items())
