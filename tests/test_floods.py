@@ -32,9 +32,7 @@ from aiohttp import web
 
 from entropi.errors import UserError
 from entropi.private import connect
-from entropi.private.admission import audit
-from entropi.private.admission import door
-from entropi.private.admission import monitoring
+from entropi.private.admission import audit, door, monitoring
 from entropi.private.admission.limits import Limits
 from entropi.private.admission.logs import Sparing
 from entropi.private.sessions import server_session

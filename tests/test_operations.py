@@ -27,8 +27,7 @@ from safetensors.numpy import load_file, save_file
 from entropi import cli, commands
 from entropi.errors import UserError
 from entropi.private import connect
-from entropi.private.admission import quota_stores
-from entropi.private.admission import quotas
+from entropi.private.admission import quota_stores, quotas
 from entropi.private.admission.limits import Limits
 from entropi.private.compute.folded import load_folded
 from entropi.private.compute.settings import Settings
