@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
+CODE := src tests benchmarks examples docs
 INSTALLED := $(VENV)/.installed
 # Apart from the rest, whose versions exclude some of theirs.
 TOOLS := .venv-tools
@@ -10,21 +11,27 @@ LOCKING := --quiet --generate-hashes --python-version 3.11 --python-platform x86
 	--no-emit-index-url --custom-compile-command "make lock"
 # Dates in what is built: the last commit's, or what the caller says.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/entropi/__init__.py)
 
-.PHONY: demo test check install format clean tools lock sbom wheel
+.PHONY: demo test check docs install format clean tools lock sbom wheel
 
 demo: install
 	$(BIN)/entropi demo
 
-test: check tools
+test: check docs tools
 	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu"
 
-# Under three minutes once installed: style, types, fast tests.
+# Under three minutes once installed: style, spelling, types, fast tests.
 check: install
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/codespell $(CODE) *.md mkdocs.yml configs deploy
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" -n auto --dist loadfile
+
+# The documentation as a site that loads nothing from elsewhere, in build/site; a link that leads nowhere fails the build.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 install: $(INSTALLED)
 
@@ -35,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV); this takes a minute or more and about 2.5 GB of disk"
 	# torch first and by its exact version: an open range could bring a build with gigabytes of GPU libraries.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[private,report,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[private,report,dev,docs]"
 	@touch $(INSTALLED)
 
 tools: $(TOOLS)/.installed
@@ -55,8 +62,10 @@ lock: tools
 # A list of the parts in requirements.lock, CycloneDX 1.6.
 sbom: tools
 	@mkdir -p dist
+	# The tool takes a version that is written out; ours stands in the package.
+	sed 's/^dynamic = \["version"\]/version = "$(VERSION)"/' pyproject.toml > dist/pyproject.toml
 	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(TOOLS)/bin/cyclonedx-py requirements requirements.lock \
-		--pyproject pyproject.toml --output-reproducible --output-file dist/entropi.cdx.json
+		--pyproject dist/pyproject.toml --output-reproducible --output-file dist/entropi.cdx.json
 
 # Of the last commit, whatever lies in the folder; the same bytes whoever builds it.
 wheel: tools
@@ -66,8 +75,8 @@ wheel: tools
 	rm -rf dist/source
 
 format: install
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 clean:
 	rm -rf $(VENV) $(TOOLS) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,14 +14,14 @@ from pathlib import Path
 from entropi.costs.operations import count
 from entropi.model.architectures import FURTHER_ARCHITECTURES, PAPER_ARCHITECTURES
 from entropi.model.configuration import EntropiConfig
-from entropi.records import CostRecord
+from entropi.records import CountRecord
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 SEQ_LEN = 128
 SHORT = {"softmax": "SM", "layernorm": "LN", "rmsnorm": "RMS", "gelu": "G", "relu": "R", "leaky_relu": "LeakyR"}
 
 
-def rows() -> list[tuple[str, CostRecord, CostRecord]]:
+def rows() -> list[tuple[str, CountRecord, CountRecord]]:
     """Name, counts before folding and after, GPT-2 small's sizes; weight norms of one kind differ in nothing."""
     found = []
     for name in (*PAPER_ARCHITECTURES, *FURTHER_ARCHITECTURES):
@@ -48,7 +48,7 @@ def _names(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _operations(record: CostRecord) -> str:
+def _operations(record: CountRecord) -> str:
     return ", ".join(
         f"{SHORT.get(c.operation, c.operation)} {c.count} x {c.shape[0]}x{c.shape[1]}" for c in record.nonlinear
     )

@@ -1,7 +1,7 @@
 """What becomes of the GPU kernels on an architecture, without a GPU: compiled ahead of time, looked at, not run.
 
     python benchmarks/compiled_kernels.py [--arch 90 80] [--dtype bf16 fp16 fp32] [--width 64 128 100] [--first 1]
-        [--value-width 128] [--softcap 50] [--sinks]
+        [--value-width 128] [--softcap 50] [--sinks] [--uneven]
 
 For every kernel and tuning choice: registers a thread, spilled bytes, shared memory, which tensor-core instruction the
 products became (wgmma on Hopper, mma on Ampere, none for exact float32), and how many of it there are. A choice that
@@ -27,17 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from entropi.entropy import triton_kernel
-from entropi.entropy.secure_softmax import lowest
+from entropi.entropy.secure_softmax import CLIP
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}  # a block may use, CUDA C programming guide, technical specifications
 KERNELS = {
     "forward": triton_kernel._forward_kernel,
     "backward query": triton_kernel._backward_query_kernel,
     "backward key": triton_kernel._backward_key_kernel,
-    "backward both": triton_kernel._backward_key_kernel,
 }
-POINTERS = {"FIRST": "*i32", "MASK": "*u8"} | dict.fromkeys(
-    ("SINKS", "ENTROPY", "LOG_NORMALISER", "LARGEST", "GRAD_ENTROPY", "ROW_SUM", "CORRECTION"), "*fp32"
+POINTERS = {"ARGMAX": "*i32", "MASK": "*u8"} | dict.fromkeys(
+    ("SINKS", "ENTROPY", "LSE", "LARGEST", "GRAD_ENTROPY", "DELTA", "CORRECTION"), "*fp32"
 )
 ROWS_ARE_ALIGNED = 16  # what a launch finds of pointers and strides of usual tensors, and tells the compiler
 
@@ -52,6 +51,7 @@ def compile_kernel(
     value_width: int,
     softcap: float = 0.0,
     sinks: bool = False,
+    even: bool = True,
 ) -> Any:
     """One kernel of one tuning choice, for tensors as they usually are."""
     kernel = KERNELS[name].fn
@@ -64,31 +64,39 @@ def compile_kernel(
         "MASK_KIND": 0,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "ITERATIONS": max(iterations, 0),
-        "LOWEST": lowest(iterations or None),
+        "LOWEST": -CLIP * 2.0**iterations if iterations > 0 else 0.0,
         "POLYNOMIAL": max(-iterations, 0),
         "SOFTCAP": softcap,
         **({"HAS_SINKS": sinks} if name == "forward" else {}),
-        **({"ADDS_DQ": name == "backward both"} if kernel is KERNELS["backward key"].fn else {}),
+        "SCALED": bool(iterations or softcap),
+        "EVEN": even,
+        # Of an attention without a mask and, but for the power, nothing that a row's largest logit is needed for.
+        **dict.fromkeys(("MASK", "mb", "mh", "mr", "mc")),
+        **({} if iterations > 0 else dict.fromkeys(("LARGEST", "ARGMAX", "CORRECTION"))),
+        **({} if sinks else {"SINKS": None}),
         **choice.kwargs,
     }
-    pointers = POINTERS | ({"DQ": "*fp32"} if kernel is KERNELS["backward key"].fn else {})
+    names = inspect.signature(kernel.fn).parameters
+    constants = {argument: constants[argument] for argument in names if argument in constants}
     signature, attributes = {}, {}
-    for number, argument in enumerate(inspect.signature(kernel.fn).parameters):
+    for number, argument in enumerate(names):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
         if argument.isupper() and argument not in ("T", "S", "HEADS", "SIZE"):
-            signature[argument] = pointers.get(argument, f"*{dtype}")
+            signature[argument] = POINTERS.get(argument, f"*{dtype}")
             attributes[(number,)] = [["tt.divisibility", ROWS_ARE_ALIGNED]]
+        elif argument == "scale":
+            signature[argument] = "fp32"
         else:
             signature[argument] = "i32"
-            strides = len(argument) == 2 and argument[0] != "m"
+            strides = len(argument) == 2
             if (strides or argument in ("T", "S")) and width % ROWS_ARE_ALIGNED == 0:
                 attributes[(number,)] = [["tt.divisibility", ROWS_ARE_ALIGNED]]
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+        options={"num_warps": choice.num_warps, "num_stages": choice.num_stages} | triton_kernel.LAUNCH,
     )
 
 
@@ -118,6 +126,7 @@ def main() -> None:
     parser.add_argument("--value-width", type=int, help="that of queries and keys where it is not given")
     parser.add_argument("--softcap", type=float, default=0.0, help="0: none")
     parser.add_argument("--sinks", action="store_true")
+    parser.add_argument("--uneven", action="store_true", help="lengths that are no multiple of every block")
     parser.add_argument("--iterations", type=int, nargs="*", default=[0, 5, -1], help="t; -t: the polynomial")
     parser.add_argument("--kernel", nargs="*", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--choice", nargs=4, type=int, action="append", help="ROWS KEYS warps stages instead of ours")
@@ -129,8 +138,6 @@ def main() -> None:
             for width in options.width:
                 for iterations in options.iterations:
                     for name in options.kernel:
-                        if name == "backward both" and iterations > 0:
-                            continue  # the keys need what the queries' pass finds
                         wider = max(width, options.value_width or width)
                         padded = max(16, triton.next_power_of_2(wider))
                         choices = triton_kernel.choices(name, padded, dtype == "fp32")
@@ -144,7 +151,8 @@ def main() -> None:
     def do(task: Any) -> dict[str, Any]:
         name, choice, arch, dtype, width, iterations = task
         started = time.perf_counter()
-        seen = look_at(compile_kernel(*task, options.value_width or width, options.softcap, options.sinks))
+        rest = (options.value_width or width, options.softcap, options.sinks, not options.uneven)
+        seen = look_at(compile_kernel(*task, *rest))
         blocks = (choice.kwargs["ROWS"], choice.kwargs["KEYS"], choice.num_warps, choice.num_stages)
         row = {"kernel": name, "choice": blocks, "arch": arch, "dtype": dtype, "width": width, "iterations": iterations}
         row |= seen | {"fits": seen["shared_kb"] <= SHARED_KB[arch]}

@@ -22,7 +22,8 @@ import msgspec
 import numpy as np
 
 from entropi.costs.calibration import read, shipped
-from entropi.costs.prediction import NETWORKS, Options, Predictor, described
+from entropi.costs.network import NETWORKS
+from entropi.costs.prediction import CostModel, Options, Predictor, described
 from entropi.model.shape import Shape
 from entropi.private.compute.engine import Simulation
 from entropi.private.compute.program import forward, warm_up
@@ -90,7 +91,7 @@ def main() -> None:
     results = {}
     for name, (fields, tokens) in list(PASSES.items())[: 1 if options.small else None]:
         shape = Shape(**{**fields, **({"hidden_size": 64} if options.small else {})})
-        predictor = Predictor(described(shape), prices, NETWORKS["lan"], Options(embedding="public"))
+        predictor = Predictor(described(shape), CostModel(prices, NETWORKS["lan"], Options(embedding="public")))
         predictor.set_up()
         guess, stages = predictor.run(tokens), metered(shape, tokens)
         operations: dict[str, float] = {}

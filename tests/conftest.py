@@ -1,6 +1,13 @@
-"""Before anything imports Triton, which decides at import whether its kernels are interpreted; and shared helpers."""
+"""Before anything imports Triton, which decides at import whether its kernels are interpreted; and shared fixtures."""
+
+from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +18,9 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; more threads would wait for each other
 
-pytest.register_assert_rewrite("serving")
+pytest.register_assert_rewrite("command_line", "serving")  # before they are imported
+
+from command_line import SOURCES, TINY, Done, text_folder  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +29,70 @@ def smollm2():
     from pretrained import smollm2
 
     return smollm2()
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_surroundings(cache: Path) -> Iterator[None]:
+    """A cache, a width of the terminal and threads that do not depend on who runs the tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENTROPI_CACHE", str(cache))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(SOURCES), prepend=os.pathsep)
+        patch.setenv("COLUMNS", "100")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def command_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def surroundings(command_cache: Path) -> Iterator[None]:
+    with own_surroundings(command_cache):
+        yield
+
+
+@pytest.fixture
+def entropi(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs a command in this process."""
+    from entropi.cli import main
+
+    def call(*words: Any) -> Done:
+        capfd.readouterr()
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Done(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve short programs."""
+    return text_folder(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, command_cache: Path, corpus: Path) -> Path:
+    """The run folder of a tiny model, for all tests together: nothing may be written there."""
+    from entropi.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    with own_surroundings(command_cache):
+        assert main(["train", str(folder), "--corpus", str(corpus), *TINY]) == 0
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path, trained: Path) -> Path:
+    """A copy of the trained run folder, to be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -41,6 +41,7 @@ def scratch(tmp_path_factory):
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("LC_ENTROPI_TEST_MARK", str(folder))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        patch.setenv("ENTROPI_CACHE", str(folder / "cache"))
         patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         yield folder
 
@@ -114,7 +115,9 @@ class Server:
         return self.log_file.read_text()
 
     def address(self):
-        wait_for(lambda: "listening on" in self.log or self.process.poll() is not None)
+        wait_for(
+            lambda: "listening on" in self.log or self.process.poll() is not None, 10 * HANGING
+        )  # it compiles much
         return re.search(r"listening on ([^, ]+:\d+)", self.log)[1]
 
     def sessions_closed(self):
@@ -133,8 +136,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + HANGING
+def wait_for(condition, seconds=HANGING):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

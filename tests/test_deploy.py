@@ -42,7 +42,7 @@ from entropi.private.compute.folded import load_folded
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.sessions import client
 from entropi.private.sessions.generation import Answer, Watcher
-from entropi.private.sessions.memory import memory_for, unread_for
+from entropi.private.sessions.memory import memory_for, needed_memory, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.sampling import Sampling
 from entropi.private.wire import channel
@@ -523,6 +523,17 @@ def test_commands_of_the_page_parse_and_what_it_links_exists():
             assert (ROOT / "docs" / target).exists(), target
 
 
+def test_servers_of_the_examples_have_quotas():
+    """What bounds how much of a model its answers give away; a server without would be copied from the page."""
+    texts = [(ROOT / "docs" / "deploy.md").read_text(), *(path.read_text() for path in (ROOT / "deploy").iterdir())]
+    found = [line for text in texts for line in re.findall(r"^.*entropi serve .*0\.0\.0\.0.*$", text, re.MULTILINE)]
+    (pods,) = re.findall(r"command: \[entropi, serve, .*?ports:", "\n".join(texts), re.DOTALL)
+    assert len(found) == 2
+    for words in (*found, pods):
+        for option in ("--client-tokens", "--client-sessions"):
+            assert re.search(rf"{option}[= ]\d", words)
+
+
 def test_options_of_the_pages_exist():
     serving = cli.build_parser().parse_args(["serve", "m"]).serve.as_dict()
     asking = cli.build_parser().parse_args(["ask", "p"]).ask.as_dict()
@@ -773,6 +784,22 @@ def test_memory_is_limited_to_what_a_model_needs_with_room():
         Limits(memory_gb=-1)
 
 
+def test_the_prediction_of_memory_lies_above_what_was_measured(monkeypatch):
+    """Of every shape in the table, for both parties, on as many cores as it was measured with."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    table = (ROOT / "benchmarks" / "results" / "party_memory.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    base = dict(layers=2, heads=4, hidden_size=128, vocab_size=2048, positions=512, temperature=True, centre=False)
+    gelu = dict(norm="layer", final_norm="layer", activation="gelu", temperature=False)
+    assert len(rows) == 11
+    for name, tokens, predicted, *measured in rows[1:]:
+        changes = {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", name)}
+        fields = {**FIELDS, **base, **(gelu if "GELU" in name else {}), **changes}
+        needed = needed_memory(Description(**{**fields, "key_value_heads": fields["heads"]}), int(tokens)) / 1e9
+        assert f"{needed:.2f}" == predicted
+        assert needed > 1.1 * max(map(float, measured[:2]))
+
+
 @two_party
 def test_what_the_server_tells_of_itself(secured):
     wait_for(secured.sessions_closed)
@@ -880,7 +907,11 @@ def test_a_session_that_needs_too_much_memory_fails_alone(folded, scratch):
             await party.stop()
         return event
 
-    assert isinstance(asyncio.run(start()), Failed)
+    failed = asyncio.run(start())
+    assert isinstance(failed, Failed)
+    assert "memory limit of 0.01 GB may be too small" in failed.reason
+    needed = needed_memory(load_folded(folded)[0], 2) / 1e9
+    assert f"about {needed:.1f} GB are predicted for this model and length (--memory-gb)" in failed.reason
     assert no_parties_left(scratch)
 
 

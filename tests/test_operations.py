@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -21,13 +22,16 @@ pytest.importorskip("spu")
 pytest.importorskip("cryptography")
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from safetensors.numpy import load_file, save_file
 
-from entropi import cli
+from entropi import cli, commands
 from entropi.errors import UserError
 from entropi.private import connect
 from entropi.private.admission import quota_stores, quotas
 from entropi.private.admission.limits import Limits
-from entropi.private.sessions import client, client_session
+from entropi.private.compute.folded import load_folded
+from entropi.private.compute.settings import Settings
+from entropi.private.sessions import client, client_session, findings, readiness, server
 from entropi.private.sessions.generation import Watcher
 from entropi.private.wire import channel
 from entropi.private.wire.authority import issue, revoke
@@ -266,8 +270,48 @@ def test_a_store_that_is_gone_lets_nobody_take_more(tmp_path, capfd):
         await quota.close()
 
     asyncio.run(scenario())
-    with pytest.raises(UserError, match="cannot be read"):
-        quota_stores.open_store("redes://here", Limits(client_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("where", "complaint"),
+    [
+        ("redes://:secret@here", "begins with 'redes'"),
+        ("sqlite:///quotas", "begins with 'sqlite'"),
+        ("redis:/secret", "not followed by //"),
+        ("redis://", "no host"),
+        ("redis:///0", "no host"),
+        ("redis://:secret@here:x/0", "host or port"),
+        ("redis://:secret@here:99999/0", "host or port"),
+        ("redis://here/secret", "number of a database"),
+        ("unix://", "path of a socket"),
+        ("unix://here/socket", "path of a socket"),
+        ("", "no name"),
+    ],
+)
+@pytest.mark.parametrize("limits", [Limits(), Limits(client_tokens=1)], ids=["free", "limited"])
+def test_addresses_of_quota_stores_that_are_none(where, complaint, limits, monkeypatch, tmp_path):
+    """Said at once, whether anybody is limited or not, and nothing is made by that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint) as caught:
+        quota_stores.open_store(where, limits)
+    assert "redis://HOST:PORT/NUMBER" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "where", ["redis://here", "rediss://:secret@here:1/2", "unix:///socket?db=2", "redis://[::1]:1/0"]
+)
+def test_addresses_of_redis(where):
+    pytest.importorskip("redis")
+    assert isinstance(quota_stores.open_store(where, Limits(client_tokens=1)), quota_stores.Redis)
+    with pytest.raises(UserError, match="unexpected keyword argument 'nothing'"):
+        quota_stores.open_store(f"{where.partition('?')[0]}?nothing=1", Limits(client_tokens=1))
+
+
+def test_files_may_have_a_colon_in_their_name(tmp_path):
+    assert not quota_stores.is_url(str(tmp_path / "a:b"))
+    assert not quota_stores.is_url("./redis:quotas")
 
 
 def test_a_password_that_is_on_no_command_line(redis_server, monkeypatch):
@@ -474,11 +518,201 @@ def test_files_that_change(tmp_path):
     assert not watched.has_changed()  # it is not complained about again
 
 
+# What is wrong, and what is said; the words are made from a folder and from the address of a port in use.
+BEFORE_ANYTHING_ELSE = {
+    "port": (lambda folder, used: ["--listen", used], "cannot listen on 127.0.0.1:"),
+    "metrics": (lambda folder, used: ["--metrics", used], "cannot listen on 127.0.0.1:"),
+    "redis": (
+        lambda folder, used: ["--client-tokens", 9, "--quota-store", f"redis://127.0.0.1:{free_port()}/0"],
+        "the quota store does not answer",
+    ),
+    "sqlite": (
+        lambda folder, used: ["--client-tokens", 9, "--quota-store", written(folder / "quotas", b"\xff" * 5000)],
+        "cannot keep quotas in",
+    ),
+    "address": (lambda folder, used: ["--quota-store", "foo://x"], "begins with 'foo'"),
+    "audit log": (lambda folder, used: ["--audit-log", folder], "cannot write"),
+    "certificate": (lambda folder, used: keys_of(folder / "nowhere"), "cannot read"),
+    "revoked": (lambda folder, used: keys_of(issued(folder), "--revoked", folder / "nothing"), "cannot read"),
+    "list": (
+        lambda folder, used: keys_of(issued(folder), "--revoked", written(folder / "list", b"hello")),
+        "line 1 of",
+    ),
+}
+OF_THE_MODEL = {
+    "canary": (["--canary", "x" * 301], "at most 300 are possible"),
+    "empty canary": (["--canary", ""], "the canary is empty"),
+}
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def issued(folder):
+    issue(folder, ["127.0.0.1"], [], days=2)
+    return folder
+
+
+def forbidden(*_, **__):
+    raise AssertionError("work that takes minutes for a large model had begun")
+
+
+@pytest.mark.parametrize("mistake", BEFORE_ANYTHING_ELSE)
+@pytest.mark.parametrize("kind", ["folded", "model"])
+def test_mistakes_around_the_model_are_told_before_it_is_looked_at(
+    folded, model, tmp_path, capfd, monkeypatch, mistake, kind
+):
+    monkeypatch.setattr(readiness, "sweep_vocabulary", forbidden)
+    monkeypatch.setattr(commands, "fold_model", forbidden)
+    words, complaint = BEFORE_ANYTHING_ELSE[mistake]
+    folder = {"folded": folded, "model": model[0]}[kind]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        used = f"127.0.0.1:{listening.getsockname()[1]}"
+        given = words(tmp_path, used)
+        listen = [] if "--listen" in given else ["--listen", "127.0.0.1:0"]
+        status, line = run_cli(capfd, "serve", folder, *listen, *given)
+    assert status == 2
+    assert complaint in line
+
+
+@pytest.mark.parametrize("mistake", OF_THE_MODEL)
+def test_canaries_that_are_none_are_told_before_the_model_is_looked_at(folded, capfd, monkeypatch, mistake):
+    monkeypatch.setattr(readiness, "sweep_vocabulary", forbidden)
+    words, complaint = OF_THE_MODEL[mistake]
+    status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", *words)
+    assert status == 2
+    assert complaint in line
+
+
 def test_revocation_needs_certificates(folded, tmp_path, capfd):
     (tmp_path / "list").write_text("")
     status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", "--revoked", tmp_path / "list")
     assert status == 2
     assert "only be revoked where there are any" in line
+
+
+# --- What an earlier start has found ----------------------------------------------------------------------------------
+
+
+SETTINGS = Settings()
+
+
+@pytest.fixture(scope="module")
+def swept(folded):
+    return server.sweep_vocabulary(*load_folded(folded), SETTINGS)
+
+
+@pytest.fixture
+def starts(folded, swept, tmp_path, monkeypatch):
+    """Starts a server that does not listen; what it has done: "sweep", and protocol and tokens of every self-test."""
+    done = []
+
+    def sweep(*_):
+        done.append("sweep")
+        return swept
+
+    def settle(model, weights, settings, *, choose, sweep):
+        assert sweep == swept  # whether it was found now or read
+        return settings, []
+
+    def test(folder, settings, protocol, tokens):
+        done.append((protocol, len(tokens)))
+        return "passed"
+
+    async def serve(*_):
+        pass
+
+    monkeypatch.setenv("ENTROPI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(readiness, "sweep_vocabulary", sweep)
+    monkeypatch.setattr(readiness, "select_fraction_bits", settle)
+    monkeypatch.setattr(readiness, "self_test", test)
+    monkeypatch.setattr(server, "_serve", serve)
+
+    def start(folder=folded, settings=SETTINGS, tests=("ref2k",), **options):
+        done.clear()
+        tokenizer = (folder / "tokenizer.json").read_text()
+        server.serve(folder, tokenizer, "127.0.0.1:0", settings, Limits(), self_tests=tests, **options)
+        return list(done)
+
+    return start
+
+
+def test_a_start_does_not_repeat_what_an_earlier_one_has_found(starts, tmp_path):
+    whole = [("ref2k", 32)]  # as many tokens as the model has positions
+    assert starts() == ["sweep", *whole]
+    (entry,) = (tmp_path / "cache").rglob("*.json")
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts(tests=()) == []
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS), ("cheetah", 32)]
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts(recheck=True) == ["sweep", *whole]
+    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
+
+
+def test_a_failed_self_test_is_not_kept(starts, monkeypatch):
+    def failing(*_):
+        raise UserError("wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readiness, "self_test", failing)
+        with pytest.raises(UserError, match="wrong"):
+            starts()
+    assert starts() == ["sweep", ("ref2k", 32)]
+
+
+def test_what_was_found_of_another_model_is_not_used(starts, folded, tmp_path, monkeypatch):
+    assert starts()[0] == "sweep"
+    assert starts(settings=Settings(output="argmax"))[0] == "sweep"
+    assert starts(choose_fraction_bits=True)[0] == "sweep"  # which may settle on other fraction bits
+    changed = tmp_path / "changed"
+    shutil.copytree(folded, changed)
+    weights = load_file(changed / "folded.safetensors")
+    weights["0.qkv"][0, 0] = np.nextafter(weights["0.qkv"][0, 0], np.float32(1))
+    save_file(weights, changed / "folded.safetensors")
+    assert starts(changed)[0] == "sweep"
+    assert starts()[0] != "sweep"
+    version = findings.metadata.version
+    monkeypatch.setattr(findings.metadata, "version", lambda name: f"{version(name)}.1")
+    assert starts()[0] == "sweep"
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "mode", "link", "other key", "garbage", "folder"])
+def test_entries_that_cannot_be_trusted_are_ignored(starts, tmp_path, damage):
+    starts()
+    (entry,) = (tmp_path / "cache").rglob("*.json")
+    content = entry.read_bytes()
+    if damage == "cut":
+        entry.write_bytes(content[:-10])
+    elif damage == "one bit":
+        entry.write_bytes(content.replace(b'"tokens":300', b'"tokens":301'))
+        assert entry.read_bytes() != content
+    elif damage == "mode":
+        entry.chmod(0o620)
+    elif damage == "garbage":
+        entry.write_bytes(b"\xff\n")
+    elif damage == "link":
+        entry.rename(tmp_path / "elsewhere")
+        entry.symlink_to(tmp_path / "elsewhere")
+    elif damage == "folder":
+        entry.unlink()
+        entry.mkdir()
+    else:
+        starts(settings=Settings(output="argmax"))
+        (other,) = set((tmp_path / "cache").rglob("*.json")) - {entry}
+        os.replace(other, entry)
+    assert starts()[0] == "sweep"
+    assert starts()[0] == ("sweep" if damage == "folder" else ("ref2k", server.SHORT_TEST_TOKENS))
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(starts, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENTROPI_CACHE", str(tmp_path / "file"))
+    assert starts()[0] == "sweep"
+    assert "is not kept for the next start" in caplog.text
+    assert starts()[0] == "sweep"
 
 
 # --- A server whose certificates change -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entropi import cli
+from entropi import __version__, cli
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -91,6 +91,14 @@ def test_the_list_of_parts_has_every_locked_one_with_its_hash(tmp_path):
     assert {"spu", "cryptography", "aiohttp"} <= set(listed)
     command = subprocess.run(["make", "-n", "sbom"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "cyclonedx-py requirements requirements.lock" in command
+    assert f'version = "{__version__}"' in command  # the list names this version, which stands in the package alone
+
+
+def test_the_version_stands_in_one_place():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project
+    assert 'version = {attr = "entropi.__version__"}' in project
+    assert not re.search(r"^version = \"", project, flags=re.MULTILINE)
 
 
 @with_tools

@@ -309,12 +309,12 @@ def test_the_table_comes_in_pieces_that_memory_holds(rows, entries, width, produ
     assert len(found) == products
     for product in found:
         (block, inner), (_, columns) = (operand.aval.shape for operand in product.invars)
-        assert block * inner * columns <= functions._POLYNOMIALS * functions.CIPHERTEXT
+        assert block * inner * columns <= functions.POLYNOMIALS * functions.CIPHERTEXT
 
 
 @pytest.mark.parametrize(("polynomials", "rows"), [(1, 5), (1, 64), (2, 7), (30_000, 7)])
 def test_the_table_in_pieces_is_the_whole(monkeypatch, polynomials, rows):
-    monkeypatch.setattr(functions, "_POLYNOMIALS", polynomials)
+    monkeypatch.setattr(functions, "POLYNOMIALS", polynomials)
     table = uniform(-1, 1, 603, 40)
     ids = random.integers(0, 603, rows)
     np.testing.assert_array_equal(functions.times_table(np.eye(603, dtype=np.float32)[ids], table), table[ids])

@@ -13,7 +13,7 @@ from entropi import records
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
-    CostRecord,
+    CountRecord,
     DiagnosisRecord,
     EntropySnapshot,
     Evaluation,
@@ -102,7 +102,7 @@ EXAMPLES: list[Record] = [
         entropy_by_position=[[0.5, 1.5]],
         layers=[3],
     ),
-    CostRecord(
+    CountRecord(
         architecture="SM",
         seq_len=16,
         parameters=1,
@@ -155,7 +155,7 @@ EXAMPLES: list[Record] = [
         set_up=PassCost(operations=[]),
         prompt=PassCost(
             operations=[
-                OperationCost(name="exp", layer=0, bytes=1e6, messages=12.0, trips=3.0, seconds=0.5, latency=0.75)
+                OperationCost(name="exp", layer=0, bytes=1e6, messages=12.0, rounds=3.0, seconds=0.5, latency=0.75)
             ]
         ),
         further=None,
@@ -357,7 +357,7 @@ def test_forget_after_keeps_the_past(path: Path):
 
 def test_forget_after_drops_what_the_end_of_a_run_writes_again(path: Path):
     """Killed between its last record and its model, a run evaluates once more from its last checkpoint."""
-    the_end = [r for r in EXAMPLES if isinstance(r, DiagnosisRecord | AttentionPattern | CostRecord)]
+    the_end = [r for r in EXAMPLES if isinstance(r, DiagnosisRecord | AttentionPattern | CountRecord)]
     assert len(the_end) == 3
     records.rewrite(path, [started(10), step(9), evaluation(9), step(10), evaluation(10), *the_end])
     records.forget_after(path, 10)
@@ -406,3 +406,14 @@ def test_rewrite_of_records_that_cannot_be_encoded_leaves_the_file(path: Path):
     with pytest.raises(RuntimeError):
         records.rewrite(path, failing())
     assert records.read(path) == [step(1)]
+
+
+def test_a_prediction_with_the_former_name_of_its_rounds_is_read(tmp_path: Path) -> None:
+    """Until 27 November 2026 rounds were recorded as "trips"."""
+    (prediction,) = (r for r in EXAMPLES if isinstance(r, PredictionRecord))
+    line = records.encode(prediction)
+    older = line.replace(b'"rounds":', b'"trips":')
+    assert older != line
+    (tmp_path / "records.jsonl").write_bytes(older + b"\n" + line + b"\n")
+    assert records.read(tmp_path / "records.jsonl") == [prediction, prediction]
+    assert prediction.prompt.rounds == 3.0

@@ -27,7 +27,7 @@ from entropi import records
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
-    CostRecord,
+    CountRecord,
     DiagnosisRecord,
     EntropySnapshot,
     Evaluation,
@@ -44,9 +44,9 @@ from entropi.records import (
 from entropi.report import figures
 from entropi.report.communication import by_operation, by_pass
 from entropi.report.folder import frames, read_run
+from entropi.report.formatting import even_distance, even_share, quote, table_of_heads
 from entropi.report.heads import in_script
 from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
-from entropi.report.words import even_distance, even_share, table_of_heads
 
 NAN = math.nan
 LAYERS, HEADS, CONTEXT = 6, 4, 128
@@ -125,7 +125,7 @@ def diagnosis(shares: Iterable[float] = (0.0417, 0.25, 0.2917, 0.4166), verdict:
     )
 
 
-cost = CostRecord(
+cost = CountRecord(
     architecture="SM(t)+ScFuFFN",
     seq_len=CONTEXT,
     parameters=1_712_345,
@@ -893,3 +893,16 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
 def test_reporting_needs_neither_torch_nor_pyplot() -> None:
     code = "import sys, entropi.report.page as p; sys.exit(bool({'torch', 'transformers', 'jax', 'matplotlib.pyplot'} & set(sys.modules)))"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("text", "shown"), [("\n", "\\n"), (" \t", "\\x20\\t"), ("a\nb", "a b"), ("", "")])
+def test_a_text_of_white_space_is_quoted_by_its_escapes(text: str, shown: str) -> None:
+    assert quote(text) == shown
+
+
+def test_an_answer_that_is_a_line_break_is_seen(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", [started, private(text="\n")])
+    write_report([run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<pre class="said answer" dir="auto">\\n</pre>' in page
+    assert 'the model answered <q class="said">\\n</q>' in page

@@ -124,7 +124,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         records.Evaluation,
         records.DiagnosisRecord,
         records.AttentionPattern,
-        records.CostRecord,
+        records.CountRecord,
         records.SkippedUpdate,
     ):
         mine, other = of_kind(ours, kind), of_kind(theirs, kind)
@@ -1137,7 +1137,7 @@ def test_the_run_folder(finished: tuple[Recipe, Path], corpus: str):
     assert started.name == "EReg(SM(t)+ScFuFFN)"
     assert started.architecture == "SM(t)+ScFuFFN"
     assert started.vocab_size == tokenizer.get_vocab_size() == model.config.vocab_size
-    cost, folded = of_kind(folder, records.CostRecord)
+    cost, folded = of_kind(folder, records.CountRecord)
     assert (cost.seq_len, cost.nonlinear[0].count) == (16, 4)
     assert (cost.folded, folded.folded, folded.ffn_flops) == (False, True, 0)
     (pattern,) = of_kind(folder, records.AttentionPattern)

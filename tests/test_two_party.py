@@ -33,7 +33,7 @@ from entropi.private.admission.limits import Limits
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import forward
 from entropi.private.compute.settings import Settings
-from entropi.private.sessions import client, server_session
+from entropi.private.sessions import client, readiness, server_session
 from entropi.private.sessions.generation import Watcher
 from entropi.private.sessions.privacy import Privacy
 from entropi.private.wire import channel
@@ -104,11 +104,12 @@ def more_servers(folded, scratch):
 class Wiretap:
     """Between a client and a server: relays the control channel, and keeps what is said and what the engines send.
 
-    `forth` and `back` hold the engines' bytes, to the server and to the client, of each of their two connections.
+    `forth` and `back` hold the engines' bytes, to the server and to the client, of each of their two connections. The
+    server is told that the client has left once `before_leaving()` has returned.
     """
 
-    def __init__(self, address, before_next):
-        self.server_address, self.before_next = address, before_next
+    def __init__(self, address, before_next, before_leaving):
+        self.server_address, self.before_next, self.before_leaving = address, before_next, before_leaving
         self.client_said, self.server_said = bytearray(), bytearray()
         self.forth, self.back = (bytearray(), bytearray()), (bytearray(), bytearray())
         self.engines_said = []  # (rank of the sender, message), in this order
@@ -125,6 +126,7 @@ class Wiretap:
         ):
             backward = asyncio.create_task(self._copy(far, near, self.server_said, self.back))
             await self._copy(near, far, self.client_said, self.forth)
+            await asyncio.to_thread(self.before_leaving)
             await far.close()
             await backward
         return near
@@ -139,7 +141,8 @@ class Wiretap:
             else:
                 streams[message.data[0]].extend(message.data[1:])
                 self.engines_said.append((0 if streams is self.back else 1, message.data))
-                await sink.send_bytes(message.data)
+                with contextlib.suppress(ConnectionError):  # the client has left, and the server goes on
+                    await sink.send_bytes(message.data)
 
     @property
     def server_received(self):
@@ -156,8 +159,14 @@ class Wiretap:
 @pytest.fixture(scope="module")
 def listened(running, model, scratch):
     """A whole generation through real commands, with every byte between them recorded, and the engines' logs."""
-    logs = []
-    wiretap = Wiretap(running.address(), lambda: logs.append(engine_logs(scratch)))
+    logs, address = [], running.address()
+    before = running.log.count(": a token, ")
+
+    def all_reported():
+        """Wait for the server's party to have reported every token: it gets a second once the client has left."""
+        wait_for(lambda: running.log.count(": a token, ") == before + NEW_TOKENS)
+
+    wiretap = Wiretap(address, lambda: logs.append(engine_logs(scratch)), all_reported)
     logits = scratch / "logits.npy"
     asked = subprocess.run(
         command(
@@ -680,6 +689,11 @@ def test_dishonest_servers(capfd, folded, name, scratch):
         ("wall", ["--tokenizer-sha256", "0"], "64 hexadecimal digits"),
         ("wall", ["--tokenizer", "/nowhere"], "cannot read the tokenizer /nowhere: No such file"),
         ("wall", ["--stop", "nothing"], "no token 'nothing' to stop at"),
+        ("wall", ["--temperature", "nan"], "--temperature: expected a finite number, got nan"),
+        ("wall", ["--temperature", "-inf"], "--temperature: expected a finite number, got -inf"),
+        ("wall", ["--temperature", "-1"], "temperature is -1.0 but must be between 0 and 100"),
+        ("wall", ["--memory-gb", "1e300"], "must be between 0 and 1,000,000"),
+        ("wall", ["--logits", "/"], "it is a folder"),
         ("wall", ["--pad-to", "64"], "filled up to 64 it leaves no room for 8 new ones"),
         ("x" * (1 << 21), [], "more than 1048576 characters"),
         ("wall", ["--max-new-tokens", str(MOST_TOKENS + 1)], f"at most {MOST_TOKENS} new tokens"),
@@ -771,6 +785,7 @@ def test_other_models_are_served(scratch, tmp_path, architecture, options):
     finally:
         started.process.terminate()  # a killed one would leave its folder behind
         started.process.wait()
+    assert started.log.endswith("stopped\n")  # and nothing of what Triton and JAX would say of their objects
 
 
 def enlarge_scores(model, factor):
@@ -812,8 +827,12 @@ def test_models_that_no_fraction_bits_hold_are_refused_with_the_numbers(capfd, t
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--exp-iterations=99", "not possible"),
-        ("--fraction-bits=40", "not possible"),
+        ("--exp-iterations=99", "--exp-iterations is 99, expected int <= 8"),
+        ("--fraction-bits=40", "--fraction-bits is 40, expected int <= 22"),
+        ("--round-logits=9", "--round-logits is 9, expected int <= 8"),
+        ("--choices=0", "--choices is 0, expected int >= 1"),
+        ("--memory-gb=1e300", "must not be more than 1,000,000"),
+        ("--memory-gb=nan", "--memory-gb: expected a finite number, got nan"),
         ("--max-sessions=0", "max_sessions is 0"),
         ("--max-new-tokens=-1", "max_new_tokens is -1"),
         ("--session-seconds=0", "session_seconds is 0"),
@@ -823,6 +842,28 @@ def test_impossible_settings(capfd, folded, option, complaint):
     status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", option)
     assert status == 2
     assert complaint in line
+
+
+def test_rounding_needs_something_to_round(capfd, folded):
+    status, line = run_cli(capfd, "serve", folded, "--listen", "127.0.0.1:0", "--output=argmax", "--round-logits=3")
+    assert status == 2
+    assert "--round-logits has nothing to round with --output argmax" in line
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have(capfd, folded, tmp_path):
+    """One beyond the model's rows is refused with its name; rows without a token are what padded checkpoints have."""
+    for file in folded.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folded / "tokenizer.json").read_bytes())
+    added = {**tokenizer["added_tokens"][0], "id": 300, "content": "<pad>"}
+    tokenizer["added_tokens"].append(added)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    status, line = run_cli(capfd, "serve", tmp_path, "--listen", "127.0.0.1:0")
+    assert status == 2
+    assert "1 of the tokenizer's 301 tokens have an id that the model, which has 300 rows, does not know" in line
+    assert "'<pad>' (300) for example: take them out of tokenizer.json" in line
+    description = msgspec.json.decode((folded / "folded.json").read_bytes(), type=Description)
+    readiness.check_tokenizer(json.dumps(tokenizer), msgspec.structs.replace(description, vocab_size=384))
 
 
 def test_port_in_use(capfd, folded, running):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from entropi.entropy.announcing import announce
 
 if TYPE_CHECKING:
-    from entropi.costs.prediction import cost
+    from entropi.costs.report import cost
     from entropi.entropy.attention import entropy_attention
     from entropi.entropy.diagnosis import Diagnosis, diagnose
     from entropi.entropy.recording import record_entropy, register_attention
@@ -43,7 +43,7 @@ _HOMES = {
     "EntropiForCausalLM": ("entropi.model.decoder", "EntropiForCausalLM"),
     "EntropyRegularizer": ("entropi.entropy.regularizer", "EntropyRegularizer"),
     "UserError": ("entropi.errors", "UserError"),
-    "cost": ("entropi.costs.prediction", "cost"),
+    "cost": ("entropi.costs.report", "cost"),
     "diagnose": ("entropi.entropy.diagnosis", "diagnose"),
     "entropy_attention": ("entropi.entropy.attention", "entropy_attention"),
     "fold": ("entropi.model.folding", "fold"),

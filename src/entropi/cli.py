@@ -7,31 +7,18 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docstring_parser import Docstring
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from entropi import __version__, commands
+from entropi import __version__
+from entropi.commands import COMMANDS
+from entropi.commands.common import Command
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.training.recipe import Recipe, load_recipe
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": commands.demo,
-    "train": commands.train,
-    "evaluate": commands.evaluate,
-    "diagnose": commands.diagnose_heads,
-    "cost": commands.cost_of,
-    "fold": commands.fold_model,
-    "serve": commands.serve,
-    "ask": commands.ask,
-    "certificates": commands.certificates,
-    "study": commands.study,
-    "report": commands.report,
-}
 
 
 class _Parser(ArgumentParser):
@@ -52,6 +39,7 @@ class _Parser(ArgumentParser):
         # An option that may be left out says so at length, and what it may be otherwise in the same words.
         text = re.sub(r"Does not validate .*? Errors: - (Expected .*?) - .* Given value:", r"\1. Got value:", text)
         text = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\. Got value:", _expectation, text)
+        text = re.sub(r"^(\w+): expected float, got (-?(?:nan|inf)\b)", _not_finite, text, flags=re.IGNORECASE)
         raise UserError(f"{text} (see {command} --help)")
 
 
@@ -59,8 +47,15 @@ def _expectation(match: re.Match[str]) -> str:
     return f"expected {match[1] or 'one of ' + match[2]}, got"
 
 
-def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
-    """The parser of all commands, made from their signatures and docstrings; `recipe` holds `train`'s defaults."""
+def _not_finite(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')}: expected a finite number, got {match[2]}"
+
+
+def build_parser(defaults: Any = None) -> ArgumentParser:
+    """The parser of all commands, made from their signatures, docstrings and declarations.
+
+    `defaults` are settings that take the place of their dataclass's own.
+    """
     parser = _Parser(
         prog="entropi",
         description="Language models with few nonlinear operations, run in private.",
@@ -68,50 +63,53 @@ def build_parser(recipe: Recipe | None = None) -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"entropi {__version__}")
     subcommands = parser.add_subcommands(dest="command", required=True)
-    for name, function in COMMANDS.items():
-        doc = parse_docstring(function.__doc__ or "")
+    for name, command in COMMANDS.items():
+        doc = parse_docstring(command.function.__doc__ or "")
         helps = {p.arg_name: p.description for p in doc.params}
-        command = _Parser(description=doc.short_description)
-        skipped = set()
-        for flag, kind in function.__annotations__.items():
-            if kind not in (bool, "bool"):  # these are flags, where jsonargparse would want "true"
-                continue
-            skipped.add(flag)
-            command.add_argument(f"--{flag}", action="store_true", help=helps[flag])
-        if function is commands.report:
-            skipped.add("runs")
-            command.add_argument("runs", nargs="+", type=Path, help=helps["runs"])
-        if function is commands.cost_of:
-            skipped |= {"compare", "runs"}
-            command.add_argument("--compare", nargs="+", metavar="MODEL", help=helps["compare"])
-            command.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help=helps["runs"])
-        if function is commands.certificates:
-            for option in ("server", "client", "revoke"):
-                skipped.add(option)
-                command.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME", help=helps[option])
-        if function is commands.ask:
-            skipped |= {"prompt", "stop"}
-            command.add_argument("prompt", nargs="?", help=helps["prompt"])
-            command.add_argument("--stop", nargs="+", metavar="TOKEN", help=helps["stop"])
-        if function is commands.train:
-            skipped.add("recipe")
-            command.add_argument("--config", type=str, help="YAML file of a recipe; options override it")
-        command.add_function_arguments(function, as_group=False, as_positional=True, skip=skipped)
-        if function is commands.train:
-            command.add_class_arguments(Recipe, as_group=False)
-            if recipe is not None:
-                command.set_defaults(dataclasses.asdict(recipe))
-        subcommands.add_subcommand(name, command, help=doc.short_description)
+        subcommands.add_subcommand(name, _parser_of(command, doc, helps, defaults), help=doc.short_description)
     return parser
 
 
-def _arguments(function: Callable[..., None], given: Namespace) -> dict[str, Any]:
-    """Parsed values as the arguments of a command."""
-    values = {k: v for k, v in given.as_dict().items() if k != "config"}
-    if function is commands.train:
-        own = {name: values.pop(name) for name in ("run", "report_to", "shard", "prepare_only")}
-        return {**own, "recipe": Recipe(**values)}
-    return values
+def _parser_of(command: Command, doc: Docstring, helps: dict[str, str | None], defaults: Any) -> ArgumentParser:
+    parser = _Parser(description=doc.short_description)
+    declared = set(command.words)
+
+    for flag, kind in command.function.__annotations__.items():
+        if kind in (bool, "bool"):  # jsonargparse would want "true"
+            declared.add(flag)
+            parser.add_argument(f"--{flag}", action="store_true", help=helps[flag])
+    for name, words in command.words.items():
+        flag = name if words.positional else f"--{name}"
+        more = {} if words.metavar is None else {"metavar": words.metavar}
+        default = {} if words.positional and words.nargs == "+" else {"default": words.default}
+        parser.add_argument(flag, nargs=words.nargs, type=words.kind, help=helps[name], **more, **default)
+
+    settings = command.settings
+    if settings is not None:
+        declared.add(settings.argument)
+        parser.add_argument("--config", type=str, help="YAML file of settings; options override it")
+    parser.add_function_arguments(command.function, as_group=False, as_positional=True, skip=declared)
+    if settings is not None:
+        parser.add_class_arguments(settings.kind, as_group=False)
+        if defaults is not None:
+            parser.set_defaults(dataclasses.asdict(defaults))
+    return parser
+
+
+def _parse(given: list[str]) -> tuple[Command, dict[str, Any]]:
+    """The command that was called, and the values of its arguments."""
+    named = _settings_file(given)
+    parsed = build_parser(named).parse_args(given)
+    command, values = COMMANDS[parsed.command], parsed[parsed.command].as_dict()
+    settings = command.settings
+    if settings is None:
+        return command, values
+
+    if named is None and (kept := settings.kept(values)) is not None:
+        values = build_parser(settings.read(kept)).parse_args(given)[parsed.command].as_dict()
+    fields = {field.name: values.pop(field.name) for field in dataclasses.fields(settings.kind)}
+    del values["config"]
+    return command, {**values, settings.argument: settings.kind(**fields)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,9 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not given:
             raise UserError(f"a command is missing: one of {', '.join(COMMANDS)} (see entropi --help)")
-        parsed = build_parser(_recipe_file(given)).parse_args(given)
-        function = COMMANDS[parsed.command]
-        function(**_arguments(function, parsed[parsed.command]))
+        command, values = _parse(given)
+        command.function(**values)
         sys.stdout.flush()
     except UserError as error:
         print(f"entropi: {without_controls(str(error))}", file=sys.stderr)
@@ -153,15 +150,17 @@ def _with_underscores(words: list[str]) -> list[str]:
     return spelt + words[len(options) :]
 
 
-def _recipe_file(words: list[str]) -> Recipe | None:
-    """The recipe that `train --config` names, read here because its mistakes are then told all at once."""
+def _settings_file(words: list[str]) -> Any:
+    """The settings that `--config` names, read here because their mistakes are then told all at once."""
+    command = COMMANDS.get(words[0])
+    if command is None or command.settings is None:
+        return None
     found = None
-    if words[0] == "train":
-        for word, following in zip(words, [*words[1:], "--"]):
-            if word == "--":
-                break
-            if word.startswith("--config="):
-                found = word.partition("=")[2]
-            elif word == "--config" and not following.startswith("--"):
-                found = following
-    return load_recipe(Path(found)) if found else None
+    for word, following in zip(words, [*words[1:], "--"]):
+        if word == "--":
+            break
+        if word.startswith("--config="):
+            found = word.partition("=")[2]
+        elif word == "--config" and not following.startswith("--"):
+            found = following
+    return command.settings.read(Path(found)) if found else None

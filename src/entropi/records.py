@@ -32,9 +32,18 @@ class Base(msgspec.Struct, tag_field="kind", forbid_unknown_fields=False, kw_onl
 
 
 class _Header(msgspec.Struct):
-    """All that records of every schema version share."""
+    """What is read of a record before it is known to fit."""
 
     version: int = SCHEMA_VERSION
+    kind: str = ""
+
+
+class CorpusSource(msgspec.Struct, frozen=True):
+    """Where part of a corpus comes from, and under which licence."""
+
+    name: str  # with its version
+    licence: str  # as the source itself states it
+    part: str  # train or held-out
 
 
 class RunStarted(Base, tag="run"):
@@ -57,6 +66,7 @@ class RunStarted(Base, tag="run"):
     total_steps: int
     precision: str
     tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
+    corpus_sources: list[CorpusSource] = []  # where they are known
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
 
 
@@ -149,7 +159,7 @@ class OperationCount(msgspec.Struct, kw_only=True):
     shape: tuple[int, int]
 
 
-class CostRecord(Base, tag="cost"):
+class CountRecord(Base, tag="cost"):
     """Exact counts for one forward pass of `seq_len` tokens."""
 
     architecture: str
@@ -161,6 +171,31 @@ class CostRecord(Base, tag="cost"):
     folded: bool = False  # counted on the folded form
 
 
+# What the operations of the private program compute, by the names that records and tables have; in the order in which
+# they run.
+OPERATIONS = {
+    "setup": "keys and the first oblivious transfers, once a session",
+    "embedding": "rows of the token table, and positions",
+    "norm": "LayerNorm or RMSNorm: division by the root of the mean square",
+    "qkv": "queries, keys and values: one matrix product, and rotary positions",
+    "temperature": "queries times the inverse temperatures of SM(t)",
+    "length": "queries times the gains of log-length scaling",
+    "scores": "attention logits: queries times keys",
+    "power": "polynomial attention weights: powers of the logits",
+    "max": "maximum of every row of logits, which is subtracted",
+    "exp": "the softmax kernel (1 + x/2^t)^(2^t) in place of the exponential",
+    "values": "attention weights times values, and the sum of every row of weights",
+    "normalise": "the softmax's division by those sums",
+    "output": "the heads' results put together: one matrix product",
+    "ffn": "matrix products of the feed-forward network",
+    "activation": "the feed-forward network's nonlinearity",
+    "centre": "one matrix product before the final norm: what folding left over, and the mean subtracted",
+    "head": "logits of the vocabulary: one matrix product",
+    "choose": "the likeliest tokens, where the server reveals no more",
+    "round": "the logits' last binary places dropped",
+}
+
+
 class OperationCost(msgspec.Struct, kw_only=True):
     """What one operation of one pass is predicted to cost all parties together."""
 
@@ -168,7 +203,7 @@ class OperationCost(msgspec.Struct, kw_only=True):
     layer: int  # -1 outside the layers
     bytes: float
     messages: float  # asynchronous ones
-    trips: float  # messages, one way, that wait for each other
+    rounds: float  # message latencies, one way, that wait for each other: two a round trip
     seconds: float  # computing, on the calibrated machine with all parties on it
     latency: float  # seconds, the network's part included
 
@@ -179,7 +214,7 @@ class OperationCost(msgspec.Struct, kw_only=True):
             layer=self.layer if self.layer == other.layer else -1,
             bytes=self.bytes + other.bytes,
             messages=self.messages + other.messages,
-            trips=self.trips + other.trips,
+            rounds=self.rounds + other.rounds,
             seconds=self.seconds + other.seconds,
             latency=self.latency + other.latency,
         )
@@ -199,8 +234,8 @@ class PassCost(msgspec.Struct, kw_only=True):
         return sum(operation.messages for operation in self.operations)
 
     @property
-    def trips(self) -> float:
-        return sum(operation.trips for operation in self.operations)
+    def rounds(self) -> float:
+        return sum(operation.rounds for operation in self.operations)
 
     @property
     def seconds(self) -> float:
@@ -409,7 +444,7 @@ Record: TypeAlias = (
     | RolledBack
     | DiagnosisRecord
     | AttentionPattern
-    | CostRecord
+    | CountRecord
     | PredictionRecord
     | PrivateRun
     | PlaintextComparison
@@ -419,6 +454,9 @@ Record: TypeAlias = (
 )
 
 R = TypeVar("R", bound=Base)
+
+# Names of fields that older records have, by kind: what was written, and what it is called now.
+_FORMER_NAMES = {"prediction": {"trips": "rounds"}}
 
 _decoder = msgspec.json.Decoder(Record, strict=False)  # takes "NaN" for a float
 _header_decoder = msgspec.json.Decoder(_Header)
@@ -440,6 +478,20 @@ def _writable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_writable(item) for item in value]
     return value
+
+
+def _decode(line: bytes, kind: str) -> Record:
+    former = _FORMER_NAMES.get(kind, {})
+    if any(f'"{name}"'.encode() in line for name in former):
+        line = msgspec.json.encode(_renamed(msgspec.json.decode(line), former))
+    return _decoder.decode(line)
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """JSON with its objects' keys renamed, at every depth."""
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
+    return [_renamed(item, names) for item in value] if isinstance(value, list) else value
 
 
 def encode(record: Record) -> bytes:
@@ -473,12 +525,12 @@ def read(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished or empty
         try:
-            version = _header_decoder.decode(line).version  # first: records of another version may not fit ours
-            if version != SCHEMA_VERSION:
+            header = _header_decoder.decode(line)  # first: records of another version may not fit ours
+            if header.version != SCHEMA_VERSION:
                 raise UserError(
-                    f"{path}, line {number} has schema version {version}, this program reads {SCHEMA_VERSION}"
+                    f"{path}, line {number} has schema version {header.version}, this program reads {SCHEMA_VERSION}"
                 )
-            records.append(_decoder.decode(line))
+            records.append(_decode(line, header.kind))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UserError(f"{path}, line {number} is damaged: {error}") from None
     return records
@@ -503,7 +555,7 @@ def forget_after(path: Path, step: int) -> None:
     total = max((r.total_steps for r in found if isinstance(r, RunStarted)), default=0)
     kept = []
     for record in found:
-        of_the_end = isinstance(record, DiagnosisRecord | AttentionPattern | CostRecord) or (
+        of_the_end = isinstance(record, DiagnosisRecord | AttentionPattern | CountRecord) or (
             isinstance(record, Evaluation) and record.step >= total
         )
         if not of_the_end and getattr(record, "step", 0) <= step:

@@ -1,8 +1,11 @@
-"""What each thing that a protocol counts costs, measured on a machine: bytes, messages, seconds and trips.
+"""What each thing that a protocol counts costs, measured on a machine: bytes, messages, seconds and rounds.
 
-A calibration runs every protocol of the engine at several sizes, counts what it exchanges by the same bookkeeping that
-predicts, and solves for the prices. Bytes and messages come out exact, because SPU decides by sizes alone; seconds are
-the machine's; trips, the messages that wait for each other, are what an artificial delay on the link adds in time.
+A calibration runs every protocol of the engine at several sizes, counts what it exchanges by the same rules that
+predict, and solves for the prices. Bytes and messages come out exact, because SPU decides by sizes alone; seconds are
+the machine's; rounds are what an artificial delay on the link adds in time.
+
+A round is one message latency, one way: messages that are sent together and that the next computation waits for. A
+question and its answer take two rounds, a round trip of the network.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ import msgspec
 import numpy as np
 
 from entropi.costs.cheetah import CALLS, Cheetah
-from entropi.costs.tracing import Known, Use, Value, uses
+from entropi.costs.tracing import Known, ProtocolCall, Value, trace_calls
 from entropi.errors import UserError
 from entropi.machine import machine
 from entropi.private.compute.program import Stage
 
 ProtocolName: TypeAlias = Literal["cheetah", "semi2k", "aby3"]
-_DELAYS_S = (0.002, 0.032)  # one way, for counting trips
-_SHORT = 7_000  # numbers of operands at most, for trials whose trips are counted
+_DELAYS_S = (0.002, 0.032)  # one way, for counting rounds
+_SHORT = 7_000  # numbers of operands at most, for trials whose rounds are counted
 
 
 class Price(msgspec.Struct, frozen=True, array_like=True):
@@ -40,7 +43,7 @@ class Price(msgspec.Struct, frozen=True, array_like=True):
     bytes: float
     messages: float
     seconds: float  # on the calibrated machine, all parties on it at the same time
-    trips: float  # of a message to the other party, one after another
+    rounds: float  # message latencies, one way, one after another
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,27 +59,27 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     prices: dict[str, Price]
 
 
-class Bookkeeper(Protocol):
+class CallCounter(Protocol):
     """Counts what one call of a protocol exchanges."""
 
-    def count(self, use: Use) -> Counter[str]: ...
+    def count(self, call: ProtocolCall) -> Counter[str]: ...
 
 
 class Linear:
     """SEMI2K and ABY3, whose costs are a sum over calls and numbers whatever the sizes."""
 
-    def count(self, use: Use) -> Counter[str]:
-        private = {use.left, use.right} != {"shared"}
-        name = f"{use.kind} with a known operand" if private else use.kind
-        counted = Counter({f"{name}{CALLS}": 1, f"{name} numbers": use.size})
-        if use.kind == "product":
-            rows, inner, columns = use.shape
+    def count(self, call: ProtocolCall) -> Counter[str]:
+        private = {call.left, call.right} != {"shared"}
+        name = f"{call.kind} with a known operand" if private else call.kind
+        counted = Counter({f"{name}{CALLS}": 1, f"{name} numbers": call.size})
+        if call.kind == "product":
+            rows, inner, columns = call.shape
             counted[f"{name} operands"] = rows * inner + inner * columns
             counted[f"{name} multiplications"] = rows * inner * columns
         return counted
 
 
-def bookkeeper(protocol: ProtocolName, workers: int) -> Bookkeeper:
+def call_counter(protocol: ProtocolName, workers: int) -> CallCounter:
     """A new one, of parties that have exchanged nothing yet."""
     return Cheetah(workers) if protocol == "cheetah" else Linear()
 
@@ -187,13 +190,13 @@ def run_trials(
     if delay_s:
         from entropi.private.sessions.engine_link import open_link
 
-        lines = LateLines(PARTIES[protocol], delay_s)
+        links = LateLinks(PARTIES[protocol], delay_s)
 
         def late(rank: int) -> Any:
-            return open_link(rank, lines.links[rank])
+            return open_link(rank, links.links[rank])
 
     engine = Simulation(protocol, Settings(fraction_bits=fraction_bits), late)
-    books = bookkeeper(protocol, workers())
+    counter = call_counter(protocol, workers())
     random = np.random.default_rng(0)
     readings = []
     for number, trial in enumerate(chosen):
@@ -211,10 +214,10 @@ def run_trials(
             engine.run(Stage("share", -1, _sum, own, (name,)))
         stage = Stage(trial.name, -1, trial.function, tuple(names), ("result",))
         counted: Counter[str] = Counter()
-        for use in uses(stage, values):
-            counted += books.count(use)
-        traffic = engine.run(stage)
-        readings.append(Reading(trial.name, counted, traffic.bytes, traffic.messages, traffic.seconds))
+        for call in trace_calls(stage, values):
+            counted += counter.count(call)
+        metered = engine.run(stage)
+        readings.append(Reading(trial.name, counted, metered.bytes, metered.messages, metered.seconds))
         if progress is not None:
             progress(number + 1, len(chosen))
     return readings
@@ -224,7 +227,7 @@ def _sum(*parts: Any) -> Any:
     return sum(parts[1:], parts[0])
 
 
-class LateLines:
+class LateLinks:
     """Sockets between every two parties of this machine that pass everything on `delay_s` later."""
 
     def __init__(self, parties: int, delay_s: float) -> None:
@@ -285,8 +288,8 @@ def workers() -> int:
 
 # --- Solving for prices -----------------------------------------------------------------------------------------------
 
-_ROUNDS = 2  # of all trials, for the sake of seconds
-_LATE_ROUNDS = 4  # of the short ones over slow lines; the first sets up
+_REPEATS = 2  # of all trials, for the sake of seconds
+_LATE_REPEATS = 4  # of the short ones over slow links; the first sets up
 
 
 def calibrate(
@@ -307,15 +310,15 @@ def calibrate(
 
         return report
 
-    readings = run_trials(protocol, fraction_bits, list(trials()) * _ROUNDS, progress=part(0.0, 0.5))
-    short = [trial for trial in trials() if sum(np.prod(shape) for shape, _ in trial.operands) < _SHORT] * _LATE_ROUNDS
+    readings = run_trials(protocol, fraction_bits, list(trials()) * _REPEATS, progress=part(0.0, 0.5))
+    short = [trial for trial in trials() if sum(np.prod(shape) for shape, _ in trial.operands) < _SHORT] * _LATE_REPEATS
     prompt, late = (
         run_trials(protocol, fraction_bits, short, delay_s=delay, progress=part(begin, begin + 0.25))
         for begin, delay in ((0.5, _DELAYS_S[0]), (0.75, _DELAYS_S[1]))
     )
-    count = len(short) // _LATE_ROUNDS
+    count = len(short) // _LATE_REPEATS
     waits = [(b.seconds - a.seconds) / (_DELAYS_S[1] - _DELAYS_S[0]) for a, b in zip(prompt, late)]
-    trips = [statistics.median(waits[place + count :: count]) for place in range(count)]
+    rounds = [statistics.median(waits[place + count :: count]) for place in range(count)]
 
     names = sorted({name for reading in readings for name in reading.counted})
     calls = [name for name in names if name.endswith(CALLS)]
@@ -323,7 +326,7 @@ def calibrate(
         "bytes": solve(readings, [reading.bytes for reading in readings], names),
         "messages": solve(readings, [reading.messages for reading in readings], names),
         "seconds": solve(readings, [reading.seconds for reading in readings], names, least=0.02),
-        "trips": solve(prompt[-count:], trips, calls, least=1.0),
+        "rounds": solve(prompt[-count:], rounds, calls, least=1.0),
     }
     return Calibration(
         protocol=protocol,

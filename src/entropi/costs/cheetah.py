@@ -4,9 +4,9 @@ SPU decides by size alone how matrices are cut into ciphertexts, when prepared t
 transfers run out, so that the number of everything it sends can be known before. This module counts; what each counted
 thing costs is measured (`calibration`). The rules are those of SPU 0.9.5 (`mpc/cheetah`), ring of 64 bits.
 
-Counted things are named for people, for they stand in the calibration file. "by server" and "by client" say which
-party encrypts; the other one computes on the ciphertexts and answers. "calls" are what trips are attributed to: the
-pieces of one call travel together.
+The names of counted things are readable keys: they appear in the calibration file. "by server" and "by client" say
+which party encrypts; the other one computes on the ciphertexts and answers. "calls" are what rounds are attributed to,
+as the pieces of one call travel together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entropi.costs.tracing import Use
+from entropi.costs.tracing import ProtocolCall
 
 SLOTS = 8192  # numbers in a ciphertext, of matrix products and of products of numbers
 _TILE = 2048  # least numbers for another worker with oblivious transfers of its own
@@ -37,7 +37,7 @@ _TRIPLES = 4096  # products that one ciphertext each way prepares
 _DIRECT = 2 * SLOTS  # from so many numbers on products are made directly, without prepared ones
 _ROOT_PRODUCTS = 6  # products inside an inverse root
 
-CALLS = " calls"  # how names of counted things end that only trips are attributed to
+CALLS = " calls"  # how names of counted things end that only rounds are attributed to
 
 
 class Cheetah:
@@ -53,23 +53,23 @@ class Cheetah:
         self._transfers: list[list[int]] = []  # left, by worker: sent by the server, sent by the client
         self._keys: set[str] = set()
 
-    def count(self, use: Use) -> Counter[str]:
+    def count(self, call: ProtocolCall) -> Counter[str]:
         """Everything that one call exchanges, set-up and refills included."""
         counted: Counter[str] = Counter()
-        if use.kind == "product":
-            self._product(use, counted)
-        elif use.kind == "multiply":
-            self._multiply(use.size, {use.left, use.right} - {"shared"}, counted)
-        elif use.kind == "square":
-            self._square(use.size, counted)
-        elif use.kind == "inverse_root":
-            counted["inverse_root numbers"] += use.size
-            counted["inverse_root tiles"] += self._transfer("inverse_root", use.size, counted)
+        if call.kind == "product":
+            self._product(call, counted)
+        elif call.kind == "multiply":
+            self._multiply(call.size, {call.left, call.right} - {"shared"}, counted)
+        elif call.kind == "square":
+            self._square(call.size, counted)
+        elif call.kind == "inverse_root":
+            counted["inverse_root numbers"] += call.size
+            counted["inverse_root tiles"] += self._transfer("inverse_root", call.size, counted)
             counted["inverse_root calls"] += 1
             for _ in range(_ROOT_PRODUCTS):
-                self._multiply(use.size, set(), counted)
+                self._multiply(call.size, set(), counted)
         else:
-            self._transferred(use.kind, use.size, counted)
+            self._transferred(call.kind, call.size, counted)
         return counted
 
     def _transferred(self, kind: str, size: int, counted: Counter[str]) -> None:
@@ -104,16 +104,16 @@ class Cheetah:
             self._keys.add(name)
             counted[name] += 1
 
-    def _product(self, use: Use, counted: Counter[str]) -> None:
-        cut = tiling(*use.shape)
+    def _product(self, call: ProtocolCall, counted: Counter[str]) -> None:
+        cut = tiling(*call.shape)
         self._key("matrix keys", counted)
-        if use.left == use.right == "shared":
+        if call.left == call.right == "shared":
             # Each party's share of the smaller operand with the other's share of the larger.
             encrypting = ["server", "client"]
         else:
             # A share of what one party knows is held by the other one.
-            left = use.left if use.left != "shared" else _other(use.right)
-            right = use.right if use.right != "shared" else _other(use.left)
+            left = call.left if call.left != "shared" else _other(call.right)
+            right = call.right if call.right != "shared" else _other(call.left)
             encrypting = [left if cut.left <= cut.right else right]
         for party in encrypting:
             counted[f"operand ciphertexts by {party}"] += min(cut.left, cut.right)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from entropi.errors import UserError
-from entropi.records import CostRecord, OperationCount
+from entropi.records import CountRecord, OperationCount
 
 
 class Parts(Protocol):
@@ -202,12 +202,12 @@ def folded_parameters(config: Configuration) -> int:
     return ends + config.num_hidden_layers * layer
 
 
-def count(config: Configuration, seq_len: int, *, folded: bool = False) -> CostRecord:
+def count(config: Configuration, seq_len: int, *, folded: bool = False) -> CountRecord:
     """All counts for one forward pass over `seq_len` tokens, before folding or after.
 
     Raises `UserError` for a `seq_len` that the model has no positions for.
     """
-    return CostRecord(
+    return CountRecord(
         architecture=config.architecture,
         seq_len=seq_len,
         parameters=folded_parameters(config) if folded else parameters(config),

@@ -25,8 +25,8 @@ Kind: TypeAlias = Literal["product", "multiply", "square", "compare", "select", 
 
 
 @dataclass(frozen=True)
-class Use:
-    """One call of a protocol.
+class ProtocolCall:
+    """One call of a protocol of the engine.
 
     `size` numbers, for a product those of its result; `shape` (rows, inner, columns) of a product; who knows the
     operands of a product, of matrices or of numbers.
@@ -62,7 +62,7 @@ class Value:
     known: Known = "shared"
 
 
-def uses(stage: Stage, values: dict[str, Value]) -> list[Use]:
+def trace_calls(stage: Stage, values: dict[str, Value]) -> list[ProtocolCall]:
     """The protocols that `stage` calls on `values`, in order; what it writes is added to `values`.
 
     Raises:
@@ -89,17 +89,17 @@ class _Program:
 
 
 @functools.lru_cache(maxsize=4096)
-def _trace(program: _Program, operands: tuple[Value, ...]) -> tuple[tuple[Use, ...], tuple[Value, ...]]:
+def _trace(program: _Program, operands: tuple[Value, ...]) -> tuple[tuple[ProtocolCall, ...], tuple[Value, ...]]:
     arguments = [jax.ShapeDtypeStruct(operand.shape, np.float32) for operand in operands]
     closed = jax.make_jaxpr(program.function)(*arguments)
-    found: list[Use] = []
+    found: list[ProtocolCall] = []
     known = _walk(closed.jaxpr, [operand.known for operand in operands], found)
     results = tuple(Value(tuple(v.aval.shape), k) for v, k in zip(closed.jaxpr.outvars, known))
     return tuple(found), results
 
 
-def _walk(jaxpr: Any, inputs: list[Known], found: list[Use]) -> list[Known]:
-    """Append the uses of a jaxpr to `found`; returns who knows its outputs."""
+def _walk(jaxpr: Any, inputs: list[Known], found: list[ProtocolCall]) -> list[Known]:
+    """Append the calls of a jaxpr to `found`; returns who knows its outputs."""
     known: dict[Any, Known] = dict(zip(jaxpr.invars, inputs))
     known.update((variable, "public") for variable in jaxpr.constvars)
 
@@ -112,7 +112,7 @@ def _walk(jaxpr: Any, inputs: list[Known], found: list[Use]) -> list[Known]:
         if inner is not None:
             results = _walk(getattr(inner, "jaxpr", inner), operands, found)
         else:
-            found += _uses_of(equation, operands)
+            found += _calls_of(equation, operands)
             results = [_together(operands)] * len(equation.outvars)
         known.update(zip(equation.outvars, results))
     return [of(variable) for variable in jaxpr.outvars]
@@ -124,7 +124,7 @@ def _together(operands: list[Known]) -> Known:
     return "public" if not secret else secret.pop() if len(secret) == 1 else "shared"
 
 
-def _uses_of(equation: Any, operands: list[Known]) -> Iterator[Use]:
+def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
     name, result = equation.primitive.name, equation.outvars[0].aval
     size = int(np.prod(result.shape, dtype=np.int64))
     known = _together(operands)
@@ -132,32 +132,32 @@ def _uses_of(equation: Any, operands: list[Known]) -> Iterator[Use]:
         return
     if name == "select_n":
         if operands[0] == "shared":
-            yield Use("select", size)
+            yield ProtocolCall("select", size)
     elif name in ("mul", "dot_general"):
         left, right = operands
         if known == "shared" and "public" not in (left, right):
             if name == "mul":
-                yield Use("multiply", size, left=left, right=right)
+                yield ProtocolCall("multiply", size, left=left, right=right)
             else:
                 batch, shape = _matrix_shape(equation)
                 for _ in range(batch):
-                    yield Use("product", shape[0] * shape[2], shape, left, right)
-                    yield Use("truncate", shape[0] * shape[2])
+                    yield ProtocolCall("product", shape[0] * shape[2], shape, left, right)
+                    yield ProtocolCall("truncate", shape[0] * shape[2])
                 return
         if known == "shared":
-            yield Use("truncate", size)
+            yield ProtocolCall("truncate", size)
     elif known != "shared":
         if name not in ("max", "rsqrt", "square", *_COMPARISONS):
             raise UnknownPrimitive(name)
     elif name == "max":
-        yield Use("compare", size)
-        yield Use("select", size)
+        yield ProtocolCall("compare", size)
+        yield ProtocolCall("select", size)
     elif name in _COMPARISONS:
-        yield Use("compare", size)
+        yield ProtocolCall("compare", size)
     elif name == "square":
-        yield Use("square", size)
+        yield ProtocolCall("square", size)
     elif name == "rsqrt":
-        yield Use("inverse_root", size)
+        yield ProtocolCall("inverse_root", size)
     else:
         raise UnknownPrimitive(name)
 

@@ -30,12 +30,21 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Where part of a corpus comes from: a package with its version, its licence, and the part, train or held-out."""
+
+    name: str
+    licence: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
 class Corpus:
     """Texts to train on and texts to measure on: lists, or for large data sets what reads them one by one.
 
     `content_hash` is the SHA-256 (hexadecimal) of the paths and texts of all documents and of the part each is
     in; `skipped` counts the files that are not UTF-8 text, `duplicates` those left out because another has the
-    very same text.
+    very same text. `sources` names where the texts come from, where that is known.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Corpus:
     content_hash: str
     skipped: int = 0
     duplicates: int = 0
+    sources: tuple[Source, ...] = ()
 
 
 def load_corpus(source: str) -> Corpus:
@@ -105,7 +115,7 @@ def _read_source(source: str) -> tuple[str, list[Document], int, int]:
 
     if not is_file:  # reading a pipe or a device could wait forever
         raise UserError(f"{shown} is a device, pipe or socket: give a text file or a folder")
-    text = _read_text(path)
+    text = read_text(path)
     if text is None:
         raise UserError(f"{shown} is not UTF-8 text: convert it to UTF-8 or give another file")
     if not text.strip():
@@ -149,8 +159,8 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _read_text(path: Path) -> str | None:
-    """The text of a regular file, or None if it is not UTF-8 text."""
+def read_text(path: Path) -> str | None:
+    """The text of a regular file, or None if it is not UTF-8 text; raises `UserError` if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -173,7 +183,7 @@ def _read_all(root: Path, paths: Iterator[Path]) -> tuple[list[Document], int, i
             regular = path.is_file()  # not a pipe, a device or a dangling link
         except OSError as error:
             _refuse(error)
-        text = _read_text(path) if regular else None
+        text = read_text(path) if regular else None
         if text is None:
             skipped += 1
         elif text in seen:
@@ -203,12 +213,17 @@ def _split(name: str, documents: list[Document], skipped: int, duplicates: int) 
         train = [document for document in documents if document.path not in held]
         heldout = [document for document in documents if document.path in held]
 
+    return Corpus(name, train, heldout, content_hash(train, heldout), skipped, duplicates)
+
+
+def content_hash(train: list[Document], heldout: list[Document]) -> str:
+    """SHA-256 (hexadecimal) of the paths and texts of both parts."""
     digest = hashlib.sha256()
     for part, members in ((b"train", train), (b"held-out", heldout)):
         for document in members:
             for field in (part, document.path.encode("utf-8", "surrogateescape"), document.text.encode()):
                 digest.update(len(field).to_bytes(8, "big") + field)
-    return Corpus(name, train, heldout, digest.hexdigest(), skipped, duplicates)
+    return digest.hexdigest()
 
 
 def _split_text(document: Document) -> tuple[list[Document], list[Document]]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from entropi.cache import default_cache_dir, written_whole
 from entropi.console import ProgressLine
 from entropi.data import shards
 from entropi.data.books import find_books, open_books
-from entropi.data.corpus import STDLIB, Corpus, Document, load_corpus, load_texts
+from entropi.data.corpus import STDLIB, Corpus, Document, Source, load_corpus, load_texts
 from entropi.data.hub import Rows, find_dataset, open_dataset
 from entropi.data.shards import Blocks, Manifest, Tokens
+from entropi.data.site_packages import SITE_PACKAGES, load_site_packages
 from entropi.data.tokenizer import (
     END_OF_TEXT_ID,
     check_vocab_size,
@@ -62,6 +63,7 @@ class CorpusSummary:
     heldout_characters: int
     skipped: int
     duplicates: int
+    sources: tuple[Source, ...] = ()  # with their licences, where they are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,10 @@ def prepare(
 ) -> Prepared:
     """From a corpus to blocks.
 
-    `source` is what `load_corpus` takes, the name of a data set that `hub.NAMED` knows, a folder of Parquet or Arrow
-    files, a folder of tokenised books, or a folder of shards that was prepared elsewhere. `tokenizer` is what
-    `load_tokenizer` takes; without one it is learnt from the corpus, with `vocab_size` entries.
+    `source` is what `load_corpus` takes, `"site-packages"` (see `load_site_packages`), the name of a data set that
+    `hub.NAMED` knows, a folder of Parquet or Arrow files, a folder of tokenised books, or a folder of shards that was
+    prepared elsewhere. `tokenizer` is what `load_tokenizer` takes; without one it is learnt from the corpus, with
+    `vocab_size` entries.
 
     What takes long is done once and then read from the cache; a `console` is told what takes long.
     Raises `UserError` for whatever cannot be read or does not fit together.
@@ -100,13 +103,21 @@ def prepare(
     if not tokenizer:
         check_vocab_size(vocab_size)
     given = load_tokenizer(tokenizer) if tokenizer else None
-    dataset = find_dataset(source)
-    corpus = load_corpus(source) if dataset is None else open_dataset(dataset)
+    corpus = _open_corpus(source, cache_dir, console)
     found = given or load_or_train_tokenizer(corpus, vocab_size, cache_dir, console=console)
     eos_id = end_of_text_id(found)
     manifest, folder = _prepare_shards(corpus, found, cache_dir, eos_id, console)
     packed = _cut(manifest, folder, block_length, per_document)
-    return Prepared(_summary(manifest, corpus.skipped, corpus.duplicates), found, packed)
+    summary = replace(_summary(manifest, corpus.skipped, corpus.duplicates), sources=corpus.sources)
+    return Prepared(summary, found, packed)
+
+
+def _open_corpus(source: str, cache_dir: Path | None = None, console: Console | None = None) -> Corpus:
+    """The texts of what `load_corpus` takes, of `"site-packages"`, or of a data set."""
+    if source == SITE_PACKAGES:
+        return load_site_packages(cache_dir, console)
+    dataset = find_dataset(source)
+    return load_corpus(source) if dataset is None else open_dataset(dataset)
 
 
 def pack(
@@ -139,7 +150,9 @@ def pack(
 def is_plain_text(source: str) -> bool:
     """Whether `source` names somebody's own text file or folder: no data set with a name, no Parquet, no tokens."""
     prepared = Path(os.path.expanduser(source)) / shards.MANIFEST
-    return source != STDLIB and not prepared.is_file() and find_books(source) is None and find_dataset(source) is None
+    if source in (STDLIB, SITE_PACKAGES) or prepared.is_file():
+        return False
+    return find_books(source) is None and find_dataset(source) is None
 
 
 def heldout_blocks(
@@ -167,11 +180,9 @@ def heldout_blocks(
         if not encode_alike(prepared.tokenizer, tokenizer):
             raise UserError(f"the tokens in {folder} were made with another tokenizer than this model's")
         return prepared.packed.heldout[:]
-    dataset = find_dataset(source)
-    if whole and dataset is None:
+    if whole and is_plain_text(source):
         return pack(load_texts(source), tokenizer, block_length, eos_id, per_document=per_document)
-    corpus = load_corpus(source) if dataset is None else open_dataset(dataset)
-    return pack(corpus.heldout, tokenizer, block_length, eos_id, per_document=per_document)
+    return pack(_open_corpus(source).heldout, tokenizer, block_length, eos_id, per_document=per_document)
 
 
 def load_or_pack(

@@ -3,8 +3,8 @@
 Notation, per row: s = scaled, masked logits (temperature included); p = softmax(s); L = logsumexp(s);
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
 E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
-are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With `exp_iterations` the log-weights l of
-`secure_softmax` take the place of s.
+are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another exponential the log-weights l
+of `secure_softmax` take the place of s.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropi.entropy import native
 from entropi.entropy import sinks as attention_sinks
-from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, signed_iterations
-
-Implementation = Literal["auto", "reference", "blockwise", "native", "triton"]
+from entropi.entropy.secure_softmax import HIDDEN, Exponential, exponential_of, log_weights, log_weights_backward
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
 MASKED = -1.0e30
+SMALLEST_SCALE, LARGEST_SCALE = 1e-4, 1e4  # MASKED over either, and its products, are finite in float32
 BLOCK_ROWS = 128  # query rows a block; large enough for efficient matmuls, small enough to stay in cache
 
 
@@ -40,9 +40,10 @@ def entropy_attention(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     enable_gqa: bool = False,
+    exponential: Exponential | None = None,
     exp_iterations: int | None = None,
     polynomial: bool = False,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention output and the entropy of every attention row.
 
@@ -62,11 +63,10 @@ def entropy_attention(
             value, as in gpt-oss (`s_aux`); neither scaled nor capped. It takes weight from the keys and counts in the
             entropy, which is that of the whole distribution, over the keys and the sink. -inf is no sink. Receives
             gradients.
-        exp_iterations: None is the exact softmax. A whole number t from 1 to 16 replaces its exponential by the one
-            that private inference evaluates, (1 + x/2^t)^(2^t) with x the distance to the row's largest visible
-            logit, clipped at -0.9 2^t; entropy is that of the weights so found. See `secure_softmax`.
-            Not together with `softcap` or `sinks`.
-        polynomial: take (1 + s/2^t)^(2^t) of the logit s itself, with nothing to compare; t is from 1 to 8.
+        exponential: what the softmax takes for its exponential, the exact one by default; `Exponential("power", t)` is
+            the one that private inference evaluates, `Exponential("polynomial", t)` does without comparisons, see
+            `secure_softmax`. Entropy is that of the weights so found. Not together with `softcap` or `sinks`.
+        exp_iterations, polynomial: short for `exponential`: t of a power, or of a polynomial.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`. Matrix products are
@@ -80,24 +80,19 @@ def entropy_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them; `exp_iterations` or `softcap` out of
-            range, or together; an implementation that cannot run, saying why.
+            range, or together; an exponential that is given twice; an implementation that cannot run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
-    iterations = signed_iterations(exp_iterations, polynomial)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
-    if iterations is not None and (softcap is not None or sinks is not None):
-        raise ValueError(
-            "softcap and sinks belong to the exact softmax, exp_iterations replaces it: give one or the other"
-        )
+    exponential = _exponential(exponential, exp_iterations, polynomial, softcap, sinks)
     if attn_mask is not None:
         attn_mask = _four_dimensions(attn_mask, query, key)
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if temperature is not None:
-        query = (query / temperature.unsqueeze(-1)).to(query.dtype)
+
+    chosen = _implementation(implementation, query)
+    query, scale = _scaled(query, scale, temperature, chosen)
     if sinks is not None:
         sinks = attention_sinks.per_row(sinks, query)
+
     shape = (*query.shape[:3], value.shape[3])
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
@@ -107,43 +102,116 @@ def entropy_attention(
             sinks = None if sinks is None else sinks.reshape(query.shape[:3])
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    able = available_implementations(query)
-    if implementation == "auto":
-        fused = "triton" if query.is_cuda else "native"
-        implementation = fused if able[fused] is None else "blockwise"  # type: ignore[assignment]
-    if implementation not in able:
-        raise ValueError(f"implementation must be one of auto, {', '.join(able)}, got {implementation!r}")
-    if (reason := able[implementation]) is not None:
-        raise ValueError(f"implementation {implementation!r} cannot run here: {reason}")
-    if implementation == "triton":
-        from entropi.entropy import triton_kernel
 
-        attend: Any = triton_kernel.attention
-    else:
-        attend = {"reference": _reference, "blockwise": _Blockwise.apply, "native": native.attention}[implementation]
-    output, entropy, *_ = attend(query, key, value, attn_mask, sinks, is_causal, iterations, softcap)
-    return output.reshape(shape), entropy.reshape(shape[:3])
+    options = (is_causal, exponential, softcap) if scale is None else (is_causal, exponential, softcap, scale)
+    output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, *options)
+    return (output, entropy) if output.shape == shape else (output.reshape(shape), entropy.reshape(shape[:3]))
+
+
+class Implementation(NamedTuple):
+    """One way to compute `entropy_attention`.
+
+    `load()` gives the function: (query, key, value, mask, sinks, is_causal, exponential, softcap), and after
+    these the scale where it `scales` the logits itself, to output, entropy and whatever else. `unavailable_reason`
+    says why it cannot run on tensors like the given one, or None.
+    """
+
+    name: str
+    load: Callable[[], Callable[..., tuple[Any, ...]]]
+    unavailable_reason: Callable[[Tensor], str | None]
+    scales: bool = False
+
+
+def _load_triton() -> Callable[..., tuple[Any, ...]]:
+    from entropi.entropy import triton_kernel
+
+    return triton_kernel.attention
+
+
+def _no_native(query: Tensor) -> str | None:
+    if query.dtype not in native.KINDS:
+        return f"it computes in float32, the tensors are {query.dtype}"
+    if query.device.type != "cpu":
+        return f"it is for CPUs, the tensors are on {query.device.type}"
+    return native.unavailable_reason()
+
+
+def _no_triton(query: Tensor) -> str | None:
+    if query.dtype not in native.KINDS:
+        return f"it computes in float32, the tensors are {query.dtype}"
+    return _no_triton_on(query.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _no_triton_on(device: str) -> str | None:
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it is for CUDA devices, the tensors are on {device} (TRITON_INTERPRET=1 runs it anywhere, slowly)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+# The fastest first.
+IMPLEMENTATIONS = (
+    Implementation("triton", _load_triton, _no_triton, scales=True),
+    Implementation("native", lambda: native.attention, _no_native),
+    Implementation("blockwise", lambda: _Blockwise.apply, lambda query: None),
+    Implementation("reference", lambda: _reference, lambda query: None),
+)
 
 
 def available_implementations(query: Tensor) -> dict[str, str | None]:
     """Every implementation and why it cannot run on tensors like `query`, or None where it can."""
-    on_cpu = query.device.type == "cpu"
-    if query.dtype not in native.KINDS:
-        compiled = gpu = f"it computes in float32, the tensors are {query.dtype}"
-    else:
-        compiled = native.why_not() if on_cpu else f"it is for CPUs, the tensors are on {query.device.type}"
-        gpu = _why_no_triton(query.device.type)
-    return {"reference": None, "blockwise": None, "native": compiled, "triton": gpu}
+    return {each.name: each.unavailable_reason(query) for each in IMPLEMENTATIONS}
 
 
-@torch.compiler.assume_constant_result
-def _why_no_triton(device: str) -> str | None:
-    """Why the Triton kernel cannot run on a device type, or None where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it is for CUDA devices, the tensors are on {device} (TRITON_INTERPRET=1 runs it anywhere, slowly)"
-    return None
+def _implementation(name: str, query: Tensor) -> Implementation:
+    """The implementation of that name, or for "auto" the first that can run and is meant for the tensors' device."""
+    for each in IMPLEMENTATIONS:
+        if name == "auto":
+            interpreted = each.name == "triton" and not query.is_cuda  # on a CPU, it is for those who ask for it
+            if not interpreted and each.unavailable_reason(query) is None:
+                return each
+        elif name == each.name:
+            if (reason := each.unavailable_reason(query)) is not None:
+                raise ValueError(f"implementation {name!r} cannot run here: {reason}")
+            return each
+    names = ", ".join(each.name for each in IMPLEMENTATIONS)
+    raise ValueError(f"implementation must be one of auto, {names}, got {name!r}")
+
+
+def _scaled(
+    query: Tensor, scale: float | None, temperature: Tensor | None, chosen: Implementation
+) -> tuple[Tensor, float | None]:
+    """Queries, and the scale that is left to the implementation, which saves a pass over them."""
+    left = query.shape[-1] ** -0.5 if scale is None else scale
+    scales = chosen.scales
+    if not (scales and type(left) is float and SMALLEST_SCALE <= left <= LARGEST_SCALE):
+        query, left = query * left, 1.0
+    if temperature is not None:
+        query = (query / temperature.unsqueeze(-1)).to(query.dtype)
+    return query, left if scales else None
+
+
+def _exponential(
+    exponential: Exponential | None,
+    exp_iterations: int | None,
+    polynomial: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Exponential:
+    """The exponential of a softmax, in whichever way it is given, if the rest of the softmax can be had with it."""
+    if exponential is None:
+        exponential = exponential_of(exp_iterations, polynomial)
+    elif exp_iterations is not None or polynomial:
+        raise ValueError("exp_iterations and polynomial are short for exponential: give one or the other")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    if not exponential.exact and (softcap is not None or sinks is not None):
+        raise ValueError(
+            "softcap and sinks belong to the exact softmax, exp_iterations replaces it: give one or the other"
+        )
+    return exponential
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -155,7 +223,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 
 def _of_one_kind(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in one dtype on one device: compiled code that reads float32 as bfloat16 reads beyond its end."""
+    """The tensors in one dtype on one device: mixed dtypes would be read out of bounds."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"query, key and value are on different devices: {', '.join(str(t.device) for t in tensors)}")
@@ -216,14 +284,13 @@ def _reference(
     mask: Tensor | None,
     sinks: Tensor | None,
     is_causal: bool,
-    exp_iterations: int | None,
+    exponential: Exponential,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, materialised; autograd differentiates it."""
     logits = _hide(_logits(query, key, softcap), mask, is_causal, key.shape[2] - query.shape[2])
     logits = _with_sinks(logits, sinks)
-    if exp_iterations is not None:
-        logits = log_weights(logits, exp_iterations)
+    logits = log_weights(logits, exponential)
     visible = logits > HIDDEN
     probabilities = torch.softmax(logits, dim=-1) * visible
     log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
@@ -247,21 +314,20 @@ class _Blockwise(torch.autograd.Function):
         mask: Tensor | None,
         sinks: Tensor | None,
         is_causal: bool,
-        exp_iterations: int | None,
+        exponential: Exponential,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         output = query.new_zeros(*query.shape[:3], value.shape[3])
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         entropy = torch.zeros(query.shape[:3], dtype=wide, device=query.device)
         # Rows that no block has see nothing but their sinks.
-        log_normaliser = torch.zeros_like(entropy) if sinks is None else sinks.clone()
+        lse = torch.zeros_like(entropy) if sinks is None else sinks.clone()
         with torch.autocast(query.device.type, enabled=False):
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], is_causal):
                 part = _mask_block(mask, rows, keys)
                 logits = _hide(_logits(query[:, :, rows], key[:, :, keys], softcap), part, is_causal, first_row)
                 logits = _with_sinks(logits, None if sinks is None else sinks[:, :, rows])
-                if exp_iterations is not None:
-                    logits = log_weights(logits, exp_iterations)
+                logits = log_weights(logits, exponential)
                 largest = logits.amax(dim=-1, keepdim=True)
                 # softmax() passes quickly over masked entries, where exp() crawls through underflow.
                 p = logits.softmax(dim=-1)
@@ -273,18 +339,18 @@ class _Blockwise(torch.autograd.Function):
                 # Of shifted logits: the entropy must not cancel against logits of any size.
                 mean_logit = p.mul_(logits.sub_(largest)).sum(dim=-1, keepdim=True)
                 entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
-                log_normaliser[:, :, rows] = (log_total + largest).squeeze(-1)
-        ctx.save_for_backward(query, key, value, mask, sinks, output, entropy, log_normaliser)
-        ctx.is_causal, ctx.exp_iterations, ctx.softcap = is_causal, exp_iterations, softcap
+                lse[:, :, rows] = (log_total + largest).squeeze(-1)
+        ctx.save_for_backward(query, key, value, mask, sinks, output, entropy, lse)
+        ctx.is_causal, ctx.exponential, ctx.softcap = is_causal, exponential, softcap
         return output, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, sinks, output, entropy, log_normaliser = ctx.saved_tensors
+        query, key, value, mask, sinks, output, entropy, lse = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         grad_sinks = None
         if ctx.needs_input_grad[4]:
-            grad_sinks = attention_sinks.gradient(sinks, log_normaliser, output, entropy, grad_output, grad_entropy)
+            grad_sinks = attention_sinks.gradient(sinks, lse, output, entropy, grad_output, grad_entropy)
         with torch.autocast(query.device.type, enabled=False):
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], ctx.is_causal):
                 part = _mask_block(mask, rows, keys)
@@ -292,21 +358,19 @@ class _Blockwise(torch.autograd.Function):
                 logits = _logits(q, k, ctx.softcap)
                 slope = None if ctx.softcap is None else 1.0 - (logits / ctx.softcap).square()
                 logits = raw = _hide(logits, part, ctx.is_causal, first_row)
-                if ctx.exp_iterations is not None:
-                    logits = log_weights(raw, ctx.exp_iterations)
+                logits = log_weights(raw, ctx.exponential)
                 p = _with_sinks(logits, None if sinks is None else sinks[:, :, rows]).softmax(dim=-1)
                 p = p[..., : keys.stop]
-                log_p = logits.sub_(log_normaliser[:, :, rows, None])
+                log_p = logits.sub_(lse[:, :, rows, None])
                 if part is not None:
-                    p *= log_normaliser[:, :, rows, None] > HIDDEN
+                    p *= lse[:, :, rows, None] > HIDDEN
                 grad_value[:, :, keys] += p.to(v.dtype).transpose(-1, -2) @ g
-                row_sum = (g.to(p.dtype) * output[:, :, rows].to(p.dtype)).sum(dim=-1, keepdim=True)
+                delta = (g.to(p.dtype) * output[:, :, rows].to(p.dtype)).sum(dim=-1, keepdim=True)
                 grad_h = grad_entropy[:, :, rows, None]
                 inner = (g @ v.transpose(-1, -2)).to(p.dtype)
-                inner -= row_sum + grad_h * entropy[:, :, rows, None]
+                inner -= delta + grad_h * entropy[:, :, rows, None]
                 grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p)
-                if ctx.exp_iterations is not None:
-                    grad_s = log_weights_backward(grad_s, raw, ctx.exp_iterations)
+                grad_s = log_weights_backward(grad_s, raw, ctx.exponential)
                 if slope is not None:
                     grad_s *= slope
                 grad_s = grad_s.to(q.dtype)

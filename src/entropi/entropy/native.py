@@ -1,7 +1,7 @@
-"""The CPU kernel of `entropy_attention`: `native.cpp`, compiled once for this machine and called from many threads.
+"""`entropy_attention` on CPUs: `native.cpp`, compiled once for this machine and called from many threads.
 
 It is plain C++ with no dependency, so compiling takes some seconds; the result is cached beside the tokenizers. The
-kernel is registered as a torch operator, which `torch.compile` treats as one node.
+compiled code is registered as a torch operator, which `torch.compile` treats as one node.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from entropi.cache import default_cache_dir
-from entropi.entropy.secure_softmax import lowest
-from entropi.entropy.sinks import gradient as gradient_of_sinks
+from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
+from entropi.entropy.secure_softmax import CLIP, Exponential
 from entropi.errors import UserError
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
@@ -54,30 +54,30 @@ class _Problem(ctypes.Structure):
         *((name, _Tensor) for name in _TENSORS),
         ("mask_column", ctypes.c_long),
         ("mask_kind", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("entropy", "log_normaliser", "grad_entropy")),
+        *((name, ctypes.c_void_p) for name in ("entropy", "lse", "grad_entropy")),
         ("iterations", ctypes.c_int),
         ("lowest", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("largest", "first")),
+        *((name, ctypes.c_void_p) for name in ("largest", "argmax")),
         ("softcap", ctypes.c_float),
         ("sinks", ctypes.c_void_p),
     )
 
 
 @torch.compiler.assume_constant_result
-def why_not() -> str | None:
-    """Why the kernel cannot run on this machine, or None where it can."""
+def unavailable_reason() -> str | None:
+    """Why it cannot run on this machine, or None where it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
 def _load() -> ctypes.CDLL | str:
-    """The compiled kernel, or the reason why there is none."""
+    """The compiled library, or the reason why there is none."""
     return _build()
 
 
 @functools.cache
 def _build(*flags: str) -> ctypes.CDLL | str:
-    """The kernel compiled with further flags, or the reason why it cannot be."""
+    """The library compiled with further flags, or the reason why it cannot be."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         return "no C++ compiler was found (set CXX, or install g++)"
@@ -129,7 +129,7 @@ def _processor() -> bytes:
 
 @functools.cache
 def _parallel() -> Any:
-    """`GOMP_parallel` of the OpenMP runtime torch has loaded, or None: then the kernel starts threads of its own."""
+    """`GOMP_parallel` of the OpenMP runtime torch has loaded, or None: then the library starts threads of its own."""
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
     for runtime in runtimes:
         try:
@@ -139,7 +139,7 @@ def _parallel() -> Any:
     return None
 
 
-ROW_RESULTS = ("entropy", "log_normaliser", "largest", "first")
+ROW_RESULTS = ("entropy", "lse", "largest", "argmax")
 
 
 def _problem(
@@ -148,11 +148,12 @@ def _problem(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     **tensors: Tensor,
 ) -> _Problem:
-    """The kernel's view of tensors, which have to outlive it; sinks are float32 and contiguous."""
+    """The library's view of tensors, which have to outlive it; sinks are float32 and contiguous."""
     problem = _Problem(
         batches=query.shape[0],
         heads=query.shape[1],
@@ -162,8 +163,8 @@ def _problem(
         causal=int(causal),
         query=_view(query),
         key=_view(key),
-        iterations=exp_iterations or 0,
-        lowest=lowest(exp_iterations),
+        iterations=power or -polynomial,
+        lowest=-CLIP * 2.0**power if power else 0.0,
         softcap=softcap or 0.0,
         sinks=None if sinks is None else sinks.data_ptr(),
     )
@@ -180,25 +181,8 @@ def _view(tensor: Tensor) -> _Tensor:
     return _Tensor(tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[3])
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor, its last dimension contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def row_results(query: Tensor, exp_iterations: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernels return of every row beside the output, uninitialised.
-
-    `(B, H, T)` each: entropy, log-normaliser and, where the exponential is the power of `exp_iterations`, the largest
-    logit and the first key that has it (empty otherwise, for the polynomial too).
-    """
-    rows = query.shape[:3]
-    extra = (0,) if exp_iterations is None or exp_iterations < 0 else rows
-    floats = (query.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, extra))
-    return *floats, query.new_empty(extra, dtype=torch.int32)  # type: ignore[return-value]
-
-
 def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as the kernel reads it: bool or float32, broadcast by strides of 0."""
+    """The mask as the library reads it: bool or float32, broadcast by strides of 0."""
     if mask is None:
         return None
     mask = mask if mask.dtype == torch.bool else mask.float()
@@ -206,31 +190,33 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 @torch.library.custom_op("entropi::attention", mutates_args=(), device_types="cpu")
-def attention(
+def operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output `(B, H, T, E)`, entropy and log-normaliser `(B, H, T)` of scaled queries; see `row_results`."""
+    """Output `(B, H, T, E)`, entropy and log-sum-exp `(B, H, T)` of scaled queries; see `row_results`."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     sinks = None if sinks is None else sinks.contiguous()
     output = query.new_empty(*query.shape[:3], value.shape[3])
-    rows = row_results(query, exp_iterations)
-    mask = _mask(mask, query, key)  # kept until the kernel has run, which is given addresses
+    rows = with_empty(output, *row_results(query, power))[1:]
+    mask = _mask(mask, query, key)  # kept until the library has run, which is given addresses
     problem = _problem(
         query,
         key,
         mask,
         sinks,
         causal,
-        exp_iterations,
+        power,
+        polynomial,
         softcap,
         value=value,
         output=output,
@@ -246,20 +232,21 @@ def attention(
 
 
 @torch.library.custom_op("entropi::attention_backward", mutates_args=(), device_types="cpu")
-def attention_backward(
+def operator_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     output: Tensor,
     entropy: Tensor,
-    log_normaliser: Tensor,
+    lse: Tensor,
     largest: Tensor,
-    first: Tensor,
+    argmax: Tensor,
     grad_output: Tensor,
     grad_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,9 +265,10 @@ def attention_backward(
         query,
         key,
         mask,
-        None,  # the log-normaliser counts them
+        None,  # the log-sum-exp counts them
         causal,
-        exp_iterations,
+        power,
+        polynomial,
         softcap,
         value=value,
         output=output,
@@ -289,9 +277,9 @@ def attention_backward(
         grad_key=grads[1],
         grad_value=grads[2],
         entropy=entropy,
-        log_normaliser=log_normaliser,
+        lse=lse,
         largest=largest,
-        first=first,
+        argmax=argmax,
         grad_entropy=grad_entropy,
     )
     # Fewer heads than threads: share out a head's key blocks, at the price of a dQ and a packing a piece.
@@ -302,39 +290,19 @@ def attention_backward(
     return grads[0], grads[1], grads[2]
 
 
-def make_differentiable(forward: Any, backward: Any, unit: float = 1.0) -> None:
-    """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
-
-    Both kernels have these two operators: forward(query, key, value, mask, sinks, causal, exp_iterations, softcap) ->
-    output and `row_results`, with `secure_softmax`'s signed iterations and float32 sinks `(B, H, T)`; backward(those
-    eight, those five, gradients of output and entropy) -> gradients of q, k, v. Log-normalisers are in `unit` nats.
-    """
-
-    @forward.register_fake
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        exp_iterations = rest[3]
-        return query.new_empty(*query.shape[:3], value.shape[3]), *row_results(query, exp_iterations)
-
-    @backward.register_fake
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, mask, sinks, *ctx.options = inputs
-        ctx.save_for_backward(query, key, value, mask, sinks, *output)
-        ctx.mark_non_differentiable(*output[2:])
-
-    def differentiate(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, sinks, *results = ctx.saved_tensors
-        incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
-        grads = backward(query, key, value, mask, sinks, *ctx.options, *results, *incoming)
-        grad_sinks = None
-        if ctx.needs_input_grad[4]:
-            output, entropy, log_normaliser = results[:3]
-            grad_sinks = gradient_of_sinks(sinks, log_normaliser * unit, output, entropy, *incoming)
-        return (*grads, None, grad_sinks, None, None, None)
-
-    forward.register_autograd(differentiate, setup_context=save)
+make_differentiable(operator, operator_backward)
 
 
-make_differentiable(attention, attention_backward)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    exponential: Exponential,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
+    """What `operator` returns, of an exponential."""
+    result: tuple[Tensor, ...] = operator(query, key, value, mask, sinks, causal, *squarings(exponential), softcap)
+    return result

@@ -27,6 +27,26 @@ WEIGHT_NORM_TARGETS: dict[str, frozenset[str]] = {
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A nonlinear function between the two feed-forward matrices: its name in code and files, and in words."""
+
+    name: str
+    words: str
+    gated: bool = False  # multiplies two halves of what the first matrix computes
+
+
+# By their part of an architecture's name. What an entry needs besides stands in docs/extending.md.
+ACTIVATIONS: dict[str, Activation] = {
+    "G": Activation("gelu", "GELU"),
+    "R": Activation("relu", "ReLU"),
+    "LeakyR": Activation("leaky_relu", "leaky ReLU"),
+    "Square": Activation("square", "squared activations"),
+    "Bilinear": Activation("bilinear", "bilinear feed-forward networks", gated=True),
+    "SwiGLU": Activation("swiglu", "SwiGLU feed-forward networks", gated=True),
+}
+
+
+@dataclass(frozen=True)
 class Parts:
     """The choices an architecture name stands for (Table 1 and section 4 of the paper)."""
 
@@ -34,13 +54,13 @@ class Parts:
     norm: Literal["layernorm", "rmsnorm", "none"] = "none"
     weight_norm: Literal["weight", "spectral", "none"] = "none"
     weight_norm_target: str = ""  # a key of WEIGHT_NORM_TARGETS, "" without weight norm
-    activation: Literal["gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu", "identity"] = "identity"
+    activation: str = "identity"  # or the name of one of ACTIVATIONS
     ffn: Literal["plain", "scaled", "fused"] = "plain"  # "ScFFN" and "ScFuFFN" are scaled as in Eq. 8
 
     @property
     def gated(self) -> bool:
         """The feed-forward network multiplies two halves of what its first matrix computes."""
-        return self.activation in ("bilinear", "swiglu")
+        return any(known.gated for known in ACTIVATIONS.values() if known.name == self.activation)
 
     @property
     def softmax_only(self) -> bool:
@@ -53,21 +73,17 @@ class Parts:
 
 
 _NORMS = {"LN": Parts(norm="layernorm"), "RMS": Parts(norm="rmsnorm")}
-_FEED_FORWARDS = {
-    "G": Parts(activation="gelu"),
-    "R": Parts(activation="relu"),
-    "LeakyR": Parts(activation="leaky_relu"),
-    "Square": Parts(activation="square"),
-    "Bilinear": Parts(activation="bilinear"),
-    "SwiGLU": Parts(activation="swiglu"),
-    "ScFFN": Parts(ffn="scaled"),
-    "ScFuFFN": Parts(ffn="fused"),
-}
-LEGAL = (
-    "SM or SM(t); then at most one of +LN, +RMS, +WNorm(TARGET), +SNorm(TARGET), where TARGET is "
-    f"{', '.join(WEIGHT_NORM_TARGETS)}; then at most one of {', '.join('+' + name for name in _FEED_FORWARDS)} "
-    "(+ScFFN and +ScFuFFN without +LN or +RMS), for example SM+LN+G, SM+SNorm(QK+FFN), SM(t)+ScFuFFN"
-)
+_SCALED = {"ScFFN": Parts(ffn="scaled"), "ScFuFFN": Parts(ffn="fused")}
+
+
+def legal_names() -> str:
+    """What an architecture's name may be, in words."""
+    networks = ", ".join(f"+{name}" for name in (*ACTIVATIONS, *_SCALED))
+    return (
+        "SM or SM(t); then at most one of +LN, +RMS, +WNorm(TARGET), +SNorm(TARGET), where TARGET is "
+        f"{', '.join(WEIGHT_NORM_TARGETS)}; then at most one of {networks} "
+        "(+ScFFN and +ScFuFFN without +LN or +RMS), for example SM+LN+G, SM+SNorm(QK+FFN), SM(t)+ScFuFFN"
+    )
 
 
 def parse_architecture(name: str) -> Parts:
@@ -87,7 +103,7 @@ def parse_architecture(name: str) -> Parts:
         weight_norm = re.fullmatch(r"([WS])Norm\((.*)\)", word)
         if word in _NORMS or weight_norm:
             kind, chosen = "norm", parts.norm != "none" or parts.weight_norm != "none"
-        elif word in _FEED_FORWARDS:
+        elif word in ACTIVATIONS or word in _SCALED:
             kind, chosen = "feed-forward network", parts.activation != "identity" or parts.ffn != "plain"
         else:
             problems.append(f"{word!r} is unknown")
@@ -104,12 +120,15 @@ def parse_architecture(name: str) -> Parts:
         elif kind == "norm":
             parts = replace(parts, norm=_NORMS[word].norm)
         else:
-            if parts.norm != "none" and _FEED_FORWARDS[word].ffn != "plain":
+            if parts.norm != "none" and word in _SCALED:
                 problems.append(f"+{word} is for models without a norm of the residual stream")
-            parts = replace(parts, activation=_FEED_FORWARDS[word].activation, ffn=_FEED_FORWARDS[word].ffn)
+            if word in ACTIVATIONS:
+                parts = replace(parts, activation=ACTIVATIONS[word].name)
+            else:
+                parts = replace(parts, ffn=_SCALED[word].ffn)
         seen.append(kind)
     if problems:
-        raise UserError(f"unknown architecture {name!r}: {', '.join(problems)}; legal are {LEGAL}")
+        raise UserError(f"unknown architecture {name!r}: {', '.join(problems)}; legal are {legal_names()}")
     return parts
 
 

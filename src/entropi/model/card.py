@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from entropi.model.architectures import ACTIVATIONS
 from entropi.model.configuration import EntropiConfig
 
 CARD_FILE = "README.md"
@@ -22,15 +23,9 @@ LOADER = '''"""Where transformers finds this model's classes: in the installed p
 from entropi.model.configuration import EntropiConfig  # noqa: F401
 from entropi.model.decoder import EntropiForCausalLM  # noqa: F401
 '''
-_PARTS = {
+_NORMS = {
     "layernorm": "LayerNorm before attention and feed-forward network",
     "rmsnorm": "RMSNorm before attention and feed-forward network",
-    "gelu": "GELU",
-    "relu": "ReLU",
-    "leaky_relu": "leaky ReLU",
-    "square": "squared activations",
-    "bilinear": "bilinear feed-forward networks",
-    "swiglu": "SwiGLU feed-forward networks",
 }
 
 
@@ -43,7 +38,8 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     """
     parts = config.parts
     kept = ["softmax"]
-    kept += [_PARTS[part] for part in (parts.norm, parts.activation) if part in _PARTS]
+    kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
+    kept += [known.words for known in ACTIVATIONS.values() if known.name == parts.activation]
     kernel = "exact softmax"
     if config.exp_iterations is not None:
         steps = 2**config.exp_iterations

@@ -266,13 +266,15 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> EntropiOutput:
         """Logits `(B, T, V)`, row entropies and, with `labels` `(B, T)` (shifted inside), the loss.
 
         In training mode the loss is cross-entropy + lambda * L_entropy (Algorithm 1); in evaluation it is the
         cross-entropy alone. With `num_items_in_batch`, the target tokens of all micro-batches of one update, both
-        terms are scaled so that the micro-batches' losses add up to the update's.
+        terms are scaled so that the micro-batches' losses add up to the update's. Without `return_logits` the output
+        has none, for those who want the loss alone.
         """
         outputs = self.model(
             input_ids,
@@ -307,7 +309,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             loss=loss,
             cross_entropy=cross_entropy,
             entropy_penalty=penalty,
-            logits=logits,
+            logits=logits if return_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             entropies=outputs.entropies,

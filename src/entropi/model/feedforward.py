@@ -6,6 +6,8 @@ the scaled forms weigh that connection (Eq. 8).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,29 @@ from transformers.activations import ACT2FN
 
 from entropi.model.configuration import EntropiConfig
 from entropi.model.linear import make_linear
+
+
+def _square(hidden: Tensor) -> Tensor:
+    return hidden * hidden
+
+
+def _bilinear(hidden: Tensor) -> Tensor:
+    left, right = hidden.chunk(2, dim=-1)
+    return left * right
+
+
+def _swiglu(hidden: Tensor) -> Tensor:
+    left, right = hidden.chunk(2, dim=-1)
+    return functional.silu(left) * right
+
+
+# What each activation of `architectures.ACTIVATIONS` computes; GELU and leaky ReLU have options and stand in `branch`.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "square": _square,
+    "bilinear": _bilinear,
+    "swiglu": _swiglu,
+}
 
 
 class PlainFeedForward(nn.Module):
@@ -50,22 +75,14 @@ class PlainFeedForward(nn.Module):
         match self.activation:
             case "gelu":
                 inner = self.gelu(inner)
-            case "relu":
-                inner = functional.relu(inner)
             case "leaky_relu":
                 slope = common_slope if self.leaky_slope is None else self.leaky_slope
                 assert slope is not None
                 inner = functional.relu(inner) * (1 - slope) + inner * slope
-            case "square":
-                inner = inner * inner
-            case "bilinear":
-                left, right = inner.chunk(2, dim=-1)
-                inner = left * right
-            case "swiglu":
-                left, right = inner.chunk(2, dim=-1)
-                inner = functional.silu(left) * right
             case "identity":
                 pass
+            case name:
+                inner = ACTIVATIONS[name](inner)
         return self.down(inner)
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
-    CostRecord,
+    CountRecord,
     EntropySnapshot,
     Evaluation,
     PredictionRecord,
@@ -440,7 +440,7 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 @_styled
-def folding(before: CostRecord, after: CostRecord) -> Figure:
+def folding(before: CountRecord, after: CountRecord) -> Figure:
     """What folding leaves of a model: its FLOPs, numbers held and nonlinear operations, before and after."""
     rows: dict[str, tuple[float, float]] = {
         "FLOPs, feed-forward": (before.ffn_flops, after.ffn_flops),

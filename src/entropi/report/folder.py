@@ -18,7 +18,7 @@ from entropi import records
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
-    CostRecord,
+    CountRecord,
     DiagnosisRecord,
     EntropySnapshot,
     Evaluation,
@@ -53,8 +53,8 @@ class Run:
     rolled_back: list[RolledBack] = field(default_factory=list)
     diagnosis: DiagnosisRecord | None = None
     pattern: AttentionPattern | None = None
-    cost: CostRecord | None = None  # before folding
-    folded_cost: CostRecord | None = None
+    cost: CountRecord | None = None  # before folding
+    folded_cost: CountRecord | None = None
     prediction: PredictionRecord | None = None
     private: PrivateRun | None = None
     comparison: PlaintextComparison | None = None
@@ -179,9 +179,9 @@ def read_run(folder: Path) -> Run:
                 run.pattern = record
             case PredictionRecord():
                 run.prediction = record
-            case CostRecord(folded=True):
+            case CountRecord(folded=True):
                 run.folded_cost = record
-            case CostRecord():
+            case CountRecord():
                 run.cost = record
             case PrivateRun():
                 run.private = record

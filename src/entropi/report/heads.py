@@ -11,7 +11,7 @@ from typing import Any
 from entropi import records
 from entropi.report import figures
 from entropi.report.folder import LOOKS, Run, frames
-from entropi.report.words import even_distance, even_share
+from entropi.report.formatting import even_distance, even_share
 
 
 def _rounded_matrix(matrix: records.Matrix | None) -> list[list[float | None]] | None:

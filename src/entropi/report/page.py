@@ -23,8 +23,19 @@ from entropi.errors import UserError
 from entropi.records import Evaluation, Record
 from entropi.report import figures
 from entropi.report.folder import Run, frames, read_run
+from entropi.report.formatting import (
+    duration,
+    heads,
+    number,
+    pattern_in_words,
+    percent,
+    quote,
+    rounded,
+    sentence,
+    size,
+    visible,
+)
 from entropi.report.heads import cells, explorer, in_script
-from entropi.report.words import duration, heads, number, pattern_in_words, percent, quote, rounded, sentence, size
 
 MAX_PAGE_BYTES = 5_000_000
 # Dots per inch of figures, and moments of a training to slide through: many runs share the page's size.
@@ -216,8 +227,9 @@ def _prediction(run: Run, dpi: float) -> Panel:
     note = (
         f"Not run: {record.seq_len} tokens under {record.protocol} ({record.trust}), {record.embedding} token table, "
         f"{record.kernel}. {whole}, {rounded(prompt.messages)} messages, "
-        f"{rounded(prompt.trips)} trips; with the network {record.network} {duration(prompt.latency)}, of which "
-        f"computing {duration(prompt.seconds)} by the prices of {record.calibrated_on}."
+        f"{rounded(prompt.rounds)} rounds (message latencies, one way); with the network {record.network} "
+        f"{duration(prompt.latency)}, of which computing {duration(prompt.seconds)} by the prices of "
+        f"{record.calibrated_on}."
     )
     if record.further is not None:
         note += f" Each further token {size(round(record.further.bytes))} and {duration(record.further.latency)}."
@@ -316,7 +328,7 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (number, rounded, size, duration, percent, heads, quote, sentence, pattern_in_words)
+    words = (number, rounded, size, duration, percent, heads, quote, visible, sentence, pattern_in_words)
     environment.filters.update({function.__name__: function for function in words})
     private_runs = [run for run in runs if run.private is not None]
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from entropi import records
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Spread, StudyClaim, StudyRow, StudyRun, TrainingStep
 from entropi.report import figures
-from entropi.report.words import number, percent, rounded
+from entropi.report.formatting import number, percent, rounded
 
 TABLES_FILE = "tables.md"
 PAGE_FILE = "report.html"

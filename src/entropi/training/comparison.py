@@ -109,12 +109,11 @@ def _model(run: Path, vocab_size: int) -> EntropiConfig:
 def _prediction(model: EntropiConfig, seq_len: int) -> records.PredictionRecord | None:
     """What a private prompt of `seq_len` tokens costs; None where that cannot be predicted."""
     try:
-        from entropi.costs.calibration import shipped
-        from entropi.costs.prediction import line_of, predict
+        from entropi.costs.prediction import CostModel
     except ImportError:  # the extra "private"
         return None
     try:
-        return predict(model, seq_len, shipped("cheetah"), line_of("wan"))
+        return CostModel.shipped("cheetah", "wan").predict(model, seq_len)
     except UserError:
         return None
 

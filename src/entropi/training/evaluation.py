@@ -131,10 +131,11 @@ def diagnose_heldout(result: HeldOut, context_length: int, source: str = "") -> 
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """With the class's own forward: mixed-precision training replaces the instance's by one under autocast."""
+    """With the class's own forward, not compiled: mixed-precision training replaces it by one under autocast."""
     replaced = model.__dict__.pop("forward", None)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled anew for another precision and shape
+            yield
     finally:
         if replaced is not None:
             model.__dict__["forward"] = replaced

@@ -32,8 +32,9 @@ class Recipe:
     Args:
         architecture: in the paper's notation, such as SM+LN+G, SM+SNorm(FFN), SM(t)+ScFuFFN; wrapped as EReg(...) it
             is trained with the entropy regulariser
-        corpus: "stdlib" (the source code of this Python's standard library), "codeparrot" or "pg19" (from the Hugging
-            Face hub), a text file, or a folder of texts, of Parquet or Arrow files, or of tokenised books
+        corpus: "stdlib" (the source code of this Python's standard library), "site-packages" (that of the packages
+            installed beside entropi), "codeparrot" or "pg19" (from the Hugging Face hub), a text file, or a folder of
+            texts, of Parquet or Arrow files, or of tokenised books
         tokenizer: a tokenizer.json, its folder, or a name on the hub; by default one is learnt from the corpus
         vocab_size: entries of the byte-level BPE tokenizer learnt from the corpus
         packing: cut sequences from one "stream" of all texts, or from each "document" (the paper's CodeParrot)
@@ -72,6 +73,8 @@ class Recipe:
         qk_clip: largest attention logit: where a head exceeds it, an update is followed by scaling its query and key
             weights down (0: never)
         precision: arithmetic of matrix products; "auto" measures whether bfloat16 is faster here
+        compile: compile the layers, the loss and the regulariser with torch.compile, which takes up to a minute at the
+            start and needs a C++ compiler, on GPUs Triton
         seed: of initial weights and data order
         entropy_weight: lambda, the weight of the entropy penalty (used with EReg)
         entropy_margin: gamma, tolerated deviation as a share of the maximum entropy
@@ -132,6 +135,7 @@ class Recipe:
     gradient_clip: float = 1.0
     qk_clip: float = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
     seed: int = 0
     entropy_weight: float = 1e-5
     entropy_margin: float = 0.2

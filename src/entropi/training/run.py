@@ -43,6 +43,7 @@ from entropi.training.callbacks import (
     RunRecorder,
 )
 from entropi.training.checkpoints import Checkpoint, newest_whole
+from entropi.training.compilation import compile_parts
 from entropi.training.environment import bf16_is_fast, check_precision, describe_environment
 from entropi.training.evaluation import (
     PATTERN_SEQUENCES,
@@ -200,6 +201,8 @@ def _optimize(
         recorder.on_entropy = CollapseGuard(recipe.collapse, recipe.collapse_below, recipe.context_length)
     factor = distributed.from_main(_rate_factor(folder) if distributed.is_main() else 1.0)
     interrupt = InterruptBetweenSteps()
+    if recipe.compile:
+        compile_parts(model)
     attentions: list[Any] = [block.attention for block in model.model.blocks]
     clips = [QueryKeyClip(attentions, recipe.qk_clip)] if recipe.qk_clip else []
     trainer = EntropiTrainer(
@@ -419,6 +422,7 @@ def _record_start(
             corpus=recipe.corpus,
             corpus_hash=prepared.corpus.content_hash,
             tokenizer_hash=tokenizer_hash(prepared.tokenizer),
+            corpus_sources=[records.CorpusSource(s.name, s.licence, s.part) for s in prepared.corpus.sources],
             tokens_per_step=_tokens_per_step(recipe),
             total_steps=recipe.steps,
             precision=recipe.precision,
@@ -464,6 +468,7 @@ def _training_arguments(
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # a copy that waits waits for the whole step
         remove_unused_columns=False,
         report_to=[live.tracker] if live is not None else "none",
         run_name=folder.resolve().name,

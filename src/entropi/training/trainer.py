@@ -44,6 +44,16 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         ids = torch.from_numpy(np.asarray(self.blocks[index], dtype=np.int64))
         return {"input_ids": ids, "labels": ids}
 
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """A whole batch at once; torch's loader asks for it where a data set has this method."""
+        ids = torch.from_numpy(np.stack([self.blocks[index] for index in indices]).astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def _as_made(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `BlockDataset` returns for a batch is one already."""
+    return batch
+
 
 class EntropiTrainer(Trainer):
     """Trains an `EntropiForCausalLM`; its loss already holds the entropy penalty (Algorithm 1).
@@ -58,7 +68,7 @@ class EntropiTrainer(Trainer):
     def __init__(
         self, *args: Any, recorder: RunRecorder, muon: bool = False, scalars: Collection[str] = (), **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, data_collator=_as_made, **kwargs)
         if self.model is not None and is_sharded(self.model):
             # With this the Trainer neither wraps a model nor shards it again. Set by the model itself it would also
             # make the Trainer refuse checkpoints, which it cannot write of such models; they are written below.
@@ -75,6 +85,8 @@ class EntropiTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if model.training and not return_outputs:  # under autocast accelerate would copy the logits to float32
+            inputs = {**inputs, "return_logits": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self.recorder.observe(outputs)
@@ -126,8 +138,11 @@ class EntropiTrainer(Trainer):
         self.accelerator.unscale_gradients()
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if largest is not None and bool(torch.isfinite(whole(norm))):
-            torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        if largest is not None and is_sharded(model):
+            if bool(torch.isfinite(whole(norm))):
+                torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        elif largest is not None:  # decided on the device, for which nothing has to wait: a norm of 0 changes nothing
+            torch.nn.utils.clip_grads_with_norm_(parameters, largest, torch.where(torch.isfinite(norm), norm, 0.0))
         return whole(norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -284,6 +284,22 @@ class Door:
                     guest.leave()
 
 
+def check_free(host: str, port: int) -> None:
+    """Listen on an address for a moment, to see whether that is possible.
+
+    Raises:
+        OSError: as for `Door.open`.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, where in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(where)
+            probe.listen(1)
+
+
 def cut(transport: asyncio.Transport) -> None:
     """End a connection at once, and with it what the system still holds for a peer that does not read."""
     with contextlib.suppress(OSError, AttributeError):  # it has ended already

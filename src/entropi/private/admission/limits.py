@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from entropi.errors import UserError
+from entropi.private.compute.settings import MOST_MEMORY_GB
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,5 @@ class Limits:
             if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
                 may = "cannot be negative" if name in ("max_queue", "memory_gb") else "must be positive"
                 raise UserError(f"{name} is {value} but {may}")
+        if self.memory_gb is not None and self.memory_gb > MOST_MEMORY_GB:
+            raise UserError(f"memory_gb is {self.memory_gb} but must not be more than {MOST_MEMORY_GB:,}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from entropi.errors import UserError
 from entropi.private.admission.limits import Limits
@@ -26,6 +28,8 @@ DAY_MINUTES = 24 * 60
 LEASE_SECONDS = 15.0
 PATIENCE_SECONDS = 5.0  # for the store to answer
 FILE = "quotas.sqlite"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?!:)(.*)", re.DOTALL)  # one letter would be a drive
+_ACCEPTED = "write the path of a file, redis://HOST:PORT/NUMBER, rediss://HOST:PORT/NUMBER or unix:///PATH"
 T = TypeVar("T")
 
 
@@ -232,7 +236,8 @@ class Redis:
                 socket_timeout=PATIENCE_SECONDS,
                 socket_connect_timeout=PATIENCE_SECONDS,
             )
-        except ValueError as error:
+            self._redis.connection_pool.make_connection()  # which alone looks at parameters behind a "?"
+        except (ValueError, TypeError) as error:
             raise UserError(f"the URL of the quota store cannot be read: {error}") from None
         self._begin, self._count = self._redis.register_script(_BEGIN), self._redis.register_script(_COUNT)
         self._failures = (redis.RedisError, OSError, asyncio.TimeoutError)
@@ -284,14 +289,51 @@ def default_file() -> Path:
     return Path(home).expanduser() / "entropi" / FILE
 
 
+def is_url(where: str) -> bool:
+    """Whether a quota store is a Redis server, and not a file.
+
+    Raises:
+        UserError: it is neither; the text is one line without its password.
+    """
+    found = _SCHEME.match(where)
+    if found is None:
+        if not where or "\0" in where:
+            raise UserError(f"the quota store has no name: {_ACCEPTED}")
+        return False
+    scheme, wrong = found[1].lower(), ""
+    try:
+        parts = urlsplit(where)
+        host, port = parts.hostname, parts.port  # which is looked at here
+    except ValueError:
+        host, port, wrong = None, None, "its host or port is none"
+    if scheme not in ("redis", "rediss", "unix"):
+        # A file may have a colon in its name, but a mistyped address would become one without a word.
+        raise UserError(
+            f"the quota store's address cannot be read, as it begins with {found[1]!r}: {_ACCEPTED}, with ./ before "
+            "the name of a file that has a colon in it"
+        )
+    if not found[2].startswith("//"):
+        wrong = f"{scheme}: is not followed by //"
+    elif scheme == "unix":
+        wrong = wrong or ("" if parts.path and not host else "it must be the path of a socket behind three slashes")
+    elif not wrong and (not host or port == 0):
+        wrong = "it has no host" if not host else "its host or port is none"
+    elif not wrong and not re.fullmatch("(/[0-9]{0,9})?", parts.path):
+        wrong = "what follows the host is not the number of a database"
+    if wrong:
+        raise UserError(f"the quota store's address cannot be read, as {wrong}: {_ACCEPTED}")
+    return True
+
+
 def open_store(where: str | None, limits: Limits) -> Store | None:
     """The store of a path or URL; None where nothing is limited.
 
     Raises:
-        UserError: as for `Sqlite` and `Redis`.
+        UserError: as for `is_url`, also where nothing is limited, `Sqlite` and `Redis`.
     """
+    url = where is not None and is_url(where)
     if limits.client_sessions is None and limits.client_tokens is None:
         return None
-    if where is not None and "://" in where:
+    if where is not None and url:
         return Redis(where)
     return Sqlite(Path(where) if where is not None else default_file())

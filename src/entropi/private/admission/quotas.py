@@ -38,8 +38,10 @@ class Quota:
         if self._store is None or not client:
             yield Usage(None, client, "")
             return
+
         session = secrets.token_hex(16)
         deadline = time.monotonic() + ENDING_SECONDS
+
         while True:
             try:
                 denied = await self._store.begin(client, session, new_tokens, self._limits)
@@ -50,6 +52,7 @@ class Quota:
             if not denied.passing or time.monotonic() > deadline:
                 raise Refusal(denied.reason)
             await asyncio.sleep(ENDING_SECONDS / 10)
+
         renewing = asyncio.create_task(self._renew(client, session))
         try:
             yield Usage(self._store, client, session)

@@ -65,7 +65,9 @@ class Slots:
         self._waiting.append(turn)
         self._counters.waiting += 1
         leaves = asyncio.create_task(socket.receive())
+
         # A session that is just ending may make room before the client needs to be told that there is none.
+
         deadline, told = time.monotonic() + self._limits.queue_seconds, -1
         try:
             while not turn.done():

@@ -82,6 +82,7 @@ class Engine:
         except RuntimeError as error:
             raise EngineError(one_line(error, f"the secure computation failed in {stage.name}")) from None
         seconds = time.perf_counter() - started
+
         ((sent, received, sent_messages, received_messages),) = _meter(self._log, 1)
         return StageCommunication(
             name=stage.name,
@@ -101,6 +102,7 @@ class Engine:
             for chunk in share.share_chunks:
                 self._link.send(CLIENT, chunk)
             return None, sum(len(chunk) for chunk in share.share_chunks)
+
         theirs = libspu.Share()
         theirs.meta = share.meta  # shape and type are the client's own knowledge, only the content is the server's
         chunks = []

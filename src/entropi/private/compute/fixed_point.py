@@ -129,6 +129,7 @@ def sweep_vocabulary(model: Description, weights: Mapping[str, np.ndarray], sett
     by_size = np.argsort(-np.abs(weights["embedding"]).max(axis=1), kind="stable")[:tokens]
     order, length = np.random.default_rng(1).permutation(by_size), min(model.positions, SWEEP_LENGTH)
     order = np.resize(order, -(-tokens // length) * length)  # whole sequences, so that all share compiled code
+
     ranges, worst, furthest, faint = Ranges(), list[int](), -1.0, 0
     for start in range(0, len(order), length):
         sequence = order[start : start + length].tolist()
@@ -189,11 +190,13 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
             f"fixed point {danger}: {name} reaches {value:.3g}, and products in a ring of {settings.ring_bits} "
             f"bits with {bits} fraction bits must stay below {limit:.3g}"
         )
+
     if settings.logit_bits is not None and not ranges.largest.get("head", 0.0) * 2.0**settings.logit_bits < limit:
         found.append(
             f"fixed point would overflow: logits reach {ranges.largest['head']:.3g}, and rounding them to "
             f"{settings.logit_bits} binary places needs 2^{settings.logit_bits} times that below {limit:.3g}"
         )
+
     if ranges.largest_mean_square:
         name, value = max(ranges.largest_mean_square.items(), key=lambda item: item[1])
         if not value < (most := largest_mean_square(settings)):
@@ -201,6 +204,7 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
                 f"fixed point would lose what is small: the mean square of a row in {name} is {value:.3g}, and its "
                 f"inverse root needs it below {most:.3g} with {bits} fraction bits"
             )
+
     if ranges.largest_mean_weight:
         least, most = MIDDLE_WEIGHT * 2.0**-MEAN_WEIGHT_BITS, MIDDLE_WEIGHT * 2.0**MEAN_WEIGHT_BITS
         for measured, which in ((ranges.largest_mean_weight, max), (ranges.low_mean_weight, min)):
@@ -210,6 +214,7 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
                     f"the softmax's sums could not be divided by: the mean weight of a row in {name} is {value:.3g}, "
                     f"and must lie between {least:g} and {most:g}"
                 )
+
     for what, smallest, spare in (
         ("the mean square of a row", ranges.smallest_mean_square, _MEAN_SQUARE_BITS),
         ("the typical value", ranges.smallest_typical, _TYPICAL_BITS),
@@ -270,6 +275,7 @@ def select_fraction_bits(
     ranges = measure_ranges(model, weights, sequences, settings.exp_iterations)
     if sweep is not None:
         ranges = with_largest(ranges, sweep.ranges)
+
     if choose:
         settings, why = _choose(ranges, settings)
     else:
@@ -278,6 +284,7 @@ def select_fraction_bits(
             advice = "no number of fraction bits would do" if fitting is None else f"{fitting} fraction bits would fit"
             raise UserError("; ".join([*found, advice]))
         why = "as given"
+
     name, value = max(ranges.largest.items(), key=lambda item: item[1])
     lines = [
         f"{settings.fraction_bits} fraction bits, {why}; the calibration text's largest value is {value:.3g} in "
@@ -290,6 +297,7 @@ def select_fraction_bits(
             f"in {sweep.faint} sequences of these a row is too small for its norm to be exact: answers to unusual text "
             "may be less so"
         )
+
     settings = msgspec.structs.replace(settings, paired=settings.embedding == "private" and can_pair(weights, settings))
     if settings.embedding == "private" and not settings.paired:
         reach, limit = np.abs(weights["embedding"]).max(), pair_limit(settings.fraction_bits)

@@ -23,7 +23,7 @@ CIPHERTEXT = 8192  # numbers in one ciphertext
 _SENT_BYTES, _ANSWER_BYTES = 175_000, 262_000  # of a matrix product's ciphertexts, measured
 _PRODUCT_BYTES = 165  # of one number times another, without the truncation
 _PRIVATE_PRODUCT_BYTES = 106  # of a shared number times one that one party knows
-_POLYNOMIALS = 30_000  # that one product may hold at the server, 6 GB
+POLYNOMIALS = 30_000  # that one product may hold at the server, 6 GB
 _FEW = 3700  # numbers whose products, made of prepared ones, cost less than a ciphertext each way
 
 
@@ -43,7 +43,7 @@ def times_matrix(x: Array, matrix: Array) -> Array:
     of 768 and queries, keys and values. Full ciphertexts make pieces cost no byte more.
     """
     rows, (inner, columns) = x.shape[0], matrix.shape
-    most = max(128, _POLYNOMIALS * CIPHERTEXT // (inner * columns) // 128 * 128)
+    most = max(128, POLYNOMIALS * CIPHERTEXT // (inner * columns) // 128 * 128)
     if rows <= most:
         return x @ matrix
     return jnp.concatenate([x[start : start + most] @ matrix for start in range(0, rows, most)])
@@ -58,7 +58,7 @@ def times_table(chosen: Array, table: Array) -> Array:
     rows, (entries, width) = chosen.shape[0], table.shape
 
     def pieces(block: int) -> int:
-        return -(-block * entries * width // (_POLYNOMIALS * CIPHERTEXT))
+        return -(-block * entries * width // (POLYNOMIALS * CIPHERTEXT))
 
     def price(block: int) -> int:
         return -(-rows // block) * pieces(block) * product_bytes(block, -(-entries // pieces(block)), width)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 
 from entropi.private.compute.description import Norm
 from entropi.private.compute.functions import (
     argmax,
+    gelu,
+    gelu_tanh,
     inverse_root,
+    relu,
     scale_rows,
     silu,
     silu_exact,
+    square,
     sums_of_squares,
     times_matrix,
     top_k,
@@ -52,6 +58,16 @@ def swiglu_exact(hidden: Array) -> Array:
     """What `swiglu` approximates."""
     width = hidden.shape[1] // 2
     return silu_exact(hidden[:, :width]) * hidden[:, width:]
+
+
+# What computes each activation of `description.ACTIVATIONS`, and what that approximates, None where it is exact.
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array] | None]] = {
+    "relu": (relu, None),
+    "gelu": (gelu, gelu_tanh),
+    "square": (square, None),
+    "bilinear": (bilinear, None),
+    "swiglu": (swiglu, swiglu_exact),
+}
 
 
 def rounded(logits: Array, *, bits: int) -> Array:

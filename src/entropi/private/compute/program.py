@@ -38,23 +38,17 @@ from entropi.private.compute.description import Description, Embedding, Output
 from entropi.private.compute.embedding import add_positions, embed, lower, pair_products, pair_shift, separate
 from entropi.private.compute.functions import (
     exp_of_nonpositive,
-    gelu,
-    gelu_tanh,
     reciprocal,
-    relu,
-    square,
     times_matrix,
 )
 from entropi.private.compute.layers import (
+    ACTIVATIONS,
     add_affine,
     affine,
-    bilinear,
     likeliest,
     likeliest_few,
     normalise_state,
     rounded,
-    swiglu,
-    swiglu_exact,
 )
 from entropi.private.compute.settings import Settings
 
@@ -107,11 +101,40 @@ def forward(
     with n' = norm(state'), or n where residuals are parallel; without norms, "ffn" replaces the residual state instead
     of adding to it.
     """
+    iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
     read = "normed" if model.norm != "none" else "state"
     normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
-    keys = past + new
-    iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
+    yield from embedding_stages(model, new, past, embedding, paired, fraction_bits)
+
+    for layer in range(model.layers):
+        rows = 1 if layer == model.layers - 1 and not every_row else new
+        has_ffn = layer in model.explicit_ffn or model.activation != "identity"
+        if model.norm != "none":
+            yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+
+        base = "state"
+        if model.parallel_residual:
+            yield from feed_forward(model, layer, rows, read, "base")
+            base = "base" if has_ffn else "state"
+
+        yield from attention_stages(model, layer, rows, new, past, iterations, read)
+        merge, w = partial(merge_heads, rows=rows), f"{layer}."
+        yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
+
+        if not model.parallel_residual:
+            if model.norm != "none" and has_ffn:
+                yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+            yield from feed_forward(model, layer, rows, read, "state")
+
+    yield from head_stages(model, output, choices, logit_bits)
+
+
+def embedding_stages(
+    model: Description, new: int, past: int, embedding: Embedding, paired: bool, fraction_bits: int
+) -> Iterator[Stage]:
+    """Stages from the client's input to "state" `(m, d)`, see `forward`."""
     position = ("positions",) if model.position_embedding == "learned" else ()
+
     if embedding == "public":
         yield Stage("embedding", -1, partial(add_positions, past=past), ("embedded", *position), ("state",))
     elif paired and new > 1:
@@ -123,48 +146,48 @@ def forward(
         yield Stage("embedding", -1, unpaired, ("pairs", "raised", *position), ("state",))
     else:
         yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
-    for layer in range(model.layers):
-        rows = 1 if layer == model.layers - 1 and not every_row else new
-        w = f"{layer}."
-        if model.norm != "none":
-            yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
-        base = "state"
-        if model.parallel_residual:
-            yield from feed_forward(model, layer, rows, read, "base")
-            base = "base" if layer in model.explicit_ffn or model.activation != "identity" else "state"
-        cached = (w + "k", w + "v") if past else ()
-        projection = partial(project, model=model, rows=rows, past=past)
-        yield Stage("qkv", layer, projection, (read, w + "qkv", w + "qkv_bias", *cached), ("q", w + "k", w + "v"))
-        if model.temperature:
-            temperature = partial(temper, rows=slice(keys - rows, keys))
-            yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
-        if model.log_length:
-            lengthen = partial(scale_by_length, first=keys - rows, positions=model.positions)
-            yield Stage("length", layer, lengthen, ("q",), ("q",))
-        yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
-        if model.polynomial:
-            weigh = partial(powers, rows=rows, keys=keys, iterations=iterations)
-            yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
-        else:
-            yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
-            exponential = partial(exp_of_nonpositive, iterations=iterations)
-            exact = jnp.exp if model.exp_iterations is None else None
-            yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
-        yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
-        division = partial(normalise_means if model.polynomial else normalise, keys=keys)
-        yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
-        merge = partial(merge_heads, rows=rows)
-        yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
-        if not model.parallel_residual:
-            if model.norm != "none" and (layer in model.explicit_ffn or model.activation != "identity"):
-                yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
-            yield from feed_forward(model, layer, rows, read, "state")
+
+
+def attention_stages(
+    model: Description, layer: int, rows: int, new: int, past: int, iterations: int, read: str
+) -> Iterator[Stage]:
+    """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
+    w, keys = f"{layer}.", past + new
+    cached = (w + "k", w + "v") if past else ()
+    projection = partial(project, model=model, rows=rows, past=past)
+    yield Stage("qkv", layer, projection, (read, w + "qkv", w + "qkv_bias", *cached), ("q", w + "k", w + "v"))
+
+    if model.temperature:
+        temperature = partial(temper, rows=slice(keys - rows, keys))
+        yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
+    if model.log_length:
+        lengthen = partial(scale_by_length, first=keys - rows, positions=model.positions)
+        yield Stage("length", layer, lengthen, ("q",), ("q",))
+
+    yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
+    if model.polynomial:
+        weigh = partial(powers, rows=rows, keys=keys, iterations=iterations)
+        yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
+    else:
+        yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
+        exponential = partial(exp_of_nonpositive, iterations=iterations)
+        exact = jnp.exp if model.exp_iterations is None else None
+        yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
+
+    yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
+    division = partial(normalise_means if model.polynomial else normalise, keys=keys)
+    yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
+
+
+def head_stages(model: Description, output: Output, choices: int, logit_bits: int | None) -> Iterator[Stage]:
+    """Stages from "state" behind the last layer to what is revealed, see `forward`."""
     if model.centre:
         yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
     if model.final_norm != "none":
         norm = partial(normalise_state, kind=model.final_norm, epsilon=model.norm_epsilon)
         yield Stage("norm", -1, norm, ("state",), ("state",))
     yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
+
     if output == "argmax":
         yield Stage("choose", -1, likeliest, ("logits",), ("tokens_out",))
     elif output == "top_k":
@@ -196,9 +219,8 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
     if model.activation != "identity":
         up = partial(affine, rows=rows)
         yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
-        functions = {"relu": relu, "gelu": gelu, "square": square, "bilinear": bilinear, "swiglu": swiglu}
-        exact = {"gelu": gelu_tanh, "swiglu": swiglu_exact}.get(model.activation)
-        yield Stage("activation", layer, functions[model.activation], ("hidden",), ("hidden",), exact=exact)
+        function, exact = ACTIVATIONS[model.activation]
+        yield Stage("activation", layer, function, ("hidden",), ("hidden",), exact=exact)
     if layer in model.explicit_ffn:
         matrix = (w + "ffn", w + "ffn_bias")
         if model.norm == "none":

@@ -10,6 +10,7 @@ from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS
 
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
+MOST_MEMORY_GB = 1_000_000  # which no machine has; a system's numbers end at 2^63 bytes
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -39,6 +39,8 @@ def make_canary(
     Raises:
         UserError: a prompt that does not fit, or whose very first token is a near tie.
     """
+    if not prompt:
+        raise UserError("the canary is empty: give it a public text")
     check_prompt(prompt)
     if len(prompt) > 300:
         raise UserError(f"the canary has {len(prompt)} characters, at most 300 are possible")

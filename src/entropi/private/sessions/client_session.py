@@ -99,15 +99,19 @@ class ClientSession:
         generation.digest = welcome.digest()
         if generation.sampling.temperature and welcome.settings.output == "argmax":
             raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
+
         self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
         generation.stop_ids = self.tokenizer.ids_of(generation.privacy.stop_tokens)
         generation.prompt_ids = self._encode_prompt()
         generation.padding = self._padding(len(generation.prompt_ids))
+
         ids = generation.padding + generation.prompt_ids + generation.new_tokens
         left = generation.max_new_tokens - len(generation.new_tokens)
+
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
             await self._say(Start(len(ids), left, welcome.digest()))
+
             accepted = await self._wait_for_slot()
             memory = memory_for(welcome.description, len(ids) + left, generation.memory_gb)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
@@ -181,14 +185,20 @@ class ClientSession:
         wanted = self.generation.max_new_tokens
         most = self.welcome.description.positions + 1  # the last new token is not read again
         ids = self.tokenizer.encode(self.generation.prompt, most)
-        if max(ids) >= self.welcome.description.vocab_size:
-            raise UserError(f"{self.where} sent a tokenizer that does not belong to its model")
+        self._check_known(ids)
         if len(ids) + wanted > most:
             raise UserError(
                 f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this model takes at most "
                 f"{most} tokens, the new ones included"
             )
         return ids
+
+    def _check_known(self, ids: list[int]) -> None:
+        """Raise `UserError` for tokens that the model does not have."""
+        if max(ids) >= self.welcome.description.vocab_size:
+            own = self.generation.privacy.tokenizer is not None
+            who = "--tokenizer is one" if own else f"{self.where} sent a tokenizer"
+            raise UserError(f"{who} that does not belong to its model: it has a token more than the model's vocabulary")
 
     def _padding(self, length: int) -> list[int]:
         """What fills a prompt of this length up to the length that the server is to see."""
@@ -200,12 +210,15 @@ class ClientSession:
                 f"the prompt has {length} tokens, and filled up to {length + wanted} it leaves no room for "
                 f"{generation.max_new_tokens} new ones in this model"
             )
+
         if generation.privacy.pad_text is not None:
             fill = self.tokenizer.encode(generation.privacy.pad_text, MAX_TOKENS)
         else:
             fill = (self.tokenizer.ids_of(None) or generation.stop_ids)[:1]
+
         if not fill:
             raise UserError("the tokenizer has no token that ends a text: say what to fill up with by --pad-with")
+        self._check_known(fill)
         return (fill * -(-wanted // len(fill)))[-wanted:]
 
     async def _fetch_table(self, folder: Path) -> Path:
@@ -220,10 +233,12 @@ class ClientSession:
                     if received > most:
                         break
                     file.write(part)
+
         try:
             fits = sha256_of(path) == self.welcome.table and load_file(path)["embedding"].shape == shape
         except (SafetensorError, KeyError, AttributeError):
             fits = False
+
         if not fits:
             raise UserError(f"{self.where} sent token embeddings that do not belong to its model")
         return path
@@ -240,10 +255,12 @@ class ClientSession:
         generation, settings = self.generation, self.welcome.settings
         generation.watcher.begin(generation.done + self._count_stages(length, left))
         before = len(generation.new_tokens)
+
         try:
             event = await asyncio.wait_for(party.event(), LINK_SECONDS)
         except asyncio.TimeoutError:
             raise LostServer(f"no engine link with {self.where} within {LINK_SECONDS} s") from None
+
         while event is not None:
             match event:
                 case Linked():
@@ -286,6 +303,7 @@ class ClientSession:
             if not all(0 <= choice < vocab_size for choice in revealed.tokens):
                 raise UserError(f"the private computation with {self.where} failed: a token outside the vocabulary")
             token = revealed.tokens[0 if logits is None else generation.sampling.choose(logits, generation.random)]
+
         if logits is not None:
             generation.logits.append(logits)
         generation.new_tokens.append(token)

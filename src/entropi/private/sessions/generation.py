@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from entropi.errors import UserError
+from entropi.private.compute.settings import MOST_MEMORY_GB
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import Sampling
 from entropi.private.sessions.tokenization import (
@@ -70,8 +71,8 @@ class Generation:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
-        if self.memory_gb is not None and self.memory_gb < 0:
-            raise UserError(f"memory_gb is {self.memory_gb} but must not be negative")
+        if self.memory_gb is not None and not 0 <= self.memory_gb <= MOST_MEMORY_GB:
+            raise UserError(f"memory_gb is {self.memory_gb} but must be between 0 and {MOST_MEMORY_GB:,}")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         check_prompt(self.prompt)

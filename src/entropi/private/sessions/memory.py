@@ -6,6 +6,7 @@ import math
 import os
 
 from entropi.private.compute.description import Description
+from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS
 from entropi.private.wire.link_frames import DEFAULT_UNREAD
 
 MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need must not fail for it
@@ -14,22 +15,33 @@ MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need mu
 def memory_for(model: Description, tokens: int, memory_gb: float | None) -> int | None:
     """Bytes that a party's process may write to: the limit asked for, or else what a session needs, twice.
 
-    The prediction was fitted to `VmData` of both parties of small models; the limit counts the same. It has a part of
-    its own (Python, JAX, SPU, tables of oblivious transfer), one for every core's threads, one for the weights and
-    their shares, one for the encoded entries of the largest matrix product, and one for the largest tensor of which
-    every number takes part in comparisons or polynomials.
-
     Args:
         tokens: prompt and answer together.
         memory_gb: in 10^9 bytes; None for the prediction, 0 for no limit.
     """
     if memory_gb is not None:
         return int(memory_gb * 1e9) or None
-    sizes = [math.prod(shape) for shape in model.weight_shapes().values()]
+    return int(MEMORY_ROOM * needed_memory(model, tokens))
+
+
+def needed_memory(model: Description, tokens: int) -> int:
+    """Bytes that a party of a session with so many tokens, prompt and answer together, is predicted to write to.
+
+    It lies above `VmData`, which the limit counts, of both parties of ten shapes (benchmarks/results/party_memory.md).
+    It has a part of its own (Python, JAX, SPU, tables of oblivious transfer), one for every core's threads, one for the
+    weights, their shares and encodings, one for the polynomials of the largest matrix product, and one for the largest
+    tensor of which every number takes part in comparisons or polynomials.
+    """
+    shapes = model.weight_shapes()
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    # Multiplications of the largest product; larger ones are computed in pieces (`times_matrix`, `times_table`).
+    rows, once = min(tokens, 128), ("embedding", "positions", "head")  # the head has one row
+    largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
+    table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
     wide = max(model.intermediate_size, 3 * model.hidden_size)
     values = tokens * max(model.heads * tokens, wide) + model.vocab_size
-    needed = 2e9 + 5e7 * (os.cpu_count() or 1) + 32 * sum(sizes) + 400 * max(sizes) + 8e3 * values
-    return int(MEMORY_ROOM * needed)
+    own = 2e9 + 5e7 * (os.cpu_count() or 1)
+    return int(own + 150 * weights + 30 * max(largest, table) + 8e3 * values)
 
 
 def unread_for(memory_bytes: int | None) -> int:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from entropi.private.sessions.confinement import summary
+from entropi.private.sessions.memory import needed_memory
 from entropi.private.wire.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
 from entropi.private.wire.tunnel import link_folder
 
@@ -51,11 +52,23 @@ async def confinement() -> str:
         return "unknown"
 
 
+def _too_little_memory(job: Job, memory_bytes: int | None) -> str:
+    """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
+    needed = needed_memory(job.description, job.prompt_length + job.max_new_tokens)
+    if memory_bytes is None or memory_bytes >= needed:
+        return ""
+    return (
+        f"; its memory limit of {memory_bytes / 1e9:.2g} GB may be too small, as about {needed / 1e9:.1f} GB are "
+        "predicted for this model and length (--memory-gb)"
+    )
+
+
 class Party:
     """The child process that runs one party of one session."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, too_little: str = "") -> None:
         self._process = process
+        self._too_little = too_little  # memory, if it is; said of every failure, for each may come from that
 
     @classmethod
     async def start(cls, job: Job, memory_bytes: int | None = None) -> Party:
@@ -69,7 +82,7 @@ class Party:
             start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
             env=_environment(),
         )
-        party = cls(process)
+        party = cls(process, _too_little_memory(job, memory_bytes))
         try:
             if memory_bytes is not None:
                 with contextlib.suppress(ProcessLookupError):  # its events tell why it is gone
@@ -79,6 +92,11 @@ class Party:
             await party.stop()
             raise
         return party
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
 
     async def proceed(self, token: int | None = None) -> None:
         """Let the party run the pass for one more token."""
@@ -95,11 +113,12 @@ class Party:
         assert self._process.stdout is not None
         try:
             if line := await self._process.stdout.readline():
-                return decode_event(line)
+                event = decode_event(line)
+                return Failed(reason=event.reason + self._too_little) if isinstance(event, Failed) else event
         except (BadMessage, ValueError):  # what a crashing process may leave; too long a line
-            return Failed(reason="the party's process wrote something unreadable")
+            return Failed(reason="the party's process wrote something unreadable" + self._too_little)
         if status := await self._process.wait():
-            return Failed(reason=f"the party's process ended with status {status}")
+            return Failed(reason=f"the party's process ended with status {status}{self._too_little}")
         return None
 
     async def suspended(self) -> None:

@@ -30,7 +30,7 @@ class Sampling:
         if not 0 <= self.temperature <= 100:
             raise UserError(f"temperature is {self.temperature} but must be between 0 and 100")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}, at least 1 is needed")
+            raise UserError(f"top_k is {self.top_k} but must be at least 1")
         if self.seed is not None and self.seed < 0:
             raise UserError(f"seed is {self.seed} but must not be negative")
 

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,21 +24,23 @@ from entropi.private.admission.monitoring import Counters, monitoring_app
 from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
-from entropi.private.compute.description import Description
-from entropi.private.compute.fixed_point import select_fraction_bits, sweep_vocabulary
 from entropi.private.compute.folded import load_folded, sha256_of
 from entropi.private.compute.program import compute_on_processor
-from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
 from entropi.private.sessions.party_handle import confinement
+from entropi.private.sessions.readiness import (
+    check_surroundings,
+    check_tokenizer,
+    verified_settings,
+    warn_of_little_memory,
+)
 from entropi.private.sessions.server_session import LEAVE_SECONDS, REVOKED, dismiss, log, run_session
 from entropi.private.sessions.server_state import ServerState
-from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
-from entropi.private.wire.addresses import parse_address
+from entropi.private.sessions.tokenization import own_tokenizer
+from entropi.private.wire.addresses import listening, spelled
 from entropi.private.wire.certificates import Peer, Tls
 from entropi.private.wire.messages import (
-    MAX_SERVER_MESSAGE,
     Welcome,
     encode,
 )
@@ -70,6 +72,7 @@ def serve(
     quota_store: str | None = None,
     self_tests: Sequence[Literal["ref2k", "cheetah"]] = (),
     canary: str | None = None,
+    recheck: bool = False,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -85,31 +88,31 @@ def serve(
         quota_store: path or URL, see `open_store`; None for a file of its own.
         self_tests: ways in which the program is run on a known prompt first, see `self_test`.
         canary: a public prompt whose answer clients are told, so that they can ask for it.
+        recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
         UserError: an address in use or not allowed, unusable TLS files, a damaged model, or one whose values fixed
             point would not hold; a self-test that fails, or a canary that would prove nothing.
     """
-    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
-    if revoked is not None and tls is None:
-        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    address, watched = check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     files = Watched(tls, revoked) if tls is not None else None
+    limits = replace(limits, max_startups=startups_that_fit(limits))
+
     description, weights = load_folded(folder)
-    _check_tokenizer(tokenizer, description)
+    check_tokenizer(tokenizer, description)
     if settings.output == "top_k" and settings.choices > description.vocab_size:
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
+
     compute_on_processor()  # the check is small; looking for accelerators is slow and noisy
-    log.info("looking at the values of all tokens, which takes minutes for a large model")
-    sweep = sweep_vocabulary(description, weights, settings)
-    settings, reasons = select_fraction_bits(description, weights, settings, choose=choose_fraction_bits, sweep=sweep)
-    for line in reasons:
-        log.info("%s", line)
-    for protocol in self_tests:
-        log.info("%s", self_test(folder, settings, protocol, sweep.worst))
     published = None
     if canary is not None:
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
+    warn_of_little_memory(limits, description)
+    settings = verified_settings(
+        folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck
+    )
+
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
         table = None
@@ -118,36 +121,76 @@ def serve(
             save_file({"embedding": weights["embedding"]}, table)
         del weights
         welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None, published)
-        slots, quota = Slots(limits, counters), Quota(limits, open_store(quota_store, limits))
         audit = Audit(counters, audit_log)
-        greeting = text_frames(encode(welcome))
-        digest = welcome.digest()
-        state = ServerState(folder, welcome, digest, limits, slots, quota, counters, table, audit, files, greeting)
-        # What is here by now stays; the door searches often for what connections leave behind.
-        gc.collect()
-        gc.freeze()
-        asyncio.run(_serve(state, address, watched))
+        state = ServerState(
+            folder=folder,
+            welcome=welcome,
+            digest=welcome.digest(),
+            limits=limits,
+            slots=Slots(limits, counters),
+            quota=Quota(limits, open_store(quota_store, limits)),
+            counters=counters,
+            table=table,
+            audit=audit,
+            watched=files,
+            greeting=text_frames(encode(welcome)),
+        )
+        _run(state, address, watched)
         audit.close()
     log.info("stopped")
 
 
-def _check_tokenizer(tokenizer: str, description: Description) -> None:
-    """Raise `UserError` for what every client would refuse."""
+def _run(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:
+    """Answer clients at `address` until a signal ends it."""
+    # What is here by now stays; the door searches often for what connections leave behind.
+    gc.collect()
+    gc.freeze()
     try:
-        size = own_tokenizer(tokenizer).tokenizer.get_vocab_size()
-    except UserError:
-        raise UserError("the model's tokenizer.json is damaged") from None
-    if size > description.vocab_size:
-        raise UserError(f"the tokenizer has {size} tokens, but the model only {description.vocab_size}")
-    if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
-        raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
-    log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))
-    if found := objections(tokenizer, description.vocab_size):
-        log.warning("clients will not apply this tokenizer unless they name its SHA-256: %s", "; ".join(found))
+        asyncio.run(_serve(state, address, metrics))
+    finally:
+        gc.unfreeze()  # or what others keep in circles, as Triton does, would count as leaked at the end
 
 
-async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[str, int]) -> None:
-    async def handler(request: web.Request) -> web.WebSocketResponse:
+async def _serve(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:
+    request_log.addFilter(_without_trace)
+    for strangers in (request_log, logging.getLogger("asyncio")):
+        strangers.addFilter(Sparing())
+
+    loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    if state.watched is not None:
+        loop.add_signal_handler(signal.SIGHUP, again.set)
+    log.info("in force for a session's process: %s", await confinement())
+
+    async with contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(state.quota.close)
+        await state.quota.check()
+        for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
+            closing.callback(task.cancel)
+
+        entrance = Door(state.watched, startups_that_fit(state.limits), state.limits.source_startups, state.audit)
+        port = await _listen(_application(state, entrance), entrance, address, closing)
+        log.info(
+            "listening on %s, %s, protocol %s, %s",
+            spelled(address[0], port),
+            state.welcome.description.architecture,
+            state.welcome.settings.protocol,
+            "TLS 1.3 with client certificates" if state.watched is not None else "no TLS: this machine only",
+        )
+
+        side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, state.audit)
+        port = await _listen(monitoring_app(state.counters), side_door, metrics, closing)
+        log.info("metrics on http://%s/metrics", spelled(metrics[0], port))
+
+        await stopping.wait()
+        log.info("stopping")
+
+
+def _application(state: ServerState, entrance: Door) -> web.Application:
+    """What answers clients: sessions, and the token embeddings where these are public."""
+
+    async def session(request: web.Request) -> web.WebSocketResponse:
         return await run_session(request, state, entrance.guest(request))
 
     async def table(request: web.Request) -> web.FileResponse:
@@ -155,6 +198,7 @@ async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[st
         peer, transport = Peer.of(request.transport), request.transport
         if peer is not None and peer in state.revoked:
             raise web.HTTPForbidden
+
         response = web.FileResponse(state.table)
         patience = SEND_SECONDS + state.table.stat().st_size / TABLE_BYTES_PER_SECOND
         try:
@@ -168,60 +212,25 @@ async def _serve(state: ServerState, address: tuple[str, int], watched: tuple[st
         await asyncio.gather(*(dismiss(socket, "the server is stopping") for socket in state.sockets))
 
     app = web.Application()
-    app.router.add_get("/v1/session", handler)
+    app.router.add_get("/v1/session", session)
     if state.table is not None:
         app.router.add_get("/v1/table", table)
     app.on_shutdown.append(end_sessions)
-    request_log.addFilter(_without_trace)
-    for strangers in (request_log, logging.getLogger("asyncio")):
-        strangers.addFilter(Sparing())
-    files = state.watched
-    entrance = Door(files, startups_that_fit(state.limits), state.limits.source_startups, state.audit)
-    side_door = Door(None, METRICS_CONNECTIONS, METRICS_CONNECTIONS, state.audit)
-    loop, stopping, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
-    if files is not None:
-        loop.add_signal_handler(signal.SIGHUP, again.set)
-    log.info("in force for a session's process: %s", await confinement())
-    async with contextlib.AsyncExitStack() as closing:
-        closing.push_async_callback(state.quota.close)
-        await state.quota.check()
-        for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
-            closing.callback(task.cancel)
-        for each, door, where in (
-            (app, entrance, address),
-            (monitoring_app(state.counters), side_door, watched),
-        ):
-            each.middlewares.append(door.attend)
-            runner = web.AppRunner(each, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
-            await runner.setup()
-            closing.push_async_callback(runner.cleanup)
-            assert runner.server is not None
-            closing.callback(door.close)
-            with _listening(where):
-                port = door.open(runner.server, *where)
-            if each is app:
-                log.info(
-                    "listening on %s, %s, protocol %s, %s",
-                    _spell(where[0], port),
-                    state.welcome.description.architecture,
-                    state.welcome.settings.protocol,
-                    "TLS 1.3 with client certificates" if files is not None else "no TLS: this machine only",
-                )
-            else:
-                log.info("metrics on http://%s/metrics", _spell(where[0], port))
-        await stopping.wait()
-        log.info("stopping")
+    return app
 
 
-@contextlib.contextmanager
-def _listening(address: tuple[str, int]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-        raise UserError(f"cannot listen on {_spell(*address)}: {reason}") from None
+async def _listen(
+    app: web.Application, door: Door, address: tuple[str, int], closing: contextlib.AsyncExitStack
+) -> int:
+    """Let clients of `app` in by a door, until `closing` ends; the port."""
+    app.middlewares.append(door.attend)
+    runner = web.AppRunner(app, access_log=None, logger=request_log, shutdown_timeout=LEAVE_SECONDS)
+    await runner.setup()
+    closing.push_async_callback(runner.cleanup)
+    assert runner.server is not None
+    closing.callback(door.close)
+    with listening(address):
+        return door.open(runner.server, *address)
 
 
 async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
@@ -234,6 +243,7 @@ async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
         if files is None or not (again.is_set() or files.has_changed()):
             again.clear()
             continue
+
         again.clear()
         try:
             files.reload()
@@ -241,14 +251,11 @@ async def _watch_files(state: ServerState, again: asyncio.Event) -> None:
             log.error("what was read before stays in use: %s", error)
             state.audit.happened("certificates not reloaded", str(error))
             continue
+
         state.counters.revoked = len(files.revoked)
         state.audit.happened("certificates reloaded", f"{len(files.revoked)} revoked")
         ended = [socket for socket, peer in state.sockets.items() if peer is not None and peer in files.revoked]
         await asyncio.gather(*(dismiss(socket, REVOKED) for socket in ended))
-
-
-def _spell(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _without_trace(record: logging.LogRecord) -> bool:

@@ -67,13 +67,16 @@ async def run_session(request: web.Request, state: ServerState, guest: Guest) ->
     socket = ControlChannel(
         max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
     )
+
     transport, peer = request.transport, Peer.of(request.transport)
     await socket.prepare(request)
     client = str(peer) if peer is not None else ""
     session_log = SessionLog(log, secrets.token_hex(4), client, quiet=_too_many_lines(state))
+
     started = time.monotonic()
     session_log.info("opened%s", f" by {client}" if client else "")
     state.sockets[socket] = peer
+
     ending: Ending = "failed"
     progress, reason = Progress(), ""
     try:
@@ -148,6 +151,7 @@ async def _talk(
     hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
+
     await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
     start = await receive(socket, Start, START_SECONDS)
     if start.digest != state.digest:
@@ -160,6 +164,7 @@ async def _talk(
             f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
             f"{positions} positions"
         )
+
     async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
         session_log.quiet, progress.computing = False, True
         state.counters.prompt_tokens += start.prompt_length
@@ -205,6 +210,7 @@ async def _compute(
             ),
             memory_bytes=memory,
         )
+
         tasks: list[asyncio.Task[None]] = []
         try:
             await send(socket, Accepted(session))
@@ -213,19 +219,7 @@ async def _compute(
             link = asyncio.create_task(_watch_link(tunnel))
             suspended = asyncio.create_task(party.suspended())
             tasks += [work, listen, link, suspended]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() and work.exception() is None:  # the client may still be reading its last share
-                await asyncio.wait([listen], timeout=LEAVE_SECONDS)
-            elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
-                await asyncio.wait([work], timeout=REPORT_SECONDS)
-            for task in (work, listen):
-                if task.done():
-                    task.result()
-            if suspended.done():
-                session_log.warning("somebody stopped the party's process")
-                raise SessionError("the server's party failed")
-            if not (work.done() or listen.done()):
-                link.result()
+            await _end_of_session(work, listen, link, suspended, session_log)
             if progress.revealed < progress.asked:
                 raise ClientLeft("the client left in the middle of a pass")
         finally:
@@ -233,19 +227,47 @@ async def _compute(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await party.stop()
-            session_log.info(
-                "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
-                tunnel.sent,
-                tunnel.received,
-                tunnel.turns,
-                tunnel.most_unread,
-                fields={
-                    "link_sent": tunnel.sent,
-                    "link_received": tunnel.received,
-                    "turns": tunnel.turns,
-                    "most_unread": tunnel.most_unread,
-                },
-            )
+            _log_link(tunnel, session_log)
+
+
+async def _end_of_session(
+    work: asyncio.Task[None],
+    listen: asyncio.Task[None],
+    link: asyncio.Task[None],
+    suspended: asyncio.Task[None],
+    session_log: SessionLog,
+) -> None:
+    """Wait until one of a session's tasks has ended, and raise what says most about why."""
+    await asyncio.wait([work, listen, link, suspended], return_when=asyncio.FIRST_COMPLETED)
+    if work.done() and work.exception() is None:  # the client may still be reading its last share
+        await asyncio.wait([listen], timeout=LEAVE_SECONDS)
+    elif listen.done() and listen.exception() is None:  # it has its last share; ours may still be reporting it
+        await asyncio.wait([work], timeout=REPORT_SECONDS)
+
+    for task in (work, listen):
+        if task.done():
+            task.result()
+    if suspended.done():
+        session_log.warning("somebody stopped the party's process")
+        raise SessionError("the server's party failed")
+    if not (work.done() or listen.done()):
+        link.result()
+
+
+def _log_link(tunnel: Tunnel, session_log: SessionLog) -> None:
+    session_log.info(
+        "the link carried %d bytes to the client, %d from it, in %d turns; at most %d were unread",
+        tunnel.sent,
+        tunnel.received,
+        tunnel.turns,
+        tunnel.most_unread,
+        fields={
+            "link_sent": tunnel.sent,
+            "link_received": tunnel.received,
+            "turns": tunnel.turns,
+            "most_unread": tunnel.most_unread,
+        },
+    )
 
 
 @dataclass
@@ -262,12 +284,14 @@ async def _watch_party(
 ) -> None:
     """Log what the party reports, until it has finished."""
     sent = received = 0
+
     patience = min(LINK_SECONDS, state.limits.stall_seconds)
     while True:
         try:
             event = await asyncio.wait_for(party.event(), patience)
         except asyncio.TimeoutError:
             raise SessionError(f"nothing happened for {patience:g} s") from None
+
         match event:
             case None:
                 return

@@ -41,6 +41,7 @@ def revoke(folder: Path, names: Sequence[str], days: int = 365) -> Path:
     """
     authority, authority_key = _read_authority(folder)
     path, now = folder / REVOKED, datetime.datetime.now(datetime.timezone.utc)
+
     builder = x509.CertificateRevocationListBuilder().issuer_name(authority.subject)
     builder = builder.last_update(now).next_update(now + datetime.timedelta(days=days))
     entries: dict[int, x509.RevokedCertificate] = {}
@@ -49,6 +50,7 @@ def revoke(folder: Path, names: Sequence[str], days: int = 365) -> Path:
             entries = {entry.serial_number: entry for entry in x509.load_pem_x509_crl(path.read_bytes())}
     except ValueError:
         raise UserError(f"{path} is damaged") from None
+
     for name in names:
         file = folder / f"{_file_name(name)}.pem"
         try:
@@ -59,9 +61,11 @@ def revoke(folder: Path, names: Sequence[str], days: int = 365) -> Path:
             raise UserError(f"{file} is no certificate") from None
         entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
         entries.setdefault(serial, entry)
+
     for entry in entries.values():
         builder = builder.add_revoked_certificate(entry)
     numbered = builder.add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+
     fresh = path.with_suffix(".new")
     try:  # a server that reads it meanwhile finds the old list or the new one
         fresh.write_bytes(numbered.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
@@ -96,12 +100,16 @@ def issue(folder: Path, servers: Sequence[str], clients: Sequence[str], days: in
     if len(set(wanted)) < len(wanted):
         problems.append("a name is given twice")
     problems += [f"{folder / (name + '.pem')} exists already" for name in wanted if (folder / f"{name}.pem").exists()]
+    if folder.exists() and not folder.is_dir():
+        problems.append(f"{folder} is a file, where the authority's folder should be")
     if problems:
         raise UserError("; ".join(problems))
+
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if not (folder / CA).exists():
         written += _make_authority(folder)
+
     authority, authority_key = _read_authority(folder)
     for name, hosts in [(servers[0], servers)] if servers else []:
         written += _issue_one(folder, name, hosts, ExtendedKeyUsageOID.SERVER_AUTH, authority, authority_key, days)
@@ -172,10 +180,12 @@ def _issue_one(
             critical=False,
         )
     )
+
     if hosts:
         addresses = [(_address(host), host) for host in hosts]
         names = [x509.IPAddress(address) if address else x509.DNSName(host) for address, host in addresses]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+
     stem = _file_name(name)
     certificate = builder.sign(authority_key, hashes.SHA256())
     return _write(folder / f"{stem}-key.pem", folder / f"{stem}.pem", key, certificate)

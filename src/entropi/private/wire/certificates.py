@@ -53,6 +53,7 @@ class Tls:
                 path.open("rb").close()
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from None
+
         try:
             context.load_verify_locations(self.ca)
         except ssl.SSLError:

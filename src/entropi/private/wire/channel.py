@@ -79,6 +79,7 @@ async def open_channel(
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(refuse_redirect)
+
     # Time limits are set around the steps; aiohttp's own would end a long generation.
     connector = aiohttp.TCPConnector(ssl=server.context or True)
     async with aiohttp.ClientSession(
@@ -136,6 +137,7 @@ async def welcome_from(socket: aiohttp.ClientWebSocketResponse, where: str) -> W
     """The handshake: what the server makes public, if this side can use it."""
     await socket.send_str(encode(Hello(PROTOCOL_VERSION, engine_version())).decode())
     welcome = await receive(socket, where, Welcome, HANDSHAKE_SECONDS)
+
     parameters = sum(int(np.prod(shape, dtype=object)) for shape in welcome.description.weight_shapes().values())
     if parameters > MAX_PARAMETERS:
         raise UserError(

@@ -44,6 +44,7 @@ class Revoked:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
         except ValueError:  # bytes that are no ASCII; no PEM
             raise UserError(f"{path} is no list of revoked certificates") from None
+
         serials: set[tuple[bytes, int]] = set()
         for block in _CRL.findall(text):
             try:
@@ -56,6 +57,7 @@ class Revoked:
                 raise UserError(f"{path} holds a damaged revocation list") from None
             if not signed:
                 raise UserError(f"{path} holds a revocation list that no authority in {ca} has signed")
+
         fingerprints = set()
         for number, line in enumerate(_CRL.sub(_blank, text).splitlines(), start=1):
             word = line.partition("#")[0].strip().replace(":", "").lower()

@@ -12,8 +12,9 @@ pytest.importorskip("spu")
 
 from entropi.costs import cheetah
 from entropi.costs.calibration import shipped, trials, workers
-from entropi.costs.prediction import NETWORKS, Options, Predictor
-from entropi.costs.tracing import Use, Value, uses
+from entropi.costs.network import NETWORKS
+from entropi.costs.prediction import CostModel, Options, Predictor
+from entropi.costs.tracing import ProtocolCall, Value, trace_calls
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Simulation
@@ -88,7 +89,7 @@ def test_prediction_equals_the_meter(protocol, name, tokens, chosen):
     prices = msgspec.structs.replace(shipped(protocol), workers=workers())
     options = Options(exp_iterations=4, **chosen)
     model = describe(name)
-    predictor = Predictor(model, prices, NETWORKS["lan"], options)
+    predictor = Predictor(model, CostModel(prices, NETWORKS["lan"], options))
     predicted = [predictor.set_up(), predictor.run(tokens), predictor.run(1)]
     measured = metered(protocol, model, tokens, options)
     for guess, stages in zip(predicted, measured):
@@ -110,7 +111,7 @@ def test_shapes_of_the_check_were_not_calibrated_on():
         values = {weight: Value(shape, "server") for weight, shape in model.weight_shapes().items()}
         values["embedded"] = Value((tokens, model.hidden_size), "client")
         stages = forward(model, tokens, 0, 4, embedding="public")
-        products = {use.shape for stage in stages for use in uses(stage, values) if use.kind == "product"}
+        products = {call.shape for stage in stages for call in trace_calls(stage, values) if call.kind == "product"}
         assert products
         assert not products & calibrated
 
@@ -137,12 +138,12 @@ def test_tiles_are_those_that_the_engine_logs(shape):
 
 def test_transfers_run_out_where_the_engine_s_did():
     """Places of extensions in sequences of calls that were metered (two workers, both extend at the same call)."""
-    books = cheetah.Cheetah(workers=2)
+    counter = cheetah.Cheetah(workers=2)
 
     def extended(kinds: tuple[str, ...], size: int, calls: int) -> list[int]:
         found = []
         for call in range(calls):
-            if sum(books.count(Use(kind, size))["transfer extensions"] for kind in kinds):  # type: ignore[arg-type]
+            if sum(counter.count(ProtocolCall(kind, size))["transfer extensions"] for kind in kinds):  # type: ignore[arg-type]
                 found.append(call)
         return found
 

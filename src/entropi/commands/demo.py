@@ -1,4 +1,4 @@
-"""The demo: the whole way once, at a small size, with nothing faked.
+"""`entropi demo`: the whole way once, at a small size, with nothing faked.
 
 Trains the baseline and the softmax-only model on the same text, diagnoses both, lets a server process that owns
 the weights and a client process that owns the prompt generate under secure two-party computation, compares the
@@ -14,18 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import Any
 
 from entropi import records
+from entropi.commands.common import Command, extra
 from entropi.console import make_console
 from entropi.errors import UserError
-from entropi.report import figures
-from entropi.report.page import write_report
 from entropi.training.recipe import Recipe
-from entropi.training.run import train
-from entropi.training.saved import open_model
 
 BASELINE = "SM+LN+G"
 SOFTMAX_ONLY = "EReg(SM(t)+ScFFN)"  # its two matrices a layer fold away
@@ -52,23 +47,54 @@ def recipes(steps: int) -> dict[str, Recipe]:
     return {BASELINE: Recipe(architecture=BASELINE, steps=steps), SOFTMAX_ONLY: softmax_only}
 
 
-def run_demo(folder: Path, steps: int) -> None:
-    """Do it all below `folder`; finished trainings are kept and not repeated."""
+def run(folder: Path = Path("runs/demo"), steps: int = 600) -> None:
+    """Everything once, small and real: train two models, diagnose them, answer a prompt in private, write the report.
+
+    Finished trainings are kept and not repeated.
+
+    Args:
+        folder: where the two run folders and the report go
+        steps: optimizer updates of each training
+    """
+    with extra("private"):
+        import entropi.private.sessions.client  # noqa: F401
+        from entropi.private.wire.versions import engine_version
+
+        engine_version()
+    with extra("report"):
+        from entropi.report.page import write_report
+
     console = make_console()
     started = time.monotonic()
     runs = {BASELINE: folder / "baseline", SOFTMAX_ONLY: folder / "softmax-only"}
     for number, (name, recipe) in enumerate(recipes(steps).items(), start=1):
         console.print(f"\n[bold]{number}/4  Train {name}[/bold]")
-        run = runs[name]
-        train(recipe, run)
-        found = last(run, records.DiagnosisRecord)
-        figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
-        console.print(
-            f"{name}: perplexity {last(run, records.Evaluation).perplexity:.1f}. {found.verdict}", markup=False
-        )
+        _train_and_diagnose(name, recipe, runs[name])
 
     console.print("\n[bold]3/4  Ask the softmax-only model a question nobody else can read[/bold]")
-    run = runs[SOFTMAX_ONLY]
+    answer, comparison = _ask_in_private(runs[SOFTMAX_ONLY])
+
+    console.print("\n[bold]4/4  Report[/bold]")
+    report = write_report(list(runs.values()), folder / "report.html")
+    _print_summary(runs, answer, comparison, report, time.monotonic() - started)
+
+
+def _train_and_diagnose(name: str, recipe: Recipe, run: Path) -> None:
+    from entropi.report import figures
+    from entropi.training.run import train
+
+    train(recipe, run)
+    found = last(run, records.DiagnosisRecord)
+    figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
+    perplexity = last(run, records.Evaluation).perplexity
+    make_console().print(f"{name}: perplexity {perplexity:.1f}. {found.verdict}", markup=False)
+
+
+def _ask_in_private(run: Path) -> tuple[records.PrivateRun, records.PlaintextComparison]:
+    """Let a server process with the weights and a client process with the prompt generate; compare with plaintext."""
+    import numpy as np
+
+    console = make_console()
     logits_file = run / "private_logits.npy"
     console.print("the server's process folds the weights, checks their ranges and starts to listen ...")
     with running_server(run, run / "server.log") as address:
@@ -79,13 +105,11 @@ def run_demo(folder: Path, steps: int) -> None:
         )
     if asked.returncode:
         raise UserError(f"the private question failed; the server's log is {run / 'server.log'}")
+
     answer = last(run, records.PrivateRun)
     comparison = compare_with_plaintext(run, answer, np.load(logits_file))
     records.append(run / records.RECORDS_FILE, comparison)
-
-    console.print("\n[bold]4/4  Report[/bold]")
-    report = write_report(list(runs.values()), folder / "report.html")
-    _print_summary(runs, answer, comparison, report, time.monotonic() - started)
+    return answer, comparison
 
 
 def last(run: Path, kind: type[records.R]) -> records.R:
@@ -123,16 +147,19 @@ def running_server(model: Path, log: Path) -> Iterator[str]:
             server.wait()
 
 
-@torch.no_grad()
-def compare_with_plaintext(
-    model_path: Path, answer: records.PrivateRun, logits: np.ndarray
-) -> records.PlaintextComparison:
+def compare_with_plaintext(model_path: Path, answer: records.PrivateRun, logits: Any) -> records.PlaintextComparison:
     """Private `logits` (tokens, V) against those of the trained model in the open, on the same tokens."""
+    import numpy as np
+    import torch
+
+    from entropi.training.saved import open_model
+
     model, _, _ = open_model(model_path)
     errors, same, plain_tokens = [], [], []
     for index, row in enumerate(logits):
         ids = answer.prompt_tokens + answer.new_tokens[:index]
-        expected = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
         errors.append(float(np.abs(row - expected).max()))
         plain_tokens.append(int(expected.argmax()))
         same.append(plain_tokens[-1] == answer.new_tokens[index])
@@ -165,3 +192,6 @@ def _print_summary(
         f"same top token {agree} of {len(comparison.same_top1)}"
     )
     print(f"  report                 {report}   ({seconds:.0f} s in all)")
+
+
+COMMAND = Command(run, place=1)

@@ -66,9 +66,14 @@ def heads(pairs: Sequence[tuple[int, int]]) -> str:
 
 
 def quote(text: str) -> str:
-    """A text on one line, cut to a length that a sentence can bear."""
-    line = " ".join(text.split())
+    """A text on one line, cut to a length that a sentence can bear; of white space alone, its escapes."""
+    line = " ".join(visible(text).split())
     return line if len(line) <= MAX_QUOTE else line[: MAX_QUOTE - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """The text; of white space alone, which nobody would see, its escapes: a line break is shown as \\n."""
+    return text if text.strip() else text.encode("unicode_escape").decode().replace(" ", "\\x20")
 
 
 def sentence(text: str) -> str:

@@ -1,0 +1,260 @@
+"""`entropi ask`: the prompt owner's side of private inference."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from entropi import records
+from entropi.commands.common import (
+    Command,
+    Words,
+    check_parents,
+    extra,
+    print_json,
+    read_text,
+    terminated_like_interrupted,
+)
+from entropi.console import ProgressLine, make_console, without_controls
+from entropi.errors import UserError
+
+ANSWER_CONTROLS = "\n\t"  # of an answer's control characters, those that belong to text; --json has all of them
+
+
+def run(
+    prompt: str | None = None,
+    server: str = "127.0.0.1:9000",
+    max_new_tokens: int = 8,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    server_ca: Path | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    tokenizer: Path | None = None,
+    tokenizer_sha256: str | None = None,
+    pad_to: int = 1,
+    pad_with: Path | None = None,
+    stop: list[str] | None = None,
+    full_length: bool = False,
+    canary: bool = False,
+    retries: int = 0,
+    memory_gb: float | None = None,
+    json: bool = False,
+    record: Path | None = None,
+    logits: Path | None = None,
+) -> None:
+    """Let a server's model continue PROMPT without showing it the prompt or the answer.
+
+    Args:
+        prompt: text to continue, or - for standard input (the list of processes shows command lines to other users
+            of this machine); it does not leave this machine in readable form
+        server: HOST:PORT of an `entropi serve`
+        max_new_tokens: tokens to generate
+        tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
+        tls_key: its private key
+        server_ca: certificate of the authority that the server's certificate is from
+        temperature: of sampling, which happens here, up to 100; 0 takes the likeliest token
+        top_k: sample from so many of the likeliest tokens; by default from all that the server reveals
+        seed: of sampling
+        tokenizer: tokenizer.json of the model, to use in place of the one that the server sends
+        tokenizer_sha256: hash of the tokenizer.json that the server must send; without one of these two options only
+            tokenizers are applied that give every prompt back unchanged and whose vocabulary alone the server can
+            choose: with it, it can still make the number of tokens tell whether certain words occur (docs/security.md)
+        pad_to: fill the prompt up, at its front, to a multiple of so many tokens: the server sees that length; the
+            model reads the filling, which changes the answer
+        pad_with: file with text to fill up with; public text of the prompt's kind changes answers least, and by default
+            it is the token that ends a text
+        stop: names of the tokens that end an answer; by default those that usually end a text
+        full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
+        canary: ask the public prompt that the server names, and compare the answer with the one it published
+        retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
+        memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
+        json: print the whole record as one JSON object instead of the text
+        record: run folder to add the record to, for its report
+        logits: .npy file for the logits (tokens, V)
+    """
+    with extra("private"):
+        from entropi.private.sessions.client import ask
+        from entropi.private.sessions.generation import Watcher
+        from entropi.private.sessions.privacy import Privacy
+        from entropi.private.sessions.sampling import Sampling
+        from entropi.private.wire.certificates import tls_files
+        from entropi.private.wire.versions import engine_version
+
+        engine_version()  # the engine itself runs in a process of its own
+    sampling = Sampling(temperature, top_k, seed)
+    own = read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
+    filling = read_text(pad_with, "the filling") if pad_with is not None else None
+    privacy = Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, full_length)
+    tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
+    check_parents(logits)
+    if record is not None and not record.is_dir():
+        raise UserError(f"there is no run folder {record} to add the record to")
+
+    check = None
+    if canary:
+        if prompt is not None:
+            raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
+        check = _CanaryCheck(server, tls)
+        prompt, max_new_tokens = check.published.prompt, len(check.published.tokens)
+        sampling, privacy = Sampling(), replace(privacy, pad_to=1, full_length=True)
+    text = _prompt(prompt)
+    if logits is not None:
+        _refuse_without_logits(server, tls)
+
+    display = _Display(quiet=json)
+    with display, terminated_like_interrupted():  # nothing stays in the temporary folder
+        watcher = Watcher(display.begin, display.stage, display.text, display.status)
+        answer = ask(
+            server,
+            text,
+            max_new_tokens,
+            watcher,
+            tls=tls,
+            sampling=sampling,
+            retries=retries,
+            privacy=privacy,
+            memory_gb=memory_gb,
+        )
+        display.finish(answer.record.new_text)
+
+    if check is not None:
+        check.compare(answer)
+    if record is not None:
+        records.append(record / records.RECORDS_FILE, answer.record)
+    if logits is not None:
+        _write_logits(logits, answer.logits, server)
+    if json:
+        print_json(answer.record)
+        return
+    display.status(_summary(answer.record))
+    if check is not None:
+        display.status(f"the canary holds: {len(check.published.tokens)} tokens as published")
+
+
+class _CanaryCheck:
+    """The public prompt and answer that a server publishes, for comparison with the answer that it gives."""
+
+    def __init__(self, server: str, tls: Any) -> None:
+        from entropi.private.sessions.client import connect
+
+        serving = connect(server, tls)
+        if serving.canary is None:
+            raise UserError(f"{server} has published no canary")
+        self.published, self._settings = serving.canary, serving.settings
+
+    def compare(self, answer: Any) -> None:
+        from entropi.private.sessions.canary import complaint
+
+        if (difference := complaint(self.published, answer, self._settings)) is not None:
+            raise UserError(f"the canary does not hold: {difference}; do not rely on this server's answers")
+
+
+def _prompt(prompt: str | None) -> str:
+    """The text to continue, from standard input for "-"."""
+    from entropi.private.sessions.tokenization import MAX_PROMPT
+
+    if prompt is None:
+        raise UserError("PROMPT is missing (see entropi ask --help)")
+    source = "standard input" if prompt == "-" else "the prompt"
+    try:
+        text = sys.stdin.read(MAX_PROMPT + 1) if prompt == "-" else prompt  # more is refused, whatever it is
+        text.encode()  # bytes that could not be decoded may have arrived as lone surrogates
+    except UnicodeError:
+        raise UserError(f"{source} is not UTF-8 text") from None
+    return text
+
+
+def _refuse_without_logits(server: str, tls: Any) -> None:
+    """Refuse to ask for logits that the server does not reveal, before the answer is computed."""
+    from entropi.private.sessions.client import connect
+
+    if connect(server, tls).settings.output == "argmax":
+        raise UserError(
+            f"{server} reveals no logits (it serves with --output argmax): ask without --logits, or have it serve "
+            "with --output logits or top_k"
+        )
+
+
+def _write_logits(path: Path, logits: list[Any], server: str) -> None:
+    import numpy as np
+
+    if not logits:  # the server was started anew with other settings meanwhile
+        raise UserError(f"{server} reveals no logits")
+    with open(path, "wb") as file:
+        np.save(file, np.stack(logits))
+
+
+class _Display:
+    """Progress on standard error and the answer on standard output, as both arrive; use as a context manager.
+
+    Args:
+        quiet: standard output is for something else.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = make_console()
+        self._line: ProgressLine | None = None
+        self._moved = 0  # bytes
+        self._received, self._printed = "", 0  # text, and how many characters of it are printed
+        self._finished = False
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._line is not None:
+            self._line.__exit__(None, None, None)
+        if not self._quiet and (self._finished or self._received):  # after a failure, what had been received
+            print(self._received[self._printed :], flush=True)
+
+    def begin(self, total: int) -> None:
+        if self._line is None:
+            self._line = ProgressLine("private inference", total, console=self._console).__enter__()
+        else:
+            self._line.expect(total)
+
+    def stage(self, done: int, communication: records.StageCommunication) -> None:
+        assert self._line is not None
+        self._moved += communication.bytes
+        layer = f"layer {communication.layer} " if communication.layer >= 0 else ""
+        self._line.update(
+            done, f"token {communication.token + 1}, {layer}{communication.name}, {self._moved / 1e6:.1f} MB"
+        )
+
+    def text(self, piece: str) -> None:
+        self._received += without_controls(piece, ANSWER_CONTROLS)
+        if self._quiet:
+            return
+        if sys.stdout.isatty() and self._line is not None:  # there it would run into the progress bar
+            self._line.show(self._received)
+        else:
+            print(self._received[self._printed :], end="", flush=True)
+            self._printed = len(self._received)
+
+    def finish(self, answer: str) -> None:
+        """The whole answer is known."""
+        self._received, self._finished = without_controls(answer, ANSWER_CONTROLS), True
+
+    def status(self, happening: str) -> None:
+        self._console.print(without_controls(happening), markup=False)
+
+
+def _summary(run: records.PrivateRun) -> str:
+    """Bytes, messages and seconds of a private generation, in one line; an answer that nobody sees, with escapes."""
+    unseen = "" if run.new_text.strip() else f"the answer is {run.new_text!r}; "
+    return (
+        f"{unseen}{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, softmax kernel t={run.exp_iterations}"
+    )
+
+
+COMMAND = Command(
+    run,
+    place=8,
+    words={"prompt": Words(nargs="?", positional=True), "stop": Words("TOKEN", default=None)},
+)

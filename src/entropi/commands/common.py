@@ -1,0 +1,139 @@
+"""What commands share: how one is declared, how it refuses a mistake early, ends on a signal and prints JSON."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from entropi import records
+from entropi.console import escaped_json
+from entropi.errors import UserError
+
+
+@dataclass(frozen=True)
+class Words:
+    """An argument of a command that takes a list of words, or a positional one that may be left out."""
+
+    metavar: str | None = None
+    kind: type = str
+    nargs: str = "+"
+    positional: bool = False
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A dataclass whose fields are options of a command, and which arrives as one argument of it.
+
+    Its file is what `--config` names, and else what `kept` finds: an earlier call's settings, so that they need not be
+    typed again.
+    """
+
+    argument: str
+    kind: type
+    read: Callable[[Path], Any]
+    kept: Callable[[dict[str, Any]], Path | None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: a function whose signature is its options and whose docstring is its help.
+
+    Args:
+        function: what runs; flags are its boolean parameters.
+        place: among the commands that `entropi --help` lists.
+        words: those of its parameters that take lists, by name.
+        settings: its parameter that is a whole dataclass, if there is one.
+    """
+
+    function: Callable[..., None]
+    place: int
+    words: Mapping[str, Words] = field(default_factory=dict)
+    settings: Settings | None = None
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does: folded weights must not stay behind in a temporary folder."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is asked about signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turn a missing optional dependency into advice."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "entropi":
+            raise
+        raise UserError(f"{package} is not installed: pip install 'entropi[{name}]'") from None
+    except ImportError as error:  # there, but it does not load
+        reason = " ".join(str(error).split())
+        raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
+
+
+def read_text(path: Path, what: str) -> str:
+    """The content of a file that has to be UTF-8 text.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_parents(*paths: Path | None) -> None:
+    """Refuse, before long work, files to write whose folders do not exist, or that are folders.
+
+    Raises:
+        UserError: names the first.
+    """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+
+
+def refuse_other_families(model: Path, purpose: str) -> None:
+    """Refuse a model that transformers saved but that is not of this family, and say how one gets there.
+
+    Raises:
+        UserError: its config.json is of another family.
+    """
+    folder = model / "model" if (model / "model").is_dir() else model
+    try:
+        family = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # whoever opens it says what is wrong
+    if family == "entropi":
+        return
+    way = "of other families, GPT-2 and GPT-NeoX (Pythia) can become one"
+    if family in ("gpt2", "gpt_neox"):
+        taken_over = f"EntropiForCausalLM.from_{family}(MODEL).save_pretrained(FOLDER)"
+        way = f"{taken_over}, with its tokenizer.json copied to FOLDER, makes one of it"
+    raise UserError(
+        f"the model in {folder} is of type {family!r}; {purpose} are run folders of entropi train and saved entropi "
+        f"models: {way}"
+    )
+
+
+def print_json(value: Any) -> None:
+    """One line on standard output that no terminal is upset by."""
+    print(escaped_json(records.encode(value).decode()))

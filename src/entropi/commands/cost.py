@@ -1,0 +1,332 @@
+"""`entropi cost`: what a model costs, before it is trained or run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from entropi import records
+from entropi.commands.common import Command, Words, check_parents, extra, print_json
+from entropi.console import ProgressLine
+from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
+from entropi.errors import UserError
+from entropi.model.architectures import split_training_name
+from entropi.model.shape import Shape, read_shape
+
+MAX_ITERATIONS = 8
+
+
+def run(
+    architecture: str | None = None,
+    compare: list[str] | None = None,
+    seq_len: int = 128,
+    layers: int | None = None,
+    heads: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    key_value_heads: int | None = None,
+    vocab_size: int | None = None,
+    position_embedding: Literal["learned", "rotary"] | None = None,
+    bias: Literal["qk", "all", "none"] | None = None,
+    protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
+    network: str = "wan",
+    embedding: Literal["private", "public"] = "private",
+    exp_iterations: int | None = None,
+    polynomial: bool = False,
+    budget: str | None = None,
+    runs: list[Path] | None = None,
+    picture: Path | None = None,
+    calibration: Path | None = None,
+    calibrate: Path | None = None,
+    record: bool = False,
+    json: bool = False,
+) -> None:
+    """What a model costs: its operations exactly, and the bytes and time of its private inference predicted.
+
+    Nothing is run. The defaults are GPT-2 small's sizes.
+
+    Args:
+        architecture: one of the paper's names, SM(t)+ScFuFFN by default; or the config.json of a GPT-2, GPT-NeoX, Llama
+            or entropi model, a folder that holds one, or hf://OWNER/NAME, which bring their own sizes
+        compare: several of these side by side
+        seq_len: tokens of the prompt, T
+        layers: number of layers, L; 12 by default
+        heads: attention heads a layer, H; 12 by default
+        hidden_size: width of the model, d; 768 by default
+        intermediate_size: width of the feed-forward networks, m; four times the model's by default
+        key_value_heads: heads of keys and values, fewer than heads for grouped queries; as many by default
+        vocab_size: entries of the tokenizer, V; 50257 by default
+        position_embedding: learned positions or rotary ones; learned by default
+        bias: linear layers with a bias; those of queries and keys, qk, by default
+        protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
+        network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
+        embedding: token table private to the server, or public
+        exp_iterations: t of the softmax kernel, for models that were trained with the exact softmax; 8 by default, or 1
+            with --polynomial
+        polynomial: attention weights are (1 + s/2^t)^(2^t) of the logits, with which a model has to be trained
+        budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
+        runs: run folders with measured perplexities, to set predicted cost against perplexity
+        picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
+        calibration: file of prices measured by --calibrate, in place of those that come with the package
+        calibrate: measure this machine's prices (some minutes) and write them to this file
+        record: add the prediction to the records of the run folder that --architecture names, for its report
+        json: print one JSON object
+    """
+    check_parents(picture, calibrate)
+    _refuse_several({"--architecture": architecture, "--compare": compare, "--budget": budget, "--runs": runs})
+    recorded = Path(architecture or "") / records.RECORDS_FILE
+    if record and (architecture is None or not recorded.is_file()):
+        raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
+    if budget is not None and picture is not None:
+        raise UserError("--picture has nothing to draw with --budget")
+    with extra("private"):
+        from entropi.costs import calibration as prices
+        from entropi.costs.network import parse_network
+        from entropi.costs.prediction import CostModel, Options
+    if calibrate is not None:
+        _calibrate(protocol, calibrate)
+        return
+
+    # What the shapes by name are given; of these, what was asked for must not be ignored.
+    sizes = {
+        "layers": layers,
+        "heads": heads,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "key_value_heads": key_value_heads,
+        "vocab_size": vocab_size,
+        "position_embedding": position_embedding,
+        "bias": bias,
+    }
+    asked = {name: value for name, value in sizes.items() if value is not None}
+    words = [str(run) for run in runs] if runs else compare or [architecture or "SM(t)+ScFuFFN"]
+    _refuse_ignored(words, list(asked), polynomial=polynomial, searching=budget is not None)
+    iterations = _iterations(exp_iterations, polynomial)
+    base = _base(asked, seq_len, iterations if polynomial else None)
+
+    network_chosen = parse_network(network)
+    chosen = prices.shipped(protocol) if calibration is None else _read_prices(calibration, protocol)
+    options = Options(embedding=embedding, exp_iterations=iterations, fraction_bits=chosen.fraction_bits)
+    costs = CostModel(chosen, network_chosen, options)
+
+    if runs:
+        _place_runs(runs, seq_len, costs, exp_iterations, picture, json=json)
+    elif budget is not None:
+        _search(budget, base, seq_len, costs, json=json)
+    else:
+        shapes = [_shape_of(word, base) for word in words]
+        if not polynomial:
+            _refuse_other_kernel(shapes, exp_iterations)
+        _report(shapes, seq_len, costs, picture, recorded if record else None, comparing=bool(compare), json=json)
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+
+def _refuse_several(modes: Mapping[str, object]) -> None:
+    given = [name for name, value in modes.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other")
+
+
+def _brings_its_own(model: str) -> bool:
+    """Whether a word names a model with sizes of its own, and not an architecture."""
+    return Path(model).exists() or model.endswith(".json") or model.startswith((SCHEME, ".", "/"))
+
+
+def _refuse_ignored(models: Sequence[str], sizes: Sequence[str], *, polynomial: bool, searching: bool) -> None:
+    """Refuse options that would do nothing because `models` bring their own, or a search tries several."""
+    searched = [name for name in sizes if name not in ("vocab_size", "bias", "position_embedding")]
+    if searching and searched:
+        options = ", ".join(_option(name) for name in searched)
+        raise UserError(f"{options} would be ignored: --budget searches for the sizes")
+
+    own = [model for model in models if _brings_its_own(model)]
+    ignored = [_option(name) for name in sizes if len(own) == len(models)]
+    ignored += ["--polynomial"] * (polynomial and bool(own))
+    if ignored:
+        raise UserError(
+            f"{' and '.join(ignored)} would be ignored, as {own[0]} brings its own: leave out, or name an architecture"
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse_other_kernel(shapes: Sequence[tuple[str, Shape]], exp_iterations: int | None) -> None:
+    """Refuse a softmax kernel for models that have their own."""
+    for name, shape in shapes:
+        if exp_iterations is not None and shape.exp_iterations not in (None, exp_iterations):
+            raise UserError(
+                f"--exp-iterations {exp_iterations} would be ignored: {name} is trained with a kernel of its own, "
+                f"t={shape.exp_iterations}"
+            )
+
+
+def _iterations(asked: int | None, polynomial: bool) -> int:
+    """t of the softmax kernel."""
+    iterations = (1 if polynomial else MAX_ITERATIONS) if asked is None else asked
+    if not 1 <= iterations <= MAX_ITERATIONS:
+        raise UserError(f"exp_iterations is {iterations}, 1 to {MAX_ITERATIONS} are possible")
+    return iterations
+
+
+def _base(asked: Mapping[str, Any], seq_len: int, polynomial_iterations: int | None) -> Shape:
+    """The sizes of architectures by name."""
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "key_value_heads": "num_key_value_heads"}
+    for name in ("intermediate_size", "key_value_heads"):
+        if asked.get(name, 1) < 1:
+            raise UserError(f"{name} is {asked[name]}, at least 1 is needed")
+    return Shape(
+        **{names.get(name, name): value for name, value in asked.items()},
+        max_position_embeddings=max(seq_len, 1024),
+        exp_iterations=polynomial_iterations,
+        polynomial=polynomial_iterations is not None,
+    )
+
+
+def _shape_of(model: str, otherwise: Shape) -> tuple[str, Shape]:
+    """Name and shape of what a word names: an architecture with the sizes of `otherwise`, or a file, a folder or a
+    model of the hub with a config.json."""
+    if model.startswith(SCHEME):
+        return name_of(model), read_shape(on_disk(model, CONFIGURATION))
+    if _brings_its_own(model):
+        return model, read_shape(Path(model))
+    return model, replace(otherwise, architecture=split_training_name(model)[0])
+
+
+def _read_prices(path: Path, protocol: str) -> Any:
+    from entropi.costs import calibration as prices
+
+    found = prices.read(path.read_bytes(), str(path))
+    if found.protocol != protocol:
+        raise UserError(f"{path} holds prices of {found.protocol}, not of {protocol}")
+    return found
+
+
+# --- What is answered; `costs` is the `CostModel` ---------------------------------------------------------------------
+
+
+def _calibrate(protocol: Literal["cheetah", "semi2k", "aby3"], path: Path) -> None:
+    from entropi.costs import calibration as prices
+
+    with ProgressLine(f"measuring {protocol}", 100) as progress:
+        measured = prices.calibrate(protocol, progress=lambda share: progress.update(round(100 * share), ""))
+    prices.write(measured, path)
+    print(f"prices of {measured.protocol} on {measured.machine} in {path}")
+
+
+def _report(
+    shapes: Sequence[tuple[str, Shape]],
+    seq_len: int,
+    costs: Any,
+    picture: Path | None,
+    recorded: Path | None,
+    *,
+    comparing: bool,
+    json: bool,
+) -> None:
+    """One configuration, or several side by side."""
+    from entropi.costs import tables
+    from entropi.costs.report import make_report
+
+    found = [make_report(costs, shape, seq_len, name) for name, shape in shapes]
+    if recorded is not None:
+        records.append(recorded, found[0].prediction)
+    if picture is not None:
+        with extra("report"):
+            from entropi.report import figures
+        figures.write_figure(figures.predicted_bytes({one.name: one.prediction for one in found}), picture)
+
+    if json:
+        print_json([one.to_json() for one in found] if comparing else found[0].to_json())
+        return
+    if comparing:
+        tables.compare(found)
+    else:
+        tables.show(found[0])
+    if picture is not None:
+        print(f"picture in {picture}")
+
+
+def _search(text: str, base: Shape, seq_len: int, costs: Any, *, json: bool) -> None:
+    """What fits a budget."""
+    from entropi.costs import tables
+    from entropi.costs.budget import SEARCHED, WIDTHS, Candidate, parse_budget, search
+
+    budget = parse_budget(text)
+    with ProgressLine("searching", len(SEARCHED) * len(WIDTHS)) as progress:
+        found = search(budget, base, seq_len, costs, lambda done, _: progress.update(done, ""))
+    if not json:
+        tables.show_search(found, text, seq_len)
+        return
+
+    def plain(one: Candidate) -> dict[str, Any]:
+        return {
+            **msgspec.to_builtins(one.prediction),
+            "kernel": one.prediction.kernel,
+            "parameters": one.parameters,
+        }
+
+    print_json({"fitting": [plain(one) for one in found.fitting], "cheapest": plain(found.cheapest)})
+
+
+def _measured(runs: Sequence[Path], exp_iterations: int | None) -> dict[str, tuple[Shape, float]]:
+    """Shapes and measured perplexities of run folders, by name."""
+    from entropi.report.folder import read_run
+
+    found: dict[str, tuple[Shape, float]] = {}
+    for folder in runs:
+        run = read_run(folder)
+        if run.evaluation is None:
+            raise UserError(f"{folder} has no evaluation on held-out text: see entropi evaluate")
+        shape = read_shape(folder)
+        _refuse_other_kernel([(str(folder), shape)], exp_iterations)
+        found[run.name if run.name not in found else str(folder)] = shape, run.evaluation.perplexity
+    return found
+
+
+def _place_runs(
+    runs: Sequence[Path], seq_len: int, costs: Any, exp_iterations: int | None, picture: Path | None, *, json: bool
+) -> None:
+    """Predicted cost of runs against their measured perplexity."""
+    from entropi.costs.placement import place
+
+    with extra("report"):
+        from entropi.report import figures
+
+        measured = _measured(runs, exp_iterations)
+    placed = place(measured, seq_len, costs)
+    points = {name: (one.megabytes, one.perplexity) for name, one in placed.items()}
+    best = figures.frontier(points)
+    if picture is not None:
+        labels = {name: one.kernel_label for name, one in placed.items()}
+        axis = "predicted bytes of the prompt's pass (MB)"
+        figures.write_figure(figures.pareto(points, axis, labels), picture)
+
+    if json:
+        rows = [
+            {
+                "run": name,
+                "MB": one.megabytes,
+                "kernel": one.kernel,
+                "perplexity": one.perplexity,
+                "on_frontier": name in best,
+            }
+            for name, one in placed.items()
+        ]
+        print_json(rows)
+        return
+    for name, one in sorted(placed.items(), key=lambda item: points[item[0]]):
+        remark = "" if name in best else ", another is better"
+        print(f"{name}: {one.megabytes:,.1f} MB at {one.kernel_label}, perplexity {one.perplexity:.2f}{remark}")
+    if picture is not None:
+        print(f"picture in {picture}")
+
+
+COMMAND = Command(run, place=5, words={"compare": Words("MODEL"), "runs": Words("RUN", Path)})

@@ -1,0 +1,204 @@
+"""`entropi serve`: the model owner's side of private inference."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from entropi.commands import fold
+from entropi.commands.common import (
+    Command,
+    check_parents,
+    extra,
+    refuse_other_families,
+    terminated_like_interrupted,
+)
+from entropi.errors import UserError
+from entropi.temporary import swept_folder
+
+_SELF_TESTS: dict[str, tuple[Literal["ref2k", "cheetah"], ...]] = {
+    "none": (),
+    "ref2k": ("ref2k",),
+    "cheetah": ("ref2k", "cheetah"),
+}
+
+
+def run(
+    model: Path,
+    listen: str = "127.0.0.1:9000",
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    clients_ca: Path | None = None,
+    metrics: str = "127.0.0.1:0",
+    log: Literal["text", "json"] = "text",
+    max_sessions: int = 1,
+    max_queue: int = 8,
+    queue_seconds: float = 600.0,
+    max_new_tokens: int = 64,
+    session_seconds: float = 3600.0,
+    stall_seconds: float = 600.0,
+    memory_gb: float | None = None,
+    client_sessions: int | None = None,
+    client_tokens: int | None = None,
+    max_startups: int = 64,
+    source_startups: int = 48,
+    revoked: Path | None = None,
+    audit_log: Path | None = None,
+    quota_store: str | None = None,
+    output: Literal["logits", "top_k", "argmax"] = "logits",
+    choices: int = 8,
+    round_logits: int | None = None,
+    embedding: Literal["private", "public"] = "private",
+    exp_iterations: int = 8,
+    fraction_bits: int | None = None,
+    self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
+    canary: str | None = None,
+    recheck: bool = False,
+) -> None:
+    """Answer prompts without seeing them: the model owner's side.
+
+    Args:
+        model: run folder, saved model, or the output of `entropi fold`; of any architecture
+        listen: HOST:PORT; anything but a loopback address needs the three TLS files; port 0 takes a free one
+        tls_cert: certificate of this server, PEM (see `entropi certificates`)
+        tls_key: its private key
+        clients_ca: certificate of the authority whose clients are answered
+        metrics: HOST:PORT for /health and /metrics, loopback only; port 0 takes a free one, which the log names
+        log: lines for people, or JSON objects for programs
+        max_sessions: sessions at a time
+        max_queue: clients that may wait for one
+        queue_seconds: how long they may wait
+        max_new_tokens: most tokens a session may ask for
+        session_seconds: time limit of a session
+        stall_seconds: time limit of a session in which nothing happens
+        memory_gb: most memory of a session's process, in GB; by default what the model needs, with room; 0: no limit
+        client_sessions: sessions at a time of one client certificate; no limit by default
+        client_tokens: tokens within 24 hours of one client certificate; no limit by default
+        max_startups: connections that have no session yet; beyond these the oldest are ended for new ones
+        source_startups: of these, of one address or one client certificate
+        revoked: file of revoked certificates: a revocation list (see `entropi certificates`), fingerprints, or both;
+            read again, like the TLS files, when it changes and on SIGHUP
+        audit_log: file to add one JSON object to for every refusal and session; by default they go to the log
+        quota_store: file, or redis://HOST:PORT/NUMBER for several servers, that keeps what clients use of their two
+            limits; by default entropi/quotas.sqlite in the user's state folder
+        output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
+        choices: how many tokens top_k reveals, 1 to 16
+        round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
+        embedding: public gives the token embeddings to every client and saves their part of the computation
+        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
+        fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
+            otherwise checked, and refused with the numbers if values could overflow or get lost
+        self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
+            the engine's fixed-point numbers, cheetah also with the cryptography
+        canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
+        recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
+            with the same model, settings and versions
+    """
+    with extra("private"):
+        from entropi.private.admission.limits import Limits
+        from entropi.private.admission.quota_stores import is_url
+        from entropi.private.sessions.readiness import check_surroundings
+        from entropi.private.sessions.server import serve
+        from entropi.private.wire.certificates import tls_files
+
+    _log_to_standard_error(log)
+    if round_logits is not None and output == "argmax":
+        raise UserError("--round-logits has nothing to round with --output argmax, which reveals no logits")
+    settings = _settings(
+        exp_iterations=exp_iterations,
+        embedding=embedding,
+        output=output,
+        choices=choices,
+        logit_bits=round_logits,
+        **({} if fraction_bits is None else {"fraction_bits": fraction_bits}),
+    )
+    limits = Limits(
+        max_sessions,
+        max_queue,
+        queue_seconds,
+        max_new_tokens,
+        session_seconds,
+        stall_seconds,
+        memory_gb,
+        client_sessions,
+        client_tokens,
+        max_startups,
+        source_startups,
+    )
+
+    # Mistakes are told before a model is folded, which takes a while.
+    tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
+    check_parents(audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store))
+    if not (model / "folded.json").exists():
+        check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
+    refuse_other_families(model, "what can be served")
+
+    with terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
+        folder = _folded(model, temporary)
+        serve(
+            folder,
+            _tokenizer(folder, model),
+            listen,
+            settings,
+            limits,
+            tls,
+            metrics,
+            choose_fraction_bits=fraction_bits is None,
+            revoked=revoked,
+            audit_log=audit_log,
+            quota_store=quota_store,
+            self_tests=_SELF_TESTS[self_test],
+            canary=canary,
+            recheck=recheck,
+        )
+
+
+def _log_to_standard_error(log: Literal["text", "json"]) -> None:
+    from entropi.private.admission.logs import JsonLines, PlainLines
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines() if log == "json" else PlainLines())
+
+
+def _settings(**chosen: Any) -> Any:
+    """What the server decides for every session, checked."""
+    from entropi.private.compute.settings import Settings
+
+    try:
+        return msgspec.convert(chosen, Settings)
+    except msgspec.ValidationError as error:
+        raise UserError(f"these settings are not possible: {_as_option(str(error), chosen)}") from None
+
+
+def _as_option(complaint: str, given: dict[str, Any]) -> str:
+    """A complaint about one of the fields of `Settings`, with the name of its option and what was given for it."""
+    found = re.fullmatch(r"Expected (.*) - at `\$\.(\w+)`", complaint)
+    if found is None:
+        return complaint
+    option = {"logit_bits": "round_logits"}.get(found[2], found[2]).replace("_", "-")
+    return f"--{option} is {given[found[2]]}, expected {found[1].replace('`', '')}"
+
+
+def _folded(model: Path, temporary: Path) -> Path:
+    """The folder of the folded model: `model` itself, or what it is folded into now."""
+    if (model / "folded.json").exists():
+        return model
+    fold.run(model, temporary)
+    return temporary
+
+
+def _tokenizer(folder: Path, model: Path) -> str:
+    """The content of tokenizer.json as it is, for its hash."""
+    try:
+        return (folder / "tokenizer.json").read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
+
+
+COMMAND = Command(run, place=7)

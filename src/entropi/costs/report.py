@@ -1,0 +1,83 @@
+"""What one configuration costs, all that is known about it: counts, prediction, the paper's figures and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from entropi.costs import advice
+from entropi.costs.calibration import ProtocolName
+from entropi.costs.operations import count
+from entropi.costs.prediction import CostModel
+from entropi.model.shape import Shape
+from entropi.records import CountRecord, PassCost, PredictionRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostReport:
+    """What a configuration costs: counted as the paper counts, counted after folding, and predicted in private."""
+
+    name: str
+    counts: CountRecord
+    folded: CountRecord
+    prediction: PredictionRecord
+    paper: tuple[float, float] | None = None  # GB and minutes that the paper prints
+    changes: Sequence[advice.Change] = ()  # what would save bytes, most first
+    size_options: str | None = None  # what gives another architecture the same sizes on the command line
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON has a form for, sums over the operations included."""
+        found: dict[str, Any] = msgspec.to_builtins(
+            {"name": self.name, "counts": self.counts, "folded": self.folded, "prediction": self.prediction}
+        )
+        for name in ("set_up", "prompt", "further"):
+            part: PassCost | None = getattr(self.prediction, name)
+            if part is not None:
+                found["prediction"][name]["total"] = {
+                    sum_name: getattr(part, sum_name)
+                    for sum_name in ("bytes", "messages", "rounds", "seconds", "latency")
+                }
+        found["prediction"]["kernel"] = self.prediction.kernel
+        found["paper"] = None if self.paper is None else {"GB": self.paper[0], "minutes": self.paper[1]}
+        found["changes"] = [asdict(change) for change in self.changes]
+        found["size_options"] = self.size_options
+        return found
+
+
+def make_report(costs: CostModel, shape: Shape, seq_len: int, name: str, *, advise: bool = True) -> CostReport:
+    """Counts, prediction, the paper's figures and advice for one configuration.
+
+    Raises:
+        UserError: no positions for so many tokens, or a model that cannot run in private.
+    """
+    counts, folded = count(shape, seq_len), count(shape, seq_len, folded=True)  # they refuse impossible lengths
+    prediction = costs.predict(shape, seq_len)
+    return CostReport(
+        name=name,
+        counts=counts,
+        folded=folded,
+        prediction=prediction,
+        paper=advice.paper_figures(shape, seq_len),
+        changes=advice.changes(shape, seq_len, costs, prediction) if advise else (),
+        size_options=advice.size_options(shape) if advise else None,
+    )
+
+
+def cost(config: Any, seq_len: int, protocol: ProtocolName = "cheetah", network: str = "wan") -> CostReport:
+    """What a model costs for a prompt of `seq_len` tokens; nothing is run.
+
+    The prediction is for the model's own softmax kernel; for a model that is trained with the exact softmax
+    (`exp_iterations=None`) for the kernel t=8. `prediction.kernel` says which.
+
+    Args:
+        config: `EntropiConfig` or `Shape`.
+        protocol: "cheetah" (two parties), "semi2k" (two and a trusted dealer) or "aby3" (three parties).
+        network: "lan", "wan", or a rate and a round trip such as "300Mbps,20ms".
+
+    Raises:
+        UserError: no positions for so many tokens, an unknown network, or a model that cannot run in private.
+    """
+    return make_report(CostModel.shipped(protocol, network), config, seq_len, config.architecture, advise=False)

@@ -1,0 +1,155 @@
+"""What a server looks at before it listens: its surroundings, its tokenizer, and whether its model fits fixed point."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from entropi.console import without_controls
+from entropi.errors import UserError
+from entropi.private.admission.audit import Audit
+from entropi.private.admission.door import check_free
+from entropi.private.admission.limits import Limits
+from entropi.private.admission.monitoring import Counters
+from entropi.private.admission.quota_stores import open_store
+from entropi.private.admission.quotas import Quota
+from entropi.private.compute.description import Description
+from entropi.private.compute.fixed_point import select_fraction_bits, sweep_vocabulary
+from entropi.private.compute.self_test import self_test
+from entropi.private.compute.settings import Settings
+from entropi.private.sessions import findings
+from entropi.private.sessions.memory import needed_memory
+from entropi.private.sessions.server_session import log
+from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
+from entropi.private.wire.addresses import listening, parse_address
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.messages import (
+    MAX_SERVER_MESSAGE,
+)
+from entropi.private.wire.revocation import Watched
+
+SHORT_TEST_TOKENS = 8  # of the test of known answers, where an earlier start has passed the whole one
+
+
+def check_surroundings(
+    listen: str,
+    limits: Limits,
+    tls: Tls | None,
+    metrics: str,
+    revoked: Path | None = None,
+    audit_log: Path | None = None,
+    quota_store: str | None = None,
+) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Look at everything that a server needs besides its model, because looking at the model takes minutes.
+
+    Args:
+        listen: and the others, see `serve`.
+
+    Returns:
+        host and port to listen on, and those for metrics.
+
+    Raises:
+        UserError: something cannot be used, in one line.
+    """
+    address, watched = parse_address(listen, tls=tls is not None), parse_address(metrics)
+    if revoked is not None and tls is None:
+        raise UserError("certificates can only be revoked where there are any: TLS files are missing")
+    if tls is not None:
+        Watched(tls, revoked)
+
+    for where in (address, watched):
+        with listening(where):
+            check_free(*where)
+    Audit(Counters(), audit_log).close()
+
+    async def check_store() -> None:
+        quota = Quota(limits, open_store(quota_store, limits))
+        try:
+            await quota.check()
+        finally:
+            await quota.close()
+
+    asyncio.run(check_store())
+    if quota_store is not None and limits.client_sessions is None and limits.client_tokens is None:
+        log.warning("the quota store keeps nothing: neither client_sessions nor client_tokens limits anybody")
+    return address, watched
+
+
+def check_tokenizer(tokenizer: str, description: Description) -> None:
+    """Raise `UserError` for what every client would refuse."""
+    try:
+        ids = own_tokenizer(tokenizer).tokenizer.get_vocab(with_added_tokens=True)
+    except UserError:
+        raise UserError("the model's tokenizer.json is damaged") from None
+    # Fewer tokens than rows are usual: many checkpoints are padded to a multiple of 64 or 128 rows.
+    if beyond := sorted((number, token) for token, number in ids.items() if number >= description.vocab_size):
+        first = without_controls(repr(beyond[0][1][:40]))
+        raise UserError(
+            f"{len(beyond)} of the tokenizer's {len(ids)} tokens have an id that the model, which has "
+            f"{description.vocab_size} rows, does not know, {first} ({beyond[0][0]}) for example: take them out of "
+            "tokenizer.json, if they were added to it only, or use the tokenizer that the model was trained with"
+        )
+    if len(tokenizer.encode()) > MAX_SERVER_MESSAGE // 2:  # the message around it escapes quotes
+        raise UserError(f"the model's tokenizer.json is longer than {MAX_SERVER_MESSAGE // 2} bytes")
+    log.info("the tokenizer's SHA-256 is %s", sha256_of_tokenizer(tokenizer))
+    if found := objections(tokenizer, description.vocab_size):
+        log.warning("clients will not apply this tokenizer unless they name its SHA-256: %s", "; ".join(found))
+
+
+def verified_settings(
+    folder: Path,
+    description: Description,
+    weights: Mapping[str, np.ndarray],
+    settings: Settings,
+    choose: bool,
+    self_tests: Sequence[Literal["ref2k", "cheetah"]],
+    *,
+    recheck: bool,
+) -> Settings:
+    """The settings that sessions can rely on, once the model has been looked at and its tests are passed.
+
+    What an earlier start has found of the same model is not found out again, which takes minutes for a large one,
+    unless `recheck` asks for it. But that was another day, and perhaps another machine with the same cache: so a few
+    tokens are computed again in fixed point on every start.
+    """
+    key = findings.key_of(folder, settings, choose)
+    known = None if recheck else findings.read(key)
+    if known is None:
+        log.info("looking at the values of all tokens, which takes minutes for a large model")
+        sweep, passed = sweep_vocabulary(description, weights, settings), list[str]()
+    else:
+        log.info("an earlier start has looked at the values of this model's tokens; --recheck looks again")
+        sweep, passed = known.sweep, list(known.passed)
+
+    settled, reasons = select_fraction_bits(description, weights, settings, choose=choose, sweep=sweep)
+    for line in reasons:
+        log.info("%s", line)
+
+    for protocol in self_tests:
+        tokens = sweep.worst
+        if protocol in passed:
+            log.info("an earlier start has passed the test of known answers (%s)", protocol)
+            if protocol != "ref2k":
+                continue
+            tokens = tokens[:SHORT_TEST_TOKENS]
+        log.info("%s", self_test(folder, settled, protocol, tokens))
+        passed += [protocol] if protocol not in passed else []
+
+    if known is None or list(known.passed) != passed:
+        findings.keep(findings.Findings(key, sweep, tuple(passed)))
+    return settled
+
+
+def warn_of_little_memory(limits: Limits, description: Description) -> None:
+    """Say in the log if the memory limit is below what the shortest of sessions is predicted to need."""
+    least = needed_memory(description, 2)
+    if limits.memory_gb and limits.memory_gb * 1e9 < least:
+        log.warning(
+            "memory_gb %g may be too little: about %.1f GB are predicted for the shortest of sessions",
+            limits.memory_gb,
+            least / 1e9,
+        )

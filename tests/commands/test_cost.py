@@ -1,0 +1,307 @@
+"""`entropi cost`: what it shows, writes and refuses."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("jax")
+
+from command_line import Done
+from cost_shapes import LLAMA_7B, SMALL, run_folder, written
+from entropi import records
+from entropi.cli import main
+from entropi.costs import tables
+from entropi.costs.prediction import CostModel
+from entropi.costs.report import make_report
+from entropi.errors import UserError
+from entropi.model.shape import Shape
+
+pytestmark = pytest.mark.usefixtures("surroundings")
+
+
+# Tables 2, 3 and 5 of the paper: nonlinear operations as (count, rows, columns), FLOPs in units of 1e8.
+COSTS = [
+    ("SM+LN+G", 12, 128, {"softmax": (144, 128, 128), "layernorm": (24, 128, 768), "gelu": (12, 128, 3072)}, 145, 77),
+    ("SM+LN+R", 12, 128, {"softmax": (144, 128, 128), "layernorm": (24, 128, 768), "relu": (12, 128, 3072)}, 145, 77),
+    ("SM+ScFuFFN", 12, 128, {"softmax": (144, 128, 128)}, 18, 77),
+    ("EReg(SM(t)+ScFuFFN)", 12, 128, {"softmax": (144, 128, 128)}, 18, 77),
+    ("SM+LN+G", 12, 256, {"softmax": (144, 256, 256), "layernorm": (24, 256, 768), "gelu": (12, 256, 3072)}, 290, 163),
+    ("SM+ScFuFFN", 12, 256, {"softmax": (144, 256, 256)}, 36, 163),
+    ("SM+LN+G", 18, 128, {"softmax": (216, 128, 128), "layernorm": (36, 128, 768), "gelu": (18, 128, 3072)}, 217, 116),
+    ("SM+ScFuFFN", 18, 128, {"softmax": (216, 128, 128)}, 27, 116),
+    ("SM+LN+G", 12, 512, {"softmax": (144, 512, 512), "layernorm": (24, 512, 768), "gelu": (12, 512, 3072)}, 580, 362),
+    ("SM+ScFuFFN", 12, 512, {"softmax": (144, 512, 512)}, 73, 362),  # 7.25, in the paper 7.3
+]
+
+
+@pytest.mark.parametrize(("architecture", "layers", "length", "nonlinear", "ffn", "attention"), COSTS)
+def test_cost_gives_the_numbers_of_the_paper(
+    entropi: Callable[..., Done],
+    architecture: str,
+    layers: int,
+    length: int,
+    nonlinear: dict[str, tuple[int, int, int]],
+    ffn: int,
+    attention: int,
+):
+    words = ["cost", "--architecture", architecture, "--layers", layers, "--seq-len", length]
+    found = json.loads(entropi(*words, "--json").out)
+    counts = found["counts"]
+    assert {n["operation"]: (n["count"], *n["shape"]) for n in counts["nonlinear"]} == nonlinear
+    assert counts["ffn_flops"] / 1e8 == pytest.approx(ffn, abs=0.6)
+    assert counts["attention_flops"] / 1e8 == pytest.approx(attention, abs=1.0)
+    done = entropi(*words)
+    assert done.err == ""
+    for name, (count, rows, columns) in nonlinear.items():
+        assert re.search(rf"{name} +{count} x R\^\({rows} x {columns}\)", done.out)
+
+
+def test_gpt2_small_has_its_parameters(entropi: Callable[..., Done]):
+    found = json.loads(entropi("cost", "--architecture", "SM+LN+G", "--bias", "all", "--seq-len", 1024, "--json").out)
+    assert found["counts"]["parameters"] == 124_439_808
+
+
+def test_json_and_tables_say_the_same(capsys: pytest.CaptureFixture[str]):
+    costs = CostModel.shipped()
+    found = [make_report(costs, replace(SMALL, architecture=name), 24, name) for name in ("SM+LN+G", "SM(t)+ScFuFFN")]
+    tables.compare(found)
+    table = capsys.readouterr().out
+    for one in found:
+        data = json.loads(json.dumps(one.to_json()))
+        total = data["prediction"]["prompt"]["total"]["bytes"]
+        assert total == pytest.approx(sum(o["bytes"] for o in data["prediction"]["prompt"]["operations"]))
+        assert f"{total / 1e6:,.1f}" in table
+        tables.show(one)
+        shown = capsys.readouterr().out
+        assert "each further token" in shown
+        for operation in one.prediction.prompt.by_operation().values():
+            assert f"{operation.bytes / 1e6:,.1f}" in shown
+        assert data["changes"] == [asdict(change) for change in one.changes]
+
+
+def test_runs_are_placed_by_cost_and_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    good = run_folder(tmp_path / "good", 20.0, "SM+ScFuFFN")
+    dear = run_folder(tmp_path / "dear", 30.0, "SM+LN+G")
+    picture = tmp_path / "pareto.png"
+    assert main(["cost", "--seq-len", "32", "--runs", str(good), str(dear), "--picture", str(picture), "--json"]) == 0
+    found = {one["run"]: one for one in json.loads(capsys.readouterr().out)}
+    assert found["good"]["MB"] < found["dear"]["MB"]
+    assert found["good"]["kernel"] == "softmax kernel t=8 for a model trained with the exact softmax"
+    assert (found["good"]["on_frontier"], found["dear"]["on_frontier"]) == (True, False)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recorded_prediction_is_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    run = run_folder(tmp_path / "run", 20.0, "SM+LN+R")
+    assert main(["cost", "--architecture", str(run), "--seq-len", "32", "--record"]) == 0
+    prediction = records.read(run / records.RECORDS_FILE)[-1]
+    assert isinstance(prediction, records.PredictionRecord)
+    assert (prediction.architecture, prediction.seq_len) == ("SM+LN+R", 32)
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Predicted private inference" in page
+    assert prediction.trust in page
+    assert f"{prediction.embedding} token table, softmax kernel t=8 for a model trained with the exact softmax" in page
+
+
+def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "bytes.svg"
+    words = [
+        "cost",
+        "--compare",
+        "SM+LN+G",
+        "SM+ScFuFFN",
+        "--layers",
+        "2",
+        "--seq-len",
+        "32",
+        "--picture",
+        str(picture),
+    ]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "*" in shown
+    assert "of the bytes;" in shown
+    assert shown.count("t=8 (trained exact)") == 4  # a column and a list of bars each
+    assert "t=8 (trained exact)" in picture.read_text(encoding="utf-8")
+    assert "<svg" in picture.read_text(encoding="utf-8")
+
+
+def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.CaptureFixture[str]):
+    sizes = ["--layers", "2", "--heads", "4", "--hidden-size", "64", "--vocab-size", "500", "--seq-len", "40"]
+    words = ["cost", "--architecture", "SM(t)+ScFuFFN", *sizes]
+    assert main([*words, "--exp-iterations", "2"]) == 0
+    assert "squares of logits as attention weights" in capsys.readouterr().out
+    assert main([*words, "--polynomial"]) == 0
+    shown = capsys.readouterr().out
+    assert "polynomial kernel t=1" in shown
+    assert not any(line.split()[:1] in (["max"], ["exp"], ["temperature"]) for line in shown.splitlines())
+    predicted, predictions = [], []
+    for more in (["--exp-iterations", "2"], ["--polynomial"], ["--polynomial", "--exp-iterations", "2"]):
+        assert main([*words, *more, "--json"]) == 0
+        predictions.append(json.loads(capsys.readouterr().out)["prediction"])
+        predicted.append(predictions[-1]["prompt"]["total"])
+        kernel = predictions[-1]["kernel"]
+        assert kernel.startswith("polynomial kernel t=" if "--polynomial" in more else "softmax kernel t=2 for a model")
+    softmax, squares, fourth = predicted
+    assert squares["bytes"] < fourth["bytes"] < softmax["bytes"]
+    assert squares["rounds"] < 0.7 * softmax["rounds"]
+    with pytest.raises(UserError, match="polynomial needs exp_iterations"):
+        Shape(polynomial=True)
+
+
+def test_every_prediction_names_its_kernel(capsys: pytest.CaptureFixture[str]):
+    """t=8 and a kernel of the model's own are half as many bytes again apart: a figure without t says little."""
+    import entropi
+
+    exact = entropi.cost(entropi.EntropiConfig(), 128).prediction
+    own = entropi.cost(entropi.EntropiConfig(exp_iterations=3), 128).prediction
+    squares = entropi.cost(entropi.EntropiConfig(exp_iterations=1, polynomial=True), 128).prediction
+    assert exact.kernel == "softmax kernel t=8 for a model trained with the exact softmax"
+    assert own.kernel == "softmax kernel t=3, the model's own"
+    assert squares.kernel == "polynomial kernel t=1, the model's own"
+    assert (exact.kernel_label, own.kernel_label) == ("t=8 (trained exact)", "t=3 (its own)")
+    older = msgspec.structs.replace(exact, own_kernel=None)
+    assert (older.kernel, older.kernel_label) == ("softmax kernel t=8", "t=8")
+    sizes = ["--seq-len", "16", "--network", "lan"]
+    assert main(["cost", "--architecture", "SM", *sizes]) == 0
+    shown = capsys.readouterr().out
+    for part in ("softmax kernel t=8 for a model", "by operation, t=8 (trained", "in all; t=8 (trained exact)"):
+        assert part in shown
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    own = run_folder(tmp_path / "own", 20.0, "SM+LN+R")
+    config = own / "model" / "config.json"
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    written(LLAMA_7B, llama)
+
+    def refused(*words: object) -> str:
+        assert main(["cost", "--seq-len", "16", *map(str, words)]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        return said.err
+
+    assert f"--polynomial would be ignored, as {llama} brings its own" in refused(
+        "--architecture", llama, "--polynomial"
+    )
+    both = refused("--architecture", llama, "--layers", 3, "--bias", "all")
+    assert "--layers and --bias would be ignored" in both
+    assert "--hidden-size would be ignored" in refused("--runs", own, "--hidden-size", 64)
+    assert "--polynomial would be" in refused("--compare", "SM", own, "--polynomial")  # half of it would be
+    assert main(["cost", "--seq-len", "16", "--compare", "SM", str(own), "--layers", "2", "--exp-iterations", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("t=3 (trained exact)") == 4
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"exp_iterations": 2}))
+    for words in (("--architecture", own), ("--runs", own), ("--compare", "SM", own)):
+        assert "--exp-iterations 3 would be ignored: " in refused(*words, "--exp-iterations", 3)
+    assert main(["cost", "--seq-len", "16", "--runs", str(own)]) == 0
+    assert "MB at t=2 (its own), perplexity 20.00" in capsys.readouterr().out
+
+
+SMALL_LLAMA = {
+    **LLAMA_7B,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 172,
+    "vocab_size": 500,
+}
+
+
+def test_advice_can_be_checked_by_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Advice for a model of other sizes than the named ones, and the comparison that its last line tells."""
+
+    def found(*words: object) -> Any:
+        assert main(["cost", "--seq-len", "24", *map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def total(one: Any) -> dict[str, float]:
+        return one["prediction"]["prompt"]["total"]
+
+    model = written(SMALL_LLAMA, tmp_path)
+    advised = found("--architecture", model)
+    options = advised["size_options"].split()
+    assert " ".join(options) == (
+        "--layers 2 --heads 8 --key-value-heads 8 --hidden-size 64 --intermediate-size 172 --vocab-size 500 "
+        "--position-embedding rotary --bias none"
+    )
+    assert main(["cost", "--seq-len", "24", "--architecture", str(model)]) == 0
+    assert f"--compare 'SM+RMS+SwiGLU' NAME {' '.join(options)}\n" in capsys.readouterr().out
+
+    now, bilinear = found("--compare", "SM+RMS+SwiGLU", "SM+RMS+Bilinear", *options)
+    assert total(now) == total(advised)
+    changes = {change["words"]: change for change in advised["changes"]}
+    change = changes["a bilinear network in place of SwiGLU (SM+RMS+Bilinear)"]
+    assert change["saved_bytes"] == pytest.approx(total(now)["bytes"] - total(bilinear)["bytes"])
+    assert change["saved_latency"] == pytest.approx(total(now)["latency"] - total(bilinear)["latency"])
+
+    options[options.index("--key-value-heads") + 1] = "2"
+    (fewer,) = found("--compare", "SM+RMS+SwiGLU", *options)
+    saved = changes["2 heads of keys and values for all queries"]["saved_bytes"]
+    assert saved == pytest.approx(total(now)["bytes"] - total(fewer)["bytes"])
+
+
+def test_sizes_that_no_option_gives_are_not_said_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = {**asdict(SMALL), "model_type": "entropi", "parallel_residual": True}
+    model = written(config, tmp_path)
+    assert main(["cost", "--seq-len", "24", "--architecture", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "What would help" in shown
+    assert "Another architecture at these sizes" not in shown
+
+
+@pytest.mark.parametrize("words", [["--architecture", "SM+LN+G"], ["--compare", "SM+LN+G", "SM(t)+ScFuFFN"]])
+def test_every_operation_shown_is_explained(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["cost", "--seq-len", "16", "--layers", "1", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "A round is one message latency, one way: half a round trip of the network." in shown
+    assert re.search(r"\brounds\b", shown)
+    assert "trips" not in shown
+    legend = shown[shown.index("The operations, as they run:") :]
+    predicted = make_report(CostModel.shipped(), Shape(architecture=words[1], num_hidden_layers=1), 16, "").prediction
+    for name in predicted.prompt.by_operation():
+        assert re.search(rf"^  {name} +\w", legend, re.M), name
+
+
+def test_every_operation_of_the_program_has_words():
+    """Stages are made in the sources of the private program, under the names that tables and records show."""
+    named = set()
+    for path in (Path(records.__file__).parent / "private").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Stage":
+                first = node.args[0]
+                if isinstance(first, ast.Constant):
+                    named.add(first.value)
+    assert {"norm", "exp", "setup"} <= named
+    assert named == records.OPERATIONS.keys()
+
+
+def test_a_budget_that_nothing_keeps_tells_the_cheapest(entropi: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):
+    from entropi.costs import budget
+
+    monkeypatch.setattr(budget, "WIDTHS", (64,))
+    done = entropi("cost", "--budget", "1s", "--seq-len", "16")
+    assert done.status == 0
+    assert "nothing that was searched answers a prompt of 16 tokens within 1s; the cheapest is SM" in done.out
+    found = json.loads(entropi("cost", "--budget", "1s", "--seq-len", "16", "--json").out)
+    assert found["fitting"] == []
+    seconds = sum(one["latency"] for one in found["cheapest"]["prompt"]["operations"])
+    assert f" and {seconds:,.1f} s; " in done.out
+    found = json.loads(entropi("cost", "--budget", "100GB", "--seq-len", "16", "--json").out)
+    assert {one["layers"] for one in found["fitting"]} == {48}

@@ -1,0 +1,33 @@
+"""`entropi fold`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import TINY, Done
+
+pytestmark = pytest.mark.usefixtures("surroundings")
+
+
+def test_fold_writes_what_the_server_reads(entropi: Callable[..., Done], trained: Path, tmp_path: Path):
+    done = entropi("fold", trained, tmp_path / "folded")
+    assert (done.status, done.err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "folded").iterdir()) == [
+        "folded.json",
+        "folded.safetensors",
+        "tokenizer.json",
+    ]
+    description = json.loads((tmp_path / "folded" / "folded.json").read_text())
+    assert (description["architecture"], description["layers"]) == ("SM(t)+ScFuFFN", 2)
+
+
+def test_fold_says_what_remains(entropi: Callable[..., Done], corpus: Path, tmp_path: Path):
+    words = ["--corpus", corpus, *TINY, "--steps", "1", "--architecture", "SM+LN+G"]
+    assert entropi("train", tmp_path / "run", *words).status == 0
+    done = entropi("fold", tmp_path / "run", tmp_path / "out")
+    assert done.status == 0
+    assert "gains, biases and scalings folded away; norms and activations remain" in done.out
