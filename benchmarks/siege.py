@@ -65,6 +65,7 @@ ASK_SECONDS = 900  # for an honest answer, the queue included
 ATTACK_SECONDS = 600
 HELD_SECONDS = 20.0  # for which a client that does nothing does it, at least; the server may end it earlier
 DRIP_SECONDS = 0.4  # between two bytes
+PONG_SECONDS = 5.0  # a server hears of a client in its queue at least every 15
 MARK_SECONDS = 600  # between two rows of the table
 MOST_TAMPERING = 2  # clients at a time that compute and are hostile
 MOST_TOKENS = 3  # of an honest answer
@@ -565,6 +566,12 @@ class Refused(Exception):
     """The server did not accept this client."""
 
 
+async def stay_awake(writer: asyncio.StreamWriter) -> None:
+    """Pongs for the server's pings, which come before a slot is free."""
+    while await say(writer, frame(10, b"")):
+        await asyncio.sleep(PONG_SECONDS)
+
+
 async def accepted(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
     """Begin a session whose engine never comes; its name."""
     beginning = frame(TEXT_FRAME, encode(Start(4, 2, server.digest)))
@@ -582,15 +589,21 @@ async def attack_link(server: Server, messages: Callable[[str], Sequence[bytes]]
     """Send pieces of an engine's stream after acceptance; what the server said when it ended the session."""
     try:
         async with line(server) as (reader, writer):
-            session = await accepted(server, reader, writer)
+            waiting = asyncio.create_task(stay_awake(writer))
+            try:
+                session = await accepted(server, reader, writer)
+            finally:
+                waiting.cancel()
             listening = asyncio.create_task(heard_from(reader, ATTACK_SECONDS / 2))
             for piece in messages(session):
                 if listening.done() or not await say(writer, frame(BINARY, b"\x01" + piece)):
                     break
                 await asyncio.sleep(pause)
             heard, ended = await listening
-    except (Refused, TimeoutError):
-        return "no slot"
+    except Refused as refused:
+        return f"no session: {refused}"
+    except TimeoutError:
+        return "no session: still in the queue"
     if not ended:
         raise Breach("the session went on")
     reasons = re.findall(rb'"Refused","reason":"([^"]*)"', heard)
