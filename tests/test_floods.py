@@ -597,6 +597,25 @@ def test_garbage_in_numbers(unguarded, model):
 
 
 @two_party
+def test_who_sends_nothing_but_pings_is_cut_off(unguarded, model):
+    host, port = unguarded.address().split(":")
+    upgrade = (
+        b"GET /v1/session HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    heard = b""
+    with socket.create_connection((host, int(port)), HANGING) as raw, contextlib.suppress(ConnectionError):
+        raw.sendall(upgrade + b"\x89\x80\0\0\0\0" * 100_000)
+        while part := raw.recv(1 << 16):
+            heard += part
+    wait_for(unguarded.sessions_closed)
+    assert "more than 60 pings within a minute" in unguarded.log
+    assert b"Refused" not in heard  # no farewell, during which it would go on
+    assert heard.count(b"\x8a\0") <= 60
+    assert honest(unguarded, model, None)
+
+
+@two_party
 def test_strangers_are_refused_and_written_down(guarded, authority, scratch):
     naked = ssl.create_default_context(cafile=authority / "ca.pem")
     stranger = tls_of(authority / "strangers", "mallory", authority / "ca.pem").client_context()

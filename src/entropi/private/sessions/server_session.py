@@ -39,6 +39,7 @@ from entropi.private.wire.messages import (
 from entropi.private.wire.server_channel import (
     ClientLeft,
     ControlChannel,
+    Flood,
     Refusal,
     SessionError,
     expect,
@@ -56,6 +57,7 @@ LINK_SECONDS = 60.0  # for both engines to start and find each other
 HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these is gone
 REVOKED = "this client's certificate was revoked"
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
+FAREWELL_SECONDS = 1.0  # for it to say so too; all that it sends meanwhile is read and thrown away
 GRACE_SECONDS = 3.0  # for a party to end after its link
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
 log = logging.getLogger("entropi.server")
@@ -65,7 +67,7 @@ async def run_session(request: web.Request, state: ServerState, guest: Guest) ->
     if "Origin" in request.headers:  # a web page in somebody's browser
         raise web.HTTPForbidden
     socket = ControlChannel(
-        max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=LEAVE_SECONDS / 2, compress=False
+        max_msg_size=MAX_LINK_MESSAGE, heartbeat=HEARTBEAT_SECONDS, timeout=FAREWELL_SECONDS, compress=False
     )
 
     transport, peer = request.transport, Peer.of(request.transport)
@@ -94,6 +96,8 @@ async def run_session(request: web.Request, state: ServerState, guest: Guest) ->
     except SessionError as error:
         ending, reason = "refused" if isinstance(error, Refusal) else "failed", str(error)
         session_log.warning("%s", error)
+        if isinstance(error, Flood) and transport is not None:
+            cut(transport)  # a farewell would be waited for, and everything read meanwhile
         await dismiss(socket, reason)
     except Exception:
         session_log.exception("failed")

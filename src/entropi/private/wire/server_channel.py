@@ -35,6 +35,10 @@ class Refusal(SessionError):
     """A session that does not begin."""
 
 
+class Flood(Refusal):
+    """A client that would keep the server busy for as long as it is listened to."""
+
+
 class ClientLeft(SessionError):
     """The client closed the connection, or it broke."""
 
@@ -54,7 +58,7 @@ class ControlChannel(web.WebSocketResponse):
         """The next message that is no ping or pong.
 
         Raises:
-            Refusal: there are too many of these.
+            Flood: there are too many of these.
         """
         while True:
             await asyncio.sleep(0)
@@ -65,7 +69,7 @@ class ControlChannel(web.WebSocketResponse):
                 self._pings, self._minute = 0, time.monotonic()
             self._pings += 1
             if self._pings > MOST_PINGS:
-                raise Refusal(f"more than {MOST_PINGS} pings within a minute")
+                raise Flood(f"more than {MOST_PINGS} pings within a minute")
             if message.type == aiohttp.WSMsgType.PING:
                 await leave_in_time(self.pong(message.data))
 
