@@ -762,9 +762,10 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         query, key, value, mask, sinks, *rows = ctx.saved_tensors
         incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
+        causal, power, polynomial, softcap, scale = ctx.options
         grads = _backward(
-            query, key, value, mask, *ctx.options, rows=tuple(rows), grad_output=incoming[0], grad_entropy=incoming[1]
-        )
+            query, key, value, mask, causal, power, polynomial, softcap, scale, tuple(rows), *incoming
+        )  # fmt: skip
         grad_sinks = None
         if ctx.needs_input_grad[4]:
             grad_sinks = gradient_of_sinks(sinks, rows[2] * math.log(2.0), rows[0], rows[1], *incoming)
