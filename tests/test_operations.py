@@ -582,7 +582,7 @@ SETTINGS = Settings()
 
 @pytest.fixture(scope="module")
 def swept(folded):
-    return server.sweep_vocabulary(*load_folded(folded), SETTINGS)
+    return readiness.sweep_vocabulary(*load_folded(folded), SETTINGS)
 
 
 @pytest.fixture
