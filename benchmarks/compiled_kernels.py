@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from entropi.entropy import triton_kernel
-from entropi.entropy.secure_softmax import lowest
+from entropi.entropy.secure_softmax import CLIP
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}  # a block may use, CUDA C programming guide, technical specifications
 KERNELS = {
@@ -64,7 +64,7 @@ def compile_kernel(
         "MASK_KIND": 0,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "ITERATIONS": max(iterations, 0),
-        "LOWEST": lowest(iterations or None),
+        "LOWEST": -CLIP * 2.0**iterations if iterations > 0 else 0.0,
         "POLYNOMIAL": max(-iterations, 0),
         "SOFTCAP": softcap,
         **({"HAS_SINKS": sinks} if name == "forward" else {}),

@@ -3,6 +3,7 @@
 import torch
 
 from entropi.entropy.attention import entropy_attention
+from entropi.entropy.secure_softmax import Exponential
 
 
 def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0, value_width=None):
@@ -15,11 +16,11 @@ def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0, va
     return tensors, torch.randn(*rows, value_width, generator=generator), torch.randn(rows, generator=generator)
 
 
-def kernel(iterations):
-    """Options for the exact softmax (None), the secure exponential (t) or the polynomial (-t)."""
+def squared(iterations):
+    """Options for the exact softmax (None), the power of t squarings (t) or the polynomial (-t)."""
     if iterations is None:
         return {}
-    return {"exp_iterations": abs(iterations)} | ({"polynomial": True} if iterations < 0 else {})
+    return {"exponential": Exponential("power" if iterations > 0 else "polynomial", abs(iterations))}
 
 
 def everything(implementation, tensors, grad_output, grad_entropy, dtype, sinks=None, **options):

@@ -10,7 +10,8 @@ from entropi.entropy import secure_softmax
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
-from exactness import kernel
+from entropi.entropy.secure_softmax import Exponential
+from exactness import squared
 
 
 def make_qkv(batch=2, heads=3, queries=17, keys=None, width=8, dtype=torch.float64, seed=0, value_width=None):
@@ -81,7 +82,7 @@ def test_secure_softmax_and_its_gradients_are_the_definition(implementation, ite
     """Logits spread far enough for clipped ones at t = 1 and 2, as the next test makes sure."""
     tensors = make_qkv(queries=queries, keys=keys, batch=1, heads=2)
     temperature = torch.linspace(0.15, 0.45, 2 * queries, dtype=torch.float64).reshape(2, -1).requires_grad_()
-    options = dict(implementation=implementation, **kernel(iterations))
+    options = dict(implementation=implementation, **squared(iterations))
     assert_same_values_and_gradients(
         lambda q, k, v, t: entropy_attention(q, k, v, temperature=t, **options),
         lambda q, k, v, t: definition(q, k, v, causal(queries, keys), t, iterations),
@@ -96,7 +97,7 @@ def test_some_weights_of_the_test_above_are_clipped_and_some_not():
     x = (x - x.amax(-1, keepdim=True))[:, :, -1]
     for iterations in (1, 2):
         assert 0 < (x < -0.9 * 2**iterations).double().mean() < 1
-    assert secure_softmax.log_weights(x, 1).exp().min().item() == pytest.approx(0.01)
+    assert secure_softmax.log_weights(x, Exponential("power", 1)).exp().min().item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
@@ -211,11 +212,12 @@ def test_secure_softmax_approaches_the_exact_one(iterations):
     query, key, value = (x.detach() for x in make_qkv(queries=64, width=16))
     logits = query @ key.transpose(-1, -2) / 4
     x = (logits - logits.amax(-1, keepdim=True)).flatten()
-    ratio = 1 - secure_softmax.log_weights(torch.stack([torch.zeros_like(x), x], -1), iterations)[:, 1].sub(x).exp()
+    pairs = torch.stack([torch.zeros_like(x), x], -1)
+    ratio = 1 - secure_softmax.log_weights(pairs, Exponential("power", iterations))[:, 1].sub(x).exp()
     first_order = x.square() / 2 ** (iterations + 1)
     torch.testing.assert_close(ratio, first_order, rtol=0.1, atol=1e-12)
     exact = entropy_attention(query, key, value, is_causal=False)
-    close = entropy_attention(query, key, value, is_causal=False, **kernel(iterations))
+    close = entropy_attention(query, key, value, is_causal=False, **squared(iterations))
     bound = float(first_order.max())
     assert 1e-3 * bound < (close[1] - exact[1]).abs().max() < 8 * bound  # dH = sum_j p_j x_j^2 (log p_j + H) / 2^(t+1)
     assert (close[0] - exact[0]).abs().max() < 2 * bound * value.abs().max()
@@ -228,7 +230,7 @@ def test_secure_softmax_is_what_the_secure_engine_computes(iterations):
     x = np.concatenate([np.linspace(-12, 0, 100), -(2.0**iterations) * np.array([0.89, 0.91, 1.5])]).astype(np.float32)
     expected = np.asarray(functions.exp_of_nonpositive(x, iterations), dtype=np.float64)
     row = torch.from_numpy(np.sort(x)).double()  # the largest is 0
-    got = secure_softmax.log_weights(row, iterations).exp().numpy()
+    got = secure_softmax.log_weights(row, Exponential("power", iterations)).exp().numpy()
     # Its arithmetic is float32: a base of at least 0.1 is rounded by 6e-7 of itself, which 2^t multiplies.
     np.testing.assert_allclose(got, np.sort(expected), rtol=2.0**iterations * 6e-7 + 3e-7, atol=1e-37)
 
@@ -279,7 +281,7 @@ def test_blockwise_gradients_equal_the_reference(length, iterations):
     temperature = (torch.rand(3, length, dtype=torch.float64) + 0.5).requires_grad_()
 
     def run(implementation):
-        options = dict(implementation=implementation, **kernel(iterations))
+        options = dict(implementation=implementation, **squared(iterations))
         return lambda q, k, v, t: entropy_attention(q, k, v, temperature=t, **options)
 
     assert_same_values_and_gradients(
@@ -295,7 +297,7 @@ def test_double_precision_gradcheck(is_causal, iterations, implementation):
     temperature = torch.tensor([[0.7], [1.9]], dtype=torch.float64, requires_grad=True)
 
     def both(q, k, v, t):
-        options = dict(is_causal=is_causal, **kernel(iterations), implementation=implementation)
+        options = dict(is_causal=is_causal, **squared(iterations), implementation=implementation)
         return entropy_attention(q, k, v, temperature=t, **options)
 
     assert torch.autograd.gradcheck(both, (query, key, value, temperature))
@@ -325,7 +327,7 @@ def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation
     visible[2] = False
     visible[4, 1:] = False
     mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf) if additive else visible
-    options = dict(implementation=implementation, **kernel(iterations))
+    options = dict(implementation=implementation, **squared(iterations))
     output, entropy = entropy_attention(query, key, value, attn_mask=mask, is_causal=False, **options)
     expected = definition(query, key, value, visible, iterations=iterations)
     torch.testing.assert_close(output, expected[0])
@@ -346,7 +348,7 @@ def test_grouped_queries_share_keys(iterations, implementation, queries, mask_sh
     repeated = [x.repeat_interleave(2, dim=1) for x in shared]
     temperature = torch.arange(1.0, 5.0)[:, None]
     mask = None if mask_shape is None else torch.rand(mask_shape, generator=torch.Generator().manual_seed(1)) > 0.3
-    options = dict(temperature=temperature, attn_mask=mask, implementation=implementation, **kernel(iterations))
+    options = dict(temperature=temperature, attn_mask=mask, implementation=implementation, **squared(iterations))
     results = []
     for keys_and_values, grouped in ((shared, True), (repeated, False)):
         output, entropy = entropy_attention(query, *keys_and_values, enable_gqa=grouped, **options)
@@ -415,7 +417,7 @@ def test_float32_entropy_survives_large_logits(sharpness, iterations):
     query, key, value = make_qkv(queries=64, width=16, dtype=torch.float32)
     offset = torch.ones_like(key)  # a common shift of all logits leaves the entropy unchanged
     args = [query.detach() * sharpness, key.detach() + offset, value.detach()]
-    options = dict(**kernel(iterations))
+    options = dict(**squared(iterations))
     exact = entropy_attention(*[x.double() for x in args], implementation="reference", **options)[1]
     plain = entropy_attention(*args, implementation="reference", **options)[1]
     fast = entropy_attention(*args, implementation="blockwise", **options)[1]
@@ -670,3 +672,15 @@ def test_diagnosis_of_layers_with_different_numbers_of_heads():
     assert found.overloaded == [(0, 0), (1, 0)]
     assert found.collapsed == [(0, 1)]
     assert "in every layer" in found.verdict
+
+
+def test_an_exponential_is_given_once():
+    query, key, value = make_qkv()
+    exponential = Exponential("power", 3)
+    short = entropy_attention(query, key, value, exp_iterations=3)
+    for a, b in zip(entropy_attention(query, key, value, exponential=exponential), short):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="give one or the other"):
+        entropy_attention(query, key, value, exponential=exponential, exp_iterations=3)
+    with pytest.raises(ValueError, match="exact, power or polynomial, got 'cubic'"):
+        Exponential("cubic", 3)

@@ -9,9 +9,11 @@ import torch
 
 from entropi.entropy import native
 from entropi.entropy.attention import available_implementations, entropy_attention
-from exactness import assert_as_exact, everything, kernel, make
+from exactness import assert_as_exact, everything, make, squared
 
-pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=f"no kernel: {native.unavailable_reason()}")
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"cannot run: {native.unavailable_reason()}"
+)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -25,7 +27,7 @@ def test_awkward_shapes(length, width, is_causal):
 @pytest.mark.parametrize("iterations", [1, 5, 6, 16, -1, -3])
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 256), (300, 64)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
-    assert_as_exact("native", *make(length, length, width), is_causal=is_causal, **kernel(iterations))
+    assert_as_exact("native", *make(length, length, width), is_causal=is_causal, **squared(iterations))
 
 
 def sinks_of(heads, seed=5):
@@ -40,7 +42,7 @@ def sinks_of(heads, seed=5):
 @pytest.mark.parametrize("iterations", [None, 5, -1])
 def test_values_of_another_width(queries, keys, width, value_width, iterations, is_causal):
     arguments = make(queries, keys, width, value_width=value_width)
-    assert_as_exact("native", *arguments, is_causal=is_causal, **kernel(iterations))
+    assert_as_exact("native", *arguments, is_causal=is_causal, **squared(iterations))
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5, 50.0])
@@ -103,20 +105,20 @@ def test_a_sink_of_minus_infinity_is_none_and_a_large_one_takes_all():
 
 @pytest.mark.parametrize("iterations", [None, 5, -1])
 def test_a_thousand_rows(iterations):
-    assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), **kernel(iterations))
+    assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), **squared(iterations))
 
 
 @pytest.mark.parametrize("iterations", [None, 3, -1])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 200), (5, 130), (7, 4), (200, 129), (49, 400)])
 def test_queries_and_keys_of_different_length(queries, keys, iterations):
-    assert_as_exact("native", *make(queries, keys, 32), **kernel(iterations))
+    assert_as_exact("native", *make(queries, keys, 32), **squared(iterations))
 
 
 @pytest.mark.parametrize("iterations", [None, 5, -1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [65, 300])
 def test_half_precision_is_no_worse_than_plain(dtype, length, iterations):
-    assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype, **kernel(iterations))
+    assert_as_exact("native", *make(length, length, 64, dtype), dtype=dtype, **squared(iterations))
 
 
 @pytest.fixture(params=["of this processor", "tiles"])
@@ -135,7 +137,7 @@ def products(request, monkeypatch):
 )
 def test_bfloat16_products(products, queries, keys, width, iterations, is_causal):
     # A scale that queries lose nothing by: else another key may have the largest logit, where gradients go for t > 0.
-    options = dict(is_causal=is_causal, scale=0.125, **kernel(iterations))
+    options = dict(is_causal=is_causal, scale=0.125, **squared(iterations))
     assert_as_exact("native", *make(queries, keys, width, torch.bfloat16), torch.bfloat16, **options)
 
 
@@ -170,7 +172,7 @@ def test_bfloat16_products_of_masked_rows_in_pieces(products, iterations):
     try:
         torch.set_num_threads(3)
         arguments = make(330, 300, 48, torch.bfloat16, batch=1, heads=1)
-        assert_as_exact("native", *arguments, torch.bfloat16, attn_mask=visible, scale=0.125, **kernel(iterations))
+        assert_as_exact("native", *arguments, torch.bfloat16, attn_mask=visible, scale=0.125, **squared(iterations))
     finally:
         torch.set_num_threads(threads)
 
@@ -179,7 +181,7 @@ def test_bfloat16_products_of_masked_rows_in_pieces(products, iterations):
 def test_bfloat16_products_let_what_is_not_a_number_through(products, iterations):
     (query, key, value), *_ = make(150, 150, 16, torch.bfloat16)
     query[0, 0, 70, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="native", **kernel(iterations))
+    output, entropy = entropy_attention(query, key, value, implementation="native", **squared(iterations))
     assert output[0, 0, 70].isnan().all()
     assert entropy[0, 0, 70].isnan()
     assert torch.isfinite(output[0, 1]).all()
@@ -195,7 +197,7 @@ def test_masks_broadcast(shape, additive, is_causal):
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
     for iterations in (None, 2, -1):
-        options = dict(attn_mask=mask, is_causal=is_causal, **kernel(iterations))
+        options = dict(attn_mask=mask, is_causal=is_causal, **squared(iterations))
         assert_as_exact("native", *make(150, 170, 24), **options)
 
 
@@ -218,7 +220,7 @@ def test_rows_that_see_nothing(additive, iterations):
     visible[[0, 3, 77]] = False
     mask = torch.zeros(140, 140).masked_fill(~visible, -math.inf) if additive else visible
     tensors, grad_output, grad_entropy = make(140, 140, 16)
-    options = dict(attn_mask=mask, is_causal=False, **kernel(iterations))
+    options = dict(attn_mask=mask, is_causal=False, **squared(iterations))
     assert_as_exact("native", tensors, grad_output, grad_entropy, **options)
     output, entropy = entropy_attention(*tensors, **options, implementation="native")
     assert output[:, :, [0, 3, 77]].abs().max() == 0
@@ -229,7 +231,7 @@ def test_rows_that_see_nothing(additive, iterations):
 def test_large_logits_keep_the_entropy(iterations):
     (query, key, value), *rest = make(200, 200, 32)
     tensors = [query * 30, key + 5, value]
-    assert_as_exact("native", tensors, *rest, slack=1e-5, **kernel(iterations))
+    assert_as_exact("native", tensors, *rest, slack=1e-5, **squared(iterations))
 
 
 def test_large_logits_keep_the_entropy_under_a_softcap_and_with_sinks():
@@ -271,7 +273,7 @@ def test_temperature_has_gradients(iterations):
     results = []
     for implementation in ("reference", "native"):
         temperature = (torch.arange(120.0).reshape(3, 40) / 120 + 0.5).requires_grad_()
-        options = dict(temperature=temperature, implementation=implementation, **kernel(iterations))
+        options = dict(temperature=temperature, implementation=implementation, **squared(iterations))
         output, entropy = entropy_attention(query, key, value, **options)
         results.append(torch.autograd.grad([output, entropy], temperature, [grad_output, grad_entropy])[0])
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
@@ -285,7 +287,7 @@ def test_results_do_not_depend_on_the_number_of_threads(iterations):
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(everything("native", *arguments, torch.float32, **kernel(iterations)))
+            results.append(everything("native", *arguments, torch.float32, **squared(iterations)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -303,7 +305,7 @@ def test_more_threads_than_heads_share_the_backward_pass(queries, keys, iteratio
         torch.set_num_threads(3)
         for options in ({}, {"attn_mask": mask, "is_causal": False}):
             arguments = make(queries, keys, 40, batch=1, heads=1)
-            assert_as_exact("native", *arguments, **kernel(iterations), **options)
+            assert_as_exact("native", *arguments, **squared(iterations), **options)
     finally:
         torch.set_num_threads(threads)
 
@@ -312,7 +314,7 @@ def test_more_threads_than_heads_share_the_backward_pass(queries, keys, iteratio
 def test_not_a_number_is_not_hidden(iterations):
     (query, key, value), *_ = make(150, 150, 16)
     query[0, 0, 70, 3] = math.nan
-    output, entropy = entropy_attention(query, key, value, implementation="native", **kernel(iterations))
+    output, entropy = entropy_attention(query, key, value, implementation="native", **squared(iterations))
     assert output[0, 0, 70].isnan().all()
     assert entropy[0, 0, 70].isnan()
     assert torch.isfinite(output[0, 1]).all()
@@ -341,7 +343,7 @@ def test_a_sink_that_is_not_a_number_is_not_hidden():
         assert torch.isfinite(output[:, ::2]).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "sinks": True}, {"exp_iterations": 5}, kernel(-1)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "sinks": True}, {"exp_iterations": 5}, squared(-1)])
 def test_compiled_without_graph_breaks(options):
     (query, key, value), grad_output, grad_entropy = make(70, 70, 16, value_width=12)
     mask = torch.rand(2, 1, 1, 70, generator=torch.Generator().manual_seed(1)) > 0.1
@@ -363,11 +365,11 @@ def test_compiled_without_graph_breaks(options):
 def test_the_operator_is_registered_correctly():
     (query, key, value), *_ = make(20, 20, 8)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(native.attention, (*inputs, None, None, True, None, None))
-    torch.library.opcheck(native.attention, (*inputs, None, None, True, 5, None))
+    torch.library.opcheck(native.operator, (*inputs, None, None, True, 0, 0, None))
+    torch.library.opcheck(native.operator, (*inputs, None, None, True, 5, 0, None))
     inputs[2] = torch.randn(2, 3, 20, 12, requires_grad=True)
     sinks = torch.randn(3, 1, requires_grad=True).expand(2, 3, 20)
-    torch.library.opcheck(native.attention, (*inputs, None, sinks, True, None, 20.0))
+    torch.library.opcheck(native.operator, (*inputs, None, sinks, True, 0, 0, 20.0))
 
 
 @pytest.mark.parametrize("iterations", [None, 5])
@@ -393,7 +395,7 @@ print(peak() - before)
 def test_dispatch_can_be_inspected(monkeypatch):
     query = torch.zeros(1, 1, 2, 4)
     able = available_implementations(query)
-    assert [name for name, reason in able.items() if reason is None][:3] == ["reference", "blockwise", "native"]
+    assert [name for name, reason in able.items() if reason is None][-3:] == ["native", "blockwise", "reference"]
     double = query.double()
     assert "float64" in available_implementations(double)["native"]
     with pytest.raises(ValueError, match=r"'native' cannot run here: .*float64"):

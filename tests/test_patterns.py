@@ -34,4 +34,4 @@ def test_patterns_are_sums_of_weights(queries, keys, is_causal, with_sinks, soft
         torch.testing.assert_close(ours, theirs.sum(-1).mean(-1))
     if with_sinks:
         without = attention_pattern(query, key, is_causal=is_causal, softcap=softcap, enable_gqa=True)
-        assert (found.on_first < without.on_first).all()
+        assert (found.first_weight < without.first_weight).all()

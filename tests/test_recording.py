@@ -342,10 +342,12 @@ def test_patterns_of_our_own_models():
     x = logits - logits.amax(-1, keepdim=True)
     weights = (1 + x / 32).clamp(min=0.1) ** 32 * x.isfinite()
     weights = (weights / weights.sum(-1, keepdim=True)).detach()[:, :, 2:]
-    torch.testing.assert_close(recorded.patterns[0][0].on_first, weights[..., 0].mean(-1).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        recorded.patterns[0][0].first_weight, weights[..., 0].mean(-1).double(), atol=1e-5, rtol=0
+    )
 
     even = attention_pattern(torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4))
     assert even.distance.item() == pytest.approx((1 + 1.5 + 2) / 3)
-    assert even.on_first.item() == even.on_itself.item() == pytest.approx((1 / 3 + 1 / 4 + 1 / 5) / 3)
+    assert even.first_weight.item() == even.self_weight.item() == pytest.approx((1 / 3 + 1 / 4 + 1 / 5) / 3)
     assert attention_pattern(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 5, 4)).distance.item() == pytest.approx(2.0)
-    assert attention_pattern(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)).on_itself.item() == 1.0
+    assert attention_pattern(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)).self_weight.item() == 1.0

@@ -3,8 +3,8 @@
 Notation, per row: s = scaled, masked logits (temperature included); p = softmax(s); L = logsumexp(s);
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
 E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
-are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With `exp_iterations` the log-weights l of
-`secure_softmax` take the place of s.
+are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another exponential the log-weights l
+of `secure_softmax` take the place of s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from entropi.entropy import native
 from entropi.entropy import sinks as attention_sinks
-from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, signed_iterations
+from entropi.entropy.secure_softmax import HIDDEN, Exponential, exponential_of, log_weights, log_weights_backward
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
 MASKED = -1.0e30
@@ -40,6 +40,7 @@ def entropy_attention(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     enable_gqa: bool = False,
+    exponential: Exponential | None = None,
     exp_iterations: int | None = None,
     polynomial: bool = False,
     implementation: str = "auto",
@@ -62,11 +63,10 @@ def entropy_attention(
             value, as in gpt-oss (`s_aux`); neither scaled nor capped. It takes weight from the keys and counts in the
             entropy, which is that of the whole distribution, over the keys and the sink. -inf is no sink. Receives
             gradients.
-        exp_iterations: None is the exact softmax. A whole number t from 1 to 16 replaces its exponential by the one
-            that private inference evaluates, (1 + x/2^t)^(2^t) with x the distance to the row's largest visible
-            logit, clipped at -0.9 2^t; entropy is that of the weights so found. See `secure_softmax`.
-            Not together with `softcap` or `sinks`.
-        polynomial: take (1 + s/2^t)^(2^t) of the logit s itself, with nothing to compare; t is from 1 to 8.
+        exponential: what the softmax takes for its exponential, the exact one by default; `Exponential("power", t)` is
+            the one that private inference evaluates, `Exponential("polynomial", t)` does without comparisons, see
+            `secure_softmax`. Entropy is that of the weights so found. Not together with `softcap` or `sinks`.
+        exp_iterations, polynomial: short for `exponential`: t of a power, or of a polynomial.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`. Matrix products are
@@ -80,23 +80,19 @@ def entropy_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them; `exp_iterations` or `softcap` out of
-            range, or together; an implementation that cannot run, saying why.
+            range, or together; an exponential that is given twice; an implementation that cannot run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
-    iterations = signed_iterations(exp_iterations, polynomial)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
-    if iterations is not None and (softcap is not None or sinks is not None):
-        raise ValueError(
-            "softcap and sinks belong to the exact softmax, exp_iterations replaces it: give one or the other"
-        )
+    exponential = _exponential(exponential, exp_iterations, polynomial, softcap, sinks)
     if attn_mask is not None:
         attn_mask = _four_dimensions(attn_mask, query, key)
+
     chosen = _implementation(implementation, query)
     query, scale = _scaled(query, scale, temperature, chosen)
     if sinks is not None:
         sinks = attention_sinks.per_row(sinks, query)
+
     shape = (*query.shape[:3], value.shape[3])
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
@@ -106,7 +102,8 @@ def entropy_attention(
             sinks = None if sinks is None else sinks.reshape(query.shape[:3])
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    options = (is_causal, iterations, softcap) if scale is None else (is_causal, iterations, softcap, scale)
+
+    options = (is_causal, exponential, softcap) if scale is None else (is_causal, exponential, softcap, scale)
     output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, *options)
     return (output, entropy) if output.shape == shape else (output.reshape(shape), entropy.reshape(shape[:3]))
 
@@ -114,7 +111,7 @@ def entropy_attention(
 class Implementation(NamedTuple):
     """One way to compute `entropy_attention`.
 
-    `load()` gives the function: (query, key, value, mask, sinks, is_causal, signed iterations, softcap), and after
+    `load()` gives the function: (query, key, value, mask, sinks, is_causal, exponential, softcap), and after
     these the scale where it `scales` the logits itself, to output, entropy and whatever else. `unavailable_reason`
     says why it cannot run on tensors like the given one, or None.
     """
@@ -196,6 +193,27 @@ def _scaled(
     return query, left if scales else None
 
 
+def _exponential(
+    exponential: Exponential | None,
+    exp_iterations: int | None,
+    polynomial: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Exponential:
+    """The exponential of a softmax, in whichever way it is given, if the rest of the softmax can be had with it."""
+    if exponential is None:
+        exponential = exponential_of(exp_iterations, polynomial)
+    elif exp_iterations is not None or polynomial:
+        raise ValueError("exp_iterations and polynomial are short for exponential: give one or the other")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    if not exponential.exact and (softcap is not None or sinks is not None):
+        raise ValueError(
+            "softcap and sinks belong to the exact softmax, exp_iterations replaces it: give one or the other"
+        )
+    return exponential
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     q, k, v = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if len(q) != 4 or len(k) != 4 or len(v) != 4 or k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
@@ -266,14 +284,13 @@ def _reference(
     mask: Tensor | None,
     sinks: Tensor | None,
     is_causal: bool,
-    exp_iterations: int | None,
+    exponential: Exponential,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, materialised; autograd differentiates it."""
     logits = _hide(_logits(query, key, softcap), mask, is_causal, key.shape[2] - query.shape[2])
     logits = _with_sinks(logits, sinks)
-    if exp_iterations is not None:
-        logits = log_weights(logits, exp_iterations)
+    logits = log_weights(logits, exponential)
     visible = logits > HIDDEN
     probabilities = torch.softmax(logits, dim=-1) * visible
     log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
@@ -297,7 +314,7 @@ class _Blockwise(torch.autograd.Function):
         mask: Tensor | None,
         sinks: Tensor | None,
         is_causal: bool,
-        exp_iterations: int | None,
+        exponential: Exponential,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         output = query.new_zeros(*query.shape[:3], value.shape[3])
@@ -310,8 +327,7 @@ class _Blockwise(torch.autograd.Function):
                 part = _mask_block(mask, rows, keys)
                 logits = _hide(_logits(query[:, :, rows], key[:, :, keys], softcap), part, is_causal, first_row)
                 logits = _with_sinks(logits, None if sinks is None else sinks[:, :, rows])
-                if exp_iterations is not None:
-                    logits = log_weights(logits, exp_iterations)
+                logits = log_weights(logits, exponential)
                 largest = logits.amax(dim=-1, keepdim=True)
                 # softmax() passes quickly over masked entries, where exp() crawls through underflow.
                 p = logits.softmax(dim=-1)
@@ -325,7 +341,7 @@ class _Blockwise(torch.autograd.Function):
                 entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
                 lse[:, :, rows] = (log_total + largest).squeeze(-1)
         ctx.save_for_backward(query, key, value, mask, sinks, output, entropy, lse)
-        ctx.is_causal, ctx.exp_iterations, ctx.softcap = is_causal, exp_iterations, softcap
+        ctx.is_causal, ctx.exponential, ctx.softcap = is_causal, exponential, softcap
         return output, entropy
 
     @staticmethod
@@ -342,8 +358,7 @@ class _Blockwise(torch.autograd.Function):
                 logits = _logits(q, k, ctx.softcap)
                 slope = None if ctx.softcap is None else 1.0 - (logits / ctx.softcap).square()
                 logits = raw = _hide(logits, part, ctx.is_causal, first_row)
-                if ctx.exp_iterations is not None:
-                    logits = log_weights(raw, ctx.exp_iterations)
+                logits = log_weights(raw, ctx.exponential)
                 p = _with_sinks(logits, None if sinks is None else sinks[:, :, rows]).softmax(dim=-1)
                 p = p[..., : keys.stop]
                 log_p = logits.sub_(lse[:, :, rows, None])
@@ -355,8 +370,7 @@ class _Blockwise(torch.autograd.Function):
                 inner = (g @ v.transpose(-1, -2)).to(p.dtype)
                 inner -= delta + grad_h * entropy[:, :, rows, None]
                 grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p)
-                if ctx.exp_iterations is not None:
-                    grad_s = log_weights_backward(grad_s, raw, ctx.exp_iterations)
+                grad_s = log_weights_backward(grad_s, raw, ctx.exponential)
                 if slope is not None:
                     grad_s *= slope
                 grad_s = grad_s.to(q.dtype)

@@ -21,13 +21,24 @@ MAX_NAMED_LAYERS = 8  # where all that have attention are meant
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where the heads of a model stand; entropies in nats, heads as (layer, head), the layer by the model's number."""
+    """Where the heads of a model stand; entropies in nats, heads as (layer, head), the layer by the model's number.
 
-    entropy: list[list[float]]  # a row a layer that has attention, a number a head of it
-    layers: list[int]  # the layer of each row
-    max_observed: float  # M
-    max_possible: float  # log T, nan where the context length is not given
-    quartile_shares: tuple[float, float, float, float]  # of heads in [0,M/4), [M/4,M/2), [M/2,3M/4), [3M/4,M]
+    Attributes:
+        entropy: the mean entropies, a row a layer that has attention, a number a head of it.
+        layers: the model's number of each row's layer.
+        max_observed: M, the largest of them.
+        max_possible: log T; nan where the context length is not known.
+        quartile_shares: of the heads in [0, M/4), [M/4, M/2), [M/2, 3M/4) and [3M/4, M]; the sum is 1 (Fig. 2a).
+        overloaded: the heads of the top quarter.
+        collapsed: the heads of the bottom quarter; all of them where M is below a twentieth of log T.
+        verdict: the same in a sentence or two.
+    """
+
+    entropy: list[list[float]]
+    layers: list[int]
+    max_observed: float
+    max_possible: float
+    quartile_shares: tuple[float, float, float, float]
     overloaded: list[tuple[int, int]]
     collapsed: list[tuple[int, int]]
     verdict: str

@@ -24,8 +24,8 @@ from entropi.entropy.announcing import NAME
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.patterns import Pattern, attention_pattern
 from entropi.entropy.recorder import left_out_for_causality, mask_left_out, recorders, replay, replaying
+from entropi.entropy.secure_softmax import HIDDEN
 
-HIDES = -5.0e29  # what `entropy_attention` takes for hidden
 CONFIGURED = "_attn_implementation_internal"  # the attribute of a configuration, without its sub-configurations
 CHECKPOINT = "_gradient_checkpointing_func"  # the attribute of modules under gradient checkpointing
 SOFTMAXES = {"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -43,7 +43,12 @@ _held: dict[tuple[int, str], list[Any]] = {}  # what is changed for now: [how to
 def register_attention() -> None:
     """Make `attn_implementation="entropi"` known to transformers, with the mask function it needs.
 
-    `import entropi` does it already. Without the mask function of the same name, transformers would pass no mask.
+    `import entropi` does it already, as soon as transformers is imported too. Models so configured compute their
+    attention by `entropy_attention`; `record_entropy` collects its entropies. Calling it again changes nothing. Without
+    the mask function of the same name, transformers would pass no mask, and causality would be lost.
+
+    Raises:
+        ImportError: transformers is not installed.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -86,21 +91,7 @@ def attention_forward(
         ValueError: what `entropy_attention` does not have.
     """
     named = getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
-    if named and not _takes_others(type(module)):
-        raise ValueError(f"{type(module).__name__}: transformers supports no attention for it but its own")
-    lacking = []
-    if dropout:
-        lacking.append("attention dropout (use model.eval(), or set it to 0)")
-    if kwargs.get("cache") is not None:
-        lacking.append("a paged cache (continuous batching)")
-    if named:
-        lacking += [name for name in _own_arguments(type(module)) if kwargs.get(name) is not None]
-    if s_aux is not None and s_aux.numel() != query.shape[1]:
-        lacking.append("sinks other than one a head")
-    if query.dim() != 4 or key.dim() != 4:
-        lacking.append(f"queries and keys of {query.dim()} and {key.dim()} dimensions")
-    if lacking:
-        raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)}, which entropy_attention does not have")
+    _refuse(module, query, key, dropout, s_aux, kwargs, named=named)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     length = query.shape[2]
@@ -142,6 +133,34 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _refuse(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    dropout: float,
+    sinks: Tensor | None,
+    others: dict[str, Any],
+    *,
+    named: bool,
+) -> None:
+    """Raise ValueError where a module needs what `entropy_attention` does not have; `named`, where it asks for ours."""
+    if named and not _takes_others(type(module)):
+        raise ValueError(f"{type(module).__name__}: transformers supports no attention for it but its own")
+    lacking = []
+    if dropout:
+        lacking.append("attention dropout (use model.eval(), or set it to 0)")
+    if others.get("cache") is not None:
+        lacking.append("a paged cache (continuous batching)")
+    if named:
+        lacking += [name for name in _own_arguments(type(module)) if others.get(name) is not None]
+    if sinks is not None and sinks.numel() != query.shape[1]:
+        lacking.append("sinks other than one a head")
+    if query.dim() != 4 or key.dim() != 4:
+        lacking.append(f"queries and keys of {query.dim()} and {key.dim()} dimensions")
+    if lacking:
+        raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)}, which entropy_attention does not have")
+
+
 def _with_bias(mask: Tensor | None, bias: Tensor | None, key: Tensor) -> Tensor | None:
     if bias is None or mask is None:
         return mask if bias is None else bias
@@ -157,7 +176,7 @@ def _even_where_all_is_hidden(output: Tensor, entropy: Tensor, value: Tensor, ma
     becomes of them, or has such rows itself.
     """
     highest = mask.amax(dim=-1, keepdim=True)
-    hidden = (highest <= HIDES) & highest.isfinite()
+    hidden = (highest <= HIDDEN) & highest.isfinite()
     average = value.mean(dim=2, keepdim=True).repeat_interleave(output.shape[1] // value.shape[1], dim=1)
     even = torch.where(hidden.squeeze(-1), math.log(value.shape[2]), entropy)
     return torch.where(hidden, average.to(output.dtype), output), even

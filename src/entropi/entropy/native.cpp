@@ -90,7 +90,7 @@ static inline vec log_of_1_plus(vec y) {
 // k(x) = (1 + x / 2^t)^(2^t) of x <= 0 and its logarithm. The last five squarings are of the base u itself; those before
 // are of y = u - 1, because u would round away what 2^t multiplies: (1 + y)^2 = 1 + y (2 + y).
 constexpr int PLAIN_SQUARINGS = 5;
-static inline void power_kernel(vec x, int iterations, float lowest, vec &weight, vec &log_weight) {
+static inline void power_exp(vec x, int iterations, float lowest, vec &weight, vec &log_weight) {
   const int plain = iterations < PLAIN_SQUARINGS ? iterations : PLAIN_SQUARINGS;
   vec y = larger(x, splat(lowest)) * (1.0f / float(1 << iterations));
   for (int i = plain; i < iterations; i++) y = y * (y + 2.0f);
@@ -101,7 +101,7 @@ static inline void power_kernel(vec x, int iterations, float lowest, vec &weight
   weight = u;
 }
 // Its slope relative to itself: d log k / dx.
-static inline vec power_kernel_rate(vec x, int iterations, float lowest) {
+static inline vec power_rate(vec x, int iterations, float lowest) {
   return x < lowest ? splat(0.0f) : 1.0f / (x * (1.0f / float(1 << iterations)) + 1.0f);
 }
 
@@ -176,12 +176,12 @@ struct Problem {
   Tensor mask;    // (B, H, T, S) with strides 0 where it is broadcast, the last one in mask_column
   long mask_column;
   int mask_kind;  // 0 none, 1 bytes (0 hides), 2 floats that are added
-  float *entropy, *log_normaliser;  // (B, H, T) contiguous
+  float *entropy, *lse;  // (B, H, T) contiguous
   const float *grad_entropy;
-  int iterations;  // t of the power kernel, -t of the polynomial, 0 for the exponential
+  int iterations;  // t of the power, -t of the polynomial, 0 for the exponential
   float lowest;    // where it clips x
   float *largest;  // (B, H, T): what the backward pass needs of it, m and the first key that has it
-  int32_t *first;
+  int32_t *argmax;
   float softcap;       // c, or 0 for none
   const float *sinks;  // (B, H, T) contiguous, or null
 };
@@ -339,18 +339,18 @@ static void store_rows(const Problem &p, long b, long h, long start, long rows, 
     const bool sees = l[r] != 0;  // true of what is not a number, which must not be hidden
     const float log_l = sees ? std::log(l[r]) : 0.0f, entropy = sees ? log_l - w[r] / l[r] : 0.0f;
     p.entropy[index] = entropy > 0 ? entropy : (entropy == entropy ? 0.0f : entropy);
-    p.log_normaliser[index] = sees ? (p.iterations > 0 ? log_l : m[r] + log_l) : MASKED;
+    p.lse[index] = sees ? (p.iterations > 0 ? log_l : m[r] + log_l) : MASKED;
     void *to = const_cast<void *>(at(p.output, b, h, start + r, p.kind));
     write_row(out + r * padded, sees ? 1.0f / l[r] : 0.0f, p.output.width, p.kind, to);
   }
 }
 
-// Sums m, l, w and the unnormalised output of a block of rows under the power kernel; `s` holds all their logits.
+// Sums m, l, w and the unnormalised output of a block of rows under the power; `s` holds all their logits.
 template <typename E>
 static void power_rows(const Problem &p, long b, long h, long start, long rows, long reach, long seen, const Rows<E> &q, Sources<E> &sources, float *s, Block<E> &weights, float *out, float *m, float *l, float *w) {
   const long offset = p.keys - p.queries, padded = sources.value_width;
-  int32_t *first = p.first + (b * p.heads + h) * p.queries + start;
-  for (long r = 0; r < rows; r++) first[r] = 0;
+  int32_t *argmax = p.argmax + (b * p.heads + h) * p.queries + start;
+  for (long r = 0; r < rows; r++) argmax[r] = 0;
   for (long block = 0; block < reach; block += KEYS) {
     const long columns = columns_of<E>(block, reach);
     float *logits = s + block * ROWS;
@@ -367,7 +367,7 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
         long j = 0;
         while (j < columns - 1 && row[j] != largest) j++;
         m[r] = largest;
-        first[r] = int32_t(block + j);
+        argmax[r] = int32_t(block + j);
       }
     }
   }
@@ -381,7 +381,7 @@ static void power_rows(const Problem &p, long b, long h, long start, long rows, 
       vec sum_l{}, sum_w{};
       for (long j = 0; j < columns; j += LANES) {
         vec given = load(row + j), weight, log_weight;
-        power_kernel(given - m[r], p.iterations, p.lowest, weight, log_weight);
+        power_exp(given - m[r], p.iterations, p.lowest, weight, log_weight);
         // Clipped keys weigh something for small t, hidden ones never; what is not a number stays.
         weight = given <= MASKED / 2 ? splat(0.0f) : (sees ? weight : given);
         sum_l += weight;
@@ -472,17 +472,17 @@ template <typename E> static void forward_chunk(const Problem &p, long b, long h
 
 // Turns logits and dP of a row of a block into p and dS as far as that does not pass through the row's maximum; returns
 // the row's share of what does.
-static float power_slopes(const Problem &p, float *sr, float *dr, long columns, float largest, float log_n, float row_sum, float grad_h) {
-  const float scale = std::exp(-log_n), lowest = p.lowest;
+static float power_grad_logits(const Problem &p, float *sr, float *dr, long columns, float largest, float lse, float delta, float grad_h) {
+  const float scale = std::exp(-lse), lowest = p.lowest;
   const int iterations = p.iterations;
   vec total{};
   for (long j = 0; j < columns; j += LANES) {
     vec given = load(sr + j), x = given - largest, weight, log_weight;
     x = x > 0.0f ? splat(0.0f) : x;
-    power_kernel(x, iterations, lowest, weight, log_weight);
+    power_exp(x, iterations, lowest, weight, log_weight);
     vec prob = given <= MASKED / 2 ? splat(0.0f) : weight * scale;
-    vec slope = load(dr + j) - row_sum - grad_h * (log_weight - log_n);
-    vec ds = prob * slope * power_kernel_rate(x, iterations, lowest);
+    vec slope = load(dr + j) - delta - grad_h * (log_weight - lse);
+    vec ds = prob * slope * power_rate(x, iterations, lowest);
     total += ds;
     store(sr + j, prob);
     store(dr + j, ds);
@@ -526,18 +526,18 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
     transposed(g.from(start), ROWS, value_width, g_t + start * value_width);
   }
   const Scratch<float> memory = scratch<float>((2 * ROWS + value_width + wider) * KEYS + p.queries);
-  float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + value_width * KEYS, *row_sum = dk_t + wider * KEYS;
+  float *s = memory.get(), *dp = s + ROWS * KEYS, *dv_t = dp + ROWS * KEYS, *dk_t = dv_t + value_width * KEYS, *delta = dk_t + wider * KEYS;
   Block<E> probabilities, slopes;
   std::memset(dq, 0, size_t(q_size) * 4);
   const long base = (b * p.heads + h) * p.queries;
-  const float *log_n = p.log_normaliser + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
+  const float *lse = p.lse + base, *entropy = p.entropy + base, *grad_h = p.grad_entropy + base;
   const float *largest = p.largest + base;
   for (long t = 0; t < p.queries; t++) {  // rowsum(g_O * O) + g_H H, what every dP of the row is reduced by
     read_row(at(p.output, b, h, t, p.kind), p.output.width, value_width, p.kind, dv_t);
     read_row(at(p.grad_output, b, h, t, p.kind), p.output.width, value_width, p.kind, dk_t);
     vec total{};
     for (long d = 0; d < value_width; d += LANES) total += load(dv_t + d) * load(dk_t + d);
-    row_sum[t] = sum(total) + grad_h[t] * entropy[t];
+    delta[t] = sum(total) + grad_h[t] * entropy[t];
     correction[t] = 0;
   }
   for (long block = piece * KEYS; block < p.keys; block += pieces * KEYS) {
@@ -556,22 +556,22 @@ static void backward_blocks(const Problem &p, long b, long h, long piece, long p
         float rates[KEYS];
         if (p.softcap > 0) cap(sr, columns, p.softcap, rates);
         hide(p, b, h, t, block, columns, limit, sr);
-        if (log_n[t] <= MASKED / 2) {  // a row that sees nothing
+        if (lse[t] <= MASKED / 2) {  // a row that sees nothing
           std::memset(sr, 0, KEYS * 4);
           std::memset(dr, 0, KEYS * 4);
           continue;
         }
         if (p.iterations > 0) {
-          correction[t] += power_slopes(p, sr, dr, columns, largest[t], log_n[t], row_sum[t], grad_h[t]);
+          correction[t] += power_grad_logits(p, sr, dr, columns, largest[t], lse[t], delta[t], grad_h[t]);
           continue;
         }
         // Copies, because for all the compiler knows the stores below change what they are copies of.
-        const float log_normaliser = log_n[t], reduction = row_sum[t], grad_entropy = grad_h[t];
+        const float row_lse = lse[t], row_delta = delta[t], grad_entropy = grad_h[t];
         const int iterations = p.iterations;
         for (long j = 0; j < columns; j += LANES) {
-          vec given = load(sr + j), x = (iterations < 0 ? polynomial_logits(given, iterations) : given) - log_normaliser;
+          vec given = load(sr + j), x = (iterations < 0 ? polynomial_logits(given, iterations) : given) - row_lse;
           vec prob = exp_nonpositive(x > 0.0f ? splat(0.0f) : x);  // rounding may leave x a little above 0
-          vec slope = load(dr + j) - reduction - grad_entropy * larger(x, splat(-88.0f));
+          vec slope = load(dr + j) - row_delta - grad_entropy * larger(x, splat(-88.0f));
           store(sr + j, prob);
           store(dr + j, prob * (iterations < 0 ? slope * polynomial_rate(given, iterations) : slope));
         }
@@ -604,8 +604,8 @@ static void backward_finish(const Problem &p, long b, long h, const Sums *sums, 
     for (long t = 0; t < p.queries; t++) correction[t] += sums[piece].correction[t];
   }
   for (long t = 0; t < p.queries; t++) {
-    if (p.iterations > 0 && p.log_normaliser[base + t] > MASKED / 2) {
-      const long j = p.first[base + t];
+    if (p.iterations > 0 && p.lse[base + t] > MASKED / 2) {
+      const long j = p.argmax[base + t];
       read_row(at(p.query, b, h, t, p.kind), p.key.width, padded, p.kind, q);
       read_row(at(p.key, b, h, j, p.kind), p.key.width, padded, p.kind, k);
       for (long d = 0; d < p.key.width; d++) {

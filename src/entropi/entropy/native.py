@@ -1,7 +1,7 @@
-"""The CPU kernel of `entropy_attention`: `native.cpp`, compiled once for this machine and called from many threads.
+"""`entropy_attention` on CPUs: `native.cpp`, compiled once for this machine and called from many threads.
 
 It is plain C++ with no dependency, so compiling takes some seconds; the result is cached beside the tokenizers. The
-kernel is registered as a torch operator, which `torch.compile` treats as one node.
+compiled code is registered as a torch operator, which `torch.compile` treats as one node.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from entropi.cache import default_cache_dir
-from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, with_empty
-from entropi.entropy.secure_softmax import lowest
+from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
+from entropi.entropy.secure_softmax import CLIP, Exponential
 from entropi.errors import UserError
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
@@ -65,19 +65,19 @@ class _Problem(ctypes.Structure):
 
 @torch.compiler.assume_constant_result
 def unavailable_reason() -> str | None:
-    """Why the kernel cannot run on this machine, or None where it can."""
+    """Why it cannot run on this machine, or None where it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
 def _load() -> ctypes.CDLL | str:
-    """The compiled kernel, or the reason why there is none."""
+    """The compiled library, or the reason why there is none."""
     return _build()
 
 
 @functools.cache
 def _build(*flags: str) -> ctypes.CDLL | str:
-    """The kernel compiled with further flags, or the reason why it cannot be."""
+    """The library compiled with further flags, or the reason why it cannot be."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         return "no C++ compiler was found (set CXX, or install g++)"
@@ -129,7 +129,7 @@ def _processor() -> bytes:
 
 @functools.cache
 def _parallel() -> Any:
-    """`GOMP_parallel` of the OpenMP runtime torch has loaded, or None: then the kernel starts threads of its own."""
+    """`GOMP_parallel` of the OpenMP runtime torch has loaded, or None: then the library starts threads of its own."""
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
     for runtime in runtimes:
         try:
@@ -148,11 +148,12 @@ def _problem(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     **tensors: Tensor,
 ) -> _Problem:
-    """The kernel's view of tensors, which have to outlive it; sinks are float32 and contiguous."""
+    """The library's view of tensors, which have to outlive it; sinks are float32 and contiguous."""
     problem = _Problem(
         batches=query.shape[0],
         heads=query.shape[1],
@@ -162,8 +163,8 @@ def _problem(
         causal=int(causal),
         query=_view(query),
         key=_view(key),
-        iterations=exp_iterations or 0,
-        lowest=lowest(exp_iterations),
+        iterations=power or -polynomial,
+        lowest=-CLIP * 2.0**power if power else 0.0,
         softcap=softcap or 0.0,
         sinks=None if sinks is None else sinks.data_ptr(),
     )
@@ -181,7 +182,7 @@ def _view(tensor: Tensor) -> _Tensor:
 
 
 def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as the kernel reads it: bool or float32, broadcast by strides of 0."""
+    """The mask as the library reads it: bool or float32, broadcast by strides of 0."""
     if mask is None:
         return None
     mask = mask if mask.dtype == torch.bool else mask.float()
@@ -189,14 +190,15 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 @torch.library.custom_op("entropi::attention", mutates_args=(), device_types="cpu")
-def attention(
+def operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output `(B, H, T, E)`, entropy and log-sum-exp `(B, H, T)` of scaled queries; see `row_results`."""
@@ -205,15 +207,16 @@ def attention(
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     sinks = None if sinks is None else sinks.contiguous()
     output = query.new_empty(*query.shape[:3], value.shape[3])
-    rows = with_empty(output, *row_results(query, exp_iterations))[1:]
-    mask = _mask(mask, query, key)  # kept until the kernel has run, which is given addresses
+    rows = with_empty(output, *row_results(query, power))[1:]
+    mask = _mask(mask, query, key)  # kept until the library has run, which is given addresses
     problem = _problem(
         query,
         key,
         mask,
         sinks,
         causal,
-        exp_iterations,
+        power,
+        polynomial,
         softcap,
         value=value,
         output=output,
@@ -229,14 +232,15 @@ def attention(
 
 
 @torch.library.custom_op("entropi::attention_backward", mutates_args=(), device_types="cpu")
-def attention_backward(
+def operator_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     output: Tensor,
     entropy: Tensor,
@@ -263,7 +267,8 @@ def attention_backward(
         mask,
         None,  # the log-sum-exp counts them
         causal,
-        exp_iterations,
+        power,
+        polynomial,
         softcap,
         value=value,
         output=output,
@@ -285,4 +290,19 @@ def attention_backward(
     return grads[0], grads[1], grads[2]
 
 
-make_differentiable(attention, attention_backward)
+make_differentiable(operator, operator_backward)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    exponential: Exponential,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
+    """What `operator` returns, of an exponential."""
+    result: tuple[Tensor, ...] = operator(query, key, value, mask, sinks, causal, *squarings(exponential), softcap)
+    return result

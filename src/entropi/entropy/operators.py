@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropi.entropy.secure_softmax import Exponential
 from entropi.entropy.sinks import gradient as gradient_of_sinks
 
 
@@ -16,15 +17,21 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def row_results(query: Tensor, exp_iterations: int | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def squarings(exponential: Exponential) -> tuple[int, int]:
+    """An exponential as operators take it: t of a power, or 0, and t of a polynomial, or 0."""
+    t = exponential.iterations
+    return (t if exponential.kind == "power" else 0), (t if exponential.kind == "polynomial" else 0)
+
+
+def row_results(query: Tensor, power: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the kernels find of every row beside the output, uninitialised.
 
-    `(B, H, T)` each: entropy, log-sum-exp and, where the exponential is the power of `exp_iterations`, the largest
-    logit and the first key that has it (None otherwise, for the polynomial too).
+    `(B, H, T)` each: entropy, log-sum-exp and, where the exponential is a power, the largest logit and the first key
+    that has it (None otherwise).
     """
     rows = query.shape[:3]
     entropy, lse = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    if exp_iterations is None or exp_iterations < 0:
+    if not power:
         return entropy, lse, None, None
     return entropy, lse, query.new_empty(rows, dtype=torch.float32), query.new_empty(rows, dtype=torch.int32)
 
@@ -48,10 +55,10 @@ def make_differentiable(
 ) -> None:
     """Tell torch the shapes of an attention operator and its backward, and that the one differentiates the other.
 
-    Both kernels have these two operators: forward(query, key, value, mask, sinks, causal, exp_iterations, softcap, and
-    what else it needs) -> output and `row_results`, with `secure_softmax`'s signed iterations and float32 sinks
-    `(B, H, T)`; backward(those, those five, gradients of output and entropy) -> gradients of q, k, v. Log-sum-exps are
-    in `unit` nats; `empty` makes tensors of the layout that output and gradients have.
+    Both implementations have these two: forward(query, key, value, mask, sinks, causal, power, polynomial, softcap, and
+    what else it needs) -> output and `row_results`, with `squarings` and float32 sinks `(B, H, T)`; backward(those,
+    those five, gradients of output and entropy) -> gradients of q, k, v. Log-sum-exps are in `unit` nats; `empty` makes
+    tensors of the layout that output and gradients have.
     """
 
     @forward.register_fake

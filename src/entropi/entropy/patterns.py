@@ -1,7 +1,7 @@
 """Where attention heads look: how far back, and how much at the first token, the previous one and themselves.
 
-These are outputs of attention over values made for the question, a block of query rows at a time: whatever the
-operation does, this sees it, and a layer's T x S weights are never held, let alone all layers'.
+Attention is probed with indicator values, a block of query rows at a time: whatever the operation does, this sees it,
+and a layer's T x S weights are never held, let alone all layers'.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.attention import entropy_attention
+from entropi.entropy.secure_softmax import Exponential
 
 BLOCK_ROWS = 64  # rows that are asked at a time; values get as many columns
 FIRST_ROW = 2  # the first row in which first token, previous token and itself are three
@@ -25,9 +26,9 @@ class Pattern(NamedTuple):
     """
 
     distance: Tensor  # tokens back, sum over keys of a_ij (i - j): what goes to a sink goes no way
-    on_first: Tensor  # weight on the first token
-    on_previous: Tensor
-    on_itself: Tensor
+    first_weight: Tensor  # weight on the first token
+    previous_weight: Tensor  # on the token before the row's own
+    self_weight: Tensor  # on the row's own token
 
 
 @torch.no_grad()
@@ -42,6 +43,7 @@ def attention_pattern(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     enable_gqa: bool = False,
+    exponential: Exponential | None = None,
     exp_iterations: int | None = None,
     polynomial: bool = False,
 ) -> Pattern:
@@ -79,6 +81,7 @@ def attention_pattern(
             attn_mask=None if attn_mask is None else attn_mask[:, :, rows, :keys],
             sinks=None if sinks is None else sinks[..., rows],
             enable_gqa=enable_gqa,
+            exponential=exponential,
             exp_iterations=exp_iterations,
             polynomial=polynomial,
             implementation="blockwise",

@@ -6,53 +6,22 @@ thread, as itself or as a replica, is recorded, and other models are not.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from entropi.entropy.padding import Frame, mask_of, valid_rows
 from entropi.entropy.patterns import Pattern
+from entropi.entropy.recorded import Attention, Cell, Place, within
 
 ATTACHED = "_entropi_recorders"  # an attribute of modules; replicas for data parallelism take it along
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch, left out of names
-HIDES = -1.0e3  # additive masks hide from -65504 in float16, -1e4 by an old habit; no position bias reaches so far
 _replay = threading.local()  # `depth` > 0 while a gradient checkpoint runs a forward pass again
 _left_out = threading.local()  # `masks`: sizes (T, S) of masks that were left out in this pass, and if for causality
-
-
-class Place(NamedTuple):
-    """Where in a model an attention module stands."""
-
-    attention: str  # its path, layer numbers replaced by *: what it shares with the other layers
-    layer: int  # the model's own number of its layer
-    rank: int  # how many of the attention's modules stand before it
-    layers: int | None  # of the model there, those without this attention included
-
-
-class _Mask(NamedTuple):
-    """What a model was called with."""
-
-    kind: str  # "none", "tokens" for a 2-D mask, "other" for one made already
-    given: Tensor | None  # (B, S), or (B, 1 or H, T, S) for one made already
-    queries: int | None  # T
-    past: int | None  # tokens before these, in a preallocated cache
-    cached: bool
-
-
-@dataclass
-class _Frame:
-    """A model, or a model within one, that is running in this thread."""
-
-    mask: _Mask
-    gradients: bool  # whether they were on when it was called
-    uses: dict[int, int] = field(default_factory=dict)  # of every attention module, by identity
-    order: dict[str, int] = field(default_factory=dict)  # how many modules and uses of an attention have run
-    valid: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # rows found by self-attention, by (B, T)
 
 
 @dataclass
@@ -70,97 +39,8 @@ class _Running(threading.local):
     """What of a recorder's model runs in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.frames: list[_Frame] = []
+        self.frames: list[Frame] = []
         self.calls: list[_Call] = []
-
-
-@dataclass
-class _Cell:
-    """What was recorded of one use of one attention module."""
-
-    place: Place
-    use: int
-    order: int  # among all uses of modules of this attention in a pass
-    dtype: torch.dtype
-    sums: Tensor | None = None
-    count: Tensor | None = None
-    pending: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # entropies with gradients, valid rows
-    rows: list[Tensor] = field(default_factory=list)
-    patterns: list[Pattern] = field(default_factory=list)
-
-    def add(self, entropy: Tensor, valid: Tensor | None) -> None:
-        """Add entropies `(B, H, T)` of which the rows `(B, 1, T)` count."""
-        wide = torch.float32 if entropy.device.type == "mps" else torch.float64
-        weights = torch.ones_like(entropy[:, :1]) if valid is None else valid.to(entropy)
-        total = (entropy * weights).sum(dim=(0, 2), dtype=wide)
-        count = weights.expand_as(entropy[:, :1]).sum(dtype=wide)
-        self.sums = total if self.sums is None else self.sums + total.to(self.sums.device)
-        self.count = count if self.count is None else self.count + count.to(self.count.device)
-
-    def mean(self) -> Tensor:
-        """`(heads,)` nats."""
-        for entropy, valid in self.pending:
-            self.add(entropy, valid)
-        self.pending.clear()
-        assert self.sums is not None
-        assert self.count is not None
-        if not bool(self.count):
-            raise ValueError("no row was recorded that is not padding")
-        return (self.sums / self.count).to(self.dtype)
-
-
-class Attention:
-    """What was recorded of one attention of a model: a decoder's self-attention, an encoder's, cross-attention.
-
-    Attributes:
-        name: the path of its modules, with * for the layer.
-        num_layers: layers of the model there, those without this attention included; None where that is not known.
-    """
-
-    def __init__(self, name: str, cells: Iterable[_Cell], layers: set[int] | None) -> None:
-        self.name = name
-        cells = list(cells)
-        # A module that is used several times in a pass is as many layers, in the order of their use.
-        shared = any(cell.use for cell in cells)
-        numbered = {cell.order if shared else cell.place.layer: cell for cell in cells}
-        self._cells = {n: numbered[n] for n in sorted(numbered) if layers is None or n in layers}
-        self.num_layers: int | None = max(numbered) + 1 if shared else cells[0].place.layers
-
-    @property
-    def layers(self) -> list[int]:
-        """The numbers that the model itself gives the layers seen, in the order of `mean`'s rows."""
-        return list(self._cells)
-
-    @property
-    def rows(self) -> dict[int, list[Tensor]]:
-        """Of every layer the entropies themselves, `(B, H, T)` nats a forward pass; empty without `keep_rows`."""
-        return {layer: cell.rows for layer, cell in self._cells.items() if cell.rows}
-
-    @property
-    def patterns(self) -> dict[int, list[Pattern]]:
-        """Of every layer where its heads looked, a forward pass each; empty without `keep_patterns`."""
-        return {layer: cell.patterns for layer, cell in self._cells.items() if cell.patterns}
-
-    def by_layer(self) -> dict[int, Tensor]:
-        """Of every layer `(heads,)` nats: the mean over all rows that are not padding; layers may differ in heads."""
-        return {layer: cell.mean() for layer, cell in self._cells.items()}
-
-    def mean(self) -> Tensor:
-        """`(layers, heads)` nats, the mean over all rows that are not padding (Eq. 5-7 of 2501.03489).
-
-        Raises:
-            ValueError: layers with different numbers of heads.
-        """
-        found = self.by_layer()
-        heads = {len(entropy): layer for layer, entropy in reversed(found.items())}
-        if len(heads) > 1:
-            (a, first), (b, second) = list(heads.items())[:2]
-            raise ValueError(
-                f"the layers of {self.name} differ in heads, layer {first} has {a} and layer {second} has {b}: "
-                "by_layer() gives them one by one"
-            )
-        device = next(iter(found.values())).device
-        return torch.stack([entropy.to(device) for entropy in found.values()])
 
 
 class EntropyRecorder:
@@ -187,7 +67,7 @@ class EntropyRecorder:
             raise ValueError(f"layers takes several numbers, such as [{layers}]")
         self._layers = None if layers is None else set(layers)
         self._keep_rows, self.gradients, self._keep_patterns = keep_rows, gradients, keep_patterns
-        self._cells: dict[str, dict[tuple[int, int], _Cell]] = {}
+        self._cells: dict[str, dict[tuple[int, int], Cell]] = {}
         self._left_out: set[int] = set()  # numbers of layers that were not asked for
         self._unseen: set[str] = set()  # names of attentions that ran without being recorded
         self._lock = threading.Lock()
@@ -231,7 +111,7 @@ class EntropyRecorder:
             return next(iter(found.values()))
         if name in found:
             return found[name]
-        matches = [each for each in found if _within(name.split("."), each.split("."))]
+        matches = [each for each in found if within(name.split("."), each.split("."))]
         if len(matches) != 1:
             raise ValueError(f"{name!r} names {len(matches) or 'none'} of the model's attentions: {listed}")
         return found[matches[0]]
@@ -346,7 +226,7 @@ class EntropyRecorder:
         seen = pattern() if self._keep_patterns and pattern is not None else None
         with self._lock:
             cell = self._cells.setdefault(place.attention, {}).setdefault(
-                (place.rank, use), _Cell(place, use, order, entropy.dtype)
+                (place.rank, use), Cell(place, use, order, entropy.dtype)
             )
             if self.gradients:
                 # Not now: within a checkpoint, what the sum keeps for its gradient would be missed the second time.
@@ -359,50 +239,14 @@ class EntropyRecorder:
                 cell.patterns.append(seen)
 
     def valid_rows(self, mask: Tensor | None, queries: Tensor, keys: Tensor, is_causal: bool) -> Tensor | None:
-        """Which rows `(B, 1, T)` of an attention under `mask` are not padding; None if all count.
-
-        The mask of tokens that the model was called with says it. Where it was another or its shape does not fit, a row
-        of self-attention is padding if its own key is hidden from it, any other if it sees nothing.
-
-        Raises:
-            ValueError: a mask that does not tell padding from text.
-        """
-        batch, length, total = queries.shape[0], queries.shape[2], keys.shape[2]
-        frames = self._running.frames
-        inner = frames[-1] if frames else None
-        frame = next((f for f in reversed(frames) if f.mask.kind != "other"), None)
-        if frame is not None and (found := _rows_of(frame.mask, batch, length)) is not None:
-            return found
-        if mask is None or (frame is not None and frame.mask.kind == "none" and frame.mask.queries == length):
-            return None  # tokens without a mask: what hides keys from them is no padding
-        made = inner is not None and inner.mask.kind == "other" and inner.mask.queries == length
-        if inner is not None and made and inner.mask.given is not None:
-            mask, total = inner.mask.given, inner.mask.given.shape[-1]  # what models hide besides is not padding
-            is_causal = is_causal or inner.mask.cached
-        if length == total or is_causal:
-            visible = _visible(mask)
-            visible = visible.expand(*visible.shape[:2], length, total)
-            # With keys preallocated for what comes, the last row's own key is the last one that it sees.
-            seen = visible[:, :, -1].flatten(0, 1).any(dim=0).nonzero()
-            offset = total - length if length == total or not len(seen) else int(seen[-1]) + 1 - length
-            if offset >= 0:
-                own = visible.diagonal(offset, dim1=-2, dim2=-1)[..., :length].any(dim=1, keepdim=True)
-                valid: Tensor = own.reshape(own.shape[0], 1, length).expand(batch, 1, length)
-                if inner is not None:
-                    inner.valid[batch, length] = valid
-                return valid
-        if inner is not None and (batch, length) in inner.valid:
-            return inner.valid[batch, length]  # cross-attention has the rows of the self-attention before it
-        if made:
-            raise ValueError("this attention mask does not tell padding from text: give the model a 2-D mask of tokens")
-        # Rows of something else than tokens, as patches or latents: those that see nothing fill up a batch.
-        return _visible(mask).any(dim=-1).any(dim=1, keepdim=True).expand(batch, 1, length)
+        """Which rows `(B, 1, T)` of an attention that runs now are not padding; see `padding.valid_rows`."""
+        return valid_rows(self._running.frames, mask, queries, keys, is_causal)
 
     def _model_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.open and not replaying():
             if not self._running.frames:
                 _left_out.masks = {}
-            self._running.frames.append(_Frame(_mask_of(module, args, kwargs), torch.is_grad_enabled()))
+            self._running.frames.append(Frame(mask_of(module, args, kwargs), torch.is_grad_enabled()))
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.open and not replaying() and self._running.frames:
@@ -473,99 +317,3 @@ def replay() -> Iterator[None]:
         yield
     finally:
         _replay.depth -= 1
-
-
-def placed(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[Place]]:
-    """Where `modules` stand in `model`; several places for one that stands in several layers."""
-    paths: dict[str, list[tuple[tuple[int, ...], nn.Module]]] = {}
-    named: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        parts = [part for part in path.split(".") if part not in WRAPPERS]
-        named[".".join(parts)] = module
-        if module in modules:
-            numbers = tuple(int(part) for part in parts if part.isdigit())
-            pattern = ".".join("*" if part.isdigit() else part for part in parts)
-            paths.setdefault(pattern, []).append((numbers, module))
-    places: dict[nn.Module, list[Place]] = {}
-    for pattern, found in paths.items():
-        found.sort(key=lambda each: each[0])
-        width = len(found[0][0])
-        varying = [i for i in range(width) if len({numbers[i] for numbers, _ in found}) > 1]
-        # Numbers that do not vary are those of sub-layers; where two vary, as of stages and blocks, all are counted.
-        counted = None if len(varying) > 1 or not width else (varying or [0])[0]
-        for rank, (numbers, module) in enumerate(found):
-            layers = None
-            if counted is not None:
-                holder = named.get(_before(pattern, numbers, counted))
-                layers = len(holder) if isinstance(holder, nn.ModuleList | nn.Sequential) else None
-            layer = rank if counted is None else numbers[counted]
-            places.setdefault(module, []).append(Place(pattern, layer, rank, layers or (len(found) if width else 1)))
-    return places
-
-
-def _before(pattern: str, numbers: tuple[int, ...], position: int) -> str:
-    """The path of what holds the number at `position` of a pattern."""
-    parts, seen = [], 0
-    for part in pattern.split("."):
-        if part == "*":
-            if seen == position:
-                break
-            part, seen = str(numbers[seen]), seen + 1
-        parts.append(part)
-    return ".".join(parts)
-
-
-def _within(parts: list[str], path: list[str]) -> bool:
-    """Whether `parts` are among those of a path, in their order."""
-    rest = iter(path)
-    return all(part in rest for part in parts)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """Which keys a mask shows, boolean, of four dimensions."""
-    visible = mask if mask.dtype == torch.bool else mask > HIDES
-    return visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
-
-
-def _rows_of(mask: _Mask, batch: int, length: int) -> Tensor | None:
-    """Which rows `(B, 1, T)` a mask of tokens says are not padding; None where it does not speak of them."""
-    tokens = mask.given
-    if (
-        tokens is None
-        or tokens.dim() != 2
-        or tokens.shape[0] != batch
-        or (mask.queries is not None and mask.queries != length)
-    ):
-        return None
-    total = tokens.shape[1]
-    if total < length or (total > length and not mask.cached):
-        return None
-    past = mask.past if mask.past is not None and mask.past + length <= total else total - length
-    return tokens[:, None, past : past + length] != 0
-
-
-def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mask:
-    """What a model was called with."""
-    try:
-        given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    except TypeError:  # which the model will say itself
-        given = {}
-    given = {**given.pop("kwargs", {}), **given}
-    mask = given.get("attention_mask")
-    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
-    inputs = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
-    queries = None if inputs is None or inputs.dim() < 2 else inputs.shape[1]
-    cache = next((given[name] for name in ("past_key_values", "cache_params") if given.get(name) is not None), None)
-    past = None
-    if cache is not None and getattr(cache, "is_compileable", False):
-        with suppress(ValueError):  # of a cache without attention layers
-            past = int(cache.get_seq_length())
-    if isinstance(mask, dict):  # of masks by kind of layer: each of them tells padding
-        masks = [each for each in mask.values() if isinstance(each, Tensor)]
-        mask = max(masks, key=Tensor.dim, default=None)
-    if any(given.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")):
-        return _Mask("other", None, queries, past, cache is not None)  # its mask is the encoder's, not the decoder's
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return _Mask("tokens", mask, queries, past, cache is not None)
-    made = mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
-    return _Mask("none" if mask is None else "other", made, queries, past, cache is not None)

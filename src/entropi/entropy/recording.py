@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from entropi.entropy.interface import attention_modules, implementations, in_place, register_attention
-from entropi.entropy.recorder import Attention, EntropyRecorder, observe, placed
+from entropi.entropy.recorded import Attention, placed
+from entropi.entropy.recorder import EntropyRecorder, observe
 
 __all__ = ["Attention", "EntropyRecorder", "observe", "record_entropy", "register_attention"]
 
@@ -33,11 +34,15 @@ def record_entropy(
             Llama, Qwen3, Gemma, gpt-oss, BERT, BART, T5, ...), or an `EntropiForCausalLM`. Its implementation is
             switched for the duration of the block, in which what was compiled runs uncompiled.
         layers: only these, by the model's own numbers; all by default.
-        keep_rows: keep every row's entropy as well; grows with what the model is run on.
+        keep_rows: keep every row's entropy as well, in `rows`: `(B, H, T)` nats a layer and forward pass, padding
+            included; grows with what the model is run on.
         gradients: let gradients flow through what is recorded, also where the model checkpoints its activations, as
             transformers lets it; its checkpoints are then not reentrant. For checkpoints of one's own, `backward` has
             to run within the block.
         keep_patterns: keep where every head looked as well (`attention_pattern`); costs the attention once more.
+
+    Yields:
+        The recorder: `mean()` is `(layers, heads)` nats (Eq. 5-7 of 2501.03489); `by_layer()` and `rows` say more.
 
     Raises:
         ValueError: a model without softmax attention, or whose attention cannot be taken by another's, or needs what

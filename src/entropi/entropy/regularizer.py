@@ -17,7 +17,11 @@ Reduction = Literal["sum", "mean"]
 def maximum_entropy(
     context_length: int, kind: MaxEntropy, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Tensor:
-    """E_max of every query row, `(T,)` nats: log T ("context", the paper) or log(i + 1) ("causal")."""
+    """E_max of every query row, `(T,)` nats: log T ("context", the paper) or log(i + 1) ("causal").
+
+    Raises:
+        ValueError: another `kind`.
+    """
     if kind == "context":
         return torch.full((context_length,), math.log(context_length), dtype=dtype, device=device)
     if kind == "causal":
@@ -49,6 +53,9 @@ def entropy_penalty(
             with "head", its mean over rows.
         reduction: over rows, for "query" only: "sum" is the listing's, to which the published lambdas belong;
             "mean" makes the penalty independent of batch size and length.
+
+    Raises:
+        ValueError: entropies that do not fit the thresholds, or an option that is none of those named.
     """
     layers = list(entropies)
     if len(layers) != threshold.shape[0] or any(e.shape[1] != threshold.shape[1] for e in layers):
@@ -76,9 +83,27 @@ def _outside_margin(deviation: Tensor, margin: Tensor) -> Tensor:
 
 
 class EntropyRegularizer(nn.Module):
-    """Holds the learnable thresholds theta `(L, H)` (their `reg_threshold_weights`) and evaluates Algorithm 1.
+    """The entropy regulariser of Algorithm 1 with thresholds that are learned, of any model's row entropies.
 
-    `threshold_init` is where theta starts; the paper does not say, learned values end between 0.20 and 0.52.
+    Called with the entropies of a forward pass, for example the `rows` of `record_entropy(model, keep_rows=True,
+    gradients=True)`, it returns L_entropy, a scalar in nats squared, to be weighted with lambda and added to the loss.
+    Its parameters have to be given to the optimizer.
+
+    Args:
+        num_layers: L, layers whose entropies it is given.
+        num_heads: H, heads of each.
+        margin: gamma, a fraction of the maximum entropy within which nothing is penalised; from 0 to below 1.
+        granularity: "query" penalises every row, "head" the mean of every head; see `entropy_penalty`.
+        max_entropy: "context" or "causal", the entropy that thresholds are fractions of; see `maximum_entropy`.
+        reduction: "sum" or "mean" over rows, with "query".
+        threshold_init: where theta starts; the paper does not say, learned values end between 0.20 and 0.52.
+
+    Attributes:
+        threshold: theta `(L, H)`, the learned fractions of the maximum entropy, a parameter (`reg_threshold_weights` in
+            the authors' code).
+
+    Raises:
+        ValueError: an option that is none of those named, or a margin out of range.
     """
 
     def __init__(
@@ -106,7 +131,11 @@ class EntropyRegularizer(nn.Module):
         self.threshold = nn.Parameter(torch.full((num_layers, num_heads), threshold_init))
 
     def forward(self, entropies: Tensor | Sequence[Tensor]) -> Tensor:
-        """L_entropy of `entropies` `(L, B, H, T)`; see `entropy_penalty`."""
+        """L_entropy, a scalar in nats squared, of `entropies` `(L, B, H, T)` in nats, or L tensors `(B, H, T)`.
+
+        Raises:
+            ValueError: entropies of other numbers of layers or heads than the thresholds have.
+        """
         return entropy_penalty(
             entropies,
             self.threshold,

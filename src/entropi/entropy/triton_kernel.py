@@ -48,7 +48,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from entropi.entropy import secure_softmax
-from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, with_empty
+from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
+from entropi.entropy.secure_softmax import Exponential
 from entropi.entropy.sinks import gradient as gradient_of_sinks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,7 +70,8 @@ Choice = tuple[int, int, int, int]
 # Tuning choices (ROWS, KEYS, warps, stages) by padded width, or for float32, whose exact products tensor cores do not
 # compute. Those of the forward and of dQ at width 64 are the fastest of a sweep on an H100; the others were chosen by
 # what they compile to on sm_80 and sm_90, not by time. For the exact softmax at widths 64 and 128 in half precision
-# none spills a register (benchmarks/compiled_kernels.py shows it, a test keeps it so).
+# none spills a register, but for the fastest of dQ on sm_80, where there are two others (benchmarks/compiled_kernels.py
+# shows it, a test keeps it so).
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "forward": {
         "64": ((128, 64, 8, 4), (64, 64, 4, 3), (128, 128, 8, 3)),
@@ -78,7 +80,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "float32": ((32, 32, 8, 2), (32, 32, 4, 2)),
     },
     "backward query": {
-        "64": ((64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
+        "64": ((64, 128, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
         "128": ((64, 64, 8, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
         "256": ((64, 32, 8, 2), (32, 32, 4, 2)),
         "float32": ((32, 32, 8, 2), (32, 32, 4, 2)),
@@ -600,11 +602,11 @@ def _constants(
     lengths: tuple[int, int],
     causal: bool,
     mask_kind: int,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
 ) -> tuple[dict[str, Any], int]:
     """The kernels' constants, and SIZE, by which tunings are told apart: orders of magnitude of T and S, in fours."""
-    iterations, polynomial = max(exp_iterations or 0, 0), max(-(exp_iterations or 0), 0)
     size = [min(6, max(2, (n - 1).bit_length() // 2)) for n in lengths]
     constants = {
         "D": widths[0],
@@ -615,11 +617,11 @@ def _constants(
         "MASK_KIND": mask_kind,
         # float32 products are exact ones, not tf32: the entropy of sharp rows needs the digits.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "ITERATIONS": iterations,
-        "LOWEST": secure_softmax.lowest(exp_iterations),
+        "ITERATIONS": power,
+        "LOWEST": -secure_softmax.CLIP * 2.0**power if power else 0.0,
         "POLYNOMIAL": polynomial,
         "SOFTCAP": float(softcap or 0.0),
-        "SCALED": exp_iterations is not None or softcap is not None or mask_kind == 2,
+        "SCALED": power > 0 or polynomial > 0 or softcap is not None or mask_kind == 2,
         "EVEN": all(n % LARGEST_BLOCK == 0 for n in lengths),
     }
     return constants, 8 * size[0] + size[1]
@@ -673,7 +675,8 @@ def _forward(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -681,11 +684,11 @@ def _forward(
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     heads, length, width = query.shape[1:]
     output = _heads_inside(query, value.shape[3])
-    entropy, lse, largest, argmax = row_results(query, exp_iterations)
+    entropy, lse, largest, argmax = row_results(query, power)
     mask, mask_strides, mask_kind = _mask_arguments(mask, query, key)
-    key_of_tuning = (query.dtype, (width, value.shape[3]), causal, mask_kind, exp_iterations, softcap)
+    key_of_tuning = (query.dtype, (width, value.shape[3]), causal, mask_kind, power, polynomial, softcap)
     constants, size = _constants(
-        query.dtype, (width, value.shape[3]), (length, key.shape[2]), causal, mask_kind, exp_iterations, softcap
+        query.dtype, (width, value.shape[3]), (length, key.shape[2]), causal, mask_kind, power, polynomial, softcap
     )
     _launch(
         "forward", _forward_kernel, (size, *key_of_tuning), length,
@@ -702,7 +705,8 @@ def _backward(
     value: Tensor,
     mask: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     scale: float,
     rows: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
@@ -720,9 +724,9 @@ def _backward(
     grad_query, grad_key = _heads_inside(query, width), _heads_inside(key, width)
     grad_value = _heads_inside(value, value.shape[3])
     mask, mask_strides, mask_kind = _mask_arguments(mask, query, key)
-    key_of_tuning = (query.dtype, (width, value.shape[3]), causal, mask_kind, exp_iterations, softcap)
+    key_of_tuning = (query.dtype, (width, value.shape[3]), causal, mask_kind, power, polynomial, softcap)
     constants, size = _constants(
-        query.dtype, (width, value.shape[3]), (length, key.shape[2]), causal, mask_kind, exp_iterations, softcap
+        query.dtype, (width, value.shape[3]), (length, key.shape[2]), causal, mask_kind, power, polynomial, softcap
     )
     numbers = (
         scale, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3], *mask_strides,
@@ -763,7 +767,7 @@ class _Direct(torch.autograd.Function):
         grad_sinks = None
         if ctx.needs_input_grad[4]:
             grad_sinks = gradient_of_sinks(sinks, rows[2] * math.log(2.0), rows[0], rows[1], *incoming)
-        return (*grads, None, grad_sinks, None, None, None, None)
+        return (*grads, None, grad_sinks, *(None for _ in ctx.options))
 
 
 @torch.library.custom_op("entropi::attention_triton", mutates_args=())
@@ -774,12 +778,13 @@ def operator(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_forward` returns, tensors of no elements in the place of None."""
-    return with_empty(*_forward(query, key, value, mask, sinks, causal, exp_iterations, softcap, scale))
+    return with_empty(*_forward(query, key, value, mask, sinks, causal, power, polynomial, softcap, scale))
 
 
 @torch.library.custom_op("entropi::attention_triton_backward", mutates_args=())
@@ -790,7 +795,8 @@ def operator_backward(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exp_iterations: int | None,
+    power: int,
+    polynomial: int,
     softcap: float | None,
     scale: float,
     output: Tensor,
@@ -802,22 +808,33 @@ def operator_backward(
     grad_entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    extra = (largest, argmax) if exp_iterations is not None and exp_iterations > 0 else (None, None)
+    extra = (largest, argmax) if power else (None, None)
     rows = (output, entropy, lse, *extra)
-    options = (causal, exp_iterations, softcap, scale)
+    options = (causal, power, polynomial, softcap, scale)
     return _backward(query, key, value, mask, *options, rows, grad_output, grad_entropy)
 
 
 make_differentiable(operator, operator_backward, unit=math.log(2.0), empty=_heads_inside)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """Output, entropy and what the backward needs of queries, keys, values and `operator`'s other arguments.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    exponential: Exponential,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Any, ...]:
+    """Output, entropy and what the backward needs.
 
     The operator is for who has to see it as one: compilers, tracers, fake and distributed tensors.
     """
+    inputs = (query, key, value, mask, sinks, causal, *squarings(exponential), softcap, scale)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return operator(query, key, value, *rest)
+        return tuple(operator(*inputs))
     if not all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)):
-        return operator(query, key, value, *rest)
-    return _Direct.apply(query, key, value, *rest)
+        return tuple(operator(*inputs))
+    return tuple(_Direct.apply(*inputs))

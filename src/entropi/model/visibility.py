@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 
-from entropi.entropy.recorder import HIDES
+from entropi.entropy.padding import MASKED_BELOW
 
 
 class Visibility(NamedTuple):
@@ -61,7 +61,7 @@ def visibility(
     if attention_mask.dim() == 4:
         mask = _as_given(attention_mask)
         own = mask.expand(-1, -1, length, -1).diagonal(past, dim1=-2, dim2=-1)
-        own = own if own.dtype == torch.bool else own > HIDES
+        own = own if own.dtype == torch.bool else own > MASKED_BELOW
         return Visibility(mask, False, seen, own.any(dim=1, keepdim=True))  # a token sees itself, unless it is padding
     if not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return Visibility(None, True, seen, None)
