@@ -601,7 +601,7 @@ SETTINGS = Settings()
 
 @pytest.fixture(scope="module")
 def swept(folded):
-    return server.sweep_vocabulary(*load_folded(folded), SETTINGS)
+    return readiness.sweep_vocabulary(*load_folded(folded), SETTINGS)
 
 
 @pytest.fixture
@@ -644,12 +644,12 @@ def test_a_start_does_not_repeat_what_an_earlier_one_has_found(starts, tmp_path)
     assert starts() == ["sweep", *whole]
     (entry,) = (tmp_path / "cache").rglob("*.json")
     assert stat.S_IMODE(entry.stat().st_mode) == 0o600
-    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts() == [("ref2k", readiness.SHORT_TEST_TOKENS)]
     assert starts(tests=()) == []
-    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS), ("cheetah", 32)]
-    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", readiness.SHORT_TEST_TOKENS), ("cheetah", 32)]
+    assert starts(tests=("ref2k", "cheetah")) == [("ref2k", readiness.SHORT_TEST_TOKENS)]
     assert starts(recheck=True) == ["sweep", *whole]
-    assert starts() == [("ref2k", server.SHORT_TEST_TOKENS)]
+    assert starts() == [("ref2k", readiness.SHORT_TEST_TOKENS)]
 
 
 def test_a_failed_self_test_is_not_kept(starts, monkeypatch):
@@ -704,7 +704,7 @@ def test_entries_that_cannot_be_trusted_are_ignored(starts, tmp_path, damage):
         (other,) = set((tmp_path / "cache").rglob("*.json")) - {entry}
         os.replace(other, entry)
     assert starts()[0] == "sweep"
-    assert starts()[0] == ("sweep" if damage == "folder" else ("ref2k", server.SHORT_TEST_TOKENS))
+    assert starts()[0] == ("sweep" if damage == "folder" else ("ref2k", readiness.SHORT_TEST_TOKENS))
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(starts, tmp_path, monkeypatch, caplog):

@@ -70,7 +70,8 @@ Choice = tuple[int, int, int, int]
 # Tuning choices (ROWS, KEYS, warps, stages) by padded width, or for float32, whose exact products tensor cores do not
 # compute. Those of the forward and of dQ at width 64 are the fastest of a sweep on an H100; the others were chosen by
 # what they compile to on sm_80 and sm_90, not by time. For the exact softmax at widths 64 and 128 in half precision
-# none spills a register (benchmarks/compiled_kernels.py shows it, a test keeps it so).
+# none spills a register, but for the fastest of dQ on sm_80, where there are two others (benchmarks/compiled_kernels.py
+# shows it, a test keeps it so).
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "forward": {
         "64": ((128, 64, 8, 4), (64, 64, 4, 3), (128, 128, 8, 3)),
@@ -79,7 +80,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "float32": ((32, 32, 8, 2), (32, 32, 4, 2)),
     },
     "backward query": {
-        "64": ((64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
+        "64": ((64, 128, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
         "128": ((64, 64, 8, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
         "256": ((64, 32, 8, 2), (32, 32, 4, 2)),
         "float32": ((32, 32, 8, 2), (32, 32, 4, 2)),
@@ -762,9 +763,10 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         query, key, value, mask, sinks, *rows = ctx.saved_tensors
         incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
+        causal, power, polynomial, softcap, scale = ctx.options
         grads = _backward(
-            query, key, value, mask, *ctx.options, rows=tuple(rows), grad_output=incoming[0], grad_entropy=incoming[1]
-        )
+            query, key, value, mask, causal, power, polynomial, softcap, scale, tuple(rows), *incoming
+        )  # fmt: skip
         grad_sinks = None
         if ctx.needs_input_grad[4]:
             grad_sinks = gradient_of_sinks(sinks, rows[2] * math.log(2.0), rows[0], rows[1], *incoming)
