@@ -467,6 +467,7 @@ def memory_of(process):
 
 
 def metrics(serving):
+    wait_for(lambda: "metrics on" in serving.log)
     address = re.search(r"metrics on (http://\S+)", serving.log)[1]
 
     async def fetch():
