@@ -23,7 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from entropi import cli, records
+from entropi import cli, record_files, records
 from entropi.cli import COMMANDS, main
 from entropi.console import ProgressLine
 from entropi.training.recipe import Recipe, load_recipe
@@ -457,7 +457,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_train_evaluate_and_diagnose_agree(entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path):
-    recorded = [r for r in records.read(trained / "records.jsonl") if isinstance(r, records.Evaluation)][-1]
+    recorded = [r for r in record_files.read(trained / "records.jsonl") if isinstance(r, records.Evaluation)][-1]
     done = entropi("evaluate", trained, "--corpus", corpus, "--json")
     found = json.loads(done.out)
     assert done.status == 0
@@ -745,8 +745,8 @@ def test_ask_prints_the_answer_once(
 def test_ask_leaves_record_and_logits(entropi: Callable[..., Done], answering: Callable[..., None], tmp_path: Path):
     answering(["a", "b"], "ab")
     done = entropi("ask", "hello", "--json", "--record", tmp_path, "--logits", tmp_path / "logits")
-    (recorded,) = records.read(tmp_path / "records.jsonl")
-    assert json.loads(done.out) == json.loads(records.encode(recorded))
+    (recorded,) = record_files.read(tmp_path / "records.jsonl")
+    assert json.loads(done.out) == json.loads(record_files.encode(recorded))
     assert done.out.count("\n") == 1
     assert np.load(tmp_path / "logits").shape == (2, 4)  # under the name that was given
 
@@ -757,7 +757,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(
 ):
     answering(["a"], "a")
     assert entropi("ask", "--record", tmp_path, "--", prompt).status == 0
-    (recorded,) = records.read(tmp_path / "records.jsonl")
+    (recorded,) = record_files.read(tmp_path / "records.jsonl")
     assert isinstance(recorded, records.PrivateRun)
     assert recorded.prompt == prompt
 
@@ -800,9 +800,9 @@ def test_control_c_ends_a_training_that_can_be_continued(tmp_path: Path, corpus:
     assert not (folder / "model").exists()
     done = spawn(*words)
     assert done.status == 0, done.err
-    starts = [r for r in records.read(folder / "records.jsonl") if isinstance(r, records.RunStarted)]
+    starts = [r for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.RunStarted)]
     assert starts[-1].resumed_at >= 5
-    steps = [r.step for r in records.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
+    steps = [r.step for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
     assert steps == list(range(1, 401))
 
 
@@ -911,7 +911,7 @@ def test_training_loads_no_jax():
 
 # --- Rooms ------------------------------------------------------------------------------------------------------------
 
-COMMON = {"cache", "downloads", "errors", "console", "machine", "records", "temporary"}
+COMMON = {"cache", "downloads", "errors", "console", "machine", "record_files", "records", "temporary"}
 ROOMS: dict[str, set[str]] = {
     "entropy": set(),
     "model": {"entropy"},

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from entropi import costing, records
+from entropi import costing, record_files, records
 from entropi.cli import main
 from entropi.costs import advice
 from entropi.costs.calibration import Calibration, Price, read, shipped, solve, write
@@ -251,7 +251,7 @@ def run_folder(folder: Path, perplexity: float, architecture: str) -> Path:
     entropy = [[1.0] * 4] * 2
     loss = math.log(perplexity)
     evaluation = records.Evaluation(step=1, cross_entropy=loss, perplexity=perplexity, tokens=10, entropy=entropy)
-    records.append(folder / records.RECORDS_FILE, evaluation)
+    record_files.append(folder / record_files.RECORDS_FILE, evaluation)
     return folder
 
 
@@ -272,7 +272,7 @@ def test_a_recorded_prediction_is_in_the_report(tmp_path: Path, capsys: pytest.C
     pytest.importorskip("matplotlib")
     run = run_folder(tmp_path / "run", 20.0, "SM+LN+R")
     assert main(["cost", "--architecture", str(run), "--seq-len", "32", "--record"]) == 0
-    prediction = records.read(run / records.RECORDS_FILE)[-1]
+    prediction = record_files.read(run / record_files.RECORDS_FILE)[-1]
     assert isinstance(prediction, records.PredictionRecord)
     assert (prediction.architecture, prediction.seq_len) == ("SM+LN+R", 32)
     assert main(["report", str(run)]) == 0

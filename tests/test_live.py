@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from entropi import records
+from entropi import record_files, records
 from entropi.cli import main
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
@@ -42,7 +42,7 @@ def missing(package: str) -> bool:
 def trained(folder: Path, corpus: Path, tracker: str) -> list[records.Record]:
     """The records of a small run that reports to `tracker`."""
     assert main(["train", str(folder), "--report-to", tracker, "--corpus", str(corpus), *SIZE, *PACE]) == 0
-    return records.read(folder / records.RECORDS_FILE)
+    return record_files.read(folder / record_files.RECORDS_FILE)
 
 
 def of_kind(found: list[Any], kind: type) -> list[Any]:
@@ -134,7 +134,7 @@ def test_the_picture_is_that_of_the_report(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         "entropi.training.run.train", lambda recipe, run, live, **options: taken.append(live) or tmp_path
     )
-    (tmp_path / records.RECORDS_FILE).touch()
+    (tmp_path / record_files.RECORDS_FILE).touch()
     assert main(["train", str(tmp_path), "--report-to", "wandb"]) == 0
     (live,) = taken
     assert live.tracker == "wandb"

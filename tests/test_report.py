@@ -23,8 +23,9 @@ import pytest
 from matplotlib import image as png
 from rich.text import Text
 
-from entropi import records
+from entropi import record_files
 from entropi.errors import UserError
+from entropi.record_files import RECORDS_FILE, encode
 from entropi.records import (
     AttentionPattern,
     CostRecord,
@@ -199,9 +200,9 @@ comparison = PlaintextComparison(
 
 def folder(path: Path, contents: Iterable[Record], **files: str) -> Path:
     path.mkdir()
-    (path / records.RECORDS_FILE).touch()
+    (path / RECORDS_FILE).touch()
     for record in contents:
-        records.append(path / records.RECORDS_FILE, record)
+        record_files.append(path / RECORDS_FILE, record)
     for name, text in files.items():
         (path / name.replace("_", ".")).write_text(text)
     return path
@@ -823,9 +824,9 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
         PlaintextComparison(max_logit_error=[0.1, NAN], same_top1=[], plaintext_tokens=[1]),
     ]
     path = folder(tmp_path / "run", contents)
-    lines = (path / records.RECORDS_FILE).read_text().splitlines()
+    lines = (path / RECORDS_FILE).read_text().splitlines()
     assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
-    assert math.isinf(records.read(path / records.RECORDS_FILE)[3].perplexity)  # type: ignore[union-attr]
+    assert math.isinf(record_files.read(path / RECORDS_FILE)[3].perplexity)  # type: ignore[union-attr]
     page = report([path], tmp_path / "report.html")
     assert "not finite" in page.text
     assert "1 update was refused" in page.text
@@ -856,13 +857,19 @@ def damage(path: Path, name: str, text: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        (records.RECORDS_FILE, "{half\n"),
-        (records.RECORDS_FILE, '{"kind":"entropy","step":1,"entropy":[[1],[1,2]]}\n'),
-        (records.RECORDS_FILE, '{"kind":"entropy","step":900,"entropy":[[1,2]]}\n'),
-        (records.RECORDS_FILE, f'{{"kind":"entropy","step":900,"entropy":{[[1.0] * 9] * LAYERS}}}\n'),
-        (records.RECORDS_FILE, records.encode(pattern()).decode().replace('"positions":[0,', '"positions":[') + "\n"),
-        (records.RECORDS_FILE, records.encode(pattern()).decode().replace('"distance":[[', '"distance":[[1,') + "\n"),
-        (records.RECORDS_FILE, records.encode(diagnosis([0.5, 0.5])).decode() + "\n"),
+        (RECORDS_FILE, "{half\n"),
+        (RECORDS_FILE, '{"kind":"entropy","step":1,"entropy":[[1],[1,2]]}\n'),
+        (RECORDS_FILE, '{"kind":"entropy","step":900,"entropy":[[1,2]]}\n'),
+        (RECORDS_FILE, f'{{"kind":"entropy","step":900,"entropy":{[[1.0] * 9] * LAYERS}}}\n'),
+        (
+            RECORDS_FILE,
+            encode(pattern()).decode().replace('"positions":[0,', '"positions":[') + "\n",
+        ),
+        (
+            RECORDS_FILE,
+            encode(pattern()).decode().replace('"distance":[[', '"distance":[[1,') + "\n",
+        ),
+        (RECORDS_FILE, encode(diagnosis([0.5, 0.5])).decode() + "\n"),
         ("config.yaml", "broken: [\n"),
         ("environment.json", "}"),
     ],
@@ -875,7 +882,7 @@ def test_damage_is_a_user_error_of_one_line(tmp_path: Path, name: str, text: str
 
 
 def test_a_last_line_cut_short_is_forgiven(tmp_path: Path) -> None:
-    report([damage(tmp_path / "run", records.RECORDS_FILE, '{"kind":"st')], tmp_path / "report.html")
+    report([damage(tmp_path / "run", RECORDS_FILE, '{"kind":"st')], tmp_path / "report.html")
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch.nn import functional
 
-from entropi import records
+from entropi import record_files, records
 from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
@@ -317,8 +317,8 @@ def test_finished_runs_are_read_and_not_trained_again(trained: tuple[Path, Path]
     monkeypatch.setattr(study_module.subprocess, "Popen", no_process)
     study = load_study(path)
     found = run_study(study, folder)
-    read = records.read(folder / records.STUDY_FILE)
-    assert [records.encode(record) for record in read] == [records.encode(record) for record in found]
+    read = record_files.read(folder / record_files.STUDY_FILE)
+    assert [record_files.encode(record) for record in read] == [record_files.encode(record) for record in found]
     runs, rows, claims = ([r for r in found if isinstance(r, kind)] for kind in (StudyRun, StudyRow, StudyClaim))
     assert [(r.row, r.seed) for r in runs] == [(r.row, r.recipe.seed) for r in study.runs]
     assert [row.name for row in rows] == list(study.rows)
@@ -342,7 +342,7 @@ def test_finished_runs_are_read_and_not_trained_again(trained: tuple[Path, Path]
 
 
 def read_run_folder(folder: Path, run: Any) -> dict[str, Any]:
-    found = records.read(folder / run.path / records.RECORDS_FILE)
+    found = record_files.read(folder / run.path / record_files.RECORDS_FILE)
     return {
         "evaluation": [r for r in found if isinstance(r, records.Evaluation)][-1],
         "snapshot": [r for r in found if isinstance(r, records.EntropySnapshot)][-1],
@@ -361,7 +361,9 @@ def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path
     """Runs that did left no model whose shape could be read."""
     pytest.importorskip("spu")
     folder = written[1]
-    found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
+    found = [
+        r for r in record_files.read(folder / record_files.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"
+    ]
     whole = summarise("base", {}, found, folder)
     for run in found:
         shutil.rmtree(folder / run.folder / "model")
@@ -382,7 +384,9 @@ def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path
 def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path, Path]):
     """The picture of the paper that readers look for first."""
     folder = written[1]
-    found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
+    found = [
+        r for r in record_files.read(folder / record_files.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"
+    ]
     survived = summarise("base", {}, found, folder)
     for run in found:
         run.diverged = True
@@ -437,18 +441,18 @@ def test_a_run_of_another_recipe_is_refused(written: tuple[Path, Path], capsys: 
 
 
 def test_a_study_without_results_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / records.STUDY_FILE).touch()
+    (tmp_path / record_files.STUDY_FILE).touch()
     assert main(["report", str(tmp_path)]) == 2
     assert "no run that has ended" in capsys.readouterr().err
 
 
 def test_names_cannot_inject_markup(written: tuple[Path, Path]):
     folder = written[1]
-    found = records.read(folder / records.STUDY_FILE)
+    found = record_files.read(folder / record_files.STUDY_FILE)
     for record in found:
         if isinstance(record, StudyRow | StudyRun) and getattr(record, "name", "") == "base":
             record.name = "<script>x</script> | y"
-    records.rewrite(folder / records.STUDY_FILE, found)
+    record_files.rewrite(folder / record_files.STUDY_FILE, found)
     page = write_study(folder).read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
@@ -475,9 +479,9 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
 
     second = subprocess.run(words, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    starts = [r for r in records.read(place / records.RECORDS_FILE) if isinstance(r, records.RunStarted)]
+    starts = [r for r in record_files.read(place / record_files.RECORDS_FILE) if isinstance(r, records.RunStarted)]
     assert starts[-1].resumed_at >= 40
-    found = records.read(tmp_path / "runs" / records.STUDY_FILE)
+    found = record_files.read(tmp_path / "runs" / record_files.STUDY_FILE)
     runs = {(r.row, r.seed): r for r in found if isinstance(r, StudyRun)}
     assert [run.diverged for run in runs.values()] == [False, False, True, True]
     assert runs["broken", 0].layer == 0
@@ -496,7 +500,7 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
 
 def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_path: Path):
     """At any length that the new file may have reached before it is looked at again."""
-    path = tmp_path / records.RECORDS_FILE
+    path = tmp_path / record_files.RECORDS_FILE
 
     def write_steps(*steps: int) -> None:
         lines = [f'{{"kind":"skipped","step":{step},"reason":"{"x" * (step % 7)}"}}\n' for step in steps]

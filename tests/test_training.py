@@ -27,7 +27,7 @@ import yaml
 from torch import Tensor, nn
 from transformers import TrainerControl
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine
 from entropi.data.packing import prepare
 from entropi.entropy.regularizer import entropy_penalty
@@ -103,7 +103,7 @@ def tiny(corpus: str, **changes: Any) -> Recipe:
 
 
 def of_kind(folder: Path, kind: type[R]) -> list[R]:
-    return [r for r in records.read(folder / records.RECORDS_FILE) if isinstance(r, kind)]
+    return [r for r in record_files.read(folder / record_files.RECORDS_FILE) if isinstance(r, kind)]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
 
 def wait_for_step(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
     """Until the records show `step`."""
-    path = folder / records.RECORDS_FILE
+    path = folder / record_files.RECORDS_FILE
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and any(r.step >= step for r in of_kind(folder, records.TrainingStep)):
@@ -652,7 +652,7 @@ def test_an_overflow_of_the_loss_scale_is_left_to_the_scaler(tmp_path: Path, pol
     _, model, update = guarded(tmp_path, loss=5.0, policy=policy, fp16=True)
     update()
     assert all(p.grad is not None for p in model.parameters())
-    assert len(records.read(tmp_path / "records.jsonl")) == 1
+    assert len(record_files.read(tmp_path / "records.jsonl")) == 1
     for _ in range(8):
         update()
     with pytest.raises(NonFiniteUpdate, match="10th time in a row: the run has diverged"):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine, escaped_json, make_console, without_controls
 from entropi.errors import UserError
 from entropi.temporary import swept_folder
@@ -78,7 +78,7 @@ def train(
     distributed.disconnect()
     if not distributed.is_main():
         return
-    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
+    found = [r for r in record_files.read(run / record_files.RECORDS_FILE) if isinstance(r, records.Evaluation)]
     if found:
         print(f"held-out perplexity {found[-1].perplexity:.2f} ({found[-1].cross_entropy:.4f} nats a token)", end="; ")
     print(f"model in {folder}")
@@ -273,7 +273,7 @@ def cost_of(
     modes = [name for name, value in chosen_modes.items() if value is not None]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} exclude each other")
-    recorded = Path(architecture or "") / records.RECORDS_FILE
+    recorded = Path(architecture or "") / record_files.RECORDS_FILE
     if record and (architecture is None or not recorded.is_file()):
         raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
     if budget is not None and picture is not None:
@@ -381,7 +381,7 @@ def cost_of(
         costing.refuse_other_kernel(shapes, asked_iterations)
     found = [costing.costed(name, shape, seq_len, chosen, line, options) for name, shape in shapes]
     if record:
-        records.append(recorded, found[0].prediction)
+        record_files.append(recorded, found[0].prediction)
     if picture is not None:
         with _extra("report"):
             from entropi.report import figures
@@ -707,7 +707,7 @@ def ask(
         with open(logits, "wb") as file:
             np.save(file, np.stack(answer.logits))
     if record is not None:
-        records.append(record / records.RECORDS_FILE, answer.record)
+        record_files.append(record / record_files.RECORDS_FILE, answer.record)
     if json:
         _print_json(answer.record)
         return
@@ -855,4 +855,4 @@ def _check_parent(path: Path) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(escaped_json(records.encode(value).decode()))
+    print(escaped_json(record_files.encode(value).decode()))

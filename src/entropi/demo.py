@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import make_console
 from entropi.errors import UserError
 from entropi.report import figures
@@ -81,7 +81,7 @@ def run_demo(folder: Path, steps: int) -> None:
         raise UserError(f"the private question failed; the server's log is {run / 'server.log'}")
     answer = last(run, records.PrivateRun)
     comparison = compare_with_plaintext(run, answer, np.load(logits_file))
-    records.append(run / records.RECORDS_FILE, comparison)
+    record_files.append(run / record_files.RECORDS_FILE, comparison)
 
     console.print("\n[bold]4/4  Report[/bold]")
     report = write_report(list(runs.values()), folder / "report.html")
@@ -90,7 +90,7 @@ def run_demo(folder: Path, steps: int) -> None:
 
 def last(run: Path, kind: type[records.R]) -> records.R:
     """The newest record of a kind in a run folder."""
-    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, kind)]
+    found = [r for r in record_files.read(run / record_files.RECORDS_FILE) if isinstance(r, kind)]
     if not found:
         raise UserError(f"{run} holds no {kind.__name__} record")
     return found[-1]

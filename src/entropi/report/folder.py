@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from entropi import records
+from entropi import record_files, records
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
@@ -151,11 +151,11 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read one run folder; `UserError` if it is none or if something in it is damaged."""
-    path = folder / records.RECORDS_FILE
+    path = folder / record_files.RECORDS_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {records.RECORDS_FILE}")
+        raise UserError(f"{folder} is not a run folder: it has no {record_files.RECORDS_FILE}")
     run = Run(folder=folder, name=folder.resolve().name)
-    for record in records.read(path):
+    for record in record_files.read(path):
         _check_shapes(record, path)
         match record:
             case RunStarted():

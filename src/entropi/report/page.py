@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jinja2
 import markupsafe
 
-from entropi import records
+from entropi import record_files
 from entropi.errors import UserError
 from entropi.records import Evaluation, Record
 from entropi.report import figures
@@ -89,14 +89,14 @@ def write_diagnosis(model: Path, found: Iterable[Record], output: Path, name: st
     with tempfile.TemporaryDirectory(prefix="entropi-page-") as temporary:
         folder = Path(temporary) / (name or model.resolve().name or "model")
         folder.mkdir()
-        for name in (records.RECORDS_FILE, "config.yaml", "environment.json"):
-            if (model / name).is_file() and (model / records.RECORDS_FILE).is_file():
+        for name in (record_files.RECORDS_FILE, "config.yaml", "environment.json"):
+            if (model / name).is_file() and (model / record_files.RECORDS_FILE).is_file():
                 shutil.copyfile(model / name, folder / name)
-        path = folder / records.RECORDS_FILE
-        evaluated = path.exists() and any(isinstance(record, Evaluation) for record in records.read(path))
+        path = folder / record_files.RECORDS_FILE
+        evaluated = path.exists() and any(isinstance(record, Evaluation) for record in record_files.read(path))
         for record in found:
             if not (evaluated and isinstance(record, Evaluation)):
-                records.append(path, record)
+                record_files.append(path, record)
         return write_report([folder], output)
 
 

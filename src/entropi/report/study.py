@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from entropi import records
+from entropi import record_files, records
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Spread, StudyClaim, StudyRow, StudyRun, TrainingStep
 from entropi.report import figures
@@ -58,12 +58,12 @@ class StudyResult:
 
 def is_study(folder: Path) -> bool:
     """Whether a folder is that of a study."""
-    return (folder / records.STUDY_FILE).is_file()
+    return (folder / record_files.STUDY_FILE).is_file()
 
 
 def read_study(folder: Path) -> StudyResult:
     """Read `study.jsonl` of a study's folder; `UserError` if it is damaged or tells of no run."""
-    return _sorted(folder.resolve().name, records.read(folder / records.STUDY_FILE))
+    return _sorted(folder.resolve().name, record_files.read(folder / record_files.STUDY_FILE))
 
 
 def _sorted(name: str, found: Sequence[records.Record]) -> StudyResult:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.regularizer import maximum_entropy
@@ -77,7 +77,7 @@ class RunRecorder(TrainerCallback):
         if not is_main():
             return
         try:
-            records.append(self.path, record)
+            record_files.append(self.path, record)
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; make room, and the same command continues the run"

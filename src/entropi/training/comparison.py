@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from entropi import records
+from entropi import record_files, records
 from entropi.costs.operations import count
 from entropi.errors import UserError
 from entropi.training.recipe import CONFIG_FILE, load_recipe
@@ -27,7 +27,7 @@ def finished_run(row: str, seed: int, folder: Path, path: str) -> records.StudyR
     Raises:
         UserError: records that are missing or damaged.
     """
-    found = records.read(folder / records.RECORDS_FILE)
+    found = record_files.read(folder / record_files.RECORDS_FILE)
     evaluations = _of_kind(found, records.Evaluation)
     if not evaluations:
         raise UserError(f"{folder} is damaged: its records hold no evaluation")
@@ -49,7 +49,7 @@ def finished_run(row: str, seed: int, folder: Path, path: str) -> records.StudyR
 
 def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyRun], folder: Path) -> records.StudyRow:
     """The row of all `runs` of one recipe, read from their folders below `folder`; costs are by the recipe."""
-    read = {run.seed: records.read(folder / run.folder / records.RECORDS_FILE) for run in runs}
+    read = {run.seed: record_files.read(folder / run.folder / record_files.RECORDS_FILE) for run in runs}
     started = next(_of_kind(found, records.RunStarted)[-1] for found in read.values())
     finished = [run for run in runs if not run.diverged]  # the others left no model
     whole = [read[run.seed] for run in finished]

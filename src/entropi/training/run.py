@@ -18,7 +18,7 @@ from safetensors.torch import load_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine, make_console
 from entropi.costs.operations import count
 from entropi.data.packing import Prepared, prepare
@@ -148,22 +148,22 @@ def _go_back(folder: Path, event: Diverged, console: Console) -> Checkpoint | No
     Raises:
         UserError: it happened too often.
     """
-    path = folder / records.RECORDS_FILE
+    path = folder / record_files.RECORDS_FILE
     factor = _rate_factor(folder) * ROLLBACK_FACTOR
     if factor < ROLLBACK_FACTOR**MOST_ROLLBACKS:
         raise UserError(f"{event.reason}; the run has gone back {MOST_ROLLBACKS} times already: it has diverged")
     checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, console)
     step = checkpoint.step if checkpoint else 0
-    records.forget_after(path, step)
+    record_files.forget_after(path, step)
     back = records.RolledBack(step=step, from_step=event.step, reason=event.reason, rate_factor=factor)
-    records.append(path, back)
+    record_files.append(path, back)
     console.print(f"{event.reason}; going back to step {step}, on at {factor:g} of the learning rate", markup=False)
     return checkpoint
 
 
 def _rate_factor(folder: Path) -> float:
     """What the recipe's learning rates are multiplied by: 1, and less where the run has gone back."""
-    back = [r for r in records.read(folder / records.RECORDS_FILE) if isinstance(r, records.RolledBack)]
+    back = [r for r in record_files.read(folder / record_files.RECORDS_FILE) if isinstance(r, records.RolledBack)]
     return back[-1].rate_factor if back else 1.0
 
 
@@ -188,7 +188,7 @@ def _optimize(
         distributed.shard(model)
     progress = ProgressLine(f"training {recipe.architecture}", recipe.steps, done=done, console=console)
     recorder = RunRecorder(
-        folder / records.RECORDS_FILE,
+        folder / record_files.RECORDS_FILE,
         progress,
         log_every=recipe.log_every,
         entropy_every=recipe.entropy_every,
@@ -378,10 +378,10 @@ def model_config(recipe: Recipe, vocab_size: int) -> EntropiConfig:
 
 def _resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Console) -> Checkpoint | None:
     """The newest whole checkpoint; later records are dropped, checkpoints that are not whole are removed."""
-    path = folder / records.RECORDS_FILE
+    path = folder / record_files.RECORDS_FILE
     begun = path.exists()
     if begun:
-        starts = [r for r in records.read(path) if isinstance(r, records.RunStarted)]
+        starts = [r for r in record_files.read(path) if isinstance(r, records.RunStarted)]
         if starts and starts[-1].corpus_hash != prepared.corpus.content_hash:
             raise UserError(f"the corpus {recipe.corpus} has changed since {folder} was begun; choose another folder")
         if starts and starts[-1].tokenizer_hash not in ("", tokenizer_hash(prepared.tokenizer)):
@@ -389,7 +389,7 @@ def _resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Con
     checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, console)
     if begun:
         step = checkpoint.step if checkpoint else 0
-        records.forget_after(path, step)
+        record_files.forget_after(path, step)
         console.print(f"resuming {folder} after step {step} of {recipe.steps}", markup=False)
     return checkpoint
 
@@ -402,8 +402,8 @@ def _record_start(
     architecture: str,
     checkpoint: Checkpoint | None,
 ) -> None:
-    records.append(
-        folder / records.RECORDS_FILE,
+    record_files.append(
+        folder / record_files.RECORDS_FILE,
         records.RunStarted(
             time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             name=recipe.architecture,
@@ -486,8 +486,8 @@ def _schedule(recipe: Recipe, factor: float) -> dict[str, Any]:
 
 
 def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, result: HeldOut, heldout: Blocks) -> None:
-    path = folder / records.RECORDS_FILE
-    records.append(
+    path = folder / record_files.RECORDS_FILE
+    record_files.append(
         path,
         records.Evaluation(
             step=recipe.steps,
@@ -499,10 +499,10 @@ def _record_result(folder: Path, recipe: Recipe, model: EntropiForCausalLM, resu
     )
     if bool(torch.isfinite(result.entropy).all()):  # a model that diverged in its last step has no diagnosis
         source = f"held-out text of {Path(recipe.corpus).name}, {len(heldout):,} sequences"
-        records.append(path, diagnose_heldout(result, recipe.context_length, source))
-        records.append(path, observe_patterns(model, heldout[:PATTERN_SEQUENCES]))
+        record_files.append(path, diagnose_heldout(result, recipe.context_length, source))
+        record_files.append(path, observe_patterns(model, heldout[:PATTERN_SEQUENCES]))
     for folded in (False, True):
-        records.append(path, count(model.config, recipe.context_length, folded=folded))
+        record_files.append(path, count(model.config, recipe.context_length, folded=folded))
 
 
 def _save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, result: HeldOut, folder: Path) -> None:

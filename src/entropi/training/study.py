@@ -34,7 +34,7 @@ import msgspec
 import torch
 import yaml
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine, make_console
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
@@ -208,7 +208,7 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
                         failed.append(f"{run.label}: {error}")
                         continue
                     ended[run.row, run.recipe.seed] = found
-                    records.append(folder / records.STUDY_FILE, found)
+                    record_files.append(folder / record_files.STUDY_FILE, found)
         finally:
             result = _write(study, folder, ended)
     if failed:
@@ -220,8 +220,8 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
 
 def _ended(study: Study, folder: Path) -> dict[tuple[str, int], records.StudyRun]:
     """By row and seed, the runs below `folder` that need no more training."""
-    path = folder / records.STUDY_FILE
-    found = records.read(path) if path.exists() else []
+    path = folder / record_files.STUDY_FILE
+    found = record_files.read(path) if path.exists() else []
     diverged = {(r.row, r.seed): r for r in found if isinstance(r, records.StudyRun) and r.diverged}
     ended = {}
     for run in study.runs:
@@ -249,7 +249,7 @@ def _write(study: Study, folder: Path, ended: dict[tuple[str, int], records.Stud
             rows.append(summarise(name, settings[name], mine, folder))
     claims = [compare(lower, higher, runs) for lower, higher in study.claims]
     result: list[records.Record] = [*runs, *rows, *(claim for claim in claims if claim is not None)]
-    records.rewrite(folder / records.STUDY_FILE, result)
+    record_files.rewrite(folder / record_files.STUDY_FILE, result)
     return result
 
 
@@ -270,7 +270,7 @@ class _Process:
 
     def progress(self) -> int:
         """The last step that is recorded; only what is new of the records is read."""
-        path = self.place / records.RECORDS_FILE
+        path = self.place / record_files.RECORDS_FILE
         try:
             with open(path, "rb") as file:
                 file.seek(self.offset)
