@@ -29,8 +29,8 @@ from entropi import record_files
 from entropi.records import DiagnosisRecord, Evaluation, RunStarted
 from entropi.report import figures
 from entropi.report.folder import Run, read_run
+from entropi.report.formatting import pattern_in_words, size
 from entropi.report.page import write_report
-from entropi.report.words import pattern_in_words, size
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = ("baseline", "unregularised", "softmax-only")  # shown in full; what else was trained is for the sweep

@@ -21,8 +21,8 @@ from entropi.machine import machine
 from entropi.private.engine import Simulation
 from entropi.private.messages import Settings
 from entropi.private.program import Stage, rounded
+from entropi.training.loading import open_with_heldout
 from entropi.training.recipe import CONFIG_FILE, load_recipe
-from entropi.training.saved import open_with_heldout
 
 LEVELS = (None, 8, 6, 5, 4, 3, 2, 1, 0)
 RESULTS = Path(__file__).parent / "results" / "round_logits.md"

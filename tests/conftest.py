@@ -1,9 +1,18 @@
 """Before anything imports Triton, which decides at import whether its kernels are interpreted; and shared helpers."""
 
+from __future__ import annotations
+
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from entropi.training.recipe import Recipe
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -11,7 +20,7 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; more threads would wait for each other
 
-pytest.register_assert_rewrite("serving")
+pytest.register_assert_rewrite("serving", "training_runs")
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +29,48 @@ def smollm2():
     from pretrained import smollm2
 
     return smollm2()
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of their own, and one thread, as sums are then made in one order; for the processes that they start, too.
+
+    A resumed run can so be compared with an uninterrupted one digit by digit.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENTROPI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "src"), prepend=os.pathsep)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Forty batches of four sequences of 16 tokens: runs of a few steps pass over it more than once."""
+    from training_runs import formula_text
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(12):
+        (folder / f"{number}.py").write_text(formula_text(number, 24), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[Recipe, Path]:
+    """A tiny run that has ended, and its recipe."""
+    from entropi.training.run import train
+    from training_runs import tiny
+
+    recipe = tiny(corpus, log_every=4, keep_checkpoints=3)
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(recipe, folder)
+    return recipe, folder
+
+
+@pytest.fixture
+def again(tmp_path: Path, finished: tuple[Recipe, Path]) -> tuple[Recipe, Path]:
+    """A copy of the finished run, to be damaged."""
+    return finished[0], Path(shutil.copytree(finished[1], tmp_path / "again"))

@@ -26,8 +26,8 @@ from rich.console import Console
 from entropi import cli, record_files, records
 from entropi.cli import COMMANDS, main
 from entropi.console import ProgressLine
+from entropi.training.loading import open_model
 from entropi.training.recipe import Recipe, load_recipe
-from entropi.training.saved import open_model
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "entropi"
@@ -796,14 +796,36 @@ def test_control_c_ends_a_training_that_can_be_continued(tmp_path: Path, corpus:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "entropi: interrupted; the same command continues the run"
+    said = re.fullmatch(
+        rf"entropi: interrupted; step (\d+) is saved; the same command or `entropi train {folder}` continues the run",
+        errors.splitlines()[-1],
+    )
+    assert said is not None, errors
     assert not (folder / "model").exists()
-    done = spawn(*words)
+    done = spawn("train", folder)
     assert done.status == 0, done.err
     starts = [r for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.RunStarted)]
-    assert starts[-1].resumed_at >= 5
+    assert starts[-1].resumed_at == int(said[1])
     steps = [r.step for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
     assert steps == list(range(1, 401))
+
+
+def test_a_run_alone_is_continued_with_its_own_settings(
+    entropi: Callable[..., Done], model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Settings need not be typed again; those that are typed and differ are refused by name."""
+    shutil.rmtree(model / "model")
+    done = entropi("train", model)
+    assert done.status == 0, done.err
+    assert f"resuming {model} after step 3 of 3" in done.err
+    assert (model / "model").is_dir()
+    assert entropi("train", model, "--steps", "3", "--layers", "2").status == 0
+    assert_refused(
+        entropi("train", model, "--layers", "3", "--learning-rate", "0.5", "--steps", "3"),
+        "holds a run of another recipe, which differs in layers (2 there, 3 here), learning_rate (0.001 there, 0.5 her",
+    )
+    (model / "config.yaml").write_text("layers: [")
+    assert_refused(entropi("train", model), "cannot read the recipe")
 
 
 def test_interrupted_elsewhere(entropi: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):

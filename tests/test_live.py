@@ -19,9 +19,9 @@ from entropi.cli import main
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Evaluation, TrainingStep
-from entropi.training.callbacks import Live
+from entropi.training.build import training_arguments
+from entropi.training.live import Live
 from entropi.training.recipe import Recipe
-from entropi.training.run import _training_arguments
 
 SIZE = ["--layers", "2", "--heads", "2", "--hidden-size", "16", "--context-length", "16", "--batch-size", "4"]
 PACE = ["--steps", "6", "--log-every", "2", "--entropy-every", "3", "--evaluate-every", "3", "--vocab-size", "300"]
@@ -110,7 +110,7 @@ def test_the_progress_line_tells_of_loss_speed_and_heads(
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("entropi.training.callbacks.find_spec", lambda name: None)
+    monkeypatch.setattr("entropi.training.live.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"{tracker} is not installed: pip install"):
         Live(tracker, lambda entropy: np.zeros((1, 1, 3), dtype=np.uint8))
 
@@ -120,7 +120,7 @@ def test_nothing_is_deployed_by_default(tmp_path: Path) -> None:
     for live in (None, object.__new__(Live)):
         if live is not None:
             object.__setattr__(live, "tracker", "trackio")
-        arguments = _training_arguments(Recipe(), tmp_path / "run", live)
+        arguments = training_arguments(Recipe(), tmp_path / "run", live)
         assert arguments.report_to == ([] if live is None else ["trackio"])
         assert getattr(arguments, "trackio_space_id", None) is None
         assert getattr(arguments, "trackio_static_space_id", False) is False
@@ -130,7 +130,7 @@ def test_nothing_is_deployed_by_default(tmp_path: Path) -> None:
 def test_the_picture_is_that_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command hands the training a function that draws; what it gets back are pixels."""
     taken: list[Any] = []
-    monkeypatch.setattr("entropi.training.callbacks.find_spec", lambda name: name)
+    monkeypatch.setattr("entropi.training.live.find_spec", lambda name: name)
     monkeypatch.setattr(
         "entropi.training.run.train", lambda recipe, run, live, **options: taken.append(live) or tmp_path
     )

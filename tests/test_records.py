@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 
 from entropi import record_files
@@ -406,3 +407,26 @@ def test_rewrite_of_records_that_cannot_be_encoded_leaves_the_file(path: Path):
     with pytest.raises(RuntimeError):
         record_files.rewrite(path, failing())
     assert record_files.read(path) == [step(1)]
+
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = [
+    *sorted((ROOT / "docs" / "gallery" / "records").glob("*/records.jsonl")),
+    *sorted((ROOT / "benchmarks" / "results" / "studies").glob("*/study.jsonl")),
+]
+
+
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda path: path.parent.name)
+def test_records_of_older_versions_are_read(committed: Path):
+    """As they were written then: every line is a record, and says what it said."""
+    lines = committed.read_bytes().splitlines()
+    found = record_files.read(committed)
+    assert len(found) == len(lines) > 0
+    for record, line in zip(found, lines):
+        now = msgspec.json.decode(record_files.encode(record))
+        then = msgspec.json.decode(line)
+        assert {name: now[name] for name in then if name in now} == then
+
+
+def test_there_are_records_of_runs_and_of_studies():
+    assert {path.name for path in COMMITTED} == {record_files.RECORDS_FILE, record_files.STUDY_FILE}

@@ -23,19 +23,17 @@ from entropi.training.callbacks import CollapsedAttention, CollapseGuard, Diverg
 from entropi.training.recipe import Recipe, save_recipe
 from entropi.training.run import train
 from entropi.training.trainer import EntropiTrainer
-from test_training import (
+from training_runs import (
     REGULARISED,
     Poison,
     assert_same_run,
     checkpoints,
-    corpus,
     of_kind,
     rewind,
-    surroundings,
     tiny,
 )
 
-__all__ = ["corpus", "surroundings"]  # fixtures
+pytestmark = pytest.mark.usefixtures("surroundings")
 KILLS = 20
 
 # Forks a process for every life of the run, which spares the seconds that importing torch takes, and ends each by

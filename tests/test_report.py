@@ -44,10 +44,10 @@ from entropi.records import (
 )
 from entropi.report import figures
 from entropi.report.folder import frames, read_run
+from entropi.report.formatting import even_distance, even_share, table_of_heads
 from entropi.report.heads import in_script
 from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
 from entropi.report.traffic import by_operation, by_pass
-from entropi.report.words import even_distance, even_share, table_of_heads
 
 NAN = math.nan
 LAYERS, HEADS, CONTEXT = 6, 4, 128

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +36,10 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENTROPI_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that are started here
-        patch.setenv("PYTHONPATH", str(ROOT / "src"), prepend=os.pathsep)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(12):
-        lines = (f"def f{number}_{i}(self, value): return value + {i * number % 7}\n" for i in range(30))
-        (folder / f"{number}.py").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def grid(corpus: Path, **changes: Any) -> dict[str, Any]:
+def grid(corpus: str, **changes: Any) -> dict[str, Any]:
     return {
         "corpus": str(corpus),
         "seed": [0, 1],
@@ -291,7 +272,7 @@ def test_spread():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[Path, Path]:
     """A study's file, and its folder with every run trained in this process; the study itself has yet to be run."""
     folder = tmp_path_factory.mktemp("study")
     path = write(
@@ -460,7 +441,7 @@ def test_names_cannot_inject_markup(written: tuple[Path, Path]):
 
 
 @pytest.mark.slow
-def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
+def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: str):
     """Two at a time: a row that diverges is a result, a killed study continues, and nothing is trained twice."""
     path = write(
         tmp_path / "grid.yaml",
@@ -519,7 +500,7 @@ def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_no_result(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_fails_is_no_result(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]):
     """Too little text for a batch is the user's mistake: the others are trained, and it is said."""
     path = write(
         tmp_path / "grid.yaml",
@@ -543,7 +524,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_speed_trains_both(corpus: Path):
+def test_the_benchmark_of_speed_trains_both(corpus: str):
     """It measures what it says it does: both loops take all their turns, and the ratio is that of their times."""
     words = ["--layers", "2", "--heads", "2", "--hidden-size", "16", "--length", "16", "--vocab-size", "300"]
     words += ["--batch-size", "4", "--turn", "2", "--turns", "3", "--precision", "fp32", "--corpus", str(corpus)]

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from entropi import __version__, commands
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.training.recipe import Recipe, load_recipe
+from entropi.training.recipe import Recipe, load_recipe, recipe_of_run
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
@@ -122,7 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not given:
             raise UserError(f"a command is missing: one of {', '.join(COMMANDS)} (see entropi --help)")
-        parsed = build_parser(_recipe_file(given)).parse_args(given)
+        recipe = _recipe_file(given)
+        parsed = build_parser(recipe).parse_args(given)
+        if parsed.command == "train" and recipe is None and (own := recipe_of_run(parsed.train.run)) is not None:
+            parsed = build_parser(own).parse_args(given)  # a run goes on with its own settings
         function = COMMANDS[parsed.command]
         function(**_arguments(function, parsed[parsed.command]))
         sys.stdout.flush()

@@ -36,7 +36,7 @@ def train(
     shard: bool = False,
     prepare_only: bool = False,
 ) -> None:
-    """Train a model into the run folder RUN; run it again to continue after an interruption.
+    """Train a model into the run folder RUN; `entropi train RUN` alone continues it after an interruption.
 
     On several devices: torchrun --nproc-per-node N -m entropi train RUN ...
 
@@ -49,7 +49,7 @@ def train(
             stay on this machine
     """
     from entropi.training import distributed
-    from entropi.training.run import prepare_corpus
+    from entropi.training.build import prepare_corpus
     from entropi.training.run import train as train_run
 
     if prepare_only:
@@ -64,17 +64,14 @@ def train(
     if report_to != "none":
         with _extra("report"):
             from entropi.report import figures
-        from entropi.training.callbacks import Live
+        from entropi.training.live import Live
 
         def draw(entropy: records.Matrix) -> Any:
             ceiling = figures.causal_maximum(recipe.context_length)
             return figures.to_pixels(figures.entropy_heatmap(entropy, ceiling, recipe.architecture))
 
         live = Live(report_to, draw)
-    try:
-        folder = train_run(recipe, run, live, shard=shard)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command continues the run") from None
+    folder = train_run(recipe, run, live, shard=shard)
     distributed.disconnect()
     if not distributed.is_main():
         return
@@ -111,7 +108,7 @@ def evaluate(
         json: print one JSON object
     """
     from entropi.downloads import on_disk
-    from entropi.training.saved import evaluate_heldout, open_with_text
+    from entropi.training.loading import evaluate_heldout, open_with_text
 
     opened = open_with_text(
         on_disk(model), corpus, exp_iterations, sequences, context_length, packing, all_of_plain_text=True
@@ -163,11 +160,11 @@ def diagnose_heads(
     """
     with _extra("report"):
         from entropi.report import figures
+        from entropi.report.formatting import pattern_in_words, table_of_heads
         from entropi.report.page import write_diagnosis
-        from entropi.report.words import pattern_in_words, table_of_heads
     from entropi.downloads import name_of, on_disk
     from entropi.training.evaluation import PATTERN_SEQUENCES, diagnose_heldout, observe_patterns
-    from entropi.training.saved import evaluate_heldout, failures_in_one_line, is_run_folder, open_with_text
+    from entropi.training.loading import evaluate_heldout, failures_in_one_line, is_run_folder, open_with_text
 
     for path in (heatmap, html):
         if path is not None:
@@ -404,7 +401,7 @@ def fold_model(model: Path, output: Path) -> None:
         output: folder for folded.safetensors and folded.json, readable without torch
     """
     from entropi.model.folding import fold
-    from entropi.training.saved import open_model
+    from entropi.training.loading import open_model
 
     loaded, _, folder = open_model(model)
     folded = fold(loaded)

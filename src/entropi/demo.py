@@ -23,9 +23,9 @@ from entropi.console import make_console
 from entropi.errors import UserError
 from entropi.report import figures
 from entropi.report.page import write_report
+from entropi.training.loading import open_model
 from entropi.training.recipe import Recipe
 from entropi.training.run import train
-from entropi.training.saved import open_model
 
 BASELINE = "SM+LN+G"
 SOFTMAX_ONLY = "EReg(SM(t)+ScFFN)"  # its two matrices a layer fold away

@@ -108,6 +108,11 @@ class Run:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say of its results."""
+        return not (self.evaluation or self.diagnosis or self.pattern or self.private or self.skipped)
+
+    @property
     def skipped_reasons(self) -> list[tuple[str, int]]:
         return Counter(update.reason for update in self.skipped).most_common()
 

@@ -11,7 +11,7 @@ from typing import Any
 from entropi import records
 from entropi.report import figures
 from entropi.report.folder import LOOKS, Run, frames
-from entropi.report.words import even_distance, even_share
+from entropi.report.formatting import even_distance, even_share
 
 
 def _rounded_matrix(matrix: records.Matrix | None) -> list[list[float | None]] | None:
@@ -60,6 +60,18 @@ def explorer(runs: Sequence[Run], moments: int) -> dict[str, Any]:
         "steps": steps,
         "runs": described,
     }
+
+
+def scale_top(runs: Sequence[Run]) -> float:
+    """The end of the colour scale that all heatmaps have: log T, in nats, the largest T where runs differ.
+
+    Where no T is recorded, the largest entropy.
+    """
+    longest = max((context for run in runs if (context := run.context_length)), default=0)
+    if longest:
+        return math.log(longest)
+    largest = [v for run in runs for f in frames(run) for row in f.entropy for v in row if math.isfinite(v)]
+    return max(largest, default=1.0) or 1.0
 
 
 @dataclass

@@ -101,7 +101,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
 
 def _model(run: Path, vocab_size: int) -> EntropiConfig:
     """What a run trains, by its recipe: one that diverged left no model."""
-    from entropi.training.run import model_config  # which loads torch
+    from entropi.training.build import model_config  # which loads torch
 
     return model_config(load_recipe(run / CONFIG_FILE), vocab_size)
 

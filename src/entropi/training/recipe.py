@@ -239,6 +239,12 @@ def load_recipe(path: Path) -> Recipe:
     return make_recipe(settings, str(path))
 
 
+def recipe_of_run(folder: Path) -> Recipe | None:
+    """The recipe of the run in `folder`, or None where none has begun; raises `UserError` as `load_recipe`."""
+    path = folder / CONFIG_FILE
+    return load_recipe(path) if path.is_file() else None
+
+
 def make_recipe(settings: dict[str, Any], source: str) -> Recipe:
     """A recipe from settings as YAML gives them; raises `UserError` as `load_recipe`, naming `source`."""
     types = get_type_hints(Recipe)

@@ -38,10 +38,11 @@ from entropi import record_files, records
 from entropi.console import ProgressLine, make_console
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
+from entropi.training.build import prepare_corpus
 from entropi.training.comparison import compare, finished_run, summarise
+from entropi.training.loading import MODEL_FOLDER
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, make_recipe, save_recipe
-from entropi.training.run import alone_in, prepare_corpus
-from entropi.training.saved import MODEL_FOLDER
+from entropi.training.run_folder import lock_run
 
 STUDY_KEYS = ("recipe", "rows", "claims")
 MAX_FOLDER_NAME = 100
@@ -191,7 +192,7 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
     Raises:
         UserError: a folder that holds another study's runs, or runs that failed for other reasons than divergence.
     """
-    with alone_in(folder):
+    with lock_run(folder):
         ended = _ended(study, folder)
         waiting = [run for run in study.runs if (run.row, run.recipe.seed) not in ended]
         recipes = [run.recipe for run in waiting]

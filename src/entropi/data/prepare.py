@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 
-from entropi.cache import default_cache_dir, written_whole
+from entropi.cache import atomic_write, default_cache_dir
 from entropi.console import ProgressLine
 from entropi.data import shards
 from entropi.data.books import find_books, open_books
@@ -72,6 +72,19 @@ class Prepared:
     tokenizer: Tokenizer
     packed: PackedData
 
+    @property
+    def parts(self) -> str:
+        """What is trained on and what is held out, in words."""
+        train, heldout = self.packed.train_tokens, self.packed.heldout_tokens
+        return (
+            f"training on {_texts(self.corpus.train_documents)} ({train:,} tokens); held out "
+            f"{_texts(self.corpus.heldout_documents)} ({heldout:,} tokens, {heldout / (train + heldout):.1%} of all)"
+        )
+
+
+def _texts(count: int) -> str:
+    return f"{count:,} text{'s' * (count != 1)}"
+
 
 def prepare(
     source: str,
@@ -82,12 +95,14 @@ def prepare(
     *,
     tokenizer: str = "",
     per_document: bool = False,
+    content_hash: str = "",
 ) -> Prepared:
     """From a corpus to blocks.
 
     `source` is what `load_corpus` takes, the name of a data set that `hub.NAMED` knows, a folder of Parquet or Arrow
     files, a folder of tokenised books, or a folder of shards that was prepared elsewhere. `tokenizer` is what
-    `load_tokenizer` takes; without one it is learnt from the corpus, with `vocab_size` entries.
+    `load_tokenizer` takes; without one it is learnt from the corpus, with `vocab_size` entries. `content_hash` is that
+    of the corpus of a run that is to be continued, see `load_corpus`.
 
     What takes long is done once and then read from the cache; a `console` is told what takes long.
     Raises `UserError` for whatever cannot be read or does not fit together.
@@ -101,7 +116,7 @@ def prepare(
         check_vocab_size(vocab_size)
     given = load_tokenizer(tokenizer) if tokenizer else None
     dataset = find_dataset(source)
-    corpus = load_corpus(source) if dataset is None else open_dataset(dataset)
+    corpus = load_corpus(source, content_hash) if dataset is None else open_dataset(dataset)
     found = given or load_or_train_tokenizer(corpus, vocab_size, cache_dir, console=console)
     eos_id = end_of_text_id(found)
     manifest, folder = _prepare_shards(corpus, found, cache_dir, eos_id, console)
@@ -150,10 +165,12 @@ def heldout_blocks(
     *,
     per_document: bool = False,
     whole: bool = False,
+    content_hash: str = "",
 ) -> Tokens:
     """Blocks `(N, block_length)` int32 of the held-out part of what `prepare` takes, in memory, cut as `pack` does.
 
     With `whole`, of all of it, which has to be plain text: for models that were trained on no part of it.
+    `content_hash` is that of the corpus a run was trained on, see `load_corpus`.
 
     Raises `UserError` for what cannot be read, and for tokens that another tokenizer made.
     """
@@ -170,7 +187,7 @@ def heldout_blocks(
     dataset = find_dataset(source)
     if whole and dataset is None:
         return pack(load_texts(source), tokenizer, block_length, eos_id, per_document=per_document)
-    corpus = load_corpus(source) if dataset is None else open_dataset(dataset)
+    corpus = load_corpus(source, content_hash) if dataset is None else open_dataset(dataset)
     return pack(corpus.heldout, tokenizer, block_length, eos_id, per_document=per_document)
 
 
@@ -211,7 +228,7 @@ def _prepare_shards(
         manifest = shards.load_manifest(folder)
         if manifest is None or (manifest.source, manifest.tokenizer) != (made_from.source, made_from.tokenizer):
             manifest = made_from
-            with written_whole(folder / TOKENIZER_FILE) as file:
+            with atomic_write(folder / TOKENIZER_FILE) as file:
                 file.write(tokenizer.to_str().encode())
         for name, documents in (("train", corpus.train), ("held-out", corpus.heldout)):
             part = manifest.parts.setdefault(name, shards.Part())
