@@ -33,14 +33,22 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of their own, and one thread, as sums are then made in one order; for the processes that they start, too.
+    """A cache of their own, and one thread, for the tests of a file and the processes that they start.
 
-    A resumed run can so be compared with an uninterrupted one digit by digit.
+    Sums are then made in one order, so that a resumed run can be compared with an uninterrupted one digit by digit.
     """
+    from entropi.cache import default_cache_dir
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    cache = tmp_path_factory.mktemp("cache")
+    compiled = (
+        default_cache_dir() / "native"
+    )  # named by their source and machine: no need to compile them for each file
+    compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (cache / "native").symlink_to(compiled)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENTROPI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ENTROPI_CACHE", str(cache))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "src"), prepend=os.pathsep)
         yield

@@ -25,6 +25,8 @@ from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
 from entropi.report import study as report_study
+from entropi.report.folder import read_run
+from entropi.report.heads import scale_top
 from entropi.report.study import StudyResult, markdown, outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
@@ -378,6 +380,24 @@ def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path,
     drawn = {d.name: d.note for d in report_study.draw(report_study.StudyResult("x", found, [row], []))}
     assert drawn.keys() == {"loss", "layers-base"}
     assert drawn["layers-base"].endswith("up to the first divergence.")
+
+
+def test_a_study_has_the_scale_of_reports(written: tuple[Path, Path]):
+    """Heatmaps of entropies end at log T in both, so that one colour means one entropy."""
+    study = read_study(written[1])
+    drawn = [d.figure for d in report_study.draw(study) if d.name.startswith("heads-")]
+    assert len(drawn) == len(study.rows)
+    run = read_run(written[1] / study.runs[0].folder)
+    for figure in drawn:
+        assert figure.axes[0].images[0].get_clim() == (0, pytest.approx(math.log(16)))
+    assert scale_top([run]) == pytest.approx(math.log(16))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("margins", "Study margins"), ("study", "Study"), ("my-study", "My-study")]
+)
+def test_a_study_is_called_so_once(name: str, words: str):
+    assert markdown(name, []).startswith(f"# {words}\n")
 
 
 def test_tables_figures_and_page(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -328,6 +328,7 @@ def thresholds(threshold: Sequence[Sequence[float]]) -> Figure:
     layers.errorbar(mean, np.arange(len(values)), xerr=spread, fmt="o", color=PALETTE[0], capsize=2.5)
     layers.set_xlabel("mean over heads ± std")
     layers.set_xlim(low, high)  # the heatmap's scale; its own would show the rounding of thresholds that are alike
+    layers.xaxis.set_major_locator(MaxNLocator(3))
     layers.ticklabel_format(axis="x", useOffset=False, style="plain")
     layers.grid(axis="x")
     layers.tick_params(axis="y", labelleft=True)
