@@ -8,6 +8,7 @@ name of the package, such as `fold` (the parser looks its functions up there, wh
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -67,8 +68,8 @@ def train(
         from entropi.training.live import Live
 
         def draw(entropy: records.Matrix) -> Any:
-            ceiling = figures.causal_maximum(recipe.context_length)
-            return figures.to_pixels(figures.entropy_heatmap(entropy, ceiling, recipe.architecture))
+            top = math.log(recipe.context_length)  # the scale of reports
+            return figures.to_pixels(figures.entropy_heatmap(entropy, top, recipe.architecture))
 
         live = Live(report_to, draw)
     folder = train_run(recipe, run, live, shard=shard)

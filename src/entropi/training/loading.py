@@ -210,9 +210,7 @@ def open_with_text(
     Raises:
         UserError: no such model or corpus, what the model cannot take, or a token that it has no embedding for.
     """
-    for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}, at least {least} is needed")
+    _check_at_least(("sequences", sequences, 1), ("context_length", context_length, 3))
     opened = _open_any(model, exp_iterations)
     recipe = load_recipe(model / CONFIG_FILE) if opened.ours and is_run_folder(model) else None
     if recipe is not None:
@@ -226,16 +224,11 @@ def open_with_text(
         raise UserError(f"context_length is {length}, the model takes {opened.longest} tokens at most")
 
     named = _name(corpus) if plain else f"held-out text of {_name(corpus)}"
+    options: dict[str, Any] = dict(per_document=packing == "document", whole=plain)
+    if recipe is not None:
+        options["content_hash"] = corpus_hash(model)
     try:
-        cut = heldout_blocks(
-            corpus,
-            opened.tokenizer,
-            length - opened.begins,
-            opened.end,
-            per_document=packing == "document",
-            whole=plain,
-            content_hash=corpus_hash(model) if recipe is not None else "",
-        )
+        cut = heldout_blocks(corpus, opened.tokenizer, length - opened.begins, opened.end, **options)
     except UserError as error:
         if not of_the_run:
             raise
@@ -249,9 +242,7 @@ def open_with_text(
     # Models with a token that begins every text expect it, and many heads rest on it.
     blocks = np.insert(cut[:most], 0, opened.end, axis=1) if opened.begins else cut[:most]
     _check_embedded(blocks, opened, named, model)
-    part = f" of {len(cut):,}" if len(blocks) < len(cut) else ""
-    amount = f"{len(blocks):,}{part} sequence{'s' if len(cut) > 1 else ''}"
-    return Opened(opened.model, blocks, corpus, named, amount, opened.ours)
+    return Opened(opened.model, blocks, corpus, named, _amount(len(blocks), len(cut)), opened.ours)
 
 
 @dataclass(frozen=True)
@@ -281,6 +272,18 @@ def _open_any(path: Path, exp_iterations: int | None) -> _AnyModel:
     foreign, tokenizer, end, begins = open_causal_lm(path)
     longest = getattr(foreign.config.get_text_config(), "max_position_embeddings", None) or FOREIGN_CONTEXT
     return _AnyModel(foreign, tokenizer, end, begins, longest, min(longest, FOREIGN_CONTEXT), False)
+
+
+def _check_at_least(*numbers: tuple[str, int | None, int]) -> None:
+    """Raise `UserError` for one of `(name, value, least)` whose value is given and too small."""
+    for name, value, least in numbers:
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, at least {least} is needed")
+
+
+def _amount(used: int, of: int) -> str:
+    part = f" of {of:,}" if used < of else ""
+    return f"{used:,}{part} sequence{'s' if of > 1 else ''}"
 
 
 def _name(corpus: str) -> str:
