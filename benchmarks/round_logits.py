@@ -21,7 +21,7 @@ from entropi.machine import machine
 from entropi.private.engine import Simulation
 from entropi.private.messages import Settings
 from entropi.private.program import Stage, rounded
-from entropi.training.loading import open_with_heldout
+from entropi.training.loading import open_with_text
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 
 LEVELS = (None, 8, 6, 5, 4, 3, 2, 1, 0)
@@ -30,7 +30,8 @@ RESULTS = Path(__file__).parent / "results" / "round_logits.md"
 
 def heldout_logits(run: Path, sequences: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Logits `(N, V)` float64 of held-out text, the tokens `(N,)` that follow, and the model's width."""
-    model, blocks = open_with_heldout(run, "stdlib", None, sequences)
+    opened = open_with_text(run, "stdlib", None, sequences)
+    model, blocks = opened.model, opened.blocks
     found = []
     with torch.no_grad():
         for block in blocks:
