@@ -47,7 +47,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processe
 
 
 def in_two_processes(*words: str, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=900, check=False)
 
 
 def of_two(corpus: str, **changes: Any) -> Recipe:
@@ -155,7 +155,7 @@ def test_an_interrupt_saves_where_all_processes_are(alone: tuple[Recipe, Path], 
     launched = subprocess.Popen([sys.executable, *TORCHRUN, "-m", "entropi", *words], stderr=subprocess.PIPE)
     wait_for_step(launched, folder, 3)
     launched.send_signal(signal.SIGINT)
-    _, said = launched.communicate(timeout=120)
+    _, said = launched.communicate(timeout=600)
     assert launched.returncode != 0
     (saved,) = (folder / "checkpoints").iterdir()
     assert (saved / "seal.json").exists(), said.decode()[-3000:]

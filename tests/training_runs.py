@@ -122,7 +122,7 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
 def wait_for_step(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
     """Until the records show `step`."""
     path = folder / record_files.RECORDS_FILE
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and any(r.step >= step for r in of_kind(folder, records.TrainingStep)):
             return
