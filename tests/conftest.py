@@ -42,9 +42,8 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cache = tmp_path_factory.mktemp("cache")
-    compiled = (
-        default_cache_dir() / "native"
-    )  # named by their source and machine: no need to compile them for each file
+    # Compiled kernels are named by their source and the machine, so that no file of tests has to make them anew.
+    compiled = default_cache_dir() / "native"
     compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
     (cache / "native").symlink_to(compiled)
     with pytest.MonkeyPatch.context() as patch:

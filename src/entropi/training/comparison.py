@@ -55,8 +55,11 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     whole = [read[run.seed] for run in finished]
     traced = whole or list(read.values())  # how a model collapses is worth a figure where no seed survived
     diagnoses = [r for found in whole for r in _of_kind(found, records.DiagnosisRecord)[-1:]]
+
     model = _model(folder / runs[0].folder, started.vocab_size)
     costs, folded = (count(model, started.context_length, folded=whether) for whether in (False, True))
+    predicted = _prediction(model, started.context_length)
+
     snapshots = [_of_kind(found, records.EntropySnapshot) for found in traced]
     steps = [_of_kind(found, records.TrainingStep) for found in traced]
     entropy_steps, heads = _series(snapshots, "entropy")
@@ -65,7 +68,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     thresholds = [found[-1].threshold for found in snapshots if whole and found and found[-1].threshold is not None]
     evaluated = [_of_kind(found, records.Evaluation)[-1].entropy for found in whole]
     shares = list(zip(*(d.quartile_shares for d in diagnoses)))
-    predicted = _prediction(model, started.context_length)
+
     return records.StudyRow(
         name=name,
         settings=settings,

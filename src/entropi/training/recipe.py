@@ -91,7 +91,7 @@ class Recipe:
         entropy_every: steps between entropy records
         evaluate_every: steps between evaluations on held-out text (0: at the end only)
         evaluation_blocks: held-out sequences used by those evaluations (the last one uses all of them)
-        save_every: steps between checkpoints (0: at the end only)
+        save_every: steps between checkpoints (0: at the end only); an interrupt saves as well
         keep_checkpoints: how many to keep
     """
 
