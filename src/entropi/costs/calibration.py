@@ -217,9 +217,7 @@ def run_trials(
         for call in trace_calls(stage, values):
             counted += counter.count(call)
         metered = engine.run(stage)
-        readings.append(
-            Reading(trial.name, counted, metered.bytes, metered.messages, metered.seconds)
-        )
+        readings.append(Reading(trial.name, counted, metered.bytes, metered.messages, metered.seconds))
         if progress is not None:
             progress(number + 1, len(chosen))
     return readings
