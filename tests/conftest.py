@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,9 +105,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory, command_cache: Path, corpu
     with own_surroundings(command_cache):
         assert main(["train", str(folder), "--corpus", str(corpus), *TINY]) == 0
     return folder
-
-
-@pytest.fixture
-def model(tmp_path: Path, trained: Path) -> Path:
-    """A copy of the trained run folder, to be damaged."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
