@@ -1,4 +1,4 @@
-"""Fixtures of the commands' tests alone: elsewhere `model` is what `serving` has under this name."""
+"""What tests of commands share."""
 
 from __future__ import annotations
 

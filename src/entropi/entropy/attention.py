@@ -228,7 +228,8 @@ def _of_one_kind(*tensors: Tensor) -> tuple[Tensor, ...]:
     if len(devices) > 1:
         raise ValueError(f"query, key and value are on different devices: {', '.join(str(t.device) for t in tensors)}")
     device = tensors[0].device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)  # "meta" has none
+    casts = known and torch.is_autocast_enabled(device)
     if casts and all(tensor.dtype != torch.float64 for tensor in tensors):
         tensors = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
     if len({tensor.dtype for tensor in tensors}) > 1:
