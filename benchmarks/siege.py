@@ -81,9 +81,10 @@ DOCUMENTED = ("is busy", "was busy", "closed the connection", "more tokens withi
 
 # `entropi ask`, whose messages of the engines' link are tampered with once so many have left.
 CLIENT = """
-import asyncio, random, sys
+import asyncio, random, signal, sys
 import aiohttp
 from entropi import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 fixed, kind, after = random.Random(int(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 channel, sent = aiohttp.ClientWebSocketResponse, 0
 send, receive = channel.send_bytes, channel.receive

@@ -95,7 +95,7 @@ def test_what_may_not_happen_makes_the_status(changed, monkeypatch):
 
 def test_every_test_that_the_table_of_attacks_names_exists():
     file, named = "", []
-    for found in re.finditer(r"`(test_\w+\.py)?::(test_\w+)`", (ROOT / "docs" / "attacks.md").read_text()):
+    for found in re.finditer(r"`([\w/]+\.py)?::(test_\w+)`", (ROOT / "docs" / "attacks.md").read_text()):
         file = found[1] or file
         named.append((file, found[2]))
     assert len(named) > 20
