@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 from matplotlib.figure import Figure
 
-from entropi import records
+from entropi import record_files
 from entropi.records import DiagnosisRecord, Evaluation, RunStarted
 from entropi.report import figures
 from entropi.report.folder import Run, read_run
@@ -210,15 +210,15 @@ PICTURES = (
 def take(source: Path, target: Path) -> None:
     """Replace the committed records by those of the run folders below `source`, shortened."""
     shutil.rmtree(target, ignore_errors=True)
-    for run in sorted(path for path in source.iterdir() if (path / records.RECORDS_FILE).is_file()):
+    for run in sorted(path for path in source.iterdir() if (path / record_files.RECORDS_FILE).is_file()):
         folder = target / run.name
         folder.mkdir(parents=True)
-        for record in records.read(run / records.RECORDS_FILE):
+        for record in record_files.read(run / record_files.RECORDS_FILE):
             in_sweep_only = run.name not in RUNS
             if in_sweep_only and not isinstance(record, RunStarted | Evaluation | DiagnosisRecord):
                 continue
-            records.append(
-                folder / records.RECORDS_FILE, msgspec.convert(_short(msgspec.to_builtins(record)), type(record))
+            record_files.append(
+                folder / record_files.RECORDS_FILE, msgspec.convert(_short(msgspec.to_builtins(record)), type(record))
             )
         for name in ("config.yaml", "environment.json"):
             shutil.copyfile(run / name, folder / name)

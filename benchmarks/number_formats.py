@@ -30,10 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from entropi.console import ProgressLine, make_console
 from entropi.machine import machine
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.training.build import model_config, prepare_corpus
 from entropi.training.callbacks import MOST_SKIPPED_IN_A_ROW
 from entropi.training.evaluation import evaluate_blocks
 from entropi.training.recipe import Recipe
-from entropi.training.run import model_config, prepare_corpus
 from entropi.training.study import load_study
 from entropi.training.trainer import EntropiTrainer
 

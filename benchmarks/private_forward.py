@@ -410,9 +410,9 @@ def trained_run(run: Path, out: Path) -> tuple[Result, float, bool]:
 @functools.cache
 def opened(run: Path) -> tuple[Any, Any, Any]:
     """The model of a run folder, the same folded, and blocks of its held-out text."""
-    from entropi.data.packing import prepare
+    from entropi.data.prepare import prepare
     from entropi.model.folding import fold
-    from entropi.training.saved import open_model
+    from entropi.training.loading import open_model
 
     recipe = msgspec.yaml.decode((run / "config.yaml").read_bytes())
     known = {field: recipe[field] for field in ("corpus", "vocab_size", "context_length")}

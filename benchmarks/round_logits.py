@@ -22,8 +22,8 @@ from entropi.private.compute.engine import Simulation
 from entropi.private.compute.layers import rounded
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import Settings
+from entropi.training.loading import open_with_text
 from entropi.training.recipe import CONFIG_FILE, load_recipe
-from entropi.training.saved import open_with_heldout
 
 LEVELS = (None, 8, 6, 5, 4, 3, 2, 1, 0)
 RESULTS = Path(__file__).parent / "results" / "round_logits.md"
@@ -31,7 +31,8 @@ RESULTS = Path(__file__).parent / "results" / "round_logits.md"
 
 def heldout_logits(run: Path, sequences: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Logits `(N, V)` float64 of held-out text, the tokens `(N,)` that follow, and the model's width."""
-    model, blocks = open_with_heldout(run, "stdlib", None, sequences)
+    opened = open_with_text(run, "stdlib", None, sequences)
+    model, blocks = opened.model, opened.blocks
     found = []
     with torch.no_grad():
         for block in blocks:

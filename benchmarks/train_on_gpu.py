@@ -92,7 +92,7 @@ def write_tokens(
 ) -> Any:
     """A folder of shards, as `--corpus` takes it, of documents that are tokens already; returns its manifest."""
     from entropi.data import shards
-    from entropi.data.packing import TOKENIZER_FILE
+    from entropi.data.prepare import TOKENIZER_FILE
     from entropi.data.tokenizer import end_of_text_id, tokenizer_hash
 
     folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def pack(file: Path, corpus: str, vocab_size: int, tokens: float) -> dict[str, A
     """Write about so many tokens of a corpus, and some of its held-out part, into one compressed file."""
     from entropi.console import make_console
     from entropi.data.corpus import Corpus, load_corpus
-    from entropi.data.packing import encoded
+    from entropi.data.prepare import encoded
     from entropi.data.site_packages import SITE_PACKAGES, load_site_packages
     from entropi.data.tokenizer import train_tokenizer
 
@@ -149,7 +149,7 @@ def pack(file: Path, corpus: str, vocab_size: int, tokens: float) -> dict[str, A
 
 def unpack(file: Path, folder: Path) -> None:
     """The tokens of a packed file as `folder/tokens`, and a few of them, for the trials, as `folder/few`."""
-    from entropi.data.packing import prepare
+    from entropi.data.prepare import prepare
 
     with tarfile.open(file, "r:xz") as tar:
         tar.extractall(folder, filter="data")
@@ -200,9 +200,9 @@ def make_row(name: str, options: argparse.Namespace, tokens: Path) -> tuple[Any,
 
 def read_speed(folder: Path) -> float:
     """Median tokens/s of the later half of a run's records."""
-    from entropi import records
+    from entropi import record_files, records
 
-    found = [r for r in records.read(folder / records.RECORDS_FILE) if isinstance(r, records.TrainingStep)]
+    found = [r for r in record_files.read(folder / record_files.RECORDS_FILE) if isinstance(r, records.TrainingStep)]
     return statistics.median(r.tokens_per_second for r in found[len(found) // 2 :])
 
 
@@ -249,10 +249,10 @@ def run_row(name: str, options: argparse.Namespace, data: Path, scratch: Path) -
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What the records of a run say: curve, speed, held-out perplexity, heads, and where it diverged."""
-    from entropi import records
+    from entropi import record_files, records
 
     found: dict[str, Any] = {}
-    read = list(records.read(folder / records.RECORDS_FILE))
+    read = list(record_files.read(folder / record_files.RECORDS_FILE))
     curve = [r for r in read if isinstance(r, records.TrainingStep)]
     found["curve"] = [(r.step, r.cross_entropy) for r in curve]
     found["penalty"] = [(r.step, r.entropy_penalty) for r in curve if r.entropy_penalty is not None]
@@ -277,7 +277,7 @@ def matrix_weights(recipe: Any, data: Path) -> int:
 
     from entropi.data.tokenizer import load_tokenizer
     from entropi.model.decoder import EntropiForCausalLM
-    from entropi.training.run import model_config
+    from entropi.training.build import model_config
 
     vocabulary = load_tokenizer(str(data / "tokens")).get_vocab_size()
     with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,24 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core; more threads would wait for each other
 
-pytest.register_assert_rewrite("command_line", "serving")  # before they are imported
+pytest.register_assert_rewrite("command_line", "serving", "training_runs")  # before they are imported
 
 from command_line import SOURCES, TINY, Done, text_folder  # noqa: E402
+
+# Files with many cases of a second each, as Triton's kernels are interpreted there: of each parametrised test in them
+# the first case and then every n-th is fast; the others are slow, which `make test` runs and `make check` does not.
+EVERY_NTH_IS_FAST = {"test_triton.py": 4}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    counts: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        every = EVERY_NTH_IS_FAST.get(item.path.name, 1)
+        test = item.path, getattr(item, "originalname", item.name)
+        if counts[test] % every:
+            item.add_marker("slow")
+        counts[test] += 1
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from entropi import records
+from entropi import record_files, records
 from entropi.model.shape import Shape
 
 SMALL = Shape(vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -54,5 +54,5 @@ def run_folder(folder: Path, perplexity: float, architecture: str) -> Path:
     entropy = [[1.0] * 4] * 2
     loss = math.log(perplexity)
     evaluation = records.Evaluation(step=1, cross_entropy=loss, perplexity=perplexity, tokens=10, entropy=entropy)
-    records.append(folder / records.RECORDS_FILE, evaluation)
+    record_files.append(folder / record_files.RECORDS_FILE, evaluation)
     return folder

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from entropi import records
+from entropi import record_files, records
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.training import run
+from entropi.training import build, run
 from entropi.training.compilation import compile_parts
 from entropi.training.evaluation import evaluate_blocks
 from entropi.training.recipe import Recipe
@@ -38,7 +38,7 @@ def test_a_model_of_any_depth_is_a_few_whole_graphs(settings: dict[str, Any]):
     torch._dynamo.reset()
     counters.clear()
     ids = torch.arange(64).reshape(4, 16)
-    model = EntropiForCausalLM(run.model_config(recipe, 300)).train()
+    model = EntropiForCausalLM(build.model_config(recipe, 300)).train()
     plain = EntropiForCausalLM(model.config).train()
     plain.load_state_dict(model.state_dict())
     compile_parts(model, "aot_eager")
@@ -79,7 +79,7 @@ def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pyt
         )
         folder = tmp_path / str(compiled)
         run.train(recipe, folder)
-        found = [r for r in records.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
+        found = [r for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
         curves.append([r.cross_entropy for r in found])
     assert len(curves[0]) == 4
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)

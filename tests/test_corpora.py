@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 
-from entropi.data import books, hub, packing, shards
+from entropi.data import books, hub, shards
+from entropi.data import prepare as preparation
 from entropi.data.corpus import Corpus, Document
-from entropi.data.packing import heldout_blocks, load_or_pack, prepare
+from entropi.data.prepare import heldout_blocks, load_or_pack, prepare
 from entropi.data.shards import Blocks, Stream
 from entropi.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from entropi.errors import UserError
@@ -160,7 +161,7 @@ def test_folder_of_a_data_set(tmp_path: Path, learnt: Tokenizer, kind: str) -> N
         datasets.DatasetDict(parts).save_to_disk(folder)
     prepared = prepare(str(folder), 400, 16)
     documents = [Document(str(n), text) for n, text in enumerate(TEXTS)]
-    np.testing.assert_array_equal(prepared.packed.train, packing.pack(documents, prepared.tokenizer, 16))
+    np.testing.assert_array_equal(prepared.packed.train, preparation.pack(documents, prepared.tokenizer, 16))
     assert prepared.corpus.name == "mine"
 
 
@@ -213,9 +214,9 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path, learnt: Tokenizer, monke
 def test_text_of_other_kinds_of_tokenizers_is_not_cut(learnt: Tokenizer) -> None:
     """A normaliser that prepends a space would prepend one to every piece."""
     other = Tokenizer.from_str(learnt.to_str())
-    assert packing._may_be_cut(other)
+    assert preparation._may_be_cut(other)
     other.normalizer = normalizers.Prepend("x")
-    assert not packing._may_be_cut(other)
+    assert not preparation._may_be_cut(other)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -235,7 +236,7 @@ def test_sentencepiece_models_give_sentencepiece_s_ids(tmp_path: Path, kind: str
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
     ours = load_tokenizer(str(tmp_path / "spm.model"))
     assert ours.get_vocab_size() == theirs.get_piece_size()
-    assert packing.end_of_text_id(ours) == theirs.eos_id() == 2
+    assert preparation.end_of_text_id(ours) == theirs.eos_id() == 2
     texts = [*prose[:50], "  two  spaces ", "Unknown: ξ and 日本 words", "", "x", "ﬁne ligatures, ½"]
     for text in texts:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
@@ -345,7 +346,7 @@ def test_books_that_cannot_be_used(languini: Path, vocabulary: str, tmp_path: Pa
 @pytest.fixture
 def in_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_TOKENS", 500)
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 300)
 
 
 def corpus_of(texts: list[str]) -> Corpus:
@@ -361,7 +362,7 @@ def test_shards_are_cut_between_documents(learnt: Tokenizer, tmp_path: Path) -> 
     stream = load_or_pack(corpus_of(TEXTS), learnt, 16, tmp_path)
     assert len(stream.train) == sum(s.tokens // 16 for s in stream.train.streams)
     ids = np.concatenate([shards.open_stream(s.path) for s in stream.train.streams])
-    np.testing.assert_array_equal(ids, packing.encode(corpus_of(TEXTS).train, learnt))
+    np.testing.assert_array_equal(ids, preparation.encode(corpus_of(TEXTS).train, learnt))
     assert sum(len(s.ends) for s in stream.train.streams) == len(TEXTS)
 
 
@@ -378,9 +379,10 @@ def test_ids_have_room(vocabulary_size: int, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from entropi.data import packing, shards
-from entropi.data.packing import prepare
-shards.SHARD_TOKENS, packing.BATCH_CHARACTERS = 500, 300
+from entropi.data import shards
+from entropi.data import prepare as preparation
+from entropi.data.prepare import prepare
+shards.SHARD_TOKENS, preparation.BATCH_CHARACTERS = 500, 300
 written, kept = [], shards.np.save
 
 def save(*arguments, **options):

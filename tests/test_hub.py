@@ -81,7 +81,7 @@ def entropi(python) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 BLOCKS = f"""
 import json
-from entropi.data.packing import prepare
+from entropi.data.prepare import prepare
 packed = prepare("codeparrot", 0, 16, tokenizer={TOKENIZER!r}, per_document=True).packed
 print(json.dumps([packed.train[:].tolist(), packed.heldout[:].tolist()]))
 """

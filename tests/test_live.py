@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from entropi import records
+from entropi import record_files, records
 from entropi.cli import main
 from entropi.entropy.diagnosis import diagnose
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Evaluation, TrainingStep
-from entropi.training.callbacks import Live
+from entropi.training.build import training_arguments
+from entropi.training.live import Live
 from entropi.training.recipe import Recipe
-from entropi.training.run import _training_arguments
 
 SIZE = ["--layers", "2", "--heads", "2", "--hidden-size", "16", "--context-length", "16", "--batch-size", "4"]
 PACE = ["--steps", "6", "--log-every", "2", "--entropy-every", "3", "--evaluate-every", "3", "--vocab-size", "300"]
@@ -42,7 +42,7 @@ def missing(package: str) -> bool:
 def trained(folder: Path, corpus: Path, tracker: str) -> list[records.Record]:
     """The records of a small run that reports to `tracker`."""
     assert main(["train", str(folder), "--report-to", tracker, "--corpus", str(corpus), *SIZE, *PACE]) == 0
-    return records.read(folder / records.RECORDS_FILE)
+    return record_files.read(folder / record_files.RECORDS_FILE)
 
 
 def of_kind(found: list[Any], kind: type) -> list[Any]:
@@ -110,7 +110,7 @@ def test_the_progress_line_tells_of_loss_speed_and_heads(
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("entropi.training.callbacks.find_spec", lambda name: None)
+    monkeypatch.setattr("entropi.training.live.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"{tracker} is not installed: pip install"):
         Live(tracker, lambda entropy: np.zeros((1, 1, 3), dtype=np.uint8))
 
@@ -120,7 +120,7 @@ def test_nothing_is_deployed_by_default(tmp_path: Path) -> None:
     for live in (None, object.__new__(Live)):
         if live is not None:
             object.__setattr__(live, "tracker", "trackio")
-        arguments = _training_arguments(Recipe(), tmp_path / "run", live)
+        arguments = training_arguments(Recipe(), tmp_path / "run", live)
         assert arguments.report_to == ([] if live is None else ["trackio"])
         assert getattr(arguments, "trackio_space_id", None) is None
         assert getattr(arguments, "trackio_static_space_id", False) is False
@@ -130,11 +130,11 @@ def test_nothing_is_deployed_by_default(tmp_path: Path) -> None:
 def test_the_picture_is_that_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command hands the training a function that draws; what it gets back are pixels."""
     taken: list[Any] = []
-    monkeypatch.setattr("entropi.training.callbacks.find_spec", lambda name: name)
+    monkeypatch.setattr("entropi.training.live.find_spec", lambda name: name)
     monkeypatch.setattr(
         "entropi.training.run.train", lambda recipe, run, live, **options: taken.append(live) or tmp_path
     )
-    (tmp_path / records.RECORDS_FILE).touch()
+    (tmp_path / record_files.RECORDS_FILE).touch()
     assert main(["train", str(tmp_path), "--report-to", "wandb"]) == 0
     (live,) = taken
     assert live.tracker == "wandb"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from entropi.training.loading import open_model
 from entropi.training.recipe import Recipe
 from entropi.training.run import train
-from entropi.training.saved import open_model
 
 SOURCES = Path(__file__).parents[1] / "src"
 TEXTS = [

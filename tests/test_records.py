@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 
-from entropi import records
+from entropi import record_files
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
@@ -217,7 +218,7 @@ EXAMPLES: list[Record] = [
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / records.RECORDS_FILE
+    return tmp_path / record_files.RECORDS_FILE
 
 
 def kinds(found: list[Record]) -> list[type]:
@@ -230,11 +231,11 @@ def test_examples_cover_every_kind():
 
 @pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
 def test_round_trip(path: Path, record: Record):
-    records.append(path, record)
-    assert records.read(path) == [record]
+    record_files.append(path, record)
+    assert record_files.read(path) == [record]
     assert path.read_bytes().count(b"\n") == 1  # one line, whatever the texts hold
-    records.rewrite(path, [record, record])
-    assert records.read(path) == [record, record]
+    record_files.rewrite(path, [record, record])
+    assert record_files.read(path) == [record, record]
 
 
 def test_traffic_adds_up_both_directions():
@@ -245,14 +246,14 @@ def test_traffic_adds_up_both_directions():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite(path: Path, value: float):
     """A diverged model has them everywhere a float can stand."""
-    records.append(
+    record_files.append(
         path,
         TrainingStep(
             step=1, cross_entropy=value, entropy_penalty=value, learning_rate=0.0, grad_norm=value, tokens_per_second=1
         ),
     )
-    records.append(path, EntropySnapshot(step=1, entropy=[[value, 1.0]], threshold=[[value]]))
-    training, snapshot = records.read(path)
+    record_files.append(path, EntropySnapshot(step=1, entropy=[[value, 1.0]], threshold=[[value]]))
+    training, snapshot = record_files.read(path)
     assert isinstance(training, TrainingStep)
     assert isinstance(snapshot, EntropySnapshot)
     assert snapshot.threshold is not None
@@ -263,8 +264,8 @@ def test_numbers_that_are_not_finite(path: Path, value: float):
 
 
 def test_none_stays_none(path: Path):
-    records.append(path, step(1))
-    (found,) = records.read(path)
+    record_files.append(path, step(1))
+    (found,) = record_files.read(path)
     assert isinstance(found, TrainingStep)
     assert found.entropy_penalty is None
 
@@ -274,29 +275,29 @@ def test_none_stays_none(path: Path):
 
 def test_a_last_line_cut_short_is_ignored(path: Path):
     for number in range(3):
-        records.append(path, step(number))
+        record_files.append(path, step(number))
     whole = path.read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
     for length in range(last, len(whole)):  # wherever a killed process was in its write
         path.write_bytes(whole[:length])
-        assert records.read(path) == [step(0), step(1)]
+        assert record_files.read(path) == [step(0), step(1)]
 
 
 @pytest.mark.parametrize("left", [b'{"kind":"step","st', b"", b"\xff\xfe"])
 def test_append_after_a_line_cut_short(path: Path, left: bytes):
     """The next record must not be glued to the remains of the last one."""
-    records.append(path, step(1))
+    record_files.append(path, step(1))
     with open(path, "ab") as file:
         file.write(left)
-    records.append(path, step(2))
-    records.append(path, step(3))
-    assert records.read(path) == [step(1), step(2), step(3)]
+    record_files.append(path, step(2))
+    record_files.append(path, step(3))
+    assert record_files.read(path) == [step(1), step(2), step(3)]
 
 
 def test_append_when_only_a_part_of_a_line_is_there(path: Path):
     path.write_bytes(b'{"kind":"ru')
-    records.append(path, step(1))
-    assert records.read(path) == [step(1)]
+    record_files.append(path, step(1))
+    assert record_files.read(path) == [step(1)]
 
 
 @pytest.mark.parametrize(
@@ -315,32 +316,32 @@ def test_append_when_only_a_part_of_a_line_is_there(path: Path):
     ],
 )
 def test_a_damaged_line_in_the_middle_is_named(path: Path, line: bytes):
-    records.append(path, step(1))
+    record_files.append(path, step(1))
     with open(path, "ab") as file:
         file.write(line + b"\n")
-    records.append(path, step(3))
+    record_files.append(path, step(3))
     with pytest.raises(UserError, match="line 2 is damaged") as caught:
-        records.read(path)
+        record_files.read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_another_schema_version_is_refused(path: Path):
-    records.append(path, step(1))
+    record_files.append(path, step(1))
     with open(path, "ab") as file:  # a version may have kinds and fields that this one does not know
         file.write(b'{"kind":"step 2.0","version":2}\n')
     with pytest.raises(UserError, match="line 2 has schema version 2, this program reads 1"):
-        records.read(path)
+        record_files.read(path)
 
 
 def test_fields_of_a_later_minor_change_are_passed_over(path: Path):
     path.write_bytes(b'{"kind":"skipped","step":1,"reason":"r","extra":[1],"version":1}\n')
-    assert records.read(path) == [SkippedUpdate(step=1, reason="r")]
+    assert record_files.read(path) == [SkippedUpdate(step=1, reason="r")]
 
 
 def test_missing_file_is_one_line(path: Path):
     with pytest.raises(UserError, match=r"cannot read the records .*No such file"):
-        records.read(path)
+        record_files.read(path)
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
@@ -350,38 +351,38 @@ def test_forget_after_keeps_the_past(path: Path):
     back = RolledBack(step=4, from_step=9, reason="r", rate_factor=0.5)
     past = [started(), step(1), evaluation(4), SkippedUpdate(step=5, reason="r"), back, started(resumed_at=5), step(5)]
     lost = [step(6), evaluation(8), SkippedUpdate(step=7, reason="r"), EntropySnapshot(step=6, entropy=[[1.0]])]
-    records.rewrite(path, [*past, *lost])
-    records.forget_after(path, 5)
-    assert records.read(path) == past
+    record_files.rewrite(path, [*past, *lost])
+    record_files.forget_after(path, 5)
+    assert record_files.read(path) == past
 
 
 def test_forget_after_drops_what_the_end_of_a_run_writes_again(path: Path):
     """Killed between its last record and its model, a run evaluates once more from its last checkpoint."""
     the_end = [r for r in EXAMPLES if isinstance(r, DiagnosisRecord | AttentionPattern | CountRecord)]
     assert len(the_end) == 3
-    records.rewrite(path, [started(10), step(9), evaluation(9), step(10), evaluation(10), *the_end])
-    records.forget_after(path, 10)
-    assert records.read(path) == [started(10), step(9), evaluation(9), step(10)]
+    record_files.rewrite(path, [started(10), step(9), evaluation(9), step(10), evaluation(10), *the_end])
+    record_files.forget_after(path, 10)
+    assert record_files.read(path) == [started(10), step(9), evaluation(9), step(10)]
 
 
 def test_forget_after_everything(path: Path):
-    records.rewrite(path, [started(), step(1), evaluation(2)])
-    records.forget_after(path, 0)
-    assert records.read(path) == [started()]
-    records.forget_after(path.with_name("missing"), 0)
+    record_files.rewrite(path, [started(), step(1), evaluation(2)])
+    record_files.forget_after(path, 0)
+    assert record_files.read(path) == [started()]
+    record_files.forget_after(path.with_name("missing"), 0)
     assert not path.with_name("missing").exists()
 
 
 def test_forget_after_mends_a_last_line_cut_short(path: Path):
-    records.append(path, step(1))
+    record_files.append(path, step(1))
     with open(path, "ab") as file:
         file.write(b'{"kind"')
-    records.forget_after(path, 1)
-    assert path.read_bytes() == records.encode(step(1)) + b"\n"
+    record_files.forget_after(path, 1)
+    assert path.read_bytes() == record_files.encode(step(1)) + b"\n"
 
 
 def test_rewrite_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch):
-    records.append(path, step(1))
+    record_files.append(path, step(1))
 
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
@@ -389,31 +390,54 @@ def test_rewrite_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            records.rewrite(path, [step(2), step(3)])
-    assert records.read(path) == [step(1)]
-    records.rewrite(path, [step(2)])
-    assert records.read(path) == [step(2)]
+            record_files.rewrite(path, [step(2), step(3)])
+    assert record_files.read(path) == [step(1)]
+    record_files.rewrite(path, [step(2)])
+    assert record_files.read(path) == [step(2)]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_rewrite_of_records_that_cannot_be_encoded_leaves_the_file(path: Path):
-    records.append(path, step(1))
+    record_files.append(path, step(1))
 
     def failing() -> list[Record]:
         yield step(2)  # type: ignore[misc]
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        records.rewrite(path, failing())
-    assert records.read(path) == [step(1)]
+        record_files.rewrite(path, failing())
+    assert record_files.read(path) == [step(1)]
 
 
 def test_a_prediction_with_the_former_name_of_its_rounds_is_read(tmp_path: Path) -> None:
     """Until 27 November 2026 rounds were recorded as "trips"."""
     (prediction,) = (r for r in EXAMPLES if isinstance(r, PredictionRecord))
-    line = records.encode(prediction)
+    line = record_files.encode(prediction)
     older = line.replace(b'"rounds":', b'"trips":')
     assert older != line
     (tmp_path / "records.jsonl").write_bytes(older + b"\n" + line + b"\n")
-    assert records.read(tmp_path / "records.jsonl") == [prediction, prediction]
+    assert record_files.read(tmp_path / "records.jsonl") == [prediction, prediction]
     assert prediction.prompt.rounds == 3.0
+
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = [
+    *sorted((ROOT / "docs" / "gallery" / "records").glob("*/records.jsonl")),
+    *sorted((ROOT / "benchmarks" / "results" / "studies").glob("*/study.jsonl")),
+]
+
+
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda path: path.parent.name)
+def test_records_of_older_versions_are_read(committed: Path):
+    """As they were written then: every line is a record, and says what it said."""
+    lines = committed.read_bytes().splitlines()
+    found = record_files.read(committed)
+    assert len(found) == len(lines) > 0
+    for record, line in zip(found, lines):
+        now = msgspec.json.decode(record_files.encode(record))
+        then = msgspec.json.decode(line)
+        assert {name: now[name] for name in then if name in now} == then
+
+
+def test_there_are_records_of_runs_and_of_studies():
+    assert {path.name for path in COMMITTED} == {record_files.RECORDS_FILE, record_files.STUDY_FILE}

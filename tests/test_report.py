@@ -23,8 +23,9 @@ import pytest
 from matplotlib import image as png
 from rich.text import Text
 
-from entropi import records
+from entropi import record_files
 from entropi.errors import UserError
+from entropi.record_files import RECORDS_FILE, encode
 from entropi.records import (
     AttentionPattern,
     CountRecord,
@@ -44,7 +45,7 @@ from entropi.records import (
 from entropi.report import figures
 from entropi.report.communication import by_operation, by_pass
 from entropi.report.folder import frames, read_run
-from entropi.report.formatting import even_distance, even_share, quote, table_of_heads
+from entropi.report.formatting import PAPER, even_distance, even_share, quote, table_of_heads
 from entropi.report.heads import in_script
 from entropi.report.page import MAX_PAGE_BYTES, write_diagnosis, write_report
 
@@ -199,9 +200,9 @@ comparison = PlaintextComparison(
 
 def folder(path: Path, contents: Iterable[Record], **files: str) -> Path:
     path.mkdir()
-    (path / records.RECORDS_FILE).touch()
+    (path / RECORDS_FILE).touch()
     for record in contents:
-        records.append(path / records.RECORDS_FILE, record)
+        record_files.append(path / RECORDS_FILE, record)
     for name, text in files.items():
         (path / name.replace("_", ".")).write_text(text)
     return path
@@ -271,12 +272,15 @@ def report(runs: list[Path], output: Path) -> Page:
     for _, attributes in page.tags:
         for name, value in attributes.items():
             if name in ("src", "href", "srcset", "action", "data"):
-                assert (value or "").startswith(("data:", "#"))
+                assert (value or "").startswith(("data:", "#")) or (name, value) == ("href", PAPER)  # nothing is loaded
             assert not name.startswith("on")
     assert "url(" not in page.source
     assert "@import" not in page.source
     targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-    assert all((link["href"] or "")[1:] in targets for link in page.all("a"))
+    links = [link["href"] or "" for link in page.all("a")]
+    assert all(link[1:] in targets for link in links if link != PAPER)
+    assert links.count(PAPER) == 1
+    assert [link[1:] for link in links if link != PAPER] == [tag["id"] for tag in page.all("h2")]
     levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -365,6 +369,19 @@ def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     assert axes.get_ylim() == (1.5, -0.5)
     assert [text.get_text() for text in axes.texts] == ["0.00", "1.00", "2.00", "3.00", "4.00", "4.50"]
     assert not figures.entropy_heatmap([[1.0] * 21] * 10, 2.0).axes[0].texts
+
+
+@pytest.mark.parametrize("values", [[[0.5296, 0.52961], [0.52962, 0.52961]], [[0.2, 0.4], [0.3, 0.5]], [[0.5, 0.5]]])
+def test_thresholds_have_one_scale_and_plain_numbers(values: list[list[float]]) -> None:
+    """Thresholds that are nearly alike made an axis that read "1e-5+5.296e-1"."""
+    figure = figures.thresholds(values)
+    figure.draw_without_rendering()
+    cells, layers = figure.axes[:2]
+    assert layers.get_xlim() == cells.images[0].get_clim()
+    assert layers.xaxis.get_offset_text().get_text() == ""
+    shown = [float(tick.label1.get_text()) for tick in layers.xaxis.get_major_ticks() if tick.label1.get_text()]
+    assert shown == sorted(set(shown))
+    assert len(shown) >= 2
 
 
 def test_heatmap_of_a_model_without_attention_in_some_layers() -> None:
@@ -517,7 +534,7 @@ def test_one_run_with_everything(tmp_path: Path) -> None:
     order = [
         "Summary",
         "Every head",
-        "Comparison",
+        "In numbers",
         "Entropy and training",
         "Private inference",
         "Cost counts",
@@ -527,28 +544,41 @@ def test_one_run_with_everything(tmp_path: Path) -> None:
     assert found == sorted(found)
 
 
-def test_missing_data_is_said(tmp_path: Path) -> None:
+def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
     page = report([folder(tmp_path / "bare", [])], tmp_path / "report.html")
-    for words in [
-        "No held-out evaluation is recorded.",
-        "No diagnosis is recorded.",
-        "No private run is recorded in this folder.",
-        "No training run is recorded in this folder.",
-        "No attention entropies are recorded.",
-        "No entropies were recorded during training.",
-        "No entropies by position are recorded.",
-        "Where the heads look is not recorded.",
-        "No counts after folding are recorded.",
-        "No thresholds are recorded",
-        "No training steps or evaluations are recorded.",
-        "No cost counts are recorded in this folder.",
-        "The command that made this run is not recorded.",
-        "This folder has no config.yaml.",
-        "This folder has no environment.json.",
-    ]:
-        assert words in page.text, words
+    assert [tag["id"] for tag in page.all("h2")] == ["summary"]
+    assert "Nothing is recorded in this folder yet." in page.text
     assert not page.all("img")
     assert "None" not in page.text
+
+
+def test_the_page_of_a_foreign_model_has_no_empty_part(tmp_path: Path) -> None:
+    """Of a model that was not trained here: its perplexity and its heads, and nothing about what it has not."""
+    evaluated = Evaluation(step=0, cross_entropy=9.0, perplexity=8103.08, tokens=1, entropy=some_entropy())
+    (tmp_path / "gpt2").mkdir()
+    verdict = diagnosis()
+    assert isinstance(verdict, DiagnosisRecord)
+    verdict.model, verdict.parameters = "GPT2LMHeadModel", 124_439_808
+    page = Page(write_diagnosis(tmp_path / "gpt2", [evaluated, verdict, pattern()], tmp_path / "page.html"))
+    for fact in ("GPT2LMHeadModel, 124.4 M parameters", "8,103.08", "In numbers", "Where the heads stand"):
+        assert fact in page.text
+    assert [tag["id"] for tag in page.all("h2")] == ["summary", "heads", "comparison", "runs"]
+    for absent in ("ecorded", "Loss", "private inference is", "FLOPs", "regulariser", "entropi cost", "Settings"):
+        assert absent not in page.text, absent
+    assert 'class="missing"' not in page.source
+
+
+def test_terms_come_before_their_use(tmp_path: Path) -> None:
+    page = report([full_folder(tmp_path / "run")], tmp_path / "report.html")
+    defined = page.text.index("M the largest entropy observed in any head")
+    assert defined < min(page.text.index(words) for words in ("log T is", "quarter of M", "M/4"))
+    assert page.text.index("Entropy-Guided Attention for Private LLMs") < page.text.index("of the paper")
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 layer, 1 head, width"), (3, "3 layers, 3 heads, width")])
+def test_one_head_is_no_heads(tmp_path: Path, count: int, words: str) -> None:
+    one = msgspec.structs.replace(started, layers=count, heads=count)
+    assert words in report([folder(tmp_path / "run", [one])], tmp_path / "report.html").text
 
 
 def test_the_table_of_heads_holds_the_last_frame(tmp_path: Path) -> None:
@@ -682,13 +712,6 @@ def test_a_diagnosis_becomes_a_page_and_leaves_its_folder_alone(tmp_path: Path) 
     assert "Diagnosed anew." in page.text
     assert "24 of 24 heads put more than half" in page.text
     assert "8,103" not in page.text  # the run's own evaluation was on all of its text
-    (tmp_path / "gpt2").mkdir()
-    verdict = diagnosis()
-    assert isinstance(verdict, DiagnosisRecord)
-    verdict.model, verdict.parameters = "GPT2LMHeadModel", 124_439_808
-    page = Page(write_diagnosis(tmp_path / "gpt2", [*found, verdict], tmp_path / "page.html"))
-    for fact in ("gpt2", "GPT2LMHeadModel, 124.4 M parameters", "8,103.08", "No training run is recorded"):
-        assert fact in page.text
 
 
 def test_cost_against_perplexity(tmp_path: Path) -> None:
@@ -703,7 +726,7 @@ def test_cost_against_perplexity(tmp_path: Path) -> None:
     page = report([run("D", private()), run("E", private()), counted[0]], tmp_path)
     assert "Runs without both figures are left out." in page.text
     assert "(MB a generated token) against perplexity. D: " in page.source
-    assert "Fewer than two of these runs" in report([counted[0], run("F")], tmp_path).text
+    assert "Cost against perplexity" not in report([counted[0], run("F")], tmp_path).text
 
 
 def test_runs_that_differ_in_the_margin_are_a_sweep(tmp_path: Path) -> None:
@@ -719,7 +742,7 @@ def test_runs_that_differ_in_the_margin_are_a_sweep(tmp_path: Path) -> None:
 
 def test_private_run_alone(tmp_path: Path) -> None:
     page = report([folder(tmp_path / "asked", [private()])], tmp_path / "report.html")
-    assert "No comparison with plaintext is recorded." in page.text
+    assert "Comparison with plaintext" not in page.text
     assert "exp" in page.text
     assert len(page.all("img")) == 1
 
@@ -766,8 +789,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "SM (run1)" in page.text
     assert "SM (run2)" in page.text
     assert "SM+LN+G (run0)" not in page.text
-    assert "No private run is recorded in any of these folders." in page.text
-    assert "No thresholds are recorded" in page.text
+    assert "Private inference" not in page.text
+    assert "Learned entropy thresholds" not in page.text
     again = report([paths[0], paths[0]], tmp_path)
     assert "SM+LN+G (run0), 2" in again.text
 
@@ -823,9 +846,9 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
         PlaintextComparison(max_logit_error=[0.1, NAN], same_top1=[], plaintext_tokens=[1]),
     ]
     path = folder(tmp_path / "run", contents)
-    lines = (path / records.RECORDS_FILE).read_text().splitlines()
+    lines = (path / RECORDS_FILE).read_text().splitlines()
     assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
-    assert math.isinf(records.read(path / records.RECORDS_FILE)[3].perplexity)  # type: ignore[union-attr]
+    assert math.isinf(record_files.read(path / RECORDS_FILE)[3].perplexity)  # type: ignore[union-attr]
     page = report([path], tmp_path / "report.html")
     assert "not finite" in page.text
     assert "1 update was refused" in page.text
@@ -856,13 +879,19 @@ def damage(path: Path, name: str, text: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        (records.RECORDS_FILE, "{half\n"),
-        (records.RECORDS_FILE, '{"kind":"entropy","step":1,"entropy":[[1],[1,2]]}\n'),
-        (records.RECORDS_FILE, '{"kind":"entropy","step":900,"entropy":[[1,2]]}\n'),
-        (records.RECORDS_FILE, f'{{"kind":"entropy","step":900,"entropy":{[[1.0] * 9] * LAYERS}}}\n'),
-        (records.RECORDS_FILE, records.encode(pattern()).decode().replace('"positions":[0,', '"positions":[') + "\n"),
-        (records.RECORDS_FILE, records.encode(pattern()).decode().replace('"distance":[[', '"distance":[[1,') + "\n"),
-        (records.RECORDS_FILE, records.encode(diagnosis([0.5, 0.5])).decode() + "\n"),
+        (RECORDS_FILE, "{half\n"),
+        (RECORDS_FILE, '{"kind":"entropy","step":1,"entropy":[[1],[1,2]]}\n'),
+        (RECORDS_FILE, '{"kind":"entropy","step":900,"entropy":[[1,2]]}\n'),
+        (RECORDS_FILE, f'{{"kind":"entropy","step":900,"entropy":{[[1.0] * 9] * LAYERS}}}\n'),
+        (
+            RECORDS_FILE,
+            encode(pattern()).decode().replace('"positions":[0,', '"positions":[') + "\n",
+        ),
+        (
+            RECORDS_FILE,
+            encode(pattern()).decode().replace('"distance":[[', '"distance":[[1,') + "\n",
+        ),
+        (RECORDS_FILE, encode(diagnosis([0.5, 0.5])).decode() + "\n"),
         ("config.yaml", "broken: [\n"),
         ("environment.json", "}"),
     ],
@@ -875,7 +904,7 @@ def test_damage_is_a_user_error_of_one_line(tmp_path: Path, name: str, text: str
 
 
 def test_a_last_line_cut_short_is_forgiven(tmp_path: Path) -> None:
-    report([damage(tmp_path / "run", records.RECORDS_FILE, '{"kind":"st')], tmp_path / "report.html")
+    report([damage(tmp_path / "run", RECORDS_FILE, '{"kind":"st')], tmp_path / "report.html")
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from entropi import training
 from entropi.data import site_packages
-from entropi.data.packing import prepare
+from entropi.data.prepare import prepare
 from entropi.data.site_packages import is_data, load_site_packages, shingles
 from entropi.errors import UserError
 

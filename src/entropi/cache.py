@@ -25,7 +25,7 @@ def default_cache_dir() -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` when the block ends, and vanishes if the block fails.
 
     Raises `UserError` if the file cannot be written.

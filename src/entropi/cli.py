@@ -106,7 +106,7 @@ def _parse(given: list[str]) -> tuple[Command, dict[str, Any]]:
         return command, values
 
     if named is None and (kept := settings.kept(values)) is not None:
-        values = build_parser(settings.read(kept)).parse_args(given)[parsed.command].as_dict()
+        values = build_parser(kept).parse_args(given)[parsed.command].as_dict()
     fields = {field.name: values.pop(field.name) for field in dataclasses.fields(settings.kind)}
     del values["config"]
     return command, {**values, settings.argument: settings.kind(**fields)}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from command_line import Done, assert_refused
-from entropi import records
+from entropi import record_files, records
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -115,8 +115,8 @@ def test_ask_prints_the_answer_once(
 def test_ask_leaves_record_and_logits(entropi: Callable[..., Done], answering: Callable[..., None], tmp_path: Path):
     answering(["a", "b"], "ab")
     done = entropi("ask", "hello", "--json", "--record", tmp_path, "--logits", tmp_path / "logits")
-    (recorded,) = records.read(tmp_path / "records.jsonl")
-    assert json.loads(done.out) == json.loads(records.encode(recorded))
+    (recorded,) = record_files.read(tmp_path / "records.jsonl")
+    assert json.loads(done.out) == json.loads(record_files.encode(recorded))
     assert done.out.count("\n") == 1
     assert np.load(tmp_path / "logits").shape == (2, 4)  # under the name that was given
 
@@ -127,7 +127,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(
 ):
     answering(["a"], "a")
     assert entropi("ask", "--record", tmp_path, "--", prompt).status == 0
-    (recorded,) = records.read(tmp_path / "records.jsonl")
+    (recorded,) = record_files.read(tmp_path / "records.jsonl")
     assert isinstance(recorded, records.PrivateRun)
     assert recorded.prompt == prompt
 

@@ -17,7 +17,7 @@ pytest.importorskip("jax")
 
 from command_line import Done
 from cost_shapes import LLAMA_7B, SMALL, run_folder, written
-from entropi import records
+from entropi import record_files, records
 from entropi.cli import main
 from entropi.costs import tables
 from entropi.costs.prediction import CostModel
@@ -105,7 +105,7 @@ def test_a_recorded_prediction_is_in_the_report(tmp_path: Path, capsys: pytest.C
     pytest.importorskip("matplotlib")
     run = run_folder(tmp_path / "run", 20.0, "SM+LN+R")
     assert main(["cost", "--architecture", str(run), "--seq-len", "32", "--record"]) == 0
-    prediction = records.read(run / records.RECORDS_FILE)[-1]
+    prediction = record_files.read(run / record_files.RECORDS_FILE)[-1]
     assert isinstance(prediction, records.PredictionRecord)
     assert (prediction.architecture, prediction.seq_len) == ("SM+LN+R", 32)
     assert main(["report", str(run)]) == 0

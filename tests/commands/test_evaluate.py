@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from command_line import Done, assert_refused
-from entropi import records
+from entropi import record_files, records
 from entropi.errors import UserError
-from entropi.training.saved import open_model
+from entropi.training.loading import open_model
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -47,7 +47,7 @@ def test_train_evaluate_and_diagnose_agree(
     entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    recorded = [r for r in records.read(trained / "records.jsonl") if isinstance(r, records.Evaluation)][-1]
+    recorded = [r for r in record_files.read(trained / "records.jsonl") if isinstance(r, records.Evaluation)][-1]
     done = entropi("evaluate", trained, "--corpus", corpus, "--json")
     found = json.loads(done.out)
     assert done.status == 0

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from command_line import TINY, Done, assert_refused
 from entropi.cli import main
 from entropi.data.tokenizer import END_OF_TEXT
-from entropi.training.saved import open_model
+from entropi.training.loading import open_model
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 

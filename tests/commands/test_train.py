@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from command_line import TINY, Done, assert_refused, spawn
-from entropi import records
+from entropi import record_files, records
 from entropi.training.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -77,23 +78,43 @@ def test_control_c_ends_a_training_that_can_be_continued(tmp_path: Path, corpus:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(folder.glob("checkpoints/*/seal.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"entropi: interrupted; entropi train {folder} continues the run"
+    said = re.fullmatch(
+        rf"entropi: interrupted; step (\d+) is saved; the same command or `entropi train {folder}` continues the run",
+        errors.splitlines()[-1],
+    )
+    assert said is not None, errors
     assert not (folder / "model").exists()
     done = spawn("train", folder)
     assert done.status == 0, done.err
-    starts = [r for r in records.read(folder / "records.jsonl") if isinstance(r, records.RunStarted)]
-    assert starts[-1].resumed_at >= 5
-    steps = [r.step for r in records.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
+    starts = [r for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.RunStarted)]
+    assert starts[-1].resumed_at == int(said[1])
+    steps = [r.step for r in record_files.read(folder / "records.jsonl") if isinstance(r, records.TrainingStep)]
     assert steps == list(range(1, 401))
+
+
+def test_a_run_alone_is_continued_with_its_own_settings(entropi: Callable[..., Done], model: Path):
+    """What was chosen for a run need not be typed again; what is typed and differs is refused by name."""
+    shutil.rmtree(model / "model")
+    done = entropi("train", model)
+    assert done.status == 0, done.err
+    assert f"resuming {model} after step 3 of 3" in done.err
+    assert (model / "model").is_dir()
+    assert entropi("train", model, "--steps", "3", "--layers", "2").status == 0
+    assert_refused(
+        entropi("train", model, "--layers", "3", "--learning-rate", "0.5", "--steps", "3"),
+        "holds a run of another recipe, which differs in layers (2 there, 3 here), learning_rate (0.001 there, 0.5 her",
+    )
+    (model / "config.yaml").write_text("layers: [")
+    assert_refused(entropi("train", model), "cannot read the recipe")
 
 
 def test_the_run_alone_continues_it(entropi: Callable[..., Done], corpus: Path, tmp_path: Path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entropi import records
+from entropi import record_files, records
 from entropi.commands.common import (
     Command,
     Words,
@@ -124,7 +124,7 @@ def run(
     if check is not None:
         check.compare(answer)
     if record is not None:
-        records.append(record / records.RECORDS_FILE, answer.record)
+        record_files.append(record / record_files.RECORDS_FILE, answer.record)
     if logits is not None:
         _write_logits(logits, answer.logits, server)
     if json:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entropi import records
+from entropi import record_files
 from entropi.console import escaped_json
 from entropi.errors import UserError
 
@@ -31,14 +31,14 @@ class Words:
 class Settings:
     """A dataclass whose fields are options of a command, and which arrives as one argument of it.
 
-    Its file is what `--config` names, and else what `kept` finds: an earlier call's settings, so that they need not be
-    typed again.
+    `read` reads the file that `--config` names; without one, `kept` finds an earlier call's settings, so that they need
+    not be typed again.
     """
 
     argument: str
     kind: type
     read: Callable[[Path], Any]
-    kept: Callable[[dict[str, Any]], Path | None]
+    kept: Callable[[dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,4 @@ def refuse_other_families(model: Path, purpose: str) -> None:
 
 def print_json(value: Any) -> None:
     """One line on standard output that no terminal is upset by."""
-    print(escaped_json(records.encode(value).decode()))
+    print(escaped_json(record_files.encode(value).decode()))

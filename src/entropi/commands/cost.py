@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from entropi import records
+from entropi import record_files
 from entropi.commands.common import Command, Words, check_parents, extra, print_json
 from entropi.console import ProgressLine
 from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
@@ -78,7 +78,7 @@ def run(
     """
     check_parents(picture, calibrate)
     _refuse_several({"--architecture": architecture, "--compare": compare, "--budget": budget, "--runs": runs})
-    recorded = Path(architecture or "") / records.RECORDS_FILE
+    recorded = Path(architecture or "") / record_files.RECORDS_FILE
     if record and (architecture is None or not recorded.is_file()):
         raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
     if budget is not None and picture is not None:
@@ -237,7 +237,7 @@ def _report(
 
     found = [make_report(costs, shape, seq_len, name) for name, shape in shapes]
     if recorded is not None:
-        records.append(recorded, found[0].prediction)
+        record_files.append(recorded, found[0].prediction)
     if picture is not None:
         with extra("report"):
             from entropi.report import figures

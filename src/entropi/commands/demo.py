@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from entropi import records
+from entropi import record_files, records
 from entropi.commands.common import Command, extra
 from entropi.console import make_console
 from entropi.errors import UserError
@@ -108,13 +108,13 @@ def _ask_in_private(run: Path) -> tuple[records.PrivateRun, records.PlaintextCom
 
     answer = last(run, records.PrivateRun)
     comparison = compare_with_plaintext(run, answer, np.load(logits_file))
-    records.append(run / records.RECORDS_FILE, comparison)
+    record_files.append(run / record_files.RECORDS_FILE, comparison)
     return answer, comparison
 
 
 def last(run: Path, kind: type[records.R]) -> records.R:
     """The newest record of a kind in a run folder."""
-    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, kind)]
+    found = [r for r in record_files.read(run / record_files.RECORDS_FILE) if isinstance(r, kind)]
     if not found:
         raise UserError(f"{run} holds no {kind.__name__} record")
     return found[-1]
@@ -152,7 +152,7 @@ def compare_with_plaintext(model_path: Path, answer: records.PrivateRun, logits:
     import numpy as np
     import torch
 
-    from entropi.training.saved import open_model
+    from entropi.training.loading import open_model
 
     model, _, _ = open_model(model_path)
     errors, same, plain_tokens = [], [], []

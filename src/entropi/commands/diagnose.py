@@ -42,7 +42,7 @@ def run(
         from entropi.report.page import write_diagnosis
     from entropi.downloads import name_of, on_disk
     from entropi.training.evaluation import PATTERN_SEQUENCES, diagnose_heldout, observe_patterns
-    from entropi.training.saved import evaluate_heldout, failures_in_one_line, open_with_text
+    from entropi.training.loading import evaluate_heldout, failures_in_one_line, open_with_text
 
     check_parents(heatmap, html)
     folder, name = on_disk(model), name_of(model)

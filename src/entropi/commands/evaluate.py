@@ -34,7 +34,7 @@ def run(
         json: print one JSON object
     """
     from entropi.downloads import on_disk
-    from entropi.training.saved import evaluate_heldout, open_with_text
+    from entropi.training.loading import evaluate_heldout, open_with_text
 
     opened = open_with_text(
         on_disk(model), corpus, exp_iterations, sequences, context_length, packing, all_of_plain_text=True

@@ -17,7 +17,7 @@ def run(model: Path, output: Path) -> None:
     """
     refuse_other_families(model, "what can be folded")
     from entropi.model.folding import fold
-    from entropi.training.saved import open_model
+    from entropi.training.loading import open_model
 
     loaded, _, folder = open_model(model)
     folded = fold(loaded)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-from entropi import records
+from entropi import record_files, records
 from entropi.commands.common import Command, Settings, extra
 from entropi.console import make_console
-from entropi.training.recipe import CONFIG_FILE, Recipe, load_recipe
+from entropi.training.recipe import Recipe, load_recipe, recipe_of_run
 
 
 def run(
@@ -38,15 +39,12 @@ def run(
     from entropi.training.run import train
 
     live = None if report_to == "none" else _live(report_to, recipe)
-    try:
-        folder = train(recipe, run, live, shard=shard)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"entropi train {run} continues the run") from None
+    folder = train(recipe, run, live, shard=shard)
     distributed.disconnect()
     if not distributed.is_main():
         return
 
-    found = [r for r in records.read(run / records.RECORDS_FILE) if isinstance(r, records.Evaluation)]
+    found = [r for r in record_files.read(run / record_files.RECORDS_FILE) if isinstance(r, records.Evaluation)]
     if found:
         print(f"held-out perplexity {found[-1].perplexity:.2f} ({found[-1].cross_entropy:.4f} nats a token)", end="; ")
     print(f"model in {folder}")
@@ -54,7 +52,7 @@ def run(
 
 def _prepare(recipe: Recipe) -> None:
     """Tokenise the corpus of a recipe, and say where the tokens are."""
-    from entropi.training.run import prepare_corpus
+    from entropi.training.build import prepare_corpus
 
     packed = prepare_corpus(recipe, make_console()).packed
     place = packed.train.streams[0].path.parent
@@ -68,19 +66,18 @@ def _live(report_to: Literal["tensorboard", "trackio", "wandb"], recipe: Recipe)
     """What shows the training while it runs."""
     with extra("report"):
         from entropi.report import figures
-    from entropi.training.callbacks import Live
+    from entropi.training.live import Live
 
     def draw(entropy: records.Matrix) -> Any:
-        ceiling = figures.causal_maximum(recipe.context_length)
-        return figures.to_pixels(figures.entropy_heatmap(entropy, ceiling, recipe.architecture))
+        top = math.log(recipe.context_length)  # the scale of reports
+        return figures.to_pixels(figures.entropy_heatmap(entropy, top, recipe.architecture))
 
     return Live(report_to, draw)
 
 
-def _kept(given: dict[str, Any]) -> Path | None:
+def _kept(given: dict[str, Any]) -> Recipe | None:
     """The recipe of a run that has begun."""
-    path: Path = given["run"] / CONFIG_FILE
-    return path if path.is_file() else None
+    return recipe_of_run(given["run"])
 
 
 COMMAND = Command(run, place=2, settings=Settings("recipe", Recipe, load_recipe, _kept))

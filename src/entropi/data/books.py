@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from entropi.cache import default_cache_dir, written_whole
+from entropi.cache import atomic_write, default_cache_dir
 from entropi.console import ProgressLine
-from entropi.data.corpus import HELDOUT_SHARE, position
 from entropi.data.shards import MANIFEST, Stream, file_digest, open_stream
+from entropi.data.split import HELDOUT_SHARE, position
 from entropi.errors import UserError
 
 # Languini's own lists: rows of (path below the folder, tokens), beside the folder or in it.
@@ -152,6 +152,6 @@ def _inspect(folder: Path, names: list[str], cache_dir: Path | None, console: Co
 
     found = dict(looked())
     if found != known:
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(msgspec.json.encode(found))
     return found

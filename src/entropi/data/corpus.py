@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sysconfig
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from entropi.data.split import hash_of_parts, split, split_by_name
 from entropi.errors import UserError
 
 STDLIB = "stdlib"
-HELDOUT_SHARE = 0.05
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 GENERATED_FOLDERS = frozenset({"encodings", "pydoc_data"})
 FOREIGN_FOLDERS = frozenset({"__pycache__", "CVS", "node_modules", "site-packages", "dist-packages"})
@@ -56,7 +55,7 @@ class Corpus:
     sources: tuple[Source, ...] = ()
 
 
-def load_corpus(source: str) -> Corpus:
+def load_corpus(source: str, content_hash: str = "") -> Corpus:
     """Read a corpus: `"stdlib"`, or the path of a text file or of a folder of text files.
 
     `"stdlib"` is the `*.py` source of the running Python's standard library without its test suites: those are
@@ -70,14 +69,12 @@ def load_corpus(source: str) -> Corpus:
     followed, blank files and exact copies of an earlier file are left out, and what is not UTF-8 text is
     counted in `skipped`.
 
-    The split is by file: the hash of its relative path alone sends a file to the held-out part (about 5 % of
-    the files), so it stays there when other files come and go. Two exceptions keep both parts usable: a file
-    with more than half of all text is always trained on, and neither part stays empty. A single document is
-    itself split: its last 5 %, from the start of a line, are held out.
+    About 5 % of the text is held out, whole files or the ends of files: see `split.split`. What was split by an
+    earlier rule is split so again if that gives `content_hash`, which a run records.
 
     Raises `UserError` if the source is missing, empty, unreadable, not text, or not a file or folder.
     """
-    return _split(*_read_source(source))
+    return _split(*_read_source(source), content_hash)
 
 
 def load_texts(source: str) -> list[Document]:
@@ -194,41 +191,11 @@ def _read_all(root: Path, paths: Iterator[Path]) -> tuple[list[Document], int, i
     return documents, skipped, duplicates
 
 
-def position(path: str) -> float:
-    """A number in [0, 1) that depends on the relative path alone."""
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _split(name: str, documents: list[Document], skipped: int, duplicates: int) -> Corpus:
-    if len(documents) == 1:
-        train, heldout = _split_text(documents[0])
-    else:
-        half = sum(len(document.text) for document in documents) / 2
-        candidates = [document for document in documents if len(document.text) <= half]
-        first = min(candidates, key=lambda document: position(document.path))
-        held = {first.path} | {d.path for d in candidates if position(d.path) < HELDOUT_SHARE}
-        if len(held) == len(documents):  # a few files whose hashes are all small
-            held = {first.path}
-        train = [document for document in documents if document.path not in held]
-        heldout = [document for document in documents if document.path in held]
-
-    return Corpus(name, train, heldout, content_hash(train, heldout), skipped, duplicates)
-
-
-def content_hash(train: list[Document], heldout: list[Document]) -> str:
-    """SHA-256 (hexadecimal) of the paths and texts of both parts."""
-    digest = hashlib.sha256()
-    for part, members in ((b"train", train), (b"held-out", heldout)):
-        for document in members:
-            for field in (part, document.path.encode("utf-8", "surrogateescape"), document.text.encode()):
-                digest.update(len(field).to_bytes(8, "big") + field)
-    return digest.hexdigest()
-
-
-def _split_text(document: Document) -> tuple[list[Document], list[Document]]:
-    text = document.text
-    cut = int(len(text) * (1 - HELDOUT_SHARE))
-    line_start = text.rfind("\n", len(text) // 2, cut) + 1  # text of very few lines is cut within a line
-    cut = line_start or cut
-    return [Document(document.path, text[:cut])], [Document(document.path, text[cut:])]
+def _split(name: str, documents: list[Document], skipped: int, duplicates: int, content_hash: str) -> Corpus:
+    parts = split(documents)
+    digest = hash_of_parts(*parts)
+    if content_hash and digest != content_hash:
+        earlier = split_by_name(documents)
+        if hash_of_parts(*earlier) == content_hash:
+            parts, digest = earlier, content_hash
+    return Corpus(name, *parts, digest, skipped, duplicates)

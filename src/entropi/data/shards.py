@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from entropi.cache import written_whole
+from entropi.cache import atomic_write
 from entropi.errors import UserError
 
 try:
@@ -181,7 +181,7 @@ def load_manifest(folder: Path) -> Manifest | None:
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest whole or not at all."""
-    with written_whole(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
@@ -211,7 +211,7 @@ def write_shard(
         return None
     path = folder / f"{name}.npy"
     for target, content in ((path, np.concatenate(ids)), (ends_file(path), np.array(ends, np.int64))):
-        with written_whole(target) as file:
+        with atomic_write(target) as file:
             np.save(file, content, allow_pickle=False)
     return Shard(file=path.name, tokens=tokens, documents=len(ends), characters=characters, sha256=_digest(path))
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from entropi.cache import default_cache_dir, written_whole
+from entropi.cache import atomic_write, default_cache_dir
 from entropi.console import ProgressLine
-from entropi.data.corpus import TEST_FOLDERS, Corpus, Document, Source, content_hash, position, read_text
+from entropi.data.corpus import TEST_FOLDERS, Corpus, Document, Source, read_text
+from entropi.data.split import hash_of_parts, position
 from entropi.errors import UserError
 
 SITE_PACKAGES = "site-packages"
@@ -98,7 +99,7 @@ def load_site_packages(cache_dir: Path | None = None, console: Console | None = 
         chosen = msgspec.json.decode(path.read_bytes(), type=_Chosen)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         chosen = _choose(root, installed, console)
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(msgspec.json.encode(chosen))
 
     train, heldout = (
@@ -115,7 +116,7 @@ def load_site_packages(cache_dir: Path | None = None, console: Console | None = 
         Source(f"{p.name} {p.version}", p.licence, "held-out" if p.heldout else "train") for p in chosen.packages
     ]
     name = f"Python source of {len(chosen.packages)} installed packages"
-    digest = content_hash(train, heldout)
+    digest = hash_of_parts(train, heldout)
     return Corpus(name, train, heldout, digest, chosen.skipped, chosen.duplicates, tuple(sources))
 
 

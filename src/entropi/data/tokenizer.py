@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from entropi.cache import default_cache_dir, written_whole
+from entropi.cache import atomic_write, default_cache_dir
 from entropi.data.corpus import Corpus, Document
 from entropi.data.shards import locked
 from entropi.errors import UserError
@@ -82,7 +82,7 @@ def load_or_train_tokenizer(
             size = f"{sum(len(document.text) for document in corpus.train):,} characters of " if at_hand else ""
             console.print(f"training the tokenizer on {size}{corpus.name}", markup=False)
         learnt = train_tokenizer(corpus, vocab_size)
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(learnt.to_str().encode())
     return learnt
 

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from entropi.entropy.regularizer import EntropyRegularizer
 from entropi.errors import UserError
-from entropi.model import card, takeover
+from entropi.model import card, convert
 from entropi.model.attention import EntropiAttention, LengthScale, Temperature, rotation_of
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
@@ -381,7 +381,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         Raises:
             UserError: options of `GPT2Config` that this family does not have.
         """
-        return cls._with_weights(gpt2, *takeover.from_gpt2(gpt2.config, gpt2.state_dict()))
+        return cls._with_weights(gpt2, *convert.from_gpt2(gpt2.config, gpt2.state_dict()))
 
     @classmethod
     def from_gpt_neox(cls, neox: GPTNeoXForCausalLM) -> EntropiForCausalLM:
@@ -390,7 +390,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         Raises:
             UserError: options of `GPTNeoXConfig` that this family does not have.
         """
-        return cls._with_weights(neox, *takeover.from_gpt_neox(neox.config, neox.state_dict()))
+        return cls._with_weights(neox, *convert.from_gpt_neox(neox.config, neox.state_dict()))
 
     @classmethod
     def _with_weights(

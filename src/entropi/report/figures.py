@@ -274,6 +274,26 @@ def _quarter_colour(quarter: int) -> Any:
     return matplotlib.colormaps["cividis"]((0.0, 0.36, 0.7, 1.0)[quarter])
 
 
+def _stacked_quarters(axes: Any, rows: Sequence[Sequence[float]], *, upright: bool, unit: str) -> None:
+    """Shares between 0 and 1 of heads in each quarter of M as stacked bars, in percent, a bar a row of `rows`."""
+    table = 100 * np.array([[value if math.isfinite(value) else 0.0 for value in row] for row in rows])
+    ends = np.zeros(len(rows))
+    for quarter, label in enumerate(QUARTERS):
+        colour = _quarter_colour(quarter)
+        lengths = table[:, quarter]
+        draw, start = (axes.bar, "bottom") if upright else (axes.barh, "left")
+        draw(np.arange(len(rows)), lengths, 0.72, color=colour, edgecolor="white", label=label, **{start: ends})
+        for place, (length, end) in enumerate(zip(lengths, ends)):
+            if length >= 6:  # or there is no room for a number
+                middle = (place, end + length / 2)
+                x, y = middle if upright else reversed(middle)
+                ink = "white" if _dark(colour) else "black"
+                axes.text(x, y, f"{length:.0f}{unit}", ha="center", va="center", color=ink, fontsize=8.5)
+        ends += lengths
+
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+
+
 @_styled
 def quartile_shares(shares: Mapping[str, Sequence[float]]) -> Figure:
     """Share of heads in each quarter of the largest observed entropy M, one bar a run (Fig. 2a and 7).
@@ -282,26 +302,14 @@ def quartile_shares(shares: Mapping[str, Sequence[float]]) -> Figure:
     """
     figure = Figure(figsize=(7.2, 1.2 + 0.42 * max(len(shares), 1)), layout="constrained")
     axes = figure.add_subplot()
-    rows = np.arange(len(shares))
-    table = np.array([[value if math.isfinite(value) else 0.0 for value in row] for row in shares.values()])
-    left = np.zeros(len(shares))
-    for quarter, label in enumerate(QUARTERS):
-        colour = _quarter_colour(quarter)
-        widths = 100 * table[:, quarter]
-        bars = axes.barh(rows, widths, left=left, height=0.7, color=colour, edgecolor="white", label=label)
-        for bar, width in zip(bars, widths):
-            if width >= 5:
-                x, y = bar.get_x() + width / 2, bar.get_y() + bar.get_height() / 2
-                ink = "white" if _dark(colour) else "black"
-                axes.text(x, y, f"{width:.0f} %", ha="center", va="center", color=ink, fontsize=8.5)
-        left += widths
-    axes.set_yticks(rows, [_name(name) for name in shares])
+    _stacked_quarters(axes, list(shares.values()), upright=False, unit=" %")
+
+    axes.set_yticks(np.arange(len(shares)), [_name(name) for name in shares])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of heads (%)")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
     return figure
 
 
@@ -319,6 +327,9 @@ def thresholds(threshold: Sequence[Sequence[float]]) -> Figure:
     mean, spread = finite.mean(axis=1).filled(np.nan), finite.std(axis=1).filled(np.nan)
     layers.errorbar(mean, np.arange(len(values)), xerr=spread, fmt="o", color=PALETTE[0], capsize=2.5)
     layers.set_xlabel("mean over heads ± std")
+    layers.set_xlim(low, high)  # the heatmap's scale; its own would show the rounding of thresholds that are alike
+    layers.xaxis.set_major_locator(MaxNLocator(3))
+    layers.ticklabel_format(axis="x", useOffset=False, style="plain")
     layers.grid(axis="x")
     layers.tick_params(axis="y", labelleft=True)
     return figure
@@ -336,25 +347,12 @@ def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[flo
     known = {margin: value for margin, value in (perplexity or {}).items() if math.isfinite(value)}
     figure = Figure(figsize=(9.2 if known else 6.4, 3.8), layout=ConstrainedLayoutEngine(wspace=0.06))
     axes, *more = figure.subplots(1, 2 if known else 1, squeeze=False, width_ratios=(1.6, 1) if known else None)[0]
-    places = np.arange(len(margins))
-    table = np.array([[value if math.isfinite(value) else 0.0 for value in shares[margin]] for margin in margins])
-    bottom = np.zeros(len(margins))
-    for quarter, label in enumerate(QUARTERS):
-        colour = _quarter_colour(quarter)
-        bars = axes.bar(
-            places, 100 * table[:, quarter], bottom=bottom, width=0.75, color=colour, edgecolor="white", label=label
-        )
-        for bar, height in zip(bars, 100 * table[:, quarter]):
-            if height >= 6:
-                x, y = bar.get_x() + bar.get_width() / 2, bar.get_y() + height / 2
-                ink = "white" if _dark(colour) else "black"
-                axes.text(x, y, f"{height:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
-        bottom += 100 * table[:, quarter]
-    axes.set_xticks(places, [f"{margin:g}" for margin in margins])
+    _stacked_quarters(axes, [shares[margin] for margin in margins], upright=True, unit="")
+
+    axes.set_xticks(np.arange(len(margins)), [f"{margin:g}" for margin in margins])
     axes.set_xlabel("margin γ (share of E_max)")
     axes.set_ylabel("share of heads (%)")
     axes.set_ylim(0, 100)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
     for beside in more:
         beside.plot(list(known), list(known.values()), "o", color=PALETTE[0])
         beside.plot(sorted(known), [known[margin] for margin in sorted(known)], color=PALETTE[0], linewidth=1)

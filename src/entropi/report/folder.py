@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from entropi import records
+from entropi import record_files, records
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
@@ -108,6 +108,11 @@ class Run:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say of its results."""
+        return not (self.evaluation or self.diagnosis or self.pattern or self.private or self.skipped)
+
+    @property
     def skipped_reasons(self) -> list[tuple[str, int]]:
         return Counter(update.reason for update in self.skipped).most_common()
 
@@ -151,11 +156,11 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read one run folder; `UserError` if it is none or if something in it is damaged."""
-    path = folder / records.RECORDS_FILE
+    path = folder / record_files.RECORDS_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {records.RECORDS_FILE}")
+        raise UserError(f"{folder} is not a run folder: it has no {record_files.RECORDS_FILE}")
     run = Run(folder=folder, name=folder.resolve().name)
-    for record in records.read(path):
+    for record in record_files.read(path):
         _check_shapes(record, path)
         match record:
             case RunStarted():

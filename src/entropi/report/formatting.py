@@ -10,6 +10,7 @@ import numpy as np
 
 from entropi.records import AttentionPattern, DiagnosisRecord, Matrix
 
+PAPER = "https://arxiv.org/abs/2501.03489"  # "the paper": Entropy-Guided Attention for Private LLMs
 NO_BREAK = "\u00a0"  # no line is broken between a number and its unit
 MAX_QUOTE = 240  # characters of a prompt or an answer in the summary; the transcript has all
 
@@ -51,6 +52,11 @@ def duration(seconds: float) -> str:
 def percent(part: float, whole: float = 1.0) -> str:
     """A share in percent; with nothing to share, a dash."""
     return f"{100 * part / whole:.1f} %" if whole and math.isfinite(part / whole) else "–"
+
+
+def counted(count: int, what: str) -> str:
+    """1 -> "1 head", 12 -> "12 heads"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def heads(pairs: Sequence[tuple[int, int]]) -> str:

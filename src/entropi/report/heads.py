@@ -62,6 +62,18 @@ def explorer(runs: Sequence[Run], moments: int) -> dict[str, Any]:
     }
 
 
+def scale_top(runs: Sequence[Run]) -> float:
+    """The end of the colour scale that all heatmaps have: log T, in nats, the largest T where runs differ.
+
+    Where no T is recorded, the largest entropy.
+    """
+    longest = max((context for run in runs if (context := run.context_length)), default=0)
+    if longest:
+        return math.log(longest)
+    largest = [v for run in runs for f in frames(run) for row in f.entropy for v in row if math.isfinite(v)]
+    return max(largest, default=1.0) or 1.0
+
+
 @dataclass
 class Cell:
     """A head in the table of a run, as the page shows it before its script runs."""

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import jinja2
 import markupsafe
 
-from entropi import records
+from entropi import record_files
 from entropi.errors import UserError
-from entropi.records import Evaluation, Record
+from entropi.records import CountRecord, DiagnosisRecord, Evaluation, Record
 from entropi.report import figures
 from entropi.report.folder import Run, frames, read_run
 from entropi.report.formatting import (
+    PAPER,
+    counted,
     duration,
     heads,
     number,
@@ -35,7 +37,7 @@ from entropi.report.formatting import (
     size,
     visible,
 )
-from entropi.report.heads import cells, explorer, in_script
+from entropi.report.heads import cells, explorer, in_script, scale_top
 
 MAX_PAGE_BYTES = 5_000_000
 # Dots per inch of figures, and moments of a training to slide through: many runs share the page's size.
@@ -47,13 +49,21 @@ T = TypeVar("T")
 
 @dataclass
 class Panel:
-    """A figure of the page, or why there is none."""
+    """A figure of the page."""
 
     title: str
-    note: str = ""  # what the reader sees under the figure
-    alt: str = ""
-    uri: str = ""
-    missing: str = ""
+    note: str  # what the reader sees under the figure
+    alt: str
+    uri: str
+
+
+@dataclass
+class Column:
+    """A column of the table that compares runs; None is a cell whose run has no such record."""
+
+    title: str
+    cell: Callable[[Run], list[str] | None]  # lines of text
+    text: bool = False  # no number
 
 
 def write_report(runs: list[Path], output: Path) -> Path:
@@ -100,14 +110,14 @@ def write_diagnosis(model: Path, found: Iterable[Record], output: Path, name: st
     with tempfile.TemporaryDirectory(prefix="entropi-page-") as temporary:
         folder = Path(temporary) / (name or model.resolve().name or "model")
         folder.mkdir()
-        for name in (records.RECORDS_FILE, "config.yaml", "environment.json"):
-            if (model / name).is_file() and (model / records.RECORDS_FILE).is_file():
+        for name in (record_files.RECORDS_FILE, "config.yaml", "environment.json"):
+            if (model / name).is_file() and (model / record_files.RECORDS_FILE).is_file():
                 shutil.copyfile(model / name, folder / name)
-        path = folder / records.RECORDS_FILE
-        evaluated = path.exists() and any(isinstance(record, Evaluation) for record in records.read(path))
+        path = folder / record_files.RECORDS_FILE
+        evaluated = path.exists() and any(isinstance(record, Evaluation) for record in record_files.read(path))
         for record in found:
             if not (evaluated and isinstance(record, Evaluation)):
-                records.append(path, record)
+                record_files.append(path, record)
         return write_report([folder], output)
 
 
@@ -136,10 +146,10 @@ def _last(items: Iterable[T | None]) -> T | None:
     return next((item for item in reversed(list(items)) if item is not None), None)
 
 
-def _layerwise(run: Run, dpi: float) -> Panel:
+def _layerwise(run: Run, dpi: float) -> Panel | None:
     title = "Layerwise entropy during training"
     if not run.snapshots:
-        return Panel(title, missing="No entropies were recorded during training.")
+        return None
     context = run.started.context_length if run.started is not None else None
     first, last = run.snapshots[0], run.snapshots[-1]
     ends = ", ".join(
@@ -153,11 +163,11 @@ def _layerwise(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.layerwise_entropy(run.snapshots, context), alt, note, dpi)
 
 
-def _thresholds(run: Run, dpi: float) -> Panel:
+def _thresholds(run: Run, dpi: float) -> Panel | None:
     title = "Learned entropy thresholds"
     latest = _last(snapshot if snapshot.threshold is not None else None for snapshot in run.snapshots)
     if latest is None or latest.threshold is None:
-        return Panel(title, missing="No thresholds are recorded; only runs with the entropy regulariser learn them.")
+        return None
     finite = [value for row in latest.threshold for value in row if math.isfinite(value)]
     span = f"between {min(finite):.2f} and {max(finite):.2f}" if finite else "not finite"
     alt = f"Heatmap of the thresholds of {run.name} by layer and head, {span}, and their mean by layer."
@@ -165,11 +175,15 @@ def _thresholds(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.thresholds(latest.threshold), alt, note, dpi)
 
 
-def _losses(runs: Sequence[Run], dpi: float) -> Panel:
+def _loss(run: Run, dpi: float) -> Panel | None:
+    return _losses([run], dpi)
+
+
+def _losses(runs: Sequence[Run], dpi: float) -> Panel | None:
     title = "Loss" if len(runs) == 1 else "Loss of all runs"
-    runs = [run for run in runs if run.steps or run.evaluations]
+    runs = [run for run in runs if max(len(run.steps), len(run.evaluations)) > 1]  # a dot is no curve
     if not runs:
-        return Panel(title, missing="No training steps or evaluations are recorded.")
+        return None
     figure = figures.loss_curves({run.name: run.steps for run in runs}, {run.name: run.evaluations for run in runs})
     ends = []
     for run in runs:
@@ -185,10 +199,10 @@ def _losses(runs: Sequence[Run], dpi: float) -> Panel:
     return _panel(title, figure, f"Cross-entropy over training steps. {'; '.join(ends)}.", note, dpi)
 
 
-def _positions(run: Run, dpi: float) -> Panel:
+def _positions(run: Run, dpi: float) -> Panel | None:
     title = "Entropy by position"
     if run.pattern is None:
-        return Panel(title, missing="No entropies by position are recorded.")
+        return None
     pattern = run.pattern
     numbers = pattern.layers or range(len(pattern.entropy_by_position))
     ends = ", ".join(f"layer {layer} {number(row[-1])}" for layer, row in zip(numbers, pattern.entropy_by_position))
@@ -200,10 +214,10 @@ def _positions(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.entropy_by_position(pattern), alt, note, dpi)
 
 
-def _folding(run: Run, dpi: float) -> Panel:
+def _folding(run: Run, dpi: float) -> Panel | None:
     title = "Before and after folding"
     if run.cost is None or run.folded_cost is None:
-        return Panel(title, missing="No counts after folding are recorded.")
+        return None
     before, after = run.cost, run.folded_cost
     alt = (
         f"Bars of {run.name} before and after folding: feed-forward FLOPs {rounded(before.ffn_flops)} and "
@@ -216,11 +230,11 @@ def _folding(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.folding(before, after), alt, note, dpi)
 
 
-def _prediction(run: Run, dpi: float) -> Panel:
+def _prediction(run: Run, dpi: float) -> Panel | None:
     title = "Predicted private inference"
     record = run.prediction
     if record is None:
-        return Panel(title, missing="No prediction is recorded; entropi cost --architecture RUN --record makes one.")
+        return None
     prompt = record.prompt
     whole, top = size(round(prompt.bytes)), next(iter(prompt.by_operation().values()))
     alt = f"Bars of predicted bytes by operation; the longest is {top.name} with {size(round(top.bytes))} of {whole}."
@@ -239,7 +253,7 @@ def _prediction(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.predicted_bytes({run.name: record}), alt, note, dpi)
 
 
-def _pareto(runs: Sequence[Run], dpi: float) -> Panel:
+def _pareto(runs: Sequence[Run], dpi: float) -> Panel | None:
     title = "Cost against perplexity"
     kernels: dict[str, str] = {}  # that stand for the softmax in these costs
     evaluated = [run for run in runs if run.evaluation is not None]
@@ -265,7 +279,7 @@ def _pareto(runs: Sequence[Run], dpi: float) -> Panel:
         cost = {name: float(c.ffn_flops + c.attention_flops) for name, c in records_of.items() if c is not None}
         chosen = counted
     else:
-        return Panel(title, missing="Fewer than two of these runs have both a held-out perplexity and a cost.")
+        return None
     points = {run.name: (cost[run.name], run.evaluation.perplexity) for run in chosen if run.evaluation is not None}
     texts = (
         f"{name}: {figures.quantity(x)} and perplexity {number(y)}" + (f", {kernels[name]}" if kernels else "")
@@ -295,11 +309,11 @@ def _sweep(runs: Sequence[Run], dpi: float) -> Panel | None:
     )
 
 
-def _quartiles(runs: Sequence[Run], dpi: float) -> Panel:
+def _quartiles(runs: Sequence[Run], dpi: float) -> Panel | None:
     title = "Where the heads stand"
     diagnosed = {run.name: run.diagnosis.quartile_shares for run in runs if run.diagnosis is not None}
     if not diagnosed:
-        return Panel(title, missing="No diagnosis is recorded in any of these runs.")
+        return None
     texts = (f"{name}: {', '.join(percent(share) for share in shares)}" for name, shares in diagnosed.items())
     note = (
         "Share of heads in each quarter of M, the largest entropy observed in that run (Fig. 2a of the paper). "
@@ -309,10 +323,10 @@ def _quartiles(runs: Sequence[Run], dpi: float) -> Panel:
     return _panel(title, figures.quartile_shares(diagnosed), alt, note, dpi)
 
 
-def _bytes(run: Run, dpi: float) -> Panel:
+def _bytes(run: Run, dpi: float) -> Panel | None:
     title = "Bytes by operation"
     if run.private is None or not run.private.stages:
-        return Panel(title, missing="No stages were metered in this private run.")
+        return None
     top = run.operations[0]
     whole = size(run.staged.bytes)
     alt = f"Bars of bytes by operation; the longest is {top.name} with {size(top.total.bytes)} of {whole}."
@@ -320,7 +334,44 @@ def _bytes(run: Run, dpi: float) -> Panel:
     return _panel(title, figures.bytes_per_operation(run.private.stages), alt, note, dpi)
 
 
-def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
+# The page
+
+
+def _columns(runs: Sequence[Run]) -> list[Column]:
+    """Those columns of the comparison that any of `runs` has something for."""
+    columns = [
+        Column("Architecture", lambda run: [run.architecture] if run.architecture else None, text=True),
+        Column("Parameters", lambda run: None if run.parameters is None else [number(run.parameters)]),
+        Column("Held-out nats per token", lambda run: [number(e.cross_entropy, 3)] if (e := run.evaluation) else None),
+        Column("Perplexity", lambda run: [number(e.perplexity)] if (e := run.evaluation) else None),
+        Column("Nonlinear operations", _operations, text=True),
+        Column("FLOPs FFN / attention", lambda run: [_flops(run.cost)] if run.cost else None),
+        Column("Heads by quarter of M (%)", lambda run: [_quarters(run.diagnosis)] if run.diagnosis else None),
+        Column("Overloaded / collapsed heads", lambda run: [_outliers(run.diagnosis)] if run.diagnosis else None),
+    ]
+    return [column for column in columns if any(column.cell(run) is not None for run in runs)]
+
+
+def _operations(run: Run) -> list[str] | None:
+    if run.cost is None:
+        return None
+    found = [f"{item.operation} {number(item.count)} × {item.shape[0]}×{item.shape[1]}" for item in run.cost.nonlinear]
+    return found or ["none"]
+
+
+def _flops(cost: CountRecord) -> str:
+    return f"{rounded(cost.ffn_flops)} / {rounded(cost.attention_flops)}"
+
+
+def _quarters(diagnosis: DiagnosisRecord) -> str:
+    return " / ".join(number(100 * share, 0) for share in diagnosis.quartile_shares)
+
+
+def _outliers(diagnosis: DiagnosisRecord) -> str:
+    return f"{len(diagnosis.overloaded)} / {len(diagnosis.collapsed)}"
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # prompts, answers and names come from anywhere
@@ -328,33 +379,64 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (number, rounded, size, duration, percent, heads, quote, visible, sentence, pattern_in_words)
-    environment.filters.update({function.__name__: function for function in words})
-    private_runs = [run for run in runs if run.private is not None]
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    filters = (number, rounded, size, duration, percent, heads, quote, visible, sentence, pattern_in_words, counted)
+    environment.filters.update({function.__name__: function for function in filters})
+    return environment
+
+
+def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
     explored = explorer(runs, moments)
-    largest = [v for run in runs for f in frames(run) for row in f.entropy for v in row if math.isfinite(v)]
-    top = max((run["maximum"] for run in explored["runs"] if run["maximum"]), default=max(largest, default=1.0) or 1.0)
+    top = scale_top(runs)
     several = len(runs) > 1
-    page = environment.get_template("page.html.j2").render(
-        runs=runs,
-        cells=[cells(run, explored["colours"], top) for run in runs],
-        labels=[found[-1].label if (found := frames(run)) else "" for run in runs],
-        top=top,
-        dense=MAX_CELLS_WITH_NUMBERS,
-        panels=[
-            [_losses([run], dpi), _layerwise(run, dpi), _positions(run, dpi), _thresholds(run, dpi)] for run in runs
+    private_runs = [run for run in runs if run.private is not None]
+    parts: dict[str, Any] = {
+        "cells": [cells(run, explored["colours"], top) for run in runs],
+        "columns": _columns(runs),
+        "panels": [
+            [panel for draw in (_loss, _layerwise, _positions, _thresholds) if (panel := draw(run, dpi)) is not None]
+            for run in runs
         ],
-        folding=[_folding(run, dpi) for run in runs],
-        predictions=[_prediction(run, dpi) for run in runs],
-        private_runs=private_runs,
-        traffic=[_bytes(run, dpi) for run in private_runs],
-        quartiles=_quartiles(runs, dpi),
-        losses=_losses(runs, dpi) if several else None,
-        pareto=_pareto(runs, dpi) if several else None,
-        sweep=_sweep(runs, dpi),
-        script=markupsafe.Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        data=markupsafe.Markup(in_script(explored)),
+        "folding": [_folding(run, dpi) for run in runs],
+        "predictions": [_prediction(run, dpi) for run in runs],
+        "traffic": [_bytes(run, dpi) for run in private_runs],
+        "quartiles": _quartiles(runs, dpi),
+        "losses": _losses(runs, dpi) if several else None,
+        "pareto": _pareto(runs, dpi) if several else None,
+        "sweep": _sweep(runs, dpi),
+    }
+
+    trained = any(run.started for run in runs)
+    sections = {
+        "summary": "Summary",
+        "heads": "Every head" if any(parts["cells"]) else "",
+        "comparison": ("Comparison" if several else "In numbers") if parts["columns"] else "",
+        "runs": ("Entropy and training" if trained else "Entropy")
+        if trained or any(run.diagnosis for run in runs) or any(parts["panels"])
+        else "",
+        "private": "Private inference" if private_runs else "",
+        "cost": "Cost counts" if any(run.cost for run in runs) or any(parts["predictions"]) else "",
+        "settings": "Settings and reproduction" if any(r.command or r.config or r.environment for r in runs) else "",
+    }
+    shown = [(anchor, title) for anchor, title in sections.items() if title]
+
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            **parts,
+            runs=runs,
+            private_runs=private_runs,
+            sections=shown,
+            anchors=[anchor for anchor, _ in shown],
+            titles=sections,
+            paper=PAPER,
+            labels=[found[-1].label if (found := frames(run)) else "" for run in runs],
+            top=top,
+            dense=MAX_CELLS_WITH_NUMBERS,
+            script=markupsafe.Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+            data=markupsafe.Markup(in_script(explored)),
+        )
     )
     return page.encode("utf-8", errors="replace")

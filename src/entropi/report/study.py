@@ -13,11 +13,11 @@ from typing import Any
 
 import jinja2
 
-from entropi import records
+from entropi import record_files, records
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Spread, StudyClaim, StudyRow, StudyRun, TrainingStep
 from entropi.report import figures
-from entropi.report.formatting import number, percent, rounded
+from entropi.report.formatting import PAPER, number, percent, rounded
 
 TABLES_FILE = "tables.md"
 PAGE_FILE = "report.html"
@@ -58,12 +58,12 @@ class StudyResult:
 
 def is_study(folder: Path) -> bool:
     """Whether a folder is that of a study."""
-    return (folder / records.STUDY_FILE).is_file()
+    return (folder / record_files.STUDY_FILE).is_file()
 
 
 def read_study(folder: Path) -> StudyResult:
     """Read `study.jsonl` of a study's folder; `UserError` if it is damaged or tells of no run."""
-    return _sorted(folder.resolve().name, records.read(folder / records.STUDY_FILE))
+    return _sorted(folder.resolve().name, record_files.read(folder / record_files.STUDY_FILE))
 
 
 def _sorted(name: str, found: Sequence[records.Record]) -> StudyResult:
@@ -149,96 +149,101 @@ def _by_layer(shares: Sequence[float]) -> str:
 
 def tables(study: StudyResult) -> list[Table]:
     """Tables 2, 3, 5 and 6 of the paper in one, the heads, the claims and every run."""
-    result = [
-        Table(
-            "Perplexity and cost",
-            "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
-            "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
-            "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
-            "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8, "
-            "others with their own.",
-            [
-                "row",
-                "seeds",
-                "perplexity",
-                "nats",
-                "parameters",
-                "MB in private",
-                "nonlinear operations",
-                "FLOPs FFN / folded / attention",
-            ],
-            [
-                [
-                    row.name,
-                    str(len(row.seeds)),
-                    _perplexity(row),
-                    with_spread(row.cross_entropy, 4),
-                    rounded(row.parameters),
-                    _predicted(row),
-                    _operations(row),
-                    " / ".join(map(rounded, flops)) if (flops := _flops(row)) else "–",
-                ]
-                for row in study.rows
-            ],
-        ),
-        Table(
-            "Where the heads stand",
-            "Share of heads (%) in each quarter of the largest entropy observed in a run, mean ± standard deviation "
-            "over seeds, and which share of a layer's heads is overloaded or collapsed on held-out text.",
-            ["row", *figures.QUARTERS, "overloaded", "collapsed"],
-            [
-                [
-                    row.name,
-                    *([with_spread(share, 1, 100) for share in row.quartile_shares] or ["–"] * 4),
-                    _by_layer(row.overloaded),
-                    _by_layer(row.collapsed),
-                ]
-                for row in study.rows
-            ],
-        ),
-    ]
+    found = [_costs(study.rows), _heads(study.rows)]
     if study.claims:
-        least = max(claim.least_p for claim in study.claims)
-        result.append(
-            Table(
-                "Claims",
-                "Cross-entropy of the right-hand row minus that of the left-hand row, paired by seed; p is that of an "
-                "exact one-sided test. With so few seeds it cannot be below the least p, however clear the difference: "
-                f"{least:g} here. No correction is made for testing several claims.",
-                ["claim: lower < higher", "seeds", "difference, nats", "for it", "test", "p", "least p"],
-                [
-                    [
-                        f"{claim.lower} < {claim.higher}",
-                        str(len(claim.seeds)),
-                        _difference(claim),
-                        f"{sum(d > 0 for d in claim.differences)} of {len(claim.differences)}",
-                        claim.test,
-                        f"{claim.p:.3g}",
-                        f"{claim.least_p:.3g}",
-                    ]
-                    for claim in study.claims
-                ],
-            )
-        )
-    result.append(
-        Table(
-            "Runs",
-            "Every run of the study; a divergence stops a run and is its result.",
-            ["run", "seed", "perplexity", "last step", "tokens/s", "outcome"],
-            [
-                [
-                    run.row,
-                    str(run.seed),
-                    "NaN" if run.diverged else number(run.perplexity),
-                    str(run.step),
-                    number(run.tokens_per_second, 0) if math.isfinite(run.tokens_per_second) else "–",
-                    outcome(run),
-                ]
-                for run in study.runs
-            ],
-        )
+        found.append(_claims(study.claims))
+    return [*found, _runs(study.runs)]
+
+
+def _costs(rows: Sequence[StudyRow]) -> Table:
+    note = (
+        "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
+        "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
+        "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
+        "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8, "
+        "others with their own."
     )
-    return result
+    head = [
+        "row",
+        "seeds",
+        "perplexity",
+        "nats",
+        "parameters",
+        "MB in private",
+        "nonlinear operations",
+        "FLOPs FFN / folded / attention",
+    ]
+    cells = [
+        [
+            row.name,
+            str(len(row.seeds)),
+            _perplexity(row),
+            with_spread(row.cross_entropy, 4),
+            rounded(row.parameters),
+            _predicted(row),
+            _operations(row),
+            " / ".join(map(rounded, flops)) if (flops := _flops(row)) else "–",
+        ]
+        for row in rows
+    ]
+    return Table("Perplexity and cost", note, head, cells)
+
+
+def _heads(rows: Sequence[StudyRow]) -> Table:
+    note = (
+        "Share of heads (%) in each quarter of M, the largest entropy observed in a run, mean ± standard deviation "
+        "over seeds, and which share of a layer's heads is overloaded (above 3M/4) or collapsed (below M/4) on "
+        "held-out text."
+    )
+    cells = [
+        [
+            row.name,
+            *([with_spread(share, 1, 100) for share in row.quartile_shares] or ["–"] * 4),
+            _by_layer(row.overloaded),
+            _by_layer(row.collapsed),
+        ]
+        for row in rows
+    ]
+    return Table("Where the heads stand", note, ["row", *figures.QUARTERS, "overloaded", "collapsed"], cells)
+
+
+def _claims(claims: Sequence[StudyClaim]) -> Table:
+    least = max(claim.least_p for claim in claims)
+    note = (
+        "Cross-entropy of the right-hand row minus that of the left-hand row, paired by seed; p is that of an "
+        "exact one-sided test. With so few seeds it cannot be below the least p, however clear the difference: "
+        f"{least:g} here. No correction is made for testing several claims."
+    )
+    cells = [
+        [
+            f"{claim.lower} < {claim.higher}",
+            str(len(claim.seeds)),
+            _difference(claim),
+            f"{sum(d > 0 for d in claim.differences)} of {len(claim.differences)}",
+            claim.test,
+            f"{claim.p:.3g}",
+            f"{claim.least_p:.3g}",
+        ]
+        for claim in claims
+    ]
+    head = ["claim: lower < higher", "seeds", "difference, nats", "for it", "test", "p", "least p"]
+    return Table("Claims", note, head, cells)
+
+
+def _runs(runs: Sequence[StudyRun]) -> Table:
+    cells = [
+        [
+            run.row,
+            str(run.seed),
+            "NaN" if run.diverged else number(run.perplexity),
+            str(run.step),
+            number(run.tokens_per_second, 0) if math.isfinite(run.tokens_per_second) else "–",
+            outcome(run),
+        ]
+        for run in runs
+    ]
+    note = "Every run of the study; a divergence stops a run and is its result."
+    return Table("Runs", note, ["run", "seed", "perplexity", "last step", "tokens/s", "outcome"], cells)
 
 
 def _difference(claim: StudyClaim) -> str:
@@ -257,7 +262,7 @@ def outcome(run: StudyRun) -> str:
 
 def markdown(name: str, found: Sequence[Table]) -> str:
     """Tables as a Markdown document."""
-    lines = [f"# Study {name}", ""]
+    lines = [f"# {heading(name)}", ""]
     for table in found:
         lines += [f"## {table.title}", "", table.note, ""]
         lines.append(f"| {' | '.join(map(_cell, table.head))} |")
@@ -265,6 +270,11 @@ def markdown(name: str, found: Sequence[Table]) -> str:
         lines += [f"| {' | '.join(map(_cell, row))} |" for row in table.rows]
         lines.append("")
     return "\n".join(lines)
+
+
+def heading(name: str) -> str:
+    """ "Study of-margins", and no second "study" where the name has one."""
+    return name.capitalize() if "study" in name.lower() else f"Study {name}"
 
 
 def _cell(text: str) -> str:
@@ -290,66 +300,60 @@ def in_words(found: Sequence[records.Record]) -> str:
 
 def draw(study: StudyResult) -> list[Drawing]:
     """Figures 2, 3 and 5 to 8 of the paper, as far as the study has data for them."""
+    top = max(math.log(max(row.context_length, 2)) for row in study.rows)  # the scale of all heatmaps, as in reports
+    return [*_drawings_of_all(study), *(drawing for row in study.rows for drawing in _drawings_of(row, top))]
+
+
+def _drawings_of_all(study: StudyResult) -> list[Drawing]:
+    """Figures that compare the rows."""
     trained = [row for row in study.rows if row.perplexity.n]
     drawings = []
-    values = {row.name: _values(study, row) for row in trained}
-    if values:
-        drawings.append(
-            Drawing(
-                "Perplexity by row", "perplexity", figures.perplexity_by_row(values), "A ring a seed, a dot the mean."
-            )
-        )
+    if values := {row.name: _values(study, row) for row in trained}:
+        figure = figures.perplexity_by_row(values)
+        drawings.append(Drawing("Perplexity by row", "perplexity", figure, "A ring a seed, a dot the mean."))
+
     if losses := {row.name: _losses(row) for row in study.rows if row.loss}:
-        curves = figures.loss_curves(losses, dict.fromkeys(losses, ()))
+        figure = figures.loss_curves(losses, dict.fromkeys(losses, ()))
         note = f"Training cross-entropy, mean over seeds (Fig. 2b); {UNTIL_DIVERGENCE}."
-        drawings.append(Drawing("Loss", "loss", curves, note))
+        drawings.append(Drawing("Loss", "loss", figure, note))
+
     if shares := {row.name: [share.mean for share in row.quartile_shares] for row in trained if row.quartile_shares}:
         note = "Share of heads in each quarter of M, the largest entropy of a run, mean over seeds (Fig. 2a)."
         drawings.append(Drawing("Where the heads stand", "quarters", figures.quartile_shares(shares), note))
+
     if sweep := _gamma(trained):
         shares_by_gamma = {gamma: [share.mean for share in row.quartile_shares] for gamma, row in sweep.items()}
         perplexity = {gamma: row.perplexity.mean for gamma, row in sweep.items()}
-        drawings.append(
-            Drawing(
-                "The margin of the regulariser",
-                "gamma",
-                figures.gamma_sweep(shares_by_gamma, perplexity),
-                "Share of heads in each quarter of M, and perplexity, by the tolerated deviation; means over seeds "
-                "(Fig. 7).",
-            )
-        )
-    for row in study.rows:
-        slug = re.sub(r"[^A-Za-z0-9+().,=_-]+", "-", row.name.replace(", ", ","))
-        ceiling = figures.causal_maximum(row.context_length)
-        if row.entropy:
-            heads = figures.entropy_heatmap(row.entropy, ceiling, row.name)
-            drawings.append(
-                Drawing(f"Heads of {row.name}", f"heads-{slug}", heads, "Held-out text, mean over seeds (Fig. 3).")
-            )
-        if row.layer_entropy:
-            # A layer is one column: the figure's mean over heads is then the mean itself.
-            snapshots = [
-                EntropySnapshot(step=step, entropy=[[value] for value in layers])
-                for step, layers in zip(row.entropy_steps, row.layer_entropy)
-            ]
-            drawings.append(
-                Drawing(
-                    f"Entropy by layer, {row.name}",
-                    f"layers-{slug}",
-                    figures.layerwise_entropy(snapshots, row.context_length),
-                    "Training batches, mean over heads and seeds (Fig. 5 and 8)"
-                    + ("." if row.perplexity.n else f"; {UNTIL_DIVERGENCE}."),
-                )
-            )
-        if row.threshold:
-            drawings.append(
-                Drawing(
-                    f"Thresholds of {row.name}",
-                    f"thresholds-{slug}",
-                    figures.thresholds(row.threshold),
-                    "Learned theta at the end, mean over seeds (Fig. 6).",
-                )
-            )
+        figure = figures.gamma_sweep(shares_by_gamma, perplexity)
+        note = "Share of heads in each quarter of M, and perplexity, by the tolerated deviation, over seeds (Fig. 7)."
+        drawings.append(Drawing("The margin of the regulariser", "gamma", figure, note))
+    return drawings
+
+
+def _drawings_of(row: StudyRow, top: float) -> list[Drawing]:
+    """Figures of one row; heatmaps of entropies are on the scale 0 to `top` nats."""
+    slug = re.sub(r"[^A-Za-z0-9+().,=_-]+", "-", row.name.replace(", ", ","))
+    drawings = []
+    if row.entropy:
+        figure = figures.entropy_heatmap(row.entropy, top, row.name)
+        note = "Held-out text, mean over seeds (Fig. 3)."
+        drawings.append(Drawing(f"Heads of {row.name}", f"heads-{slug}", figure, note))
+
+    if row.layer_entropy:
+        # A layer is one column: the figure's mean over heads is then the mean itself.
+        snapshots = [
+            EntropySnapshot(step=step, entropy=[[value] for value in layers])
+            for step, layers in zip(row.entropy_steps, row.layer_entropy)
+        ]
+        figure = figures.layerwise_entropy(snapshots, row.context_length)
+        note = "Training batches, mean over heads and seeds (Fig. 5 and 8)"
+        note += "." if row.perplexity.n else f"; {UNTIL_DIVERGENCE}."
+        drawings.append(Drawing(f"Entropy by layer, {row.name}", f"layers-{slug}", figure, note))
+
+    if row.threshold:
+        note = "Learned theta at the end, mean over seeds (Fig. 6)."
+        figure = figures.thresholds(row.threshold)
+        drawings.append(Drawing(f"Thresholds of {row.name}", f"thresholds-{slug}", figure, note))
     return drawings
 
 
@@ -391,4 +395,6 @@ def _page(study: StudyResult, found: Sequence[Table], drawings: Sequence[Drawing
         lstrip_blocks=True,
     )
     shown = [(d.title, d.note, f"data:image/png;base64,{picture}") for d, picture in zip(drawings, pictures)]
-    return environment.get_template("study.html.j2").render(study=study, tables=found, drawings=shown)
+    return environment.get_template("study.html.j2").render(
+        study=study, heading=heading(study.name), tables=found, drawings=shown, paper=PAPER
+    )

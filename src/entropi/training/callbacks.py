@@ -1,36 +1,42 @@
-"""What watches a training run: records and progress, refusal of non-finite updates, sealed checkpoints."""
+"""What watches a training run: records, progress, updates that are refused, checkpoints that are committed."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.regularizer import maximum_entropy
 from entropi.errors import UserError
 from entropi.model.attention import EntropiAttention
 from entropi.model.qk_clip import clip_query_and_key
-from entropi.training.checkpoints import newest_sealed, remove_oldest, seal
-from entropi.training.distributed import greatest, is_main, least, processes, total, wait_for_all, whole
+from entropi.training.checkpoints import commit, latest_committed, remove_oldest
+from entropi.training.distributed import (
+    all_reduce_max,
+    all_reduce_min,
+    all_reduce_sum,
+    any_process,
+    barrier,
+    full_tensor,
+    is_main,
+    world_size,
+)
 
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -77,7 +83,7 @@ class RunRecorder(TrainerCallback):
         if not is_main():
             return
         try:
-            records.append(self.path, record)
+            record_files.append(self.path, record)
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; make room, and the same command continues the run"
@@ -99,7 +105,7 @@ class RunRecorder(TrainerCallback):
     def losses_are_finite(self) -> bool:
         """Whether the losses of the update in progress are finite, in all processes; waits for the device."""
         losses = torch.stack([loss.float() for loss, _ in self._losses])
-        return bool(least(torch.isfinite(losses).all().int()))
+        return bool(all_reduce_min(torch.isfinite(losses).all().int()))
 
     def pending(self) -> dict[str, list[float]]:
         """Losses of the updates since the last record, to be kept with a checkpoint."""
@@ -132,7 +138,7 @@ class RunRecorder(TrainerCallback):
             losses = [torch.stack([loss for loss, _ in self._losses]).sum().float()]
             if penalties := [penalty for _, penalty in self._losses if penalty is not None]:
                 losses.append(torch.stack(penalties).sum().float())
-            sums = total(torch.stack(losses))
+            sums = all_reduce_sum(torch.stack(losses))
             self._cross_entropy.append(sums[0])
             if penalties:
                 self._penalty.append(sums[1])
@@ -145,9 +151,9 @@ class RunRecorder(TrainerCallback):
         self.progress.update(step, f"{self._status}{self._heads}")
 
     def _record_entropy(self, step: int, model: Any) -> None:
-        entropy = total(torch.stack(self.entropies).mean(dim=0)) / processes()
+        entropy = all_reduce_sum(torch.stack(self.entropies).mean(dim=0)) / world_size()
         model = getattr(model, "module", model)
-        threshold = whole(model.entropy_regularizer.threshold) if model.entropy_regularizer is not None else None
+        threshold = full_tensor(model.entropy_regularizer.threshold) if model.entropy_regularizer is not None else None
         temperatures = [block.attention.temperature for block in model.model.blocks]
         self.write(
             records.EntropySnapshot(
@@ -156,7 +162,7 @@ class RunRecorder(TrainerCallback):
                 threshold=None if threshold is None else threshold.detach().tolist(),
                 temperature=None
                 if temperatures[0] is None
-                else [whole(t.values().detach()).mean(dim=1).tolist() for t in temperatures],
+                else [full_tensor(t.values().detach()).mean(dim=1).tolist() for t in temperatures],
             )
         )
         if bool(torch.isfinite(entropy).all()):
@@ -206,106 +212,6 @@ def _mean(values: list[Tensor | float]) -> float:
     return sum(map(float, values)) / len(values) if values else math.nan
 
 
-Tracker: TypeAlias = Literal["tensorboard", "trackio", "wandb"]
-
-
-@dataclass(frozen=True)
-class Live:
-    """Where a training is shown while it runs: a tracker that transformers knows, and how heads become a picture."""
-
-    tracker: Tracker
-    draw: Callable[[records.Matrix], np.ndarray]  # (L, H) nats -> (height, width, 3) uint8
-
-    def __post_init__(self) -> None:
-        if find_spec(self.tracker) is None:
-            wanted = "'entropi[live]'" if self.tracker == "tensorboard" else self.tracker
-            raise UserError(f"{self.tracker} is not installed: pip install {wanted}")
-
-
-class LiveView:
-    """Watches the records of a run: a few numbers and one picture of all heads go to the tracker.
-
-    The tracker is opened and closed by the Trainer's own `report_to`, which also sends it loss, learning rate and
-    gradient norm. A chart for every head would be 144 charts for the smallest GPT-2.
-    """
-
-    def __init__(self, live: Live, trainer: Trainer, folder: Path) -> None:
-        self.live = live
-        callbacks = trainer.callback_handler.callbacks
-        self._board = next((c for c in callbacks if isinstance(c, TensorBoardCallback)), None)
-        if self._board is not None and self._board.logging_dir is None:
-            self._board.logging_dir = str(folder / "tensorboard")
-
-    def __call__(self, record: records.Record) -> None:
-        match record:
-            case records.TrainingStep():
-                numbers = {"train/cross_entropy": record.cross_entropy}
-                if record.entropy_penalty is not None:
-                    numbers["train/entropy_penalty"] = record.entropy_penalty
-                self._send(record.step, numbers | {"train/tokens_per_second": record.tokens_per_second})
-            case records.Evaluation():
-                numbers = {"eval/cross_entropy": record.cross_entropy, "eval/perplexity": record.perplexity}
-                self._send(record.step, numbers)
-            case records.EntropySnapshot():
-                entropy = torch.tensor(record.entropy)
-                numbers = {"heads/mean_entropy": float(entropy.mean())}
-                if bool(torch.isfinite(entropy).all()):
-                    shares = diagnose(entropy).quartile_shares
-                    numbers |= {"heads/overloaded": shares[3], "heads/collapsed": shares[0]}
-                self._send(record.step, numbers, self.live.draw(record.entropy))
-
-    def _send(self, step: int, numbers: dict[str, float], picture: np.ndarray | None = None) -> None:
-        if self._board is not None:
-            writer = self._board.tb_writer
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            if picture is not None:
-                writer.add_image("heads/entropy", picture, step, dataformats="HWC")
-            return
-        # Both keep one open run a process and have the same two names for these.
-        import importlib
-
-        tracker: Any = importlib.import_module(self.live.tracker)
-        shown = {} if picture is None else {"heads/entropy": tracker.Image(picture)}
-        tracker.log({**numbers, **shown, "train/global_step": step})
-
-
-class InterruptBetweenSteps(TrainerCallback):
-    """Lets Ctrl-C or SIGTERM end a run between two steps; a second one ends it at once.
-
-    Raised wherever the interpreter happens to be, a KeyboardInterrupt can land in a finalizer, which swallows it: the
-    run would go on as if nobody had asked.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over the two signals from Python's own handlers; others' handlers, and other threads, are left alone."""
-        own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        taken = {s: handler for s, handler in own.items() if in_main_thread and signal.getsignal(s) is handler}
-        for number in taken:
-            signal.signal(number, self._ask)
-        try:
-            yield
-        finally:
-            for number, handler in taken.items():
-                signal.signal(number, handler)
-        if self._asked:  # after the last step
-            raise KeyboardInterrupt
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-
-
 class NonFiniteGuard(TrainerCallback):
     """Refuses an update whose gradients are not finite: stops the run or skips the update, naming the step."""
 
@@ -323,7 +229,7 @@ class NonFiniteGuard(TrainerCallback):
     ) -> None:
         assert model is not None
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients.values())))):
+        if bool(torch.isfinite(full_tensor(torch.nn.utils.get_total_norm(gradients.values())))):
             self._in_a_row = 0
             return
         step = state.global_step + 1
@@ -353,12 +259,12 @@ class NonFiniteGuard(TrainerCallback):
         if layers := [(~torch.isfinite(entropy)).any(dim=1) for entropy in self.recorder.entropies]:
             broken = torch.stack(layers).any(dim=0)
             numbers = torch.arange(len(broken), device=broken.device)
-            first = int(least(torch.where(broken, numbers, len(broken)).min()))
+            first = int(all_reduce_min(torch.where(broken, numbers, len(broken)).min()))
             if first < len(broken):
                 return f", beginning in the attention of layer {first}"
         if not self.recorder.losses_are_finite():
             return ", beginning in the loss"
-        largest = {name: float(whole(gradient).abs().max()) for name, gradient in gradients.items()}
+        largest = {name: float(full_tensor(gradient).abs().max()) for name, gradient in gradients.items()}
         bad = [name for name in gradients if not math.isfinite(largest[name])]
         if of_layers := [layer for name in bad if (layer := _layer_of(name)) is not None]:
             return f", beginning in the gradient of layer {max(of_layers)}"
@@ -421,29 +327,79 @@ class QueryKeyClip(TrainerCallback):
     ) -> None:
         for attention in self.attentions:
             assert attention.largest_logits is not None
-            largest = greatest(attention.largest_logits)
+            largest = all_reduce_max(attention.largest_logits)
             attention.largest_logits = None
             clip_query_and_key(attention.query, attention.key, largest, self.limit)
 
 
-class CheckpointSeal(TrainerCallback):
-    """Seals a checkpoint once all its files are written, and only then removes the oldest beyond `keep`."""
+class CheckpointCommit(TrainerCallback):
+    """Commits a checkpoint once all its files are written, and only then removes the oldest beyond `keep`."""
 
     def __init__(self, recorder: RunRecorder, keep: int) -> None:
         self.recorder, self.keep = recorder, keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir))
-        wait_for_all()  # every process has a file of its own in the checkpoint
+        barrier()  # every process has a file of its own in the checkpoint
         if is_main():
             path = folder / f"checkpoint-{state.global_step}"
-            with or_without_it(path):
-                seal(path, self.recorder.pending())
+            with removed_on_failure(path):
+                commit(path, self.recorder.pending())
             remove_oldest(folder, self.keep)
 
 
+class SaveOnInterrupt(TrainerCallback):
+    """Lets Ctrl-C or SIGTERM end a run after the step in progress, whose state is saved; a second one ends it at once.
+
+    Raised wherever the interpreter happens to be, a KeyboardInterrupt can land in a finalizer, which swallows it: the
+    run would go on as if nobody had asked. What a second signal leaves half written is no checkpoint, see
+    `checkpoints`. Of several processes, one that was asked is enough.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False  # this process
+        self._agreed = False  # all of them
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the two signals from Python's own handlers; others' handlers, and other threads, are left alone."""
+        own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        taken = {s: handler for s, handler in own.items() if in_main_thread and signal.getsignal(s) is handler}
+        for number in taken:
+            signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in taken.items():
+                signal.signal(number, handler)
+        if self._asked:  # after the last step
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt("the step in progress is lost")
+        self._asked = True
+        if is_main():
+            # Not print: this may come in the middle of another one, which may not be entered twice.
+            with suppress(OSError):
+                os.write(2, b"\nentropi: the step in progress is finished and saved; a second Ctrl-C gives it up\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._agreed = any_process(self._asked)
+        if self._agreed:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Comes after `CheckpointCommit`'s."""
+        if not self._agreed:
+            return
+        barrier()  # a launcher ends all processes as soon as the first one ends, and the main one was still writing
+        raise KeyboardInterrupt(f"step {state.global_step} is saved")
+
+
 @contextmanager
-def or_without_it(path: Path) -> Iterator[None]:
+def removed_on_failure(path: Path) -> Iterator[None]:
     """Write the checkpoint `path`; what there is no room for is removed again.
 
     Raises:
@@ -458,7 +414,7 @@ def or_without_it(path: Path) -> Iterator[None]:
                 raise
             reason = f"no room, or a limit on the size of files ({reason})"
         shutil.rmtree(path, ignore_errors=True)
-        before = newest_sealed(path.parent)
+        before = latest_committed(path.parent)
         raise UserError(
             f"{path.name} could not be written to {path.parent}: {reason}; it was removed. Once there is room, "
             f"the same command continues the run from {before or 'its start'}"

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count: a seal, written last, names every file and its SHA-256."""
+"""Checkpoints that are valid or do not count: the commit file, written last, names every file and its SHA-256."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from typing import Any
 
 from rich.console import Console
 
-SEAL = "seal.json"
+CHECKPOINTS_FOLDER = "checkpoints"  # of a run folder
+COMMIT_FILE = "seal.json"  # the name that it has in runs of every version
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, its step, and what the recorder had not yet written at that step."""
+    """A valid checkpoint: its folder, its step, and what the recorder had not yet written at that step."""
 
     path: Path
     step: int
     pending: dict[str, Any]
 
 
-def seal(folder: Path, pending: dict[str, Any]) -> None:
-    """Declare the checkpoint in `folder` whole; `pending` is kept for whoever resumes from it.
+def commit(folder: Path, pending: dict[str, Any]) -> None:
+    """Declare the checkpoint in `folder` complete; `pending` is kept for whoever resumes from it.
 
     Everything is on the disk when this returns: the checkpoint before may then be removed.
     """
-    files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != SEAL}
+    files = {
+        path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != COMMIT_FILE
+    }
     for name in files:
         _to_disk(folder / name)
-    partial = folder / (SEAL + ".partial")
+    partial = folder / (COMMIT_FILE + ".partial")
     partial.write_text(json.dumps({"files": files, "pending": pending}, indent=2) + "\n", encoding="utf-8")
     _to_disk(partial)
-    os.replace(partial, folder / SEAL)
+    os.replace(partial, folder / COMMIT_FILE)
     _to_disk(folder)
 
 
@@ -47,23 +50,23 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def newest_sealed(folder: Path) -> str | None:
-    """Name of the newest checkpoint below `folder` that has a seal."""
-    return next((path.name for _, path in _by_step(folder) if (path / SEAL).exists()), None)
+def latest_committed(folder: Path) -> str | None:
+    """Name of the newest checkpoint below `folder` that was committed."""
+    return next((path.name for _, path in _by_step(folder) if (path / COMMIT_FILE).exists()), None)
 
 
 def remove_oldest(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints below `folder`."""
     for _, path in _by_step(folder)[keep:]:
-        (path / SEAL).unlink(missing_ok=True)  # first: what is half removed must not look whole
+        (path / COMMIT_FILE).unlink(missing_ok=True)  # first: what is half removed must not look complete
         shutil.rmtree(path)
 
 
-def newest_whole(folder: Path, console: Console) -> Checkpoint | None:
-    """The newest checkpoint below `folder` that is whole; newer ones, and any without a seal, are removed and named."""
+def latest_valid(folder: Path, console: Console) -> Checkpoint | None:
+    """The newest valid checkpoint below `folder`; newer ones, and any that was not committed, are removed and named."""
     found: Checkpoint | None = None
     for step, path in _by_step(folder):
-        if not (path / SEAL).exists():
+        if not (path / COMMIT_FILE).exists():
             problem = "was cut short"
         elif found is not None:
             continue
@@ -85,12 +88,12 @@ def _by_step(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], str | None]:
-    """What a seal holds, and the first file that is not as it was sealed."""
+    """What a commit file holds, and the first file that is not as it was committed."""
     try:
-        content = json.loads((path / SEAL).read_bytes())
+        content = json.loads((path / COMMIT_FILE).read_bytes())
         files, pending = dict(content["files"]), dict(content["pending"])
     except (ValueError, KeyError, TypeError):
-        return {}, SEAL
+        return {}, COMMIT_FILE
     for name, digest in files.items():
         if not (path / name).is_file() or _digest(path / name) != digest:
             return {}, name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from entropi import records
+from entropi import record_files, records
 from entropi.costs.operations import count
 from entropi.errors import UserError
 from entropi.training.recipe import CONFIG_FILE, load_recipe
@@ -27,7 +27,7 @@ def finished_run(row: str, seed: int, folder: Path, path: str) -> records.StudyR
     Raises:
         UserError: records that are missing or damaged.
     """
-    found = records.read(folder / records.RECORDS_FILE)
+    found = record_files.read(folder / record_files.RECORDS_FILE)
     evaluations = _of_kind(found, records.Evaluation)
     if not evaluations:
         raise UserError(f"{folder} is damaged: its records hold no evaluation")
@@ -49,14 +49,17 @@ def finished_run(row: str, seed: int, folder: Path, path: str) -> records.StudyR
 
 def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyRun], folder: Path) -> records.StudyRow:
     """The row of all `runs` of one recipe, read from their folders below `folder`; costs are by the recipe."""
-    read = {run.seed: records.read(folder / run.folder / records.RECORDS_FILE) for run in runs}
+    read = {run.seed: record_files.read(folder / run.folder / record_files.RECORDS_FILE) for run in runs}
     started = next(_of_kind(found, records.RunStarted)[-1] for found in read.values())
     finished = [run for run in runs if not run.diverged]  # the others left no model
     whole = [read[run.seed] for run in finished]
     traced = whole or list(read.values())  # how a model collapses is worth a figure where no seed survived
     diagnoses = [r for found in whole for r in _of_kind(found, records.DiagnosisRecord)[-1:]]
+
     model = _model(folder / runs[0].folder, started.vocab_size)
     costs, folded = (count(model, started.context_length, folded=whether) for whether in (False, True))
+    predicted = _prediction(model, started.context_length)
+
     snapshots = [_of_kind(found, records.EntropySnapshot) for found in traced]
     steps = [_of_kind(found, records.TrainingStep) for found in traced]
     entropy_steps, heads = _series(snapshots, "entropy")
@@ -65,7 +68,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
     thresholds = [found[-1].threshold for found in snapshots if whole and found and found[-1].threshold is not None]
     evaluated = [_of_kind(found, records.Evaluation)[-1].entropy for found in whole]
     shares = list(zip(*(d.quartile_shares for d in diagnoses)))
-    predicted = _prediction(model, started.context_length)
+
     return records.StudyRow(
         name=name,
         settings=settings,
@@ -101,7 +104,7 @@ def summarise(name: str, settings: dict[str, str], runs: Sequence[records.StudyR
 
 def _model(run: Path, vocab_size: int) -> EntropiConfig:
     """What a run trains, by its recipe: one that diverged left no model."""
-    from entropi.training.run import model_config  # which loads torch
+    from entropi.training.build import model_config  # which loads torch
 
     return model_config(load_recipe(run / CONFIG_FILE), vocab_size)
 

@@ -32,7 +32,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes are connected."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -71,48 +71,56 @@ def connected() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """The processes part; for the end of a program, as they cannot be connected again."""
-    if processes() > 1:
+    """Destroy the process group: for the end of a program, as the processes cannot be connected again."""
+    if world_size() > 1:
         PartialState().destroy_process_group()
 
 
-def wait_for_all() -> None:
-    """Go on when every process is here."""
-    if processes() > 1:
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
         dist.barrier()
 
 
-def from_main(value: T) -> T:
-    """What the main process has in `value`."""
-    if processes() == 1:
+def broadcast(value: T) -> T:
+    """What the main process has in `value`, in every process."""
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Element by element the sum over all processes."""
-    if processes() > 1:
+    if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def least(values: Tensor) -> Tensor:
-    """Element by element the least of all processes."""
-    if processes() > 1:
+def all_reduce_min(values: Tensor) -> Tensor:
+    """Element by element the smallest value of all processes."""
+    if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
     return values
 
 
-def greatest(values: Tensor) -> Tensor:
-    """Element by element the greatest of all processes."""
-    return -least(-values)
+def all_reduce_max(values: Tensor) -> Tensor:
+    """Element by element the largest value of all processes."""
+    return -all_reduce_min(-values)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def any_process(asked: bool) -> bool:
+    """Whether any process has `asked`: all have to say so together."""
+    if world_size() == 1:
+        return asked
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return bool(all_reduce_max(torch.tensor(int(asked), device=device)))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded as the plain tensor it stands for; all processes have to ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -120,7 +128,7 @@ def whole(tensor: Tensor) -> Tensor:
 def shard(model: EntropiForCausalLM) -> None:
     """Share out the parameters of `model` between the processes (FSDP2): every layer by itself, and the rest.
 
-    Scalars become vectors of one number, which FSDP2 wants and all arithmetic takes; `whole_weights` gives them back.
+    Scalars become vectors of one number, which FSDP2 wants and all arithmetic takes; `full_state_dict` gives them back.
     """
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -138,19 +146,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def whole_weights(model: nn.Module, scalars: Collection[str]) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, scalars: Collection[str]) -> dict[str, Tensor]:
     """The state of a sharded model as that of a plain one, on the CPU; `scalars` are names of what is one number."""
     seen: dict[int, Tensor] = {}  # tied weights stay one tensor
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
-            plain = whole(value.detach()).cpu()
+            plain = full_tensor(value.detach()).cpu()
             seen[id(value)] = plain.reshape(()) if name in scalars else plain
         state[name] = seen[id(value)]
     return state
 
 
-def whole_optimizer_state(state: dict[str, Any], scalars: Collection[int]) -> dict[str, Any]:
+def full_optimizer_state(state: dict[str, Any], scalars: Collection[int]) -> dict[str, Any]:
     """An optimizer's state over sharded parameters as that over plain ones; `scalars` are numbers of parameters."""
 
     def plain(number: int, value: Any) -> Any:
@@ -164,7 +172,7 @@ def whole_optimizer_state(state: dict[str, Any], scalars: Collection[int]) -> di
 
 
 def sharded_optimizer_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """The inverse of `whole_optimizer_state`; `parameters` in the order of their numbers."""
+    """The inverse of `full_optimizer_state`; `parameters` in the order of their numbers."""
 
     def part(name: str, value: Any, parameter: Tensor) -> Any:
         if name == "step" or not isinstance(value, Tensor) or not isinstance(parameter, DTensor):

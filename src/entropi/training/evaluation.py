@@ -17,7 +17,7 @@ from entropi.data.shards import Blocks
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.recording import record_entropy
 from entropi.errors import UserError
-from entropi.training.distributed import processes, rank, total
+from entropi.training.distributed import all_reduce_sum, rank, world_size
 
 PATTERN_SEQUENCES = 8
 MAX_STRETCHES = 64  # of positions: enough for a line in a figure
@@ -67,10 +67,10 @@ def evaluate_blocks(
     ours = getattr(model.config, "model_type", None) == "entropi"  # whose output holds the entropies
     starts = list(range(0, len(blocks), batch_size))
     # Every process runs as many batches as the others, since a sharded model is put together by all of them.
-    rounds = math.ceil(len(starts) / processes())
+    rounds = math.ceil(len(starts) / world_size())
     loss_sum, tokens, sums = 0.0, 0, dict[int, Tensor]()
     for turn in range(rounds):
-        number = turn * processes() + rank()
+        number = turn * world_size() + rank()
         start = starts[number % len(starts)]
         ids = _ids(model, blocks[start : start + batch_size])
         with _own_forward(model), record_entropy(model) if entropies and not ours else nullcontext() as recorded:
@@ -90,10 +90,10 @@ def evaluate_blocks(
             layers = len(heads)
         sums = {layer: sums.get(layer, 0.0) + counts * values for layer, values in heads.items()}
         if progress is not None:
-            progress(min((turn + 1) * processes() * batch_size, len(blocks)))
+            progress(min((turn + 1) * world_size() * batch_size, len(blocks)))
     model.train(was_training)
     flat = torch.cat([torch.tensor([loss_sum, tokens], dtype=torch.float64, device=ids.device), *sums.values()])
-    summed = total(flat).cpu()
+    summed = all_reduce_sum(flat).cpu()
     means = (summed[2:] / len(blocks)).split([len(values) for values in sums.values()])
     return HeldOut(
         cross_entropy=float(summed[0] / summed[1]),

@@ -94,7 +94,7 @@ class Recipe:
         entropy_every: steps between entropy records
         evaluate_every: steps between evaluations on held-out text (0: at the end only)
         evaluation_blocks: held-out sequences used by those evaluations (the last one uses all of them)
-        save_every: steps between checkpoints (0: at the end only)
+        save_every: steps between checkpoints (0: at the end only); an interrupt saves as well
         keep_checkpoints: how many to keep
     """
 
@@ -241,6 +241,12 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not a training recipe: lines such as 'steps: 600' are expected")
     return make_recipe(settings, str(path))
+
+
+def recipe_of_run(folder: Path) -> Recipe | None:
+    """The recipe of the run in `folder`, or None where none has begun; raises `UserError` as `load_recipe`."""
+    path = folder / CONFIG_FILE
+    return load_recipe(path) if path.is_file() else None
 
 
 def make_recipe(settings: dict[str, Any], source: str) -> Recipe:

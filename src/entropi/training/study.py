@@ -34,14 +34,15 @@ import msgspec
 import torch
 import yaml
 
-from entropi import records
+from entropi import record_files, records
 from entropi.console import ProgressLine, make_console
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
+from entropi.training.build import prepare_corpus
 from entropi.training.comparison import compare, finished_run, summarise
+from entropi.training.loading import MODEL_FOLDER
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, make_recipe, save_recipe
-from entropi.training.run import alone_in, prepare_corpus
-from entropi.training.saved import MODEL_FOLDER
+from entropi.training.run_folder import lock_run
 
 STUDY_KEYS = ("recipe", "rows", "claims")
 MAX_FOLDER_NAME = 100
@@ -191,7 +192,7 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
     Raises:
         UserError: a folder that holds another study's runs, or runs that failed for other reasons than divergence.
     """
-    with alone_in(folder):
+    with lock_run(folder):
         ended = _ended(study, folder)
         waiting = [run for run in study.runs if (run.row, run.recipe.seed) not in ended]
         recipes = [run.recipe for run in waiting]
@@ -208,7 +209,7 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
                         failed.append(f"{run.label}: {error}")
                         continue
                     ended[run.row, run.recipe.seed] = found
-                    records.append(folder / records.STUDY_FILE, found)
+                    record_files.append(folder / record_files.STUDY_FILE, found)
         finally:
             result = _write(study, folder, ended)
     if failed:
@@ -220,8 +221,8 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
 
 def _ended(study: Study, folder: Path) -> dict[tuple[str, int], records.StudyRun]:
     """By row and seed, the runs below `folder` that need no more training."""
-    path = folder / records.STUDY_FILE
-    found = records.read(path) if path.exists() else []
+    path = folder / record_files.STUDY_FILE
+    found = record_files.read(path) if path.exists() else []
     diverged = {(r.row, r.seed): r for r in found if isinstance(r, records.StudyRun) and r.diverged}
     ended = {}
     for run in study.runs:
@@ -249,7 +250,7 @@ def _write(study: Study, folder: Path, ended: dict[tuple[str, int], records.Stud
             rows.append(summarise(name, settings[name], mine, folder))
     claims = [compare(lower, higher, runs) for lower, higher in study.claims]
     result: list[records.Record] = [*runs, *rows, *(claim for claim in claims if claim is not None)]
-    records.rewrite(folder / records.STUDY_FILE, result)
+    record_files.rewrite(folder / record_files.STUDY_FILE, result)
     return result
 
 
@@ -270,7 +271,7 @@ class _Process:
 
     def progress(self) -> int:
         """The last step that is recorded; only what is new of the records is read."""
-        path = self.place / records.RECORDS_FILE
+        path = self.place / record_files.RECORDS_FILE
         try:
             with open(path, "rb") as file:
                 file.seek(self.offset)

@@ -17,13 +17,13 @@ from transformers import Trainer, TrainerControl
 from entropi import records
 from entropi.data.shards import Blocks
 from entropi.errors import UserError
-from entropi.training.callbacks import RunRecorder, or_without_it
+from entropi.training.callbacks import RunRecorder, removed_on_failure
 from entropi.training.distributed import (
+    full_optimizer_state,
+    full_state_dict,
+    full_tensor,
     is_sharded,
     sharded_optimizer_state,
-    whole,
-    whole_optimizer_state,
-    whole_weights,
 )
 from entropi.training.evaluation import evaluate_blocks
 from entropi.training.optimizers import MuonWithAdamW
@@ -139,14 +139,14 @@ class EntropiTrainer(Trainer):
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if largest is not None and is_sharded(model):
-            if bool(torch.isfinite(whole(norm))):
+            if bool(torch.isfinite(full_tensor(norm))):
                 torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         elif largest is not None:  # decided on the device, for which nothing has to wait: a norm of 0 changes nothing
             torch.nn.utils.clip_grads_with_norm_(parameters, largest, torch.where(torch.isfinite(norm), norm, 0.0))
-        return whole(norm)
+        return full_tensor(norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with or_without_it(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+        with removed_on_failure(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -155,7 +155,7 @@ class EntropiTrainer(Trainer):
         if not is_sharded(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        state = whole_weights(self.model, self.scalars)
+        state = full_state_dict(self.model, self.scalars)
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
 
@@ -166,7 +166,7 @@ class EntropiTrainer(Trainer):
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
         scalars = [number for number, p in enumerate(self._ordered_parameters()) if names[id(p)] in self.scalars]
-        state = whole_optimizer_state(self.optimizer.state_dict(), scalars)
+        state = full_optimizer_state(self.optimizer.state_dict(), scalars)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, OPTIMIZER_FILE))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))

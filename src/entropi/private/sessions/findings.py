@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from entropi.cache import default_cache_dir, written_whole
+from entropi.cache import atomic_write, default_cache_dir
 from entropi.errors import UserError
 from entropi.private.compute.fixed_point import Sweep
 from entropi.private.compute.folded import DESCRIPTION_FILE, WEIGHTS_FILE, sha256_of
@@ -82,7 +82,7 @@ def keep(found: Findings) -> None:
     """Write an entry for this user alone; where that is not possible, the log says so."""
     content = encode(found)
     try:
-        with written_whole(_path(found.key)) as file:
+        with atomic_write(_path(found.key)) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     except UserError as error:

@@ -23,19 +23,17 @@ from entropi.training.callbacks import CollapsedAttention, CollapseGuard, Diverg
 from entropi.training.recipe import Recipe, save_recipe
 from entropi.training.run import train
 from entropi.training.trainer import EntropiTrainer
-from test_training import (
+from training_runs import (
     REGULARISED,
     Poison,
     assert_same_run,
     checkpoints,
-    corpus,
     of_kind,
     rewind,
-    surroundings,
     tiny,
 )
 
-__all__ = ["corpus", "surroundings"]  # fixtures
+pytestmark = pytest.mark.usefixtures("surroundings")
 KILLS = 20
 
 # Forks a process for every life of the run, which spares the seconds that importing torch takes, and ends each by
@@ -44,7 +42,7 @@ LIVES = """
 import os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from entropi import records
+from entropi import record_files, records
 from entropi.training.recipe import load_recipe
 from entropi.training.run import train
 
@@ -54,7 +52,7 @@ chance = random.Random(int(sys.argv[4]))
 
 def last_step():
     path = folder / "records.jsonl"
-    found = records.read(path) if path.exists() else []
+    found = record_files.read(path) if path.exists() else []
     return max([r.step for r in found if isinstance(r, records.TrainingStep)], default=0)
 
 killed = 0
@@ -68,10 +66,11 @@ while True:
             traceback.print_exc()
             os._exit(1)
     # Counted from where this life resumes: the steps after the last checkpoint are dropped from the records first.
-    before = sum(isinstance(r, records.RunStarted) for r in records.read(folder / "records.jsonl")) if killed else 0
+    told = record_files.read(folder / "records.jsonl") if killed else []
+    before = sum(isinstance(r, records.RunStarted) for r in told)
     wanted = None
     while killed < kills:
-        found = records.read(folder / "records.jsonl") if (folder / "records.jsonl").exists() else []
+        found = record_files.read(folder / "records.jsonl") if (folder / "records.jsonl").exists() else []
         starts = [r for r in found if isinstance(r, records.RunStarted)]
         if len(starts) > before:
             wanted = wanted or starts[-1].resumed_at + chance.randint(1, 9)

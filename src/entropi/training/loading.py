@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from entropi import record_files, records
 from entropi.console import ProgressLine
 from entropi.data.corpus import STDLIB, as_shown
 from entropi.data.hub import NAMED
-from entropi.data.packing import heldout_blocks, is_plain_text
+from entropi.data.prepare import heldout_blocks, is_plain_text
 from entropi.data.tokenizer import end_of_text_id
 from entropi.errors import UserError, is_failure
 from entropi.model.configuration import EntropiConfig
@@ -158,6 +159,13 @@ def is_run_folder(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def corpus_hash(folder: Path) -> str:
+    """The hash of the corpus of the run in `folder`; empty where that is not recorded."""
+    path = folder / record_files.RECORDS_FILE
+    starts = [r for r in record_files.read(path) if isinstance(r, records.RunStarted)] if path.exists() else []
+    return starts[-1].corpus_hash if starts else ""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model and the text it is to be evaluated on."""
@@ -202,40 +210,25 @@ def open_with_text(
     Raises:
         UserError: no such model or corpus, what the model cannot take, or a token that it has no embedding for.
     """
-    for name, value, least in (("sequences", sequences, 1), ("context_length", context_length, 3)):
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}, at least {least} is needed")
-    loaded: PreTrainedModel
-    trained_on = ""
-    if ours := model_type(model) in (None, EntropiConfig.model_type):
-        entropi_model, tokenizer, _ = open_model(model)
-        loaded = entropi_model
-        end, begins = end_of_text_id(tokenizer), False
-        longest = usual = loaded.config.max_position_embeddings
-        if is_run_folder(model) and (packing is None or corpus is None):
-            recipe = load_recipe(model / CONFIG_FILE)
-            packing = packing or recipe.packing
-            trained_on = recipe.corpus
-        if exp_iterations is not None:
-            entropi_model.set_exp_iterations(exp_iterations or None)
-    else:
-        if exp_iterations is not None:
-            raise UserError("exp_iterations is for models of entropi: others have the exact softmax")
-        loaded, tokenizer, end, begins = open_causal_lm(model)
-        config = loaded.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or FOREIGN_CONTEXT
-        usual = min(longest, FOREIGN_CONTEXT)
-    of_the_run = corpus is None and trained_on != ""
-    corpus = (trained_on or STDLIB) if corpus is None else corpus
-    plain = not ours and is_plain_text(corpus)
-    length = context_length or usual
-    if length > longest:
-        raise UserError(f"context_length is {length}, the model takes {longest} tokens at most")
-    name = corpus if corpus in NAMED or corpus == STDLIB else as_shown(Path(corpus).expanduser().resolve().name)
-    named = name if plain else f"held-out text of {name}"
-    # Models with a token that begins every text expect it, and many heads rest on it.
+    _check_at_least(("sequences", sequences, 1), ("context_length", context_length, 3))
+    opened = _open_any(model, exp_iterations)
+    recipe = load_recipe(model / CONFIG_FILE) if opened.ours and is_run_folder(model) else None
+    if recipe is not None:
+        packing = packing or recipe.packing
+    of_the_run = corpus is None and recipe is not None
+    if corpus is None:
+        corpus = recipe.corpus if recipe is not None else STDLIB
+    plain = not opened.ours and is_plain_text(corpus)
+    length = context_length or opened.usual
+    if length > opened.longest:
+        raise UserError(f"context_length is {length}, the model takes {opened.longest} tokens at most")
+
+    named = _name(corpus) if plain else f"held-out text of {_name(corpus)}"
+    options: dict[str, Any] = dict(per_document=packing == "document", whole=plain)
+    if recipe is not None:
+        options["content_hash"] = corpus_hash(model)
     try:
-        cut = heldout_blocks(corpus, tokenizer, length - begins, end, per_document=packing == "document", whole=plain)
+        cut = heldout_blocks(corpus, opened.tokenizer, length - opened.begins, opened.end, **options)
     except UserError as error:
         if not of_the_run:
             raise
@@ -244,17 +237,67 @@ def open_with_text(
         raise UserError(
             f"{named} is shorter than one block of {length} tokens: give more text or a smaller --context-length"
         )
-    most = sequences or (len(cut) if ours or (plain and all_of_plain_text) else FOREIGN_SEQUENCES)
-    blocks = np.insert(cut[:most], 0, end, axis=1) if begins else cut[:most]
-    entries = _entries(loaded)
+
+    most = sequences or (len(cut) if opened.ours or (plain and all_of_plain_text) else FOREIGN_SEQUENCES)
+    # Models with a token that begins every text expect it, and many heads rest on it.
+    blocks = np.insert(cut[:most], 0, opened.end, axis=1) if opened.begins else cut[:most]
+    _check_embedded(blocks, opened, named, model)
+    return Opened(opened.model, blocks, corpus, named, _amount(len(blocks), len(cut)), opened.ours)
+
+
+@dataclass(frozen=True)
+class _AnyModel:
+    """A model of ours or of others, with what is needed to cut text for it."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    end: int  # id of the token that ends a text
+    begins: bool  # whether that token also begins every sequence
+    longest: int  # tokens that the model takes
+    usual: int  # tokens a sequence unless told otherwise
+    ours: bool
+
+
+def _open_any(path: Path, exp_iterations: int | None) -> _AnyModel:
+    """A run folder, a saved model of ours, or any causal LM; raises `UserError` for what cannot be opened."""
+    if model_type(path) in (None, EntropiConfig.model_type):
+        model, tokenizer, _ = open_model(path)
+        if exp_iterations is not None:
+            model.set_exp_iterations(exp_iterations or None)
+        longest = model.config.max_position_embeddings
+        return _AnyModel(model, tokenizer, end_of_text_id(tokenizer), False, longest, longest, True)
+
+    if exp_iterations is not None:
+        raise UserError("exp_iterations is for models of entropi: others have the exact softmax")
+    foreign, tokenizer, end, begins = open_causal_lm(path)
+    longest = getattr(foreign.config.get_text_config(), "max_position_embeddings", None) or FOREIGN_CONTEXT
+    return _AnyModel(foreign, tokenizer, end, begins, longest, min(longest, FOREIGN_CONTEXT), False)
+
+
+def _check_at_least(*numbers: tuple[str, int | None, int]) -> None:
+    """Raise `UserError` for one of `(name, value, least)` whose value is given and too small."""
+    for name, value, least in numbers:
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, at least {least} is needed")
+
+
+def _amount(used: int, of: int) -> str:
+    part = f" of {of:,}" if used < of else ""
+    return f"{used:,}{part} sequence{'s' if of > 1 else ''}"
+
+
+def _name(corpus: str) -> str:
+    return corpus if corpus in NAMED or corpus == STDLIB else as_shown(Path(corpus).expanduser().resolve().name)
+
+
+def _check_embedded(blocks: np.ndarray, opened: _AnyModel, named: str, path: Path) -> None:
+    """Raise `UserError` for a token that the model has no embedding for."""
+    entries = _entries(opened.model)
     if (largest := int(blocks.max())) >= entries:
         raise UserError(
-            f"{named} has the token {tokenizer.id_to_token(largest)!r}, number {largest}, for which the model in "
-            f"{model} has no embedding: it has {entries}"
+            f"{named} has the token {opened.tokenizer.id_to_token(largest)!r}, number {largest}, for which the model "
+            f"in {path} has no embedding: it has {entries}"
         )
-    part = f" of {len(cut):,}" if len(blocks) < len(cut) else ""
-    amount = f"{len(blocks):,}{part} sequence{'s' if len(cut) > 1 else ''}"
-    return Opened(loaded, blocks, corpus, named, amount, ours)
 
 
 def _entries(model: PreTrainedModel) -> int:

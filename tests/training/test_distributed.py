@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,15 @@ import torch
 
 from entropi import records
 from entropi.errors import UserError
-from entropi.training import run
+from entropi.training.build import check_processes
 from entropi.training.recipe import Recipe
 from entropi.training.run import train
-from test_training import REGULARISED, command, corpus, of_kind, rewind, surroundings, tiny, weights
+from training_runs import REGULARISED, command, of_kind, rewind, tiny, wait_for_step, weights
 
-__all__ = ["corpus", "surroundings"]  # fixtures
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on CPUs: one GPU cannot hold two processes")
+pytestmark = [
+    pytest.mark.usefixtures("surroundings"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="counts on CPUs: one GPU cannot hold two processes"),
+]
 
 DIES = """
 import os, signal, sys
@@ -44,7 +47,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processe
 
 
 def in_two_processes(*words: str, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=900, check=False)
 
 
 def of_two(corpus: str, **changes: Any) -> Recipe:
@@ -144,13 +147,35 @@ def test_a_dead_process_is_noticed_and_the_run_resumes(alone: tuple[Recipe, Path
     assert_same_training(folder, whole)
 
 
+@pytest.mark.slow
+def test_an_interrupt_saves_where_all_processes_are(alone: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """Ctrl-C for the launcher, which passes it on to each: the same step is saved in all, and the run goes on there."""
+    recipe, folder = dataclasses.replace(alone[0], save_every=0, steps=200), tmp_path / "run"
+    words = command(recipe, folder)
+    launched = subprocess.Popen([sys.executable, *TORCHRUN, "-m", "entropi", *words], stderr=subprocess.PIPE)
+    wait_for_step(launched, folder, 3)
+    launched.send_signal(signal.SIGINT)
+    _, said = launched.communicate(timeout=600)
+    assert launched.returncode != 0
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert (saved / "seal.json").exists(), said.decode()[-3000:]
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert 3 <= step < 200
+    assert f"interrupted; step {step} is saved" in said.decode()
+
+    done = in_two_processes("-m", "entropi", "train", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [r.resumed_at for r in of_kind(folder, records.RunStarted)] == [0, step]
+    assert [r.step for r in of_kind(folder, records.TrainingStep)] == list(range(1, 201))
+
+
 def test_processes_share_out_whole_micro_batches(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="gradient_accumulation is 3: a multiple of 2 is needed"):
         train(tiny(corpus, gradient_accumulation=3), tmp_path / "run")
-    run._check_processes(tiny(corpus, gradient_accumulation=4), True)
+    check_processes(tiny(corpus, gradient_accumulation=4), True)
     with pytest.raises(UserError, match="cannot be trained in fp16"):
-        run._check_processes(dataclasses.replace(tiny(corpus, gradient_accumulation=4), precision="fp16"), True)
+        check_processes(dataclasses.replace(tiny(corpus, gradient_accumulation=4), precision="fp16"), True)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="one process has nothing to shard"):
         train(tiny(corpus), tmp_path / "run", shard=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ import torch
 import yaml
 from torch.nn import functional
 
-from entropi import records
+from entropi import record_files, records
 from entropi.cli import main
 from entropi.errors import UserError
 from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
 from entropi.report import study as report_study
+from entropi.report.folder import read_run
+from entropi.report.heads import scale_top
 from entropi.report.study import StudyResult, markdown, outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
@@ -33,32 +34,14 @@ from entropi.training.recipe import save_recipe
 from entropi.training.run import train
 from entropi.training.study import load_study, run_study
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENTROPI_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that are started here
-        patch.setenv("PYTHONPATH", str(ROOT / "src"), prepend=os.pathsep)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(12):
-        lines = (f"def f{number}_{i}(self, value): return value + {i * number % 7}\n" for i in range(30))
-        (folder / f"{number}.py").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def grid(corpus: Path, **changes: Any) -> dict[str, Any]:
+def grid(corpus: str, **changes: Any) -> dict[str, Any]:
     return {
         "corpus": str(corpus),
         "seed": [0, 1],
@@ -291,7 +274,7 @@ def test_spread():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[Path, Path]:
     """A study's file, and its folder with every run trained in this process; the study itself has yet to be run."""
     folder = tmp_path_factory.mktemp("study")
     path = write(
@@ -317,8 +300,8 @@ def test_finished_runs_are_read_and_not_trained_again(trained: tuple[Path, Path]
     monkeypatch.setattr(study_module.subprocess, "Popen", no_process)
     study = load_study(path)
     found = run_study(study, folder)
-    read = records.read(folder / records.STUDY_FILE)
-    assert [records.encode(record) for record in read] == [records.encode(record) for record in found]
+    read = record_files.read(folder / record_files.STUDY_FILE)
+    assert [record_files.encode(record) for record in read] == [record_files.encode(record) for record in found]
     runs, rows, claims = ([r for r in found if isinstance(r, kind)] for kind in (StudyRun, StudyRow, StudyClaim))
     assert [(r.row, r.seed) for r in runs] == [(r.row, r.recipe.seed) for r in study.runs]
     assert [row.name for row in rows] == list(study.rows)
@@ -342,7 +325,7 @@ def test_finished_runs_are_read_and_not_trained_again(trained: tuple[Path, Path]
 
 
 def read_run_folder(folder: Path, run: Any) -> dict[str, Any]:
-    found = records.read(folder / run.path / records.RECORDS_FILE)
+    found = record_files.read(folder / run.path / record_files.RECORDS_FILE)
     return {
         "evaluation": [r for r in found if isinstance(r, records.Evaluation)][-1],
         "snapshot": [r for r in found if isinstance(r, records.EntropySnapshot)][-1],
@@ -361,7 +344,9 @@ def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path
     """Runs that did left no model whose shape could be read."""
     pytest.importorskip("spu")
     folder = written[1]
-    found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
+    found = [
+        r for r in record_files.read(folder / record_files.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"
+    ]
     whole = summarise("base", {}, found, folder)
     for run in found:
         shutil.rmtree(folder / run.folder / "model")
@@ -382,7 +367,9 @@ def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path
 def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path, Path]):
     """The picture of the paper that readers look for first."""
     folder = written[1]
-    found = [r for r in records.read(folder / records.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"]
+    found = [
+        r for r in record_files.read(folder / record_files.STUDY_FILE) if isinstance(r, StudyRun) and r.row == "base"
+    ]
     survived = summarise("base", {}, found, folder)
     for run in found:
         run.diverged = True
@@ -393,6 +380,24 @@ def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path,
     drawn = {d.name: d.note for d in report_study.draw(report_study.StudyResult("x", found, [row], []))}
     assert drawn.keys() == {"loss", "layers-base"}
     assert drawn["layers-base"].endswith("up to the first divergence.")
+
+
+def test_a_study_has_the_scale_of_reports(written: tuple[Path, Path]):
+    """Heatmaps of entropies end at log T in both, so that one colour means one entropy."""
+    study = read_study(written[1])
+    drawn = [d.figure for d in report_study.draw(study) if d.name.startswith("heads-")]
+    assert len(drawn) == len(study.rows)
+    run = read_run(written[1] / study.runs[0].folder)
+    for figure in drawn:
+        assert figure.axes[0].images[0].get_clim() == (0, pytest.approx(math.log(16)))
+    assert scale_top([run]) == pytest.approx(math.log(16))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("margins", "Study margins"), ("study", "Study"), ("my-study", "My-study")]
+)
+def test_a_study_is_called_so_once(name: str, words: str):
+    assert markdown(name, []).startswith(f"# {words}\n")
 
 
 def test_tables_figures_and_page(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
@@ -437,18 +442,18 @@ def test_a_run_of_another_recipe_is_refused(written: tuple[Path, Path], capsys: 
 
 
 def test_a_study_without_results_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / records.STUDY_FILE).touch()
+    (tmp_path / record_files.STUDY_FILE).touch()
     assert main(["report", str(tmp_path)]) == 2
     assert "no run that has ended" in capsys.readouterr().err
 
 
 def test_names_cannot_inject_markup(written: tuple[Path, Path]):
     folder = written[1]
-    found = records.read(folder / records.STUDY_FILE)
+    found = record_files.read(folder / record_files.STUDY_FILE)
     for record in found:
         if isinstance(record, StudyRow | StudyRun) and getattr(record, "name", "") == "base":
             record.name = "<script>x</script> | y"
-    records.rewrite(folder / records.STUDY_FILE, found)
+    record_files.rewrite(folder / record_files.STUDY_FILE, found)
     page = write_study(folder).read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
@@ -456,7 +461,7 @@ def test_names_cannot_inject_markup(written: tuple[Path, Path]):
 
 
 @pytest.mark.slow
-def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
+def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: str):
     """Two at a time: a row that diverges is a result, a killed study continues, and nothing is trained twice."""
     path = write(
         tmp_path / "grid.yaml",
@@ -475,9 +480,9 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
 
     second = subprocess.run(words, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    starts = [r for r in records.read(place / records.RECORDS_FILE) if isinstance(r, records.RunStarted)]
+    starts = [r for r in record_files.read(place / record_files.RECORDS_FILE) if isinstance(r, records.RunStarted)]
     assert starts[-1].resumed_at >= 40
-    found = records.read(tmp_path / "runs" / records.STUDY_FILE)
+    found = record_files.read(tmp_path / "runs" / record_files.STUDY_FILE)
     runs = {(r.row, r.seed): r for r in found if isinstance(r, StudyRun)}
     assert [run.diverged for run in runs.values()] == [False, False, True, True]
     assert runs["broken", 0].layer == 0
@@ -496,7 +501,7 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: Path):
 
 def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_path: Path):
     """At any length that the new file may have reached before it is looked at again."""
-    path = tmp_path / records.RECORDS_FILE
+    path = tmp_path / record_files.RECORDS_FILE
 
     def write_steps(*steps: int) -> None:
         lines = [f'{{"kind":"skipped","step":{step},"reason":"{"x" * (step % 7)}"}}\n' for step in steps]
@@ -515,7 +520,7 @@ def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_no_result(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_fails_is_no_result(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]):
     """Too little text for a batch is the user's mistake: the others are trained, and it is said."""
     path = write(
         tmp_path / "grid.yaml",
@@ -539,7 +544,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_speed_trains_both(corpus: Path):
+def test_the_benchmark_of_speed_trains_both(corpus: str):
     """It measures what it says it does: both loops take all their turns, and the ratio is that of their times."""
     words = ["--layers", "2", "--heads", "2", "--hidden-size", "16", "--length", "16", "--vocab-size", "300"]
     words += ["--batch-size", "4", "--turn", "2", "--turns", "3", "--precision", "fp32", "--corpus", str(corpus)]

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 
-from entropi.cache import default_cache_dir, written_whole
+from entropi.cache import atomic_write, default_cache_dir
 from entropi.console import ProgressLine
 from entropi.data import shards
 from entropi.data.books import find_books, open_books
@@ -74,6 +74,19 @@ class Prepared:
     tokenizer: Tokenizer
     packed: PackedData
 
+    @property
+    def parts(self) -> str:
+        """What is trained on and what is held out, in words."""
+        train, heldout = self.packed.train_tokens, self.packed.heldout_tokens
+        return (
+            f"training on {_texts(self.corpus.train_documents)} ({train:,} tokens); held out "
+            f"{_texts(self.corpus.heldout_documents)} ({heldout:,} tokens, {heldout / (train + heldout):.1%} of all)"
+        )
+
+
+def _texts(count: int) -> str:
+    return f"{count:,} text{'s' * (count != 1)}"
+
 
 def prepare(
     source: str,
@@ -84,13 +97,14 @@ def prepare(
     *,
     tokenizer: str = "",
     per_document: bool = False,
+    content_hash: str = "",
 ) -> Prepared:
     """From a corpus to blocks.
 
     `source` is what `load_corpus` takes, `"site-packages"` (see `load_site_packages`), the name of a data set that
     `hub.NAMED` knows, a folder of Parquet or Arrow files, a folder of tokenised books, or a folder of shards that was
     prepared elsewhere. `tokenizer` is what `load_tokenizer` takes; without one it is learnt from the corpus, with
-    `vocab_size` entries.
+    `vocab_size` entries. `content_hash` is that of the corpus of a run that is to be continued, see `load_corpus`.
 
     What takes long is done once and then read from the cache; a `console` is told what takes long.
     Raises `UserError` for whatever cannot be read or does not fit together.
@@ -103,7 +117,7 @@ def prepare(
     if not tokenizer:
         check_vocab_size(vocab_size)
     given = load_tokenizer(tokenizer) if tokenizer else None
-    corpus = _open_corpus(source, cache_dir, console)
+    corpus = _open_corpus(source, cache_dir, console, content_hash)
     found = given or load_or_train_tokenizer(corpus, vocab_size, cache_dir, console=console)
     eos_id = end_of_text_id(found)
     manifest, folder = _prepare_shards(corpus, found, cache_dir, eos_id, console)
@@ -112,12 +126,14 @@ def prepare(
     return Prepared(summary, found, packed)
 
 
-def _open_corpus(source: str, cache_dir: Path | None = None, console: Console | None = None) -> Corpus:
+def _open_corpus(
+    source: str, cache_dir: Path | None = None, console: Console | None = None, content_hash: str = ""
+) -> Corpus:
     """The texts of what `load_corpus` takes, of `"site-packages"`, or of a data set."""
     if source == SITE_PACKAGES:
         return load_site_packages(cache_dir, console)
     dataset = find_dataset(source)
-    return load_corpus(source) if dataset is None else open_dataset(dataset)
+    return load_corpus(source, content_hash) if dataset is None else open_dataset(dataset)
 
 
 def pack(
@@ -163,10 +179,12 @@ def heldout_blocks(
     *,
     per_document: bool = False,
     whole: bool = False,
+    content_hash: str = "",
 ) -> Tokens:
     """Blocks `(N, block_length)` int32 of the held-out part of what `prepare` takes, in memory, cut as `pack` does.
 
     With `whole`, of all of it, which has to be plain text: for models that were trained on no part of it.
+    `content_hash` is that of the corpus a run was trained on, see `load_corpus`.
 
     Raises `UserError` for what cannot be read, and for tokens that another tokenizer made.
     """
@@ -182,7 +200,8 @@ def heldout_blocks(
         return prepared.packed.heldout[:]
     if whole and is_plain_text(source):
         return pack(load_texts(source), tokenizer, block_length, eos_id, per_document=per_document)
-    return pack(_open_corpus(source).heldout, tokenizer, block_length, eos_id, per_document=per_document)
+    corpus = _open_corpus(source, content_hash=content_hash)
+    return pack(corpus.heldout, tokenizer, block_length, eos_id, per_document=per_document)
 
 
 def load_or_pack(
@@ -222,7 +241,7 @@ def _prepare_shards(
         manifest = shards.load_manifest(folder)
         if manifest is None or (manifest.source, manifest.tokenizer) != (made_from.source, made_from.tokenizer):
             manifest = made_from
-            with written_whole(folder / TOKENIZER_FILE) as file:
+            with atomic_write(folder / TOKENIZER_FILE) as file:
                 file.write(tokenizer.to_str().encode())
         for name, documents in (("train", corpus.train), ("held-out", corpus.heldout)):
             part = manifest.parts.setdefault(name, shards.Part())
