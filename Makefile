@@ -1,6 +1,8 @@
 # `make demo` and `make test` need nothing but Python 3.11: everything is installed into .venv.
 
 PYTHON ?= $(shell command -v python3.11)
+# What `make versions` tries; paths do as well.
+PYTHONS ?= python3.10 python3.12 python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks examples docs
@@ -13,7 +15,7 @@ LOCKING := --quiet --generate-hashes --python-version 3.11 --python-platform x86
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/entropi/__init__.py)
 
-.PHONY: demo test check docs install format clean tools lock sbom wheel
+.PHONY: demo test check coverage versions docs install format clean tools lock sbom wheel
 
 demo: install
 	$(BIN)/entropi demo
@@ -21,13 +23,34 @@ demo: install
 test: check docs tools
 	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu"
 
-# Under three minutes once installed: style, spelling, types, fast tests.
+# Style, spelling, types, fast tests: minutes on two idle cores, and several times as long beside other work.
 check: install
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/codespell $(CODE) *.md mkdocs.yml configs deploy
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" -n auto --dist loadfile
+
+# Lines and branches that the fast tests reach, by room. Apart from `check`, which it would slow down.
+coverage: install
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" -n auto --dist loadfile --cov --cov-report=
+	@for room in $(notdir $(patsubst %/__init__.py,%,$(wildcard src/entropi/*/__init__.py))); do \
+		printf '%-12s %4s %%\n' $$room "$$($(BIN)/coverage report --format=total --include="src/entropi/$$room/*")"; \
+	done
+	@printf '%-12s %4s %%\n' everything "$$($(BIN)/coverage report --format=total)"
+
+# Training, diagnosing and recording on the other Pythons: torch for each, some minutes and up to six gigabytes. One that
+# is not there is left out, and that is said.
+versions:
+	@for python in $(PYTHONS); do \
+		if ! "$$python" -c "" 2>/dev/null; then echo "$$python is not here: left out"; continue; fi; \
+		folder=.venv-versions/$$("$$python" -c "import sys; print('%d.%d' % sys.version_info[:2])"); \
+		"$$python" -m venv $$folder && \
+		$$folder/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
+		$$folder/bin/python -m pip install --quiet --disable-pip-version-check . pytest && \
+		$$folder/bin/python -m pytest -p no:cacheprovider tests/test_versions.py || exit 1; \
+	done
 
 # The documentation as a site that loads nothing from elsewhere, in build/site; a link that leads nowhere fails the build.
 docs: install
@@ -79,4 +102,4 @@ format: install
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) $(TOOLS) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) .venv-versions runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

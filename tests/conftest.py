@@ -24,7 +24,7 @@ from command_line import SOURCES, TINY, Done, text_folder  # noqa: E402
 
 # Files with many cases of a second each, as Triton's kernels are interpreted there: of each parametrised test in them
 # the first case and then every n-th is fast; the others are slow, which `make test` runs and `make check` does not.
-EVERY_NTH_IS_FAST = {"test_triton.py": 4}
+EVERY_NTH_IS_FAST = {"test_triton.py": 5}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

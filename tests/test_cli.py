@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from command_line import Done, assert_refused, spawn
+from command_line import SOURCES, Done, assert_refused, spawn
 from entropi import cli, commands
 from entropi.cli import main
-from entropi.commands import COMMANDS
+from entropi.commands import COMMANDS, common
 from entropi.commands.common import Command
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -184,6 +186,73 @@ def without_spu(name):
 metadata.version = without_spu
 """
     assert_refused(spawn(*words, code=code), "spu is not installed: pip install 'entropi[private]'")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "python", "here", "mend"),
+    [
+        ("Linux", "x86_64", "3.12.1", "CPython 3.12 on Linux (x86_64)", "make an environment with Python 3.11"),
+        ("Linux", "aarch64", "3.13.0", "CPython 3.13 on Linux (aarch64)", "make an environment with Python 3.11"),
+        ("Darwin", "x86_64", "3.11.7", "CPython 3.11 on Darwin (x86_64)", "use such a machine and Python 3.11"),
+        ("Windows", "AMD64", "3.10.0", "CPython 3.10 on Windows (AMD64)", "use such a machine and Python 3.11"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words", [["serve", "model"], ["ask", "hello"], ["demo"], ["cost", "--calibrate", "prices.json"]], ids=" ".join
+)
+def test_where_the_engine_cannot_be_had_that_is_said(
+    entropi: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    system: str,
+    machine: str,
+    python: str,
+    here: str,
+    mend: str,
+):
+    pytest.importorskip("jax")
+    version = metadata.version
+
+    def without_spu(name: str) -> str:
+        if name == "spu":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metadata, "version", without_spu)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "python_version_tuple", lambda: tuple(python.split(".")))
+    done = entropi(*words)
+    assert_refused(done, "SPU, has wheels for CPython 3.10 and CPython 3.11", f"this is {here}: {mend}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_extra_and_the_refusal_name_the_same_machines():
+    """The marker of `spu` in pyproject.toml, evaluated for each machine, is true where nothing is refused."""
+    tomllib = pytest.importorskip("tomllib")
+    requirements = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((SOURCES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (line,) = (line for line in project["optional-dependencies"]["private"] if line.startswith("spu"))
+    marker = requirements.Requirement(line).marker
+    names = {"Linux": "linux", "Darwin": "darwin"}
+    for system, machine in common.ENGINE_MACHINES:
+        for minor in range(10, 14):
+            surroundings = {
+                "python_version": f"3.{minor}",
+                "sys_platform": names[system],
+                "platform_machine": machine,
+            }
+            assert marker.evaluate(surroundings) == (f"CPython 3.{minor}" in common.ENGINE_PYTHONS)
+
+
+def test_predictions_need_no_engine():
+    """`entropi cost` traces with JAX alone."""
+    pytest.importorskip("jax")
+    done = spawn("cost", "--layers", "1", "--seq-len", "8", code="import sys; sys.modules['spu'] = None")
+    assert (done.status, done.err) == (0, "")
+    assert "bytes" in done.out or "MB" in done.out
 
 
 def test_an_extra_that_does_not_load(entropi: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):

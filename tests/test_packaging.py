@@ -8,6 +8,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -131,6 +134,44 @@ def test_two_builds_are_the_same_wheel(tmp_path):
             date.replace(second=date.second // 2 * 2)  # as archives have them
         }
     assert digests[0] == digests[1]
+
+
+@with_tools
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="this is no clone")
+def test_the_wheel_works_in_an_environment_of_its_own(tmp_path):
+    """Built from a clean clone; its dependencies are those of the environment that the tests run in."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--no-local", ROOT, clone], check=True)
+    tools = [f"TOOLS={TOOLS.parent}", "-o", TOOLS.parent / ".installed"]
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(["make", *tools, "wheel"], cwd=clone, check=True, capture_output=True, env=bare)
+    (wheel,) = (clone / "dist").glob("*.whl")
+
+    folder = tmp_path / "environment"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    install = ["--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, env=bare)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
+    def output(*words):
+        return subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True, env=bare).stdout
+
+    assert output(folder / "bin" / "entropi", "--version") == f"entropi {__version__}\n"
+    assert "diagnose" in output(folder / "bin" / "entropi", "--help")
+    home = Path(output(python, "-c", "import entropi; print(entropi.__file__)").strip()).parent
+    assert home == packages / "entropi"
+    committed = subprocess.run(
+        ["git", "ls-files"], cwd=clone / "src" / "entropi", check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert {"report/page.html.j2", "entropy/native.cpp", "costs/cheetah.json", "py.typed"} <= set(committed)
+    assert [name for name in committed if not (home / name).is_file()] == []
+    predicted = json.loads(output(folder / "bin" / "entropi", "cost", "--layers", "1", "--seq-len", "8", "--json"))
+    assert predicted["prediction"]["prompt"]["total"]["bytes"] > 0  # from prices that the wheel brings
+    entropies = "import entropi, torch; x = torch.ones(1, 1, 2, 8); print(entropi.entropy_attention(x, x, x)[1].sum())"
+    assert output(python, "-c", entropies).startswith("tensor(0.69")  # ln 2: the second row sees two equal keys
 
 
 # --- Units and manifests ----------------------------------------------------------------------------------------------

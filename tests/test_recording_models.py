@@ -591,6 +591,7 @@ def test_the_modules_that_attend():
     assert list(own.values()) == ["head.attention"]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_two_recordings_of_one_checkpointed_model_in_either_order():
     model = build(LLAMA).train()
     model.gradient_checkpointing_enable(dict(use_reentrant=True))

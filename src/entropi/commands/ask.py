@@ -12,9 +12,9 @@ from entropi.commands.common import (
     Command,
     Words,
     check_parents,
-    extra,
     print_json,
     read_text,
+    secure_engine,
     terminated_like_interrupted,
 )
 from entropi.console import ProgressLine, make_console, without_controls
@@ -76,7 +76,7 @@ def run(
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
     """
-    with extra("private"):
+    with secure_engine():
         from entropi.private.sessions.client import ask
         from entropi.private.sessions.generation import Watcher
         from entropi.private.sessions.privacy import Privacy

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from entropi import record_files
 from entropi.console import escaped_json
 from entropi.errors import UserError
+
+# What SPU 0.9.5 has wheels for, as the marker of the extra `private` in pyproject.toml says, too.
+ENGINE_PYTHONS = ("CPython 3.10", "CPython 3.11")
+ENGINE_MACHINES = (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,36 @@ def extra(name: str) -> Iterator[None]:
     except ImportError as error:  # there, but it does not load
         reason = " ".join(str(error).split())
         raise UserError(f"{reason}; the extra has to be installed anew: pip install 'entropi[{name}]'") from None
+
+
+@contextmanager
+def secure_engine() -> Iterator[None]:
+    """Turn missing parts of the extra `private` into advice that this machine and Python can follow.
+
+    Raises:
+        UserError: SPU is missing and has no wheel for them, so that installing the extra would not help; or as `extra`.
+    """
+    system, machine = platform.system(), platform.machine()
+    python = platform.python_version_tuple()
+    interpreter = f"{platform.python_implementation()} {python[0]}.{python[1]}"
+    fits_machine = (system, machine) in ENGINE_MACHINES
+    if not (fits_machine and interpreter in ENGINE_PYTHONS) and not _is_installed("spu"):
+        mend = "make an environment with Python 3.11" if fits_machine else "use such a machine and Python 3.11"
+        raise UserError(
+            f"the secure engine, SPU, has wheels for {' and '.join(ENGINE_PYTHONS)} on Linux (x86-64, ARM) and macOS "
+            f"14 (ARM) only, and this is {interpreter} on {system} ({machine}): {mend} and pip install "
+            "'entropi[private]' there; everything but serve, ask, demo and cost --calibrate works here"
+        )
+    with extra("private"):
+        yield
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def read_text(path: Path, what: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from entropi import record_files
-from entropi.commands.common import Command, Words, check_parents, extra, print_json
+from entropi.commands.common import Command, Words, check_parents, extra, print_json, secure_engine
 from entropi.console import ProgressLine
 from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
@@ -215,6 +215,10 @@ def _read_prices(path: Path, protocol: str) -> Any:
 def _calibrate(protocol: Literal["cheetah", "semi2k", "aby3"], path: Path) -> None:
     from entropi.costs import calibration as prices
 
+    with secure_engine():
+        from entropi.private.wire.versions import engine_version
+
+        engine_version()  # all else here needs JAX alone
     with ProgressLine(f"measuring {protocol}", 100) as progress:
         measured = prices.calibrate(protocol, progress=lambda share: progress.update(round(100 * share), ""))
     prices.write(measured, path)

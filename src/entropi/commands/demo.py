@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entropi import record_files, records
-from entropi.commands.common import Command, extra
+from entropi.commands.common import Command, extra, secure_engine
 from entropi.console import make_console
 from entropi.errors import UserError
 from entropi.training.recipe import Recipe
@@ -56,7 +56,7 @@ def run(folder: Path = Path("runs/demo"), steps: int = 600) -> None:
         folder: where the two run folders and the report go
         steps: optimizer updates of each training
     """
-    with extra("private"):
+    with secure_engine():
         import entropi.private.sessions.client  # noqa: F401
         from entropi.private.wire.versions import engine_version
 

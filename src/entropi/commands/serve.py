@@ -14,8 +14,8 @@ from entropi.commands import fold
 from entropi.commands.common import (
     Command,
     check_parents,
-    extra,
     refuse_other_families,
+    secure_engine,
     terminated_like_interrupted,
 )
 from entropi.errors import UserError
@@ -99,7 +99,7 @@ def run(
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
-    with extra("private"):
+    with secure_engine():
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.quota_stores import is_url
         from entropi.private.sessions.readiness import check_surroundings

@@ -82,7 +82,7 @@ def measure_ranges(
             magnitude = magnitude * np.sqrt(len(sequence))
         _keep(ranges.largest, name, float(magnitude) if np.isfinite(magnitude) else np.inf, max)
         if stage.name not in ("exp", "max"):  # far keys weigh nothing, and the largest is 0
-            _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value)))), min)
+            _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), min)
 
     for sequence in sequences:
         run_plain(model, weights, sequence, 1, exp_iterations, every_row=every_row, watch=watch)
