@@ -24,7 +24,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from safetensors.numpy import load_file, save_file
 
-from entropi import cli, commands
+from entropi import cli
+from entropi.commands import fold
 from entropi.errors import UserError
 from entropi.private import connect
 from entropi.private.admission import quota_stores, quotas
@@ -565,7 +566,7 @@ def test_mistakes_around_the_model_are_told_before_it_is_looked_at(
     folded, model, tmp_path, capfd, monkeypatch, mistake, kind
 ):
     monkeypatch.setattr(readiness, "sweep_vocabulary", forbidden)
-    monkeypatch.setattr(commands, "fold_model", forbidden)
+    monkeypatch.setattr(fold, "run", forbidden)
     words, complaint = BEFORE_ANYTHING_ELSE[mistake]
     folder = {"folded": folded, "model": model[0]}[kind]
     with socket.create_server(("127.0.0.1", 0)) as listening:

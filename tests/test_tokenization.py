@@ -280,10 +280,10 @@ def test_prompts_are_filled_up_to_lengths_that_tell_less():
 
 
 def test_the_client_says_which_tokens_end_an_answer():
-    question = a_session("x", 4).question
+    question = a_session("x", 4).generation
     question.new_tokens = [5, 0]
     assert question.is_finished
-    named = a_session("x", 4, stop_tokens=("th",)).question
+    named = a_session("x", 4, stop_tokens=("th",)).generation
     named.new_tokens = [5, 0]
     assert not named.is_finished
     named.new_tokens = [5, 257]
@@ -293,7 +293,7 @@ def test_the_client_says_which_tokens_end_an_answer():
 
 
 def test_with_full_length_an_answer_is_cut_on_this_side_alone():
-    question = a_session("x", 4, full_length=True).question
+    question = a_session("x", 4, full_length=True).generation
     for tokens in ([5], [5, 0], [5, 0, 6]):
         question.new_tokens = tokens
         assert not question.is_finished

@@ -63,11 +63,12 @@ def read(key: str) -> Findings | None:
         descriptor = os.open(_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (OSError, UserError):
         return None
+    status = os.fstat(descriptor)
+    ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    if not (stat.S_ISREG(status.st_mode) and ours and status.st_size <= MAX_ENTRY):
+        os.close(descriptor)
+        return None
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-        if not (stat.S_ISREG(status.st_mode) and ours and status.st_size <= MAX_ENTRY):
-            return None
         digest, _, content = file.read().partition(b"\n")
     try:
         if digest.decode() != hashlib.sha256(content).hexdigest():
