@@ -37,8 +37,23 @@ def test_commands_parse(command, monkeypatch):
 def test_every_command_is_listed():
     from entropi.cli import COMMANDS
 
-    table = set(re.findall(r"^\| `entropi (\w+)", README, flags=re.MULTILINE))
-    assert table == set(COMMANDS)
+    listed = README.partition("Commands:")[2].partition("([all options]")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(COMMANDS)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 90
+
+
+def test_figures_are_those_of_the_results():
+    """The GB of private passes stand in the measurement that the line links to, beside the paper's."""
+    measured = (ROOT / "benchmarks" / "results" / "private_forward.md").read_text(encoding="utf-8")
+    claims = re.findall(r"`(SM[^`]+)` ([\d.]+)(?: GB)? where (?:the paper|it) has ([\d.]+)", README)
+    assert len(claims) == 2
+    for name, ours, theirs in claims:
+        row = re.search(rf"^\| {re.escape(name)} T=128 \| ([\d.]+) \|.*?\*\*([\d.]+)\*\*", measured, flags=re.MULTILINE)
+        assert row[1] == theirs
+        assert round(float(row[2]), 2) == float(ours)
 
 
 def test_linked_files_exist():
