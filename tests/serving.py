@@ -30,7 +30,7 @@ PROMPT = "the keeper lies"
 MOST_TOKENS = 8  # the server's limit
 POSITIONS = 32
 TOLERANCE = 0.05
-HANGING = 60  # seconds after which something hangs; everything here takes far less
+HANGING = 600  # seconds after which something hangs; everything here takes far less, on a machine with other work too
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,7 @@ class Server:
         return self.log_file.read_text()
 
     def address(self):
-        wait_for(
-            lambda: "listening on" in self.log or self.process.poll() is not None, 10 * HANGING
-        )  # it compiles much
+        wait_for(lambda: "listening on" in self.log or self.process.poll() is not None, HANGING)  # it compiles much
         return re.search(r"listening on ([^, ]+:\d+)", self.log)[1]
 
     def sessions_closed(self):
