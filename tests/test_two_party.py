@@ -690,7 +690,7 @@ def test_dishonest_servers(capfd, folded, name, scratch):
         ("wall", ["--tokenizer", "/nowhere"], "cannot read the tokenizer /nowhere: No such file"),
         ("wall", ["--stop", "nothing"], "no token 'nothing' to stop at"),
         ("wall", ["--temperature", "nan"], "--temperature: expected a finite number, got nan"),
-        ("wall", ["--temperature", "-inf"], "--temperature: expected a finite number, got -inf"),
+        ("wall", ["--temperature=-inf"], "--temperature: expected a finite number, got -inf"),
         ("wall", ["--temperature", "-1"], "temperature is -1.0 but must be between 0 and 100"),
         ("wall", ["--memory-gb", "1e300"], "must be between 0 and 1,000,000"),
         ("wall", ["--logits", "/"], "it is a folder"),
