@@ -56,7 +56,16 @@ def of_two(corpus: str, **changes: Any) -> Recipe:
     return tiny(corpus, **settings)
 
 
-def assert_same_training(ours: Path, theirs: Path, rel: float = 1e-4) -> None:
+def rounding_of_muon(updates: int, rate: float, shape: torch.Size) -> float:
+    """How far apart entries of a matrix may be after so many updates whose sums were made in another order.
+
+    An update's entries are at most rate * 0.2 sqrt(larger side); each of the five Newton-Schulz iterations that make it
+    rounds to bfloat16. How much of that shows depends on the processor's bfloat16 products.
+    """
+    return 5 * 2**-8 * updates * rate * 0.2 * max(shape) ** 0.5
+
+
+def assert_same_training(ours: Path, theirs: Path, rel: float = 1e-4, muon: tuple[int, float] | None = None) -> None:
     for a, b in zip(of_kind(ours, records.TrainingStep), of_kind(theirs, records.TrainingStep), strict=True):
         for name in ("step", "cross_entropy", "entropy_penalty", "learning_rate", "grad_norm"):
             assert (getattr(a, name) or 0) == pytest.approx(getattr(b, name) or 0, rel=rel), (name, a.step)
@@ -68,7 +77,10 @@ def assert_same_training(ours: Path, theirs: Path, rel: float = 1e-4) -> None:
         assert (a.tokens, a.cross_entropy) == (b.tokens, pytest.approx(b.cross_entropy, rel=rel))
     one, two = weights(ours), weights(theirs)
     for name, value in one.items():
-        assert torch.allclose(value, two[name], rtol=10 * rel, atol=max(1e-5, rel * float(value.abs().max()))), name
+        atol = max(1e-5, rel * float(value.abs().max()))
+        if muon is not None and name.startswith("model.blocks") and value.ndim == 2:
+            atol = rounding_of_muon(*muon, value.shape)
+        assert torch.allclose(value, two[name], rtol=10 * rel, atol=atol), name
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +131,12 @@ def test_checkpoints_serve_any_number_of_processes(
     assert done.returncode == 0, done.stderr[-3000:]
     # Newton-Schulz iterations are bfloat16: sums in another order differ by that much.
     rel = 2e-3 if recipe.optimizer == "muon" else 1e-4
-    assert_same_training(mixed, whole, rel)
+    muon = (8, recipe.learning_rate) if recipe.optimizer == "muon" else None
+    assert_same_training(mixed, whole, rel, muon)
     rewind(mixed, to=8)
     train(recipe, mixed)
     assert [r.resumed_at for r in of_kind(mixed, records.RunStarted)] == [0, 4, 8]
-    assert_same_training(mixed, whole, rel)
+    assert_same_training(mixed, whole, rel, muon)
     kept = {p.name for p in (mixed / "checkpoints" / "checkpoint-8").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= kept
 

@@ -80,8 +80,9 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self._muon = BatchedMuon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
-        on_gpu = all(p.is_cuda for group in others for p in group["params"])
+        on_gpu = all(p.is_cuda for group in [*matrices, *others] for p in group["params"])
+        # On a CPU torch's own, whose roundings are those of a sharded model: a run may change its number of processes.
+        self._muon = (BatchedMuon if on_gpu else Muon)(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
         self._adamw = AdamW(others, lr=lr, betas=betas, eps=eps, fused=on_gpu or None)
         self._of_muon = len(self._muon.param_groups)
         # The very groups of the two: what a scheduler writes into them, they read.
