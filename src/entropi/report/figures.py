@@ -633,8 +633,9 @@ def _save(figure: Figure, file: Any, kind: str, dpi: float) -> None:
         figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
 
 
-def write_figure(figure: Figure, path: Path, dpi: float = 150) -> None:
+def write_figure(figure: Figure, path: Path | str, dpi: float = 150) -> None:
     """Write a figure as PNG, or as SVG where the file's name ends so."""
+    path = Path(path)
     kind = "svg" if path.suffix.lower() == ".svg" else "png"
     buffer = io.BytesIO()
     _save(figure, buffer, kind, dpi)
