@@ -75,7 +75,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def sample(streams: list[Any], share: float) -> Iterator[tuple[np.ndarray, int]]:
     """That share of the documents, spread over all, and the first; their characters are not known."""
-    from entropi.data.corpus import position
+    from entropi.data.split import position
     from entropi.data.shards import open_stream
 
     number = 0
@@ -109,7 +109,7 @@ def write_tokens(
 
 def spread(documents: Collection[Document], characters: float, salt: str = "") -> list[Document]:
     """About so many characters of the documents, taken from all over them."""
-    from entropi.data.corpus import position
+    from entropi.data.split import position
 
     share = characters / max(1, sum(len(document.text) for document in documents))
     return [document for document in documents if position(salt + document.path) < share]
