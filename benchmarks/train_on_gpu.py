@@ -75,8 +75,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def sample(streams: list[Any], share: float) -> Iterator[tuple[np.ndarray, int]]:
     """That share of the documents, spread over all, and the first; their characters are not known."""
-    from entropi.data.split import position
     from entropi.data.shards import open_stream
+    from entropi.data.split import position
 
     number = 0
     for stream in streams:
