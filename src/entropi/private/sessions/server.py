@@ -169,7 +169,7 @@ async def _serve(state: ServerState, address: tuple[str, int], metrics: tuple[st
         for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
             closing.callback(task.cancel)
 
-        entrance = Door(state.watched, startups_that_fit(state.limits), state.limits.source_startups, state.audit)
+        entrance = Door(state.watched, state.limits.max_startups, state.limits.source_startups, state.audit)
         port = await _listen(_application(state, entrance), entrance, address, closing)
         log.info(
             "listening on %s, %s, protocol %s, %s",
