@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 
 def test_train_and_diagnose(entropi: Callable[..., Done], trained: Path):
     done = entropi("diagnose", trained, "--json")
-    assert (done.status, done.err) == (0, "")
+    assert done.status == 0, done.err
+    assert "Traceback" not in done.err  # where only the progress is
+    assert len(json.loads(done.out)["entropy"]) == 2
     assert (trained / "model" / "config.json").is_file()
 
 
