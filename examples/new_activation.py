@@ -2,9 +2,8 @@
 
 python examples/new_activation.py
 
-Four entries make it known: to names, to training, to the description that both parties get, and to the private program.
-Here they are added while the program runs; docs/extending.md says in which files they belong, and which tests then
-hold them together.
+Three entries make it known: to names and files, to training, and to the private program. Here they are added while
+the program runs; docs/extending.md says in which files they belong, and which tests then hold them together.
 """
 
 import msgspec
@@ -13,20 +12,20 @@ import torch
 from torch.nn import functional
 
 import entropi
-from entropi.model import architectures, feedforward
-from entropi.private.compute import description, layers
+from entropi import activations
+from entropi.model import feedforward
+from entropi.private.compute import layers
+from entropi.private.compute.description import Description
 from entropi.private.compute.engine import Simulation
 from entropi.private.compute.functions import relu
 from entropi.private.compute.program import forward
 from entropi.private.compute.settings import Settings
 
-# 1. Its part of an architecture's name, its name in files, and in words.
-architectures.ACTIVATIONS["SqR"] = architectures.Activation("squared_relu", "squared ReLU")
+# 1. Its part of an architecture's name, its name in files and in words. It is not gated: one matrix in, one out.
+activations.ACTIVATIONS["SqR"] = activations.Activation("squared_relu", "squared ReLU")
 # 2. What torch trains.
 feedforward.ACTIVATIONS["squared_relu"] = lambda x: x * functional.relu(x)
-# 3. What both parties may read in a folded model; it is not gated: one matrix in, one matrix out.
-description.ACTIVATIONS["squared_relu"] = False
-# 4. What the secure engine computes, and what that approximates: here it is exact. A comparison and a product.
+# 3. What the secure engine computes, and what that approximates: here it is exact. A comparison and a product.
 layers.ACTIVATIONS["squared_relu"] = (lambda x: x * relu(x), None)
 
 torch.manual_seed(0)
@@ -51,7 +50,7 @@ for step in range(60):  # a text in which every token follows from the one befor
 print(f"trained: loss {loss.item():.3f} nats a token")
 
 folded = entropi.fold(model.eval())
-known = msgspec.convert(folded.description, description.Description)
+known = msgspec.convert(folded.description, Description)
 
 # All parties as threads of this process, computing in the engine's fixed-point numbers (REF2K has no cryptography).
 prompt = [(3 + 5 * i) % 64 for i in range(8)]

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 pytest.importorskip("jax", reason="the private program needs the extra private")
-from entropi.model.architectures import ACTIVATIONS, ARCHITECTURES
+from entropi.activations import ACTIVATIONS
+from entropi.model.architectures import ARCHITECTURES
 from entropi.model.configuration import EntropiConfig
 from entropi.model.shape import expected_description
 from entropi.private.compute.description import Description

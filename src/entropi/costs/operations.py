@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from entropi.activations import folded_name
 from entropi.errors import UserError
 from entropi.records import CountRecord, OperationCount
 
@@ -103,7 +104,7 @@ def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = 
         norm = "rmsnorm" if folded else parts.norm
         counts.append(OperationCount(operation=norm, count=2 * layers, shape=(seq_len, config.hidden_size)))
     if parts.activation != "identity":
-        activation = "relu" if folded and parts.activation == "leaky_relu" else parts.activation
+        activation = folded_name(parts.activation) if folded else parts.activation
         counts.append(OperationCount(operation=activation, count=layers, shape=(seq_len, _ffn_width(config))))
     return counts
 

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from entropi.activations import ACTIVATIONS, known_activation
 from entropi.errors import UserError
 
 # What WNorm and SNorm may be applied to (Table 5 of the paper): linear layers by their names in the model.
@@ -23,26 +24,6 @@ WEIGHT_NORM_TARGETS: dict[str, frozenset[str]] = {
     "QK+FFN": frozenset({"query", "key", "ffn"}),
     "QKV+FFN": frozenset({"query", "key", "value", "ffn"}),
     "QKVO+FFN": frozenset({"query", "key", "value", "output", "ffn"}),
-}
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A nonlinear function between the two feed-forward matrices: its name in code and files, and in words."""
-
-    name: str
-    words: str
-    gated: bool = False  # multiplies two halves of what the first matrix computes
-
-
-# By their part of an architecture's name. What an entry needs besides stands in docs/extending.md.
-ACTIVATIONS: dict[str, Activation] = {
-    "G": Activation("gelu", "GELU"),
-    "R": Activation("relu", "ReLU"),
-    "LeakyR": Activation("leaky_relu", "leaky ReLU"),
-    "Square": Activation("square", "squared activations"),
-    "Bilinear": Activation("bilinear", "bilinear feed-forward networks", gated=True),
-    "SwiGLU": Activation("swiglu", "SwiGLU feed-forward networks", gated=True),
 }
 
 
@@ -60,7 +41,8 @@ class Parts:
     @property
     def gated(self) -> bool:
         """The feed-forward network multiplies two halves of what its first matrix computes."""
-        return any(known.gated for known in ACTIVATIONS.values() if known.name == self.activation)
+        known = known_activation(self.activation)
+        return known is not None and known.gated
 
     @property
     def softmax_only(self) -> bool:

@@ -154,7 +154,7 @@ class EntropiAttention(nn.Module):
         return heads if rotation is None else rotate(heads, *rotation)
 
 
-def rotation_of(position_ids: Tensor, dimensions: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(position_ids: Tensor, dimensions: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(B or 1, 1, T, dimensions)` of `position_ids` `(B or 1, T)`, computed in float32 or wider.
 
     Pair j of columns (j, j + dimensions / 2) turns by position * base^(-2 j / dimensions), as in GPT-NeoX and Llama.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from entropi.model.architectures import ACTIVATIONS
+from entropi.activations import known_activation
 from entropi.model.configuration import EntropiConfig
 
 CARD_FILE = "README.md"
@@ -39,7 +39,8 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     parts = config.parts
     kept = ["softmax"]
     kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
-    kept += [known.words for known in ACTIVATIONS.values() if known.name == parts.activation]
+    if activation := known_activation(parts.activation):
+        kept.append(activation.words)
     kernel = "exact softmax"
     if config.exp_iterations is not None:
         steps = 2**config.exp_iterations

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from entropi.entropy.regularizer import EntropyRegularizer
 from entropi.errors import UserError
 from entropi.model import card, convert
-from entropi.model.attention import EntropiAttention, LengthScale, Temperature, rotation_of
+from entropi.model.attention import EntropiAttention, LengthScale, Temperature, rotary_cos_sin
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
 from entropi.model.linear import initial_deviation, iterate_spectral_norms, make_embedding, make_linear, redraw
@@ -192,7 +192,7 @@ class EntropiModel(EntropiPreTrainedModel):
         hidden = functional.dropout(hidden, self.config.embedding_dropout, self.training)
         if self.position_embedding is None:
             dimensions, base = self.config.rotary_dimensions, self.config.rotary_base
-            rotation = rotation_of(position_ids, dimensions, base, hidden.dtype)
+            rotation = rotary_cos_sin(position_ids, dimensions, base, hidden.dtype)
         if self.training and self.config.parts.weight_norm == "spectral":
             iterate_spectral_norms(self)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

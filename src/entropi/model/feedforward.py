@@ -31,7 +31,7 @@ def _swiglu(hidden: Tensor) -> Tensor:
     return functional.silu(left) * right
 
 
-# What each activation of `architectures.ACTIVATIONS` computes; GELU and leaky ReLU have options and stand in `branch`.
+# What each activation of `entropi.activations` computes; GELU and leaky ReLU have options and stand in `branch`.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "square": _square,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropi.activations import folded_name
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
 
@@ -95,7 +96,7 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
     parts = config.parts
     # LayerNorm's centring folds into what writes to the stream, where a final norm makes the mean superfluous.
     norms = {"none": "none", "rmsnorm": "rms", "layernorm": "rms" if config.final_norm else "layer"}
-    activation = {"leaky_relu": "relu"}.get(parts.activation, parts.activation)
+    activation = folded_name(parts.activation)
     return {
         "format": FOLDED_FORMAT,
         "architecture": config.architecture,

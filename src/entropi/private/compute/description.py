@@ -6,6 +6,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from entropi.activations import folded_names, known_activation
+
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Norm: TypeAlias = Literal["none", "rms", "layer"]
@@ -16,9 +18,6 @@ LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than th
 # By the polynomial kernel a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
 # MIDDLE_WEIGHT, below that too small, and above it useless: so the middle leaves a bit more room above the mean.
 MIDDLE_WEIGHT, MEAN_WEIGHT_BITS = 32.0, 8
-
-# What may stand between the two feed-forward matrices, and whether it multiplies two halves of what the first computes.
-ACTIVATIONS: dict[str, bool] = {"relu": False, "gelu": False, "square": False, "bilinear": True, "swiglu": True}
 
 
 class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -44,7 +43,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     norm: Norm  # before attention and before the FFN; gains and biases are folded away
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
     parallel_residual: bool  # the FFN reads what attention reads
-    activation: Annotated[str, msgspec.Meta(max_length=32)]  # "identity", or one of ACTIVATIONS
+    activation: Annotated[str, msgspec.Meta(max_length=32)]  # "identity", or one of `folded_names`
     explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers with a linear map in the FFN's place
     final_norm: Norm
     centre: bool  # a matrix multiplies the state before the final norm or the head
@@ -60,8 +59,8 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             problems.append(f"{self.heads} heads are not a multiple of {self.key_value_heads} key_value_heads")
         if any(not 0 <= layer < self.layers for layer in self.explicit_ffn):
             problems.append(f"explicit_ffn names layers outside 0..{self.layers - 1}")
-        if self.activation not in ("identity", *ACTIVATIONS):
-            problems.append(f"activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+        if self.activation not in ("identity", *folded_names()):
+            problems.append(f"activation {self.activation!r} is unknown; known are {', '.join(folded_names())}")
         if (self.activation == "identity") != (self.intermediate_size == 0):
             problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
         if self.polynomial and (self.exp_iterations is None or self.temperature):
@@ -85,7 +84,8 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """Shapes of the server's weights; the client needs them to hold its empty shares."""
         d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
         joint = d + 2 * self.key_value_heads * self.head_size
-        up = 2 * m if ACTIVATIONS.get(self.activation) else m
+        activation = known_activation(self.activation)
+        up = 2 * m if activation is not None and activation.gated else m
         shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
         if self.position_embedding == "learned":
             shapes["positions"] = (self.positions, d)

@@ -60,7 +60,7 @@ def swiglu_exact(hidden: Array) -> Array:
     return silu_exact(hidden[:, :width]) * hidden[:, width:]
 
 
-# What computes each activation of `description.ACTIVATIONS`, and what that approximates, None where it is exact.
+# What computes each activation of `activations.folded_names`, and what that approximates, None where it is exact.
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array] | None]] = {
     "relu": (relu, None),
     "gelu": (gelu, gelu_tanh),
