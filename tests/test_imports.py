@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "entropi"
 
 
-COMMON = {"cache", "downloads", "errors", "console", "machine", "record_files", "records", "temporary"}
+COMMON = {"cache", "downloads", "errors", "console", "machine", "record_files", "records", "softmax", "temporary"}
 
 
 ROOMS: dict[str, set[str]] = {

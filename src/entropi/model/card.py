@@ -40,13 +40,13 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     kept = ["softmax"]
     kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
     kept += [known.words for known in ACTIVATIONS.values() if known.name == parts.activation]
-    kernel = "exact softmax"
-    if config.exp_iterations is not None:
-        steps = 2**config.exp_iterations
+    softmax, steps = config.softmax_form, 2**config.softmax_form.iterations
+    formula = "exact softmax"
+    if not softmax.exact:
         of_what = (
-            "the logit itself, nothing compared" if config.polynomial else "the distance to the row's largest logit"
+            "the distance to the row's largest logit" if softmax.of_distance else "the logit itself, nothing compared"
         )
-        kernel = f"(1 + x/{steps})^{steps} of {of_what}: the function that private inference computes"
+        formula = f"(1 + x/{steps})^{steps} of {of_what}: the function that private inference computes"
     rows = {
         "architecture": f"`{config.architecture}`",
         "parameters": f"{parameters:,}",
@@ -54,7 +54,7 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
         "context length": f"{config.max_position_embeddings} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "nonlinear operations in its layers": ", ".join(kept),
-        "softmax kernel": kernel,
+        "softmax": formula,
         **(facts or {}),
     }
     data = ModelCardData(
