@@ -88,6 +88,10 @@ def test_words():
         "t=8",
         "polynomial t=1",
     ]
+    assert [SoftmaxForm.parse(text).formula for text in ("power-3", "polynomial-1")] == [
+        "(1 + x/8)^8 of the distance to the row's largest logit",
+        "(1 + x/2)^2 of the logit itself, nothing compared",
+    ]
 
 
 @pytest.mark.parametrize(

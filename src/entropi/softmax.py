@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 
     words: str  # before "t=3"
     label: str  # likewise, short enough to stand beside a figure
+    formula: str  # of a weight before it is divided by its row's sum, {n} being 2^t
     most: int  # t that attention takes, the least is 1; 0 where there is no t
     most_in_models: int  # more squarings than fixed-point arithmetic has use for are not for models
     stands_for_exact: bool  # private inference may evaluate it for models trained with the exact softmax
@@ -32,10 +33,26 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "exact": Kind("exact softmax", "exact", 0, 0, stands_for_exact=False, of_distance=True),
-    "power": Kind("softmax kernel", "", 16, 8, stands_for_exact=True, of_distance=True),
+    "exact": Kind("exact softmax", "exact", "exp(x)", 0, 0, stands_for_exact=False, of_distance=True),
+    "power": Kind(
+        words="softmax kernel",
+        label="",
+        formula="(1 + x/{n})^{n} of the distance to the row's largest logit",
+        most=16,
+        most_in_models=8,
+        stands_for_exact=True,
+        of_distance=True,
+    ),
     # Beyond t=8 float32 would lose in 1 + s / 2^t what the power multiplies.
-    "polynomial": Kind("polynomial kernel", "polynomial", 8, 8, stands_for_exact=False, of_distance=False),
+    "polynomial": Kind(
+        words="polynomial kernel",
+        label="polynomial",
+        formula="(1 + x/{n})^{n} of the logit itself, nothing compared",
+        most=8,
+        most_in_models=8,
+        stands_for_exact=False,
+        of_distance=False,
+    ),
 }
 
 
@@ -100,6 +117,11 @@ class SoftmaxForm:
     def label(self) -> str:
         """The same, short enough to stand beside a figure: "t=8"."""
         return " ".join(filter(None, (KINDS[self.kind].label, f"t={self.iterations}" if self.iterations else "")))
+
+    @property
+    def formula(self) -> str:
+        """The weight of a key, before it is divided by its row's sum: "(1 + x/4)^4 of ..."."""
+        return KINDS[self.kind].formula.replace("{n}", str(2**self.iterations))
 
 
 EXACT = SoftmaxForm()

@@ -40,13 +40,8 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     kept = ["softmax"]
     kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
     kept += [known.words for known in ACTIVATIONS.values() if known.name == parts.activation]
-    softmax, steps = config.softmax_form, 2**config.softmax_form.iterations
-    formula = "exact softmax"
-    if not softmax.exact:
-        of_what = (
-            "the distance to the row's largest logit" if softmax.of_distance else "the logit itself, nothing compared"
-        )
-        formula = f"(1 + x/{steps})^{steps} of {of_what}: the function that private inference computes"
+    softmax = config.softmax_form
+    formula = softmax.words if softmax.exact else f"{softmax.formula}: the function that private inference computes"
     rows = {
         "architecture": f"`{config.architecture}`",
         "parameters": f"{parameters:,}",
