@@ -30,8 +30,8 @@ from entropi.private.compute.program import forward, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.records import StageCommunication
 
-GPT2 = dict(hidden_size=768, num_attention_heads=12, vocab_size=2000, exp_iterations=3)
-SMALL = dict(hidden_size=256, num_attention_heads=4, vocab_size=1500, exp_iterations=3)
+GPT2 = dict(hidden_size=768, num_attention_heads=12, vocab_size=2000, softmax="power-3")
+SMALL = dict(hidden_size=256, num_attention_heads=4, vocab_size=1500, softmax="power-3")
 # name: shape, tokens
 PASSES: dict[str, tuple[dict[str, Any], int]] = {
     "SM+LN+G, width 256, 3 layers, 96 tokens": (dict(SMALL, architecture="SM+LN+G", num_hidden_layers=3), 96),
@@ -71,7 +71,7 @@ def metered(shape: Shape, tokens: int) -> list[StageCommunication]:
     engine.run(stage)
     engine.hold("embedded", random.normal(size=(tokens, model.hidden_size)), CLIENT)
     found = []
-    for stage in forward(model, tokens, 0, 8, embedding="public"):
+    for stage in forward(model, tokens, 0, "power-8", embedding="public"):
         found.append(engine.run(stage))
         print(f"\r{stage.name:12s} layer {stage.layer}   ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

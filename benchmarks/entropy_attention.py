@@ -44,8 +44,8 @@ def materialised(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     return weights.to(value.dtype) @ value, torch.stack(entropy, dim=1)
 
 
-def ours(name: str, exp_iterations: int | None = None) -> Contender:
-    options: Any = {"implementation": name, "exp_iterations": exp_iterations}
+def ours(name: str, softmax: str = "exact") -> Contender:
+    options: Any = {"implementation": name, "softmax": softmax}
     return lambda query, key, value: entropy_attention(query, key, value, **options)
 
 
@@ -55,7 +55,7 @@ CONTENDERS: dict[str, Contender] = {
     "reference": ours("reference"),
     "blockwise": ours("blockwise"),
     "native": ours("native"),
-    "secure": ours("native", 5),
+    "secure": ours("native", "power-5"),
 }
 
 

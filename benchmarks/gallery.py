@@ -141,7 +141,7 @@ def _asked(runs: Runs) -> str:
     assert private is not None
     return (
         f"Generating {len(private.new_tokens)} tokens under {private.protocol} moved {size(private.bytes)} in both "
-        f"directions, as the client's engine counted them, with the softmax kernel t={private.exp_iterations}."
+        f"directions, as the client's engine counted them, with the {private.kernel}."
     )
 
 

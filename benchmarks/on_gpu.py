@@ -44,7 +44,7 @@ from entropi.entropy.attention import entropy_attention  # noqa: E402
 Choice = tuple[int, int, int, int]  # ROWS, KEYS, warps, stages
 
 PARTS = ("attention", "tests", "training", "sweep")
-KINDS: dict[str, dict[str, Any]] = {"exact": {}, "secure t=5": {"exp_iterations": 5}}
+KINDS: dict[str, dict[str, Any]] = {"exact": {}, "secure t=5": {"softmax": "power-5"}}
 TOKENS, WIDTH = 16384, 2048  # batch x length and heads x head width, whatever the two are: the same work per T
 SWEEP_LENGTH = 4096
 

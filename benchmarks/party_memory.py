@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from entropi.private.compute.description import Description
+from entropi.private.compute.description import FORMAT, Description
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.sessions.memory import needed_memory
 from entropi.private.sessions.party_handle import Party
@@ -30,7 +30,7 @@ from entropi.private.wire.messages import Failed, Job, Revealed
 from entropi.private.wire.tunnel import link_folder
 
 BASE = dict(
-    format=2,
+    format=FORMAT,
     architecture="SM(t)+ScFuFFN",
     layers=2,
     heads=4,
@@ -43,7 +43,7 @@ BASE = dict(
     rotary_dimensions=0,
     rotary_base=10000.0,
     temperature=True,
-    exp_iterations=3,
+    softmax="power-3",
     norm="none",
     norm_epsilon=1e-5,
     parallel_residual=False,

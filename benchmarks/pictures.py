@@ -306,7 +306,7 @@ def session() -> Picture:
 def traffic() -> Picture:
     """Predicted bytes of three architectures by operation."""
     p = Picture(820, 320, "Where the bytes of a prompt's pass go")
-    names = {"SM+LN+G": {}, "SM+ScFuFFN": {}, "SM(t)+ScFuFFN": {"polynomial": True}}
+    names = {"SM+LN+G": {}, "SM+ScFuFFN": {}, "SM(t)+ScFuFFN": {"softmax": "polynomial-1"}}
     groups: dict[str, tuple[str, tuple[str, ...]]] = {
         "softmax": ("#6440b8", ("max", "exp", "normalise", "power")),
         "products": ("#a8501a", ("qkv", "scores", "values", "output", "head", "embedding", "temperature")),
@@ -316,7 +316,7 @@ def traffic() -> Picture:
     p.text(40, 30, "GPT-2 small's sizes, 128 tokens, private token table, predicted by entropi cost", bold=True)
     widest = 0.0
     for row, (name, options) in enumerate(names.items()):
-        config = EntropiConfig(architecture=name, exp_iterations=1 if options else 3, **options)
+        config = EntropiConfig(architecture=name, **{"softmax": "power-3", **options})
         operations = cost(config, 128).prediction.prompt.by_operation()
         total = sum(one.bytes for one in operations.values())
         widest = widest or total

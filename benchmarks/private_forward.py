@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from entropi.machine import machine
-from entropi.private.compute.description import Description
+from entropi.private.compute.description import FORMAT, Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import PARTIES, Engine, Simulation
 from entropi.private.compute.folded import load_folded
@@ -52,7 +52,7 @@ from entropi.records import StageCommunication
 from entropi.report.communication import by_operation
 
 GPT2 = dict(
-    format=2,
+    format=FORMAT,
     architecture="",
     layers=12,
     heads=12,
@@ -65,7 +65,7 @@ GPT2 = dict(
     rotary_dimensions=0,
     rotary_base=10000.0,
     temperature=False,
-    exp_iterations=3,
+    softmax="power-3",
     norm="none",
     norm_epsilon=1e-5,
     parallel_residual=False,
@@ -78,7 +78,7 @@ LAYER_NORM = dict(norm="rms", intermediate_size=3072, centre=False)  # folding h
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "SM+ScFuFFN": {},
     "SM(t)+ScFuFFN": dict(temperature=True),
-    "polynomial SM(t)+ScFuFFN": dict(polynomial=True, exp_iterations=1),
+    "polynomial SM(t)+ScFuFFN": dict(softmax="polynomial-1"),
     "SM+LN+R": dict(LAYER_NORM, activation="relu"),
     "SM+LN+G": dict(LAYER_NORM, activation="gelu"),
 }
@@ -197,9 +197,10 @@ class Task(msgspec.Struct, frozen=True):
 
 
 def described(task: Task) -> Description:
-    """The task's model; its kernel has the task's t, the polynomial its own."""
+    """The task's model; its softmax is the power of the task's t, a polynomial keeps its own."""
     model = description(task.architecture, task.layers)
-    return model if model.polynomial else msgspec.structs.replace(model, exp_iterations=task.iterations)
+    own = model.softmax.startswith("polynomial")
+    return model if own else msgspec.structs.replace(model, softmax=f"power-{task.iterations}")
 
 
 WARM_UP = 8  # tokens of the pass that exchanges keys
@@ -248,13 +249,13 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
             ids = inputs.integers(0, model.vocab_size, length).tolist()
             shape = (-(-length // 2), model.vocab_size)
             hold("tokens", shape, CLIENT, partial(one_hot, ids, model.vocab_size, paired=True))
-            stages = forward(model, length, 0, 8, paired=True)
+            stages = forward(model, length, 0, "power-8", paired=True)
             run((stage for stage in stages if stage.name == "embedding"), number - 1, number > 0)
     elif task.kind == "trained":
         for number, ids in enumerate((task.ids[:WARM_UP], task.ids)):
             hold("tokens", (len(ids), model.vocab_size), CLIENT, partial(one_hot, ids, model.vocab_size))
             channel.put("a pass begins")
-            run(forward(model, len(ids), 0, 8), number - 1, number > 0)
+            run(forward(model, len(ids), 0, "power-8"), number - 1, number > 0)
         logits, _ = engine.reveal_to_client("logits")
         if rank == CLIENT:
             channel.put(logits)
@@ -264,7 +265,7 @@ def party(rank: int, links: tuple[str, str], session: str, task: Task, channel: 
         for number, (new, past) in enumerate([(WARM_UP, 0), *lengths]):
             shape = (new, model.hidden_size)
             hold(state, shape, CLIENT, partial(inputs.normal, size=shape))
-            stages = straightforward(model, new) if plain else forward(model, new, past, 8, embedding="public")
+            stages = straightforward(model, new) if plain else forward(model, new, past, "power-8", embedding="public")
             if task.kind == "layer":
                 stages = takewhile(lambda stage: stage.layer <= 0, stages)
             channel.put("a pass begins")
@@ -379,7 +380,7 @@ def simulate(protocol: str, task: Task) -> list[StageCommunication]:
     found = []
     for counted, new in ((False, WARM_UP), (True, task.tokens)):
         engine.hold("embedded", random.normal(size=(new, model.hidden_size)), CLIENT)
-        communication = [engine.run(stage) for stage in forward(model, new, 0, 8, embedding="public")]
+        communication = [engine.run(stage) for stage in forward(model, new, 0, "power-8", embedding="public")]
         found = communication if counted else []
     return found
 
@@ -444,7 +445,7 @@ def accuracy(run: Path, protocol: str, blocks: int) -> Accuracy:
     errors, same, losses = [], [], []
     for number, block in enumerate(np.asarray(heldout, np.int64)):
         engine.hold("embedded", folded.weights["embedding"][block], CLIENT)
-        for stage in forward(shape, len(block), 0, 8, embedding="public", every_row=True):
+        for stage in forward(shape, len(block), 0, "power-8", embedding="public", every_row=True):
             engine.run(stage)
         secure = engine.reveal("logits").astype(np.float64)
         with torch.no_grad():

@@ -230,7 +230,7 @@ def questions(folded: Path) -> list[Question]:
     for prompt in PROMPTS:
         ids = encoder.encode(prompt, description.positions)
         most = min(MOST_TOKENS, description.positions + 1 - len(ids))
-        tokens, logits = run_plain(description, weights, ids, most, Settings().exp_iterations)
+        tokens, logits = run_plain(description, weights, ids, most, Settings().exact_softmax_as)
         two = [np.sort(row)[-2:] for row in logits]
         unclear = [number for number, (second, best) in enumerate(two) if best - second <= 2 * TOLERANCE]
         clear = unclear[0] if unclear else most

@@ -57,7 +57,7 @@ WARM_SECONDS, WARM_AT_ONCE = 100, 6  # as many rows as fit into the GPU's memory
 SOFTMAX_ONLY: dict[str, Any] = {  # configs/softmax_only.yaml
     "architecture": "EReg(SM(t)+ScFuFFN)",
     "position_embedding": "rotary",
-    "exp_iterations": 2,
+    "softmax": "power-2",
     "entropy_maximum": "causal",
     "threshold_init": 0.8,
 }
@@ -66,7 +66,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "SM+LN+G": {"architecture": "SM+LN+G"},
     "softmax-only, t=2": {**SOFTMAX_ONLY, "entropy_weight": 8e-5, "per": 16},
     "EReg(SM(t)+ScFuFFN)": {"architecture": "EReg(SM(t)+ScFuFFN)", "entropy_weight": 1e-5, "per": 128},
-    "squares of logits": {**SOFTMAX_ONLY, "exp_iterations": 1, "polynomial": True, "entropy_weight": 8e-5, "per": 16},
+    "squares of logits": {**SOFTMAX_ONLY, "softmax": "polynomial-1", "entropy_weight": 8e-5, "per": 16},
     "SM, bf16": {"architecture": "SM"},
     "SM, fp16": {"architecture": "SM", "precision": "fp16"},
     "SM+LN+G, T=1024": {"architecture": "SM+LN+G", "context_length": 1024, "speed_only": True},

@@ -36,7 +36,7 @@ config = entropi.EntropiConfig(
     num_hidden_layers=2,
     num_attention_heads=2,
     max_position_embeddings=32,
-    exp_iterations=2,  # the softmax of private inference from the start
+    softmax="power-2",  # the softmax of private inference from the start
 )
 model = entropi.EntropiForCausalLM(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -58,7 +58,7 @@ engine = Simulation("ref2k", Settings())
 for name, weight in folded.weights.items():
     engine.hold(name, weight, owner=0)
 engine.hold("embedded", folded.weights["embedding"][prompt], owner=1)
-for stage in forward(known, len(prompt), 0, exp_iterations=2, embedding="public"):
+for stage in forward(known, len(prompt), 0, known.softmax, embedding="public"):
     engine.run(stage)
 private = engine.reveal("logits")[-1]
 with torch.no_grad():

@@ -10,8 +10,8 @@ TOKENS = 128  # of the prompt
 print(f"GPT-2 small's sizes, a prompt of {TOKENS} tokens, softmax kernel t=3, 100 Mbit/s and 80 ms\n")
 print(f"{'architecture':16} {'parameters':>11} {'GB':>6} {'messages':>9} {'minutes':>8}   one more token, MB")
 for name in ("SM+LN+G", "SM+LN+R", "SM+ScFuFFN", "SM(t)+ScFuFFN"):
-    # The defaults are GPT-2 small's sizes. exp_iterations=3 is a model trained with the kernel t=3.
-    config = EntropiConfig(architecture=name, exp_iterations=3)
+    # The defaults are GPT-2 small's sizes. softmax="power-3" is a model trained with the kernel t=3.
+    config = EntropiConfig(architecture=name, softmax="power-3")
     price = cost(config, TOKENS, network="wan")
     prompt, further = price.prediction.prompt, price.prediction.further
     print(

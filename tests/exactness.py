@@ -3,7 +3,7 @@
 import torch
 
 from entropi.entropy.attention import entropy_attention
-from entropi.entropy.secure_softmax import Exponential
+from entropi.softmax import SoftmaxForm
 
 
 def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0, value_width=None):
@@ -20,7 +20,7 @@ def squared(iterations):
     """Options for the exact softmax (None), the power of t squarings (t) or the polynomial (-t)."""
     if iterations is None:
         return {}
-    return {"exponential": Exponential("power" if iterations > 0 else "polynomial", abs(iterations))}
+    return {"softmax": SoftmaxForm("power" if iterations > 0 else "polynomial", abs(iterations))}
 
 
 def everything(implementation, tensors, grad_output, grad_entropy, dtype, sinks=None, **options):

@@ -5,10 +5,10 @@ Written from the equations, not from the program: what `entropi.private.compute.
 
 import numpy as np
 
-from entropi.private.compute.description import Description
+from entropi.private.compute.description import FORMAT, Description
 
 FIELDS = dict(
-    format=2,
+    format=FORMAT,
     architecture="SM",
     layers=3,
     heads=4,
@@ -21,7 +21,7 @@ FIELDS = dict(
     rotary_dimensions=0,
     rotary_base=10000.0,
     temperature=False,
-    exp_iterations=None,
+    softmax="exact",
     norm="none",
     norm_epsilon=1e-5,
     parallel_residual=False,
@@ -29,7 +29,6 @@ FIELDS = dict(
     explicit_ffn=[],
     final_norm="rms",
     centre=True,
-    polynomial=False,
     log_length=False,
 )
 # One of everything a folded model can have, and the combinations that share code.
@@ -37,8 +36,8 @@ VARIANTS = {
     "softmax only": {},
     "temperature": dict(temperature=True, explicit_ffn=[1]),
     "length": dict(log_length=True, key_value_heads=2, position_embedding="rotary", rotary_dimensions=2),
-    "kernel": dict(exp_iterations=3, final_norm="none", centre=False),
-    "polynomial": dict(exp_iterations=1, polynomial=True, key_value_heads=2),
+    "kernel": dict(softmax="power-3", final_norm="none", centre=False),
+    "polynomial": dict(softmax="polynomial-1", key_value_heads=2),
     "layer norm": dict(norm="layer", activation="relu", intermediate_size=40, final_norm="layer", centre=False),
     "rms norm, linear map and branch": dict(norm="rms", activation="gelu", intermediate_size=40, explicit_ffn=[0, 2]),
     "rms norm, linear": dict(norm="rms", explicit_ffn=[0, 1, 2]),
@@ -90,7 +89,9 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
             size *= 0.5
         weights[name] = scale * size * random.normal(size=shape)
         if part == "qkv":
-            weights[name][:, : model.hidden_size] *= model.head_size**-0.5 * (3 if model.polynomial else 1)
+            weights[name][:, : model.hidden_size] *= model.head_size**-0.5 * (
+                3 if model.softmax.startswith("polynomial") else 1
+            )
         if part in ("ffn", "centre") and model.norm == "none":
             weights[name] = np.eye(len(weights[name])) + 0.3 * weights[name]
     return {name: w.astype(dtype) for name, w in weights.items()}
@@ -150,12 +151,13 @@ def reference_logits(model, weights, tokens):
                 q = q * np.log(position + 1) / np.log(model.positions)
             logits = np.array([q @ one[group] for one in keys[layer]])
             x = logits - logits.max()
-            if model.polynomial:
-                weights = (logits + w[f"{layer}.offset"][head, position]) ** (2**model.exp_iterations)
-            elif model.exp_iterations is None:
+            kind, _, iterations = model.softmax.partition("-")
+            power = 2 ** int(iterations or 0)
+            if kind == "polynomial":
+                weights = (logits + w[f"{layer}.offset"][head, position]) ** power
+            elif kind == "exact":
                 weights = np.exp(x)
             else:
-                power = 2**model.exp_iterations
                 weights = (1 + np.maximum(x, -0.9 * power) / power) ** power
             out.append(sum(a * one[group] for a, one in zip(weights, values[layer])) / weights.sum())
         return np.concatenate(out) @ w[f"{layer}.output"] + w[f"{layer}.output_bias"]

@@ -35,13 +35,13 @@ def test_an_unknown_activation_is_named_with_the_known_ones():
         parse_architecture("SM+Softplus")
     sizes = dict(layers=1, heads=1, key_value_heads=1, hidden_size=4, vocab_size=8, positions=8, intermediate_size=16)
     rest = dict(
-        format=2,
+        format=description.FORMAT,
         architecture="SM",
         position_embedding="learned",
         rotary_dimensions=0,
         rotary_base=10000.0,
         temperature=False,
-        exp_iterations=3,
+        softmax="power-3",
         norm="none",
         norm_epsilon=1e-5,
         parallel_residual=False,

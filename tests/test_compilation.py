@@ -19,8 +19,8 @@ from entropi.training.recipe import Recipe
 SETTINGS: dict[str, dict[str, Any]] = {
     "SM+LN+G": {"architecture": "SM+LN+G"},
     "regularised": {},
-    "rotary, t=2": {"position_embedding": "rotary", "exp_iterations": 2},
-    "squares": {"exp_iterations": 1, "polynomial": True},
+    "rotary, t=2": {"position_embedding": "rotary", "softmax": "power-2"},
+    "squares": {"softmax": "polynomial-1"},
 }
 
 

@@ -402,7 +402,7 @@ def test_control_characters_of_answers_stay_off_the_terminal(monkeypatch, capfd)
     record = records.PrivateRun(
         protocol="cheetah", trust="", server="x", prompt="p", prompt_tokens=[1], new_tokens=[2], new_text=answered,
         stages=[], setup_seconds=0.0, setup_bytes=0, reveal_bytes=0, seconds=1.0, ring_bits=64, fraction_bits=18,
-        exp_iterations=8,
+        softmax="power-8",
     )  # fmt: skip
 
     def answer(server, prompt, new_tokens, watcher, **options):

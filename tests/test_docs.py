@@ -29,11 +29,11 @@ def stages():
     sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16)
     found = set()
     for name in ARCHITECTURES:
-        for options in ({}, {"polynomial": True, "exp_iterations": 1}, {"log_length_scaling": True}):
+        for options in ({}, {"softmax": "polynomial-1"}, {"log_length_scaling": True}):
             config = EntropiConfig(architecture=name, **sizes, **options)
             model = msgspec.convert(expected_description(config), Description)
             for output, bits in (("argmax", None), ("top_k", 3)):
-                passed = forward(model, 4, 0, 3, output=output, logit_bits=bits)
+                passed = forward(model, 4, 0, "power-3", output=output, logit_bits=bits)
                 found |= {stage.name for stage in passed}
     return found
 

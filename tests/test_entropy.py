@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from entropi.entropy import secure_softmax
+from entropi.entropy import attention, secure_softmax
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.diagnosis import diagnose
+from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
-from entropi.entropy.secure_softmax import Exponential
+from entropi.softmax import SoftmaxForm
 from exactness import squared
 
 
@@ -97,7 +98,7 @@ def test_some_weights_of_the_test_above_are_clipped_and_some_not():
     x = (x - x.amax(-1, keepdim=True))[:, :, -1]
     for iterations in (1, 2):
         assert 0 < (x < -0.9 * 2**iterations).double().mean() < 1
-    assert secure_softmax.log_weights(x, Exponential("power", 1)).exp().min().item() == pytest.approx(0.01)
+    assert secure_softmax.log_weights(x, SoftmaxForm("power", 1)).exp().min().item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
@@ -106,7 +107,7 @@ def test_of_equal_largest_logits_the_first_has_the_gradient_through_the_maximum(
     key = torch.tensor([[[[0.5], [1.0], [1.0]]]], dtype=torch.float64, requires_grad=True)
     value = torch.tensor([[[[1.0], [5.0], [5.0]]]], dtype=torch.float64)
     output, _ = entropy_attention(
-        query, key, value, is_causal=False, scale=1.0, exp_iterations=3, implementation=implementation
+        query, key, value, is_causal=False, scale=1.0, softmax="power-3", implementation=implementation
     )
     (got,) = torch.autograd.grad(output.sum(), key)
     x, n = -1.0, 8.0  # below the maximum; k'(x) = k(x) / (1 + x / n)
@@ -213,7 +214,7 @@ def test_secure_softmax_approaches_the_exact_one(iterations):
     logits = query @ key.transpose(-1, -2) / 4
     x = (logits - logits.amax(-1, keepdim=True)).flatten()
     pairs = torch.stack([torch.zeros_like(x), x], -1)
-    ratio = 1 - secure_softmax.log_weights(pairs, Exponential("power", iterations))[:, 1].sub(x).exp()
+    ratio = 1 - secure_softmax.log_weights(pairs, SoftmaxForm("power", iterations))[:, 1].sub(x).exp()
     first_order = x.square() / 2 ** (iterations + 1)
     torch.testing.assert_close(ratio, first_order, rtol=0.1, atol=1e-12)
     exact = entropy_attention(query, key, value, is_causal=False)
@@ -230,23 +231,17 @@ def test_secure_softmax_is_what_the_secure_engine_computes(iterations):
     x = np.concatenate([np.linspace(-12, 0, 100), -(2.0**iterations) * np.array([0.89, 0.91, 1.5])]).astype(np.float32)
     expected = np.asarray(functions.exp_of_nonpositive(x, iterations), dtype=np.float64)
     row = torch.from_numpy(np.sort(x)).double()  # the largest is 0
-    got = secure_softmax.log_weights(row, Exponential("power", iterations)).exp().numpy()
+    got = secure_softmax.log_weights(row, SoftmaxForm("power", iterations)).exp().numpy()
     # Its arithmetic is float32: a base of at least 0.1 is rounded by 6e-7 of itself, which 2^t multiplies.
     np.testing.assert_allclose(got, np.sort(expected), rtol=2.0**iterations * 6e-7 + 3e-7, atol=1e-37)
 
 
-@pytest.mark.parametrize("wrong", [0, 17, -1, 2.0, True, "5"])
-def test_iterations_out_of_range_are_refused(wrong):
+@pytest.mark.parametrize("wrong", ["power", "power-0", "power-17", "polynomial-9", "exact-1", "cubic-2", "", 5, None])
+def test_an_impossible_softmax_is_refused(wrong):
     query, key, value = make_qkv()
-    with pytest.raises(ValueError, match=r"exp_iterations must be None .* 1 to 16, got"):
-        entropy_attention(query, key, value, exp_iterations=wrong)
-
-
-@pytest.mark.parametrize("wrong", [None, 0, 9, -1, 2.0, True])
-def test_iterations_of_a_polynomial_out_of_range_are_refused(wrong):
-    query, key, value = make_qkv()
-    with pytest.raises(ValueError, match="exp_iterations of a polynomial must be a whole number from 1 to 8, got"):
-        entropy_attention(query, key, value, exp_iterations=wrong, polynomial=True)
+    legal = "softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8, got"
+    with pytest.raises(ValueError, match=legal):
+        entropy_attention(query, key, value, softmax=wrong)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
@@ -254,7 +249,7 @@ def test_a_temperature_of_the_polynomial_is_an_offset(implementation):
     """(1 + s / (2^t T))^(2^t) is proportional to (2^t T + s)^(2^t): what folding rests on."""
     query, key, value = (x.detach() for x in make_qkv(queries=6))
     temperature = torch.rand(3, 6, dtype=torch.float64) + 0.3
-    options = dict(exp_iterations=1, polynomial=True, implementation=implementation)
+    options = dict(softmax="polynomial-1", implementation=implementation)
     output, _ = entropy_attention(query, key, value, temperature=temperature, **options)
     weights = (2 * temperature[..., None] + query @ key.transpose(-1, -2) / math.sqrt(8)).square() * causal(6, 6)
     torch.testing.assert_close(output, weights / weights.sum(-1, keepdim=True) @ value)
@@ -266,7 +261,7 @@ def test_a_weight_of_exactly_zero_is_no_danger():
     key = torch.tensor([[[[1.0], [0.5]]]], dtype=torch.float64, requires_grad=True)
     value = torch.tensor([[[[3.0], [5.0]]]], dtype=torch.float64, requires_grad=True)
     for implementation in ("reference", "blockwise"):
-        options = dict(scale=1.0, exp_iterations=1, polynomial=True, implementation=implementation)
+        options = dict(scale=1.0, softmax="polynomial-1", implementation=implementation)
         output, entropy = entropy_attention(query, key, value, **options)
         torch.testing.assert_close(output.flatten(), torch.tensor([3.0, 5.0], dtype=torch.float64))
         torch.testing.assert_close(entropy.flatten(), torch.zeros(2, dtype=torch.float64))
@@ -461,11 +456,11 @@ def test_a_softcap_that_is_not_positive_is_refused(wrong):
         entropy_attention(*make_qkv(), softcap=wrong)
 
 
-@pytest.mark.parametrize("polynomial", [False, True])
+@pytest.mark.parametrize("softmax", ["power-4", "polynomial-4"])
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sinks": torch.zeros(3)}])
-def test_sinks_and_softcap_belong_to_the_exact_softmax(options, polynomial):
-    with pytest.raises(ValueError, match="softcap and sinks belong to the exact softmax, exp_iterations replaces it"):
-        entropy_attention(*make_qkv(), exp_iterations=4, polynomial=polynomial, **options)
+def test_sinks_and_softcap_belong_to_the_exact_softmax(options, softmax):
+    with pytest.raises(ValueError, match=f"softcap and sinks belong to the exact softmax, {softmax} replaces it"):
+        entropy_attention(*make_qkv(), softmax=softmax, **options)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise"])
@@ -674,13 +669,22 @@ def test_diagnosis_of_layers_with_different_numbers_of_heads():
     assert "in every layer" in found.verdict
 
 
-def test_an_exponential_is_given_once():
+def test_a_softmax_is_given_as_a_form_or_its_text():
     query, key, value = make_qkv()
-    exponential = Exponential("power", 3)
-    short = entropy_attention(query, key, value, exp_iterations=3)
-    for a, b in zip(entropy_attention(query, key, value, exponential=exponential), short):
+    as_text = entropy_attention(query, key, value, softmax="power-3")
+    for a, b in zip(entropy_attention(query, key, value, softmax=SoftmaxForm("power", 3)), as_text):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="give one or the other"):
-        entropy_attention(query, key, value, exponential=exponential, exp_iterations=3)
-    with pytest.raises(ValueError, match="exact, power or polynomial, got 'cubic'"):
-        Exponential("cubic", 3)
+    pattern = attention_pattern(query, key, softmax=SoftmaxForm("power", 3))
+    assert torch.equal(pattern.distance, attention_pattern(query, key, softmax="power-3").distance)
+
+
+def test_auto_passes_over_implementations_that_do_not_compute_a_softmax(monkeypatch):
+    """A new form comes without compiled kernels first."""
+    lesser = [each._replace(computes=frozenset({"exact"})) for each in attention.IMPLEMENTATIONS[:2]]
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", (*lesser, *attention.IMPLEMENTATIONS[2:]))
+    query, key, value = (x.detach().float() for x in make_qkv())
+    output, _ = entropy_attention(query, key, value, softmax="power-3")
+    expected, _ = entropy_attention(query, key, value, softmax="power-3", implementation="blockwise")
+    assert torch.equal(output, expected)
+    with pytest.raises(ValueError, match="'native' cannot run here: it does not compute the softmax power-3"):
+        entropy_attention(query, key, value, softmax="power-3", implementation="native")

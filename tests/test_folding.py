@@ -22,11 +22,11 @@ VARIANTS = {
     "grouped queries": dict(num_key_value_heads=2, bias="all"),
     "rotary": dict(position_embedding="rotary", rotary_fraction=1 / 3, rotary_base=500.0),
     "parallel": dict(parallel_residual=True, bias="all"),
-    "kernel": dict(exp_iterations=3),
-    "polynomial": dict(exp_iterations=1, polynomial=True),
-    "polynomial, grouped queries": dict(exp_iterations=2, polynomial=True, num_key_value_heads=2),
+    "kernel": dict(softmax="power-3"),
+    "polynomial": dict(softmax="polynomial-1"),
+    "polynomial, grouped queries": dict(softmax="polynomial-2", num_key_value_heads=2),
     "log-length": dict(log_length_scaling=True),
-    "log-length, polynomial": dict(log_length_scaling=True, exp_iterations=1, polynomial=True),
+    "log-length, polynomial": dict(log_length_scaling=True, softmax="polynomial-1"),
     "wide and untied": dict(intermediate_size=40, tie_word_embeddings=False),
 }
 
@@ -95,17 +95,16 @@ def interpret(description, weights, ids):
             q = q * np.log(np.arange(1, length + 1))[:, None] / np.log(d["positions"])
         s = q @ k.transpose(0, 2, 1)
         future = np.triu(np.ones((length, length), bool), 1)
-        if d["polynomial"]:
-            a = (s + w["offset"][:, :length, None]) ** (2 ** d["exp_iterations"])
+        kind, _, iterations = d["softmax"].partition("-")
+        n_steps = 2 ** int(iterations or 0)
+        if kind == "polynomial":
+            a = (s + w["offset"][:, :length, None]) ** n_steps
             a[:, future] = 0
         s[:, future] = -np.inf
         s = s - s.max(-1, keepdims=True)
-        if d["polynomial"]:
-            pass
-        elif d["exp_iterations"] is None:
+        if kind == "exact":
             a = np.exp(s)
-        else:
-            n_steps = 2.0 ** d["exp_iterations"]
+        elif kind == "power":
             a = np.where(np.isfinite(s), (1 + np.maximum(s, -0.9 * n_steps) / n_steps) ** n_steps, 0.0)
         a = a / a.sum(-1, keepdims=True)
         attended = (a @ v).transpose(1, 0, 2).reshape(length, -1) @ w["output"] + w["output_bias"]
@@ -178,7 +177,7 @@ def test_temperatures(granularity, parametrization):
     assert folded.description["temperature"] == (granularity == "position")
 
 
-@pytest.mark.parametrize("kernel", [{}, {"exp_iterations": 1, "polynomial": True}], ids=["softmax", "polynomial"])
+@pytest.mark.parametrize("kernel", [{}, {"softmax": "polynomial-1"}], ids=["softmax", "polynomial"])
 def test_temperatures_that_training_took_below_their_bound_act_as_the_bound(kernel):
     model = trained("SM(t)+ScFuFFN", **kernel)
     with torch.no_grad():
@@ -201,7 +200,7 @@ def test_gains_of_spectral_norms_vanish():
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_temperatures_of_the_polynomial_become_offsets_and_weights_have_one_size(granularity, size):
     """Whatever the logits' size, which differs by head as heads' matrices do."""
-    model = trained("SM(t)+ScFuFFN", exp_iterations=1, polynomial=True, temperature_granularity=granularity)
+    model = trained("SM(t)+ScFuFFN", softmax="polynomial-1", temperature_granularity=granularity)
     with torch.no_grad():
         for block in model.model.blocks:
             block.attention.query.weight *= size

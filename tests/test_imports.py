@@ -12,7 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "entropi"
 
 
-COMMON = {"activations", "cache", "downloads", "errors", "console", "machine", "record_files", "records", "temporary"}
+COMMON = {
+    "activations",
+    "cache",
+    "downloads",
+    "errors",
+    "console",
+    "machine",
+    "record_files",
+    "records",
+    "softmax",
+    "temporary",
+}
 
 
 ROOMS: dict[str, set[str]] = {

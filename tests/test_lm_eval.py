@@ -51,7 +51,7 @@ def test_perplexity_of_a_local_task(tmp_path, monkeypatch):
         steps=20,
         batch_size=4,
         precision="fp32",
-        exp_iterations=4,
+        softmax="power-4",
     )
     folder = train(recipe, tmp_path / "run")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

@@ -98,7 +98,7 @@ def samples(description):
 @pytest.fixture(scope="module")
 def a_description():
     """Of a model, as a server would send it; every field differs from its least value where it can."""
-    gelu = dict(intermediate_size=64, activation="gelu", exp_iterations=4, norm="rms")
+    gelu = dict(intermediate_size=64, activation="gelu", softmax="power-4", norm="rms")
     rotary = dict(position_embedding="rotary", rotary_dimensions=2, key_value_heads=2)
     return Description(**{**FIELDS, **gelu, **rotary, "architecture": "SM+LN+G", "end_of_text": 0})
 

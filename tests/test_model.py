@@ -24,7 +24,7 @@ SMALL = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_h
 VARIANTS = {
     "LN": dict(architecture="SM+LN+G"),
     "fused": dict(architecture="SM(t)+ScFuFFN"),
-    "kernel": dict(architecture="SM(t)+ScFuFFN", exp_iterations=3),
+    "kernel": dict(architecture="SM(t)+ScFuFFN", softmax="power-3"),
     "rotary, grouped": dict(architecture="SM+RMS+Bilinear", position_embedding="rotary", num_key_value_heads=2),
     "parallel": dict(
         architecture="SM+LN+R", parallel_residual=True, position_embedding="rotary", rotary_fraction=1 / 3
@@ -251,20 +251,30 @@ def test_rotary_models_train_under_autocast(architecture):
 
 
 def test_a_kernel_of_many_iterations_is_the_exact_softmax():
-    exact, close, far = (make_model("SM(t)+ScFuFFN", exp_iterations=t) for t in (None, 8, 2))
+    exact, close, far = (make_model("SM(t)+ScFuFFN", softmax=form) for form in ("exact", "power-8", "power-2"))
     expected = exact(tokens()).logits
     error, coarse = ((model(tokens()).logits - expected).abs().max() for model in (close, far))
     assert error < 0.03 * coarse  # it falls as 2^-t
 
 
 def test_the_kernel_can_be_changed_after_training():
-    model, other = make_model("SM(t)+ScFuFFN"), make_model("SM(t)+ScFuFFN", exp_iterations=3)
-    model.set_exp_iterations(3)
+    model, other = make_model("SM(t)+ScFuFFN"), make_model("SM(t)+ScFuFFN", softmax="power-3")
+    model.set_softmax("power-3")
     torch.testing.assert_close(model(tokens()).logits, other(tokens()).logits)
-    assert model.config.exp_iterations == 3
-    with pytest.raises(UserError, match="exp_iterations must be 1 to 8"):
-        model.set_exp_iterations(0)
-    assert model.config.exp_iterations == 3
+    assert model.config.softmax == "power-3"
+    with pytest.raises(
+        UserError, match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8, got"
+    ):
+        model.set_softmax("power-9")
+    assert model.config.softmax == "power-3"
+    with pytest.raises(UserError, match="polynomial-1 stands for no other softmax"):
+        model.set_softmax("polynomial-1")
+    squares = make_model("SM(t)+ScFuFFN", softmax="polynomial-1")
+    squares.set_softmax("polynomial-1")
+    for other_form in ("exact", "polynomial-2"):
+        with pytest.raises(UserError, match=r"polynomial-\d stands for no other softmax"):
+            squares.set_softmax(other_form)
+    assert (model.config.softmax, squares.config.softmax) == ("power-3", "polynomial-1")
 
 
 @pytest.mark.parametrize(("slope", "same_as"), [(0.0, "SM+R"), (1.0, "SM")])
@@ -425,7 +435,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
             num_attention_heads=3,
             num_key_value_heads=2,
             bias="some",
-            exp_iterations=40,
+            softmax="power-40",
             leaky_slope=2.0,
             position_embedding="rotary",
             rotary_fraction=0.4,
@@ -437,7 +447,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         "hidden_size 10 is not a multiple of num_attention_heads 3",
         "num_attention_heads 3 is not a multiple of num_key_value_heads 2",
         "bias must be 'qk', 'all' or 'none', got 'some'",
-        "exp_iterations must be 1 to 8",
+        "softmax must be exact, power-1 to power-8",
         "leaky_slope must be between 0",
         "rotary_fraction 0.4 of 3 columns a head is 1.2",
         "temperature_init must be positive",

@@ -13,6 +13,7 @@ from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.folding import fold
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import run_plain
+from entropi.softmax import KINDS, SoftmaxForm
 
 SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=24)
 VARIANTS = {
@@ -21,9 +22,9 @@ VARIANTS = {
     ),
     "parallel residual": dict(parallel_residual=True, bias="all"),
     "no final norm": dict(final_norm=False, tie_word_embeddings=False),
-    "polynomial": dict(polynomial=True, exp_iterations=1, position_embedding="rotary"),
+    "polynomial": dict(softmax="polynomial-1", position_embedding="rotary"),
 }
-KERNEL = 4
+KERNEL = "power-4"
 
 
 def make_model(architecture, **options):
@@ -51,14 +52,21 @@ def compare(model, **how):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_of_the_private_program_are_the_models(architecture):
-    for ours, theirs in compare(make_model(architecture, exp_iterations=KERNEL), exact=True):
+    for ours, theirs in compare(make_model(architecture, softmax=KERNEL), exact=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+RMS+Bilinear", "SM+LeakyR", "SM(t)+ScFuFFN"])
 def test_options_of_the_model(architecture, options):
-    for ours, theirs in compare(make_model(architecture, **{"exp_iterations": KERNEL, **options}), exact=True):
+    for ours, theirs in compare(make_model(architecture, **{"softmax": KERNEL, **options}), exact=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_softmax_is_computed_on_both_sides(kind):
+    form = SoftmaxForm(kind, min(2, KINDS[kind].most_in_models))
+    for ours, theirs in compare(make_model("SM(t)+ScFuFFN", softmax=str(form)), exact=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 
@@ -66,8 +74,8 @@ def test_options_of_the_model(architecture, options):
 def test_trained_with_the_kernel_nothing_is_lost(architecture):
     """The function that the secure engine evaluates is the model's own softmax; with another one it is not."""
     errors = {}
-    for trained_with in (KERNEL, None):
-        pairs = compare(make_model(architecture, exp_iterations=trained_with))
+    for trained_with in (KERNEL, "exact"):
+        pairs = compare(make_model(architecture, softmax=trained_with))
         errors[trained_with] = max(np.abs(ours - theirs).max() for ours, theirs in pairs)
     assert errors[KERNEL] < 2e-5
-    assert errors[None] > 10 * errors[KERNEL]
+    assert errors["exact"] > 10 * errors[KERNEL]

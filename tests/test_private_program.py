@@ -30,13 +30,14 @@ from entropi.private.compute.fixed_point import (  # noqa: E402
     select_fraction_bits,
     sweep_vocabulary,
 )
+from entropi.private.compute.folded import load_folded  # noqa: E402
 from entropi.private.compute.program import Stage, forward, run_plain  # noqa: E402
 from entropi.private.compute.settings import CLIENT, SERVER, Settings, trust  # noqa: E402
 from entropi.private.wire.messages import Failed, Job, Revealed  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-SETTINGS = Settings(exp_iterations=6)
+SETTINGS = Settings(exact_softmax_as="power-6")
 FEWER_BITS = 14
 
 
@@ -52,7 +53,7 @@ def test_stages_compute_the_layer_equations(variant):
     """Prompt and a cached pass; the reference knows neither caching nor folding the last layer's rows away."""
     model = describe(**VARIANTS[variant])
     weights = random_weights(model, dtype=np.float64)
-    generated, logits = run_plain(model, weights, PROMPT, 2, 5, exact=True)
+    generated, logits = run_plain(model, weights, PROMPT, 2, "power-5", exact=True)
     for step, got in enumerate(logits):
         expected = reference_logits(model, weights, PROMPT + generated[:step])
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
@@ -66,7 +67,7 @@ def test_long_prompts_are_scored_in_blocks(monkeypatch):
     prompt = np.random.default_rng(0).integers(0, 53, 21).tolist()
     for rows in (4, 7, 20):
         monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
-        generated, logits = run_plain(model, weights, prompt, 2, 5, exact=True)
+        generated, logits = run_plain(model, weights, prompt, 2, "power-5", exact=True)
         for step, got in enumerate(logits):
             expected = reference_logits(model, weights, prompt + generated[:step])
             np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
@@ -78,15 +79,15 @@ def test_models_trained_with_a_kernel_keep_it():
     model = describe(**VARIANTS["kernel"])
     weights = random_weights(model, dtype=np.float64)
     (own,), (other,), (exact,) = (
-        run_plain(model, weights, PROMPT, 1, t, exact=e)[1] for t, e in [(3, False), (7, False), (7, True)]
+        run_plain(model, weights, PROMPT, 1, f"power-{t}", exact=e)[1] for t, e in [(3, False), (7, False), (7, True)]
     )
     np.testing.assert_array_equal(own, other)
     np.testing.assert_allclose(own, exact, atol=1e-4)  # exact in its division only
 
 
 SIMULATED = {
-    "softmax only": dict(exp_iterations=5),
-    "temperature": dict(exp_iterations=3),
+    "softmax only": dict(softmax="power-5"),
+    "temperature": dict(softmax="power-3"),
     "polynomial": {},
     "layer norm": {},
     "rms norm, linear map and branch": {},
@@ -112,7 +113,7 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
             engine.hold("embedded", weights["embedding"][tokens], 1)
         else:
             engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), 1)
-        for stage in forward(model, len(tokens), past, settings.exp_iterations, **options):
+        for stage in forward(model, len(tokens), past, settings.exact_softmax_as, **options):
             communication.append(engine.run(stage))
         past += len(tokens)
         found.append({name: engine.reveal(name) for name in ("logits", *stage.outputs)})
@@ -131,7 +132,7 @@ QUICK = {"softmax only", "polynomial", "layer norm", "llama"}  # the rest is slo
 def test_simulated_logits_are_the_plain_ones(variant, protocol):
     model = describe(**{**VARIANTS[variant], **SIMULATED[variant]})
     weights = random_weights(model)
-    generated, expected = run_plain(model, weights, PROMPT, 2, 6)
+    generated, expected = run_plain(model, weights, PROMPT, 2, "power-6")
     found, _ = simulate(protocol, model, weights, [PROMPT, generated[:1]])
     for got, plain in zip(found, expected):
         np.testing.assert_allclose(got["logits"][0], plain, atol=0.004)
@@ -140,10 +141,12 @@ def test_simulated_logits_are_the_plain_ones(variant, protocol):
 @pytest.mark.two_party
 def test_logits_under_cheetah_are_the_plain_ones():
     """Every kind of operation at once, in threads; real processes are tests/test_two_party.py's."""
-    changes = dict(parallel_residual=False, temperature=True, activation="gelu", intermediate_size=40, exp_iterations=3)
+    changes = dict(
+        parallel_residual=False, temperature=True, activation="gelu", intermediate_size=40, softmax="power-3"
+    )
     model = describe(**{**VARIANTS["llama"], **changes})
     weights = random_weights(model)
-    generated, expected = run_plain(model, weights, PROMPT, 2, 6)
+    generated, expected = run_plain(model, weights, PROMPT, 2, "power-6")
     found, communication = simulate("cheetah", model, weights, [PROMPT, generated[:1]], output="top_k", choices=3)
     for got, plain in zip(found, expected):
         np.testing.assert_allclose(got["logits"][0], plain, atol=0.004)
@@ -217,8 +220,8 @@ def test_two_processes_learn_what_the_settings_say(options, tmp_path):
     pytest.importorskip("spu")
     model = describe(**{**VARIANTS["llama"], "layers": 2})
     weights = random_weights(model)
-    settings = Settings(exp_iterations=6, **options)
-    generated, logits = run_plain(model, weights, PROMPT[:5], 2, 6)
+    settings = Settings(exact_softmax_as="power-6", **options)
+    generated, logits = run_plain(model, weights, PROMPT[:5], 2, "power-6")
     found = asyncio.run(two_processes(tmp_path, model, weights, settings, PROMPT[:5], 2))
     for event, plain, token in zip(found, logits, generated, strict=True):
         order = np.argsort(-plain)
@@ -240,7 +243,7 @@ def test_two_processes_learn_what_the_settings_say(options, tmp_path):
 def test_options_of_embedding_and_output(embedding, output):
     model = describe(layers=1)
     weights = random_weights(model)
-    _, (plain,) = run_plain(model, weights, PROMPT, 1, 6)
+    _, (plain,) = run_plain(model, weights, PROMPT, 1, "power-6")
     (found,), _ = simulate("ref2k", model, weights, [PROMPT], embedding=embedding, output=output, choices=4)
     order = np.argsort(-plain)
     if output == "argmax":
@@ -261,7 +264,7 @@ def test_rounded_logits_tell_nothing_below_the_step(protocol, bits):
     from entropi.private.compute.engine import Simulation
 
     step = 2.0**-bits
-    (stage,) = [s for s in forward(describe(), 1, 0, 5, logit_bits=bits) if s.name == "round"]
+    (stage,) = [s for s in forward(describe(), 1, 0, "power-5", logit_bits=bits) if s.name == "round"]
     exact = np.random.default_rng(2).uniform(-20, 20, 16).astype(np.float32)
     distance = np.abs(exact / step - np.floor(exact / step) - 0.5)
     exact = exact[distance > 2.0**-12]  # fixed point may move what lies between two steps
@@ -280,7 +283,7 @@ def test_settings_of_rounding():
     weights = random_weights(model)
     for output in ("logits", "top_k"):
         (found,), _ = simulate("ref2k", model, weights, [PROMPT], output=output, choices=4, logit_bits=2)
-        _, (plain,) = run_plain(model, weights, PROMPT, 1, 6)
+        _, (plain,) = run_plain(model, weights, PROMPT, 1, "power-6")
         expected = plain if output == "logits" else np.sort(plain)[::-1][:4]
         got = found["logits"][0] if output == "logits" else found["logits_out"]
         assert (got == np.rint(got)).all()
@@ -291,7 +294,7 @@ def test_settings_of_rounding():
     huge = enlarged_head(model, weights, 2.0**23)
     assert select_fraction_bits(model, huge, SETTINGS, [PROMPT])
     with pytest.raises(UserError, match=r"logits reach 8\.39e\+06, and rounding them to 4 binary places"):
-        select_fraction_bits(model, huge, Settings(exp_iterations=6, logit_bits=4), [PROMPT])
+        select_fraction_bits(model, huge, Settings(exact_softmax_as="power-6", logit_bits=4), [PROMPT])
 
 
 @pytest.mark.parametrize("protocol", ["ref2k", pytest.param("cheetah", marks=pytest.mark.two_party)])
@@ -312,7 +315,7 @@ def test_pairs_of_tokens_are_told_apart(protocol, fraction_bits, tokens):
     engine.hold("tokens", one_hot(tokens, 53, True, fraction_bits), 1)
     engine.hold("embedding", table, 0)
     model = describe(position_embedding="rotary", rotary_dimensions=2)
-    stages = list(forward(model, len(tokens), 0, 5, paired=True, fraction_bits=fraction_bits))
+    stages = list(forward(model, len(tokens), 0, "power-5", paired=True, fraction_bits=fraction_bits))
     for stage in stages:
         if stage.name == "embedding":
             engine.run(stage)
@@ -369,7 +372,7 @@ def test_trust_says_what_is_learnt():
         {"heads": 5}, {"hidden_size": 0}, {"layers": 10**6}, {"vocab_size": 2**30}, {"explicit_ffn": [7]},
         {"norm_epsilon": 0.0}, {"format": 1}, {"extra": 1}, {"layers": "3"}, {"architecture": "x" * 1000},
         {"key_value_heads": 3}, {"activation": "gelu"}, {"intermediate_size": 8}, {"norm": "batch"},
-        {"exp_iterations": 0}, {"exp_iterations": 9}, {"rotary_dimensions": 2},
+        {"softmax": "power-0"}, {"softmax": "power-9"}, {"rotary_dimensions": 2},
         {"position_embedding": "rotary"}, {"position_embedding": "rotary", "rotary_dimensions": 3},
         {"position_embedding": "rotary", "rotary_dimensions": 8},
     ],
@@ -378,6 +381,48 @@ def test_descriptions_are_validated(change):
     assert msgspec.json.decode(json.dumps(FIELDS), type=Description).layers == 3
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(json.dumps({**FIELDS, **change}), type=Description)
+
+
+@pytest.mark.parametrize("softmax", ["power-10", "polynomial", "", "x" * 40, None, 3, "polynomial-1\n"])
+def test_a_softmax_that_nobody_knows_is_no_description_s_and_no_settings_(softmax):
+    """What a party may send."""
+    assert msgspec.json.decode(b'{"exact_softmax_as": "power-3"}', type=Settings).exact_softmax_as == "power-3"
+    with pytest.raises(msgspec.ValidationError, match=r"softmax must be|Expected `str`"):
+        msgspec.json.decode(json.dumps({**FIELDS, "softmax": softmax}), type=Description)
+    for text in (softmax, "exact", "polynomial-1", "power-9"):
+        with pytest.raises(msgspec.ValidationError, match=r"exact_softmax_as must be power-1|Expected `str`"):
+            msgspec.json.decode(json.dumps({"exact_softmax_as": text}), type=Settings)
+
+
+def test_a_temperature_of_a_polynomial_is_no_description_s():
+    assert "0.offset" in describe(softmax="polynomial-1").weight_shapes()
+    with pytest.raises(msgspec.ValidationError, match="softmax polynomial-1 has offsets instead of a temperature"):
+        msgspec.convert({**FIELDS, "softmax": "polynomial-1", "temperature": True}, Description)
+
+
+@pytest.mark.parametrize("name", ["softmax only", "kernel", "polynomial"])
+def test_folded_models_of_format_2_are_read(tmp_path, name):
+    """They had two settings for the softmax."""
+    model = describe(**VARIANTS[name])
+    form = model.softmax_form
+    weights = random_weights(model)
+    save_file(weights, tmp_path / "folded.safetensors")
+    older = msgspec.to_builtins(model) | {"format": 2, "exp_iterations": form.iterations or None}
+    del older["softmax"]
+    if form.kind == "polynomial":
+        older["polynomial"] = True
+    (tmp_path / "folded.json").write_text(json.dumps(older))
+    assert load_folded(tmp_path)[0] == model
+    for damage, message in (
+        ({"exp_iterations": "3"}, "expected int"),
+        ({"exp_iterations": 9}, "softmax must be exact"),
+    ):
+        (tmp_path / "folded.json").write_text(json.dumps(older | damage))
+        with pytest.raises(UserError, match=f"is damaged: .*{message}"):
+            load_folded(tmp_path)
+    (tmp_path / "folded.json").write_text(json.dumps(older | {"format": 3}))
+    with pytest.raises(UserError, match="is damaged: "):
+        load_folded(tmp_path)
 
 
 def test_all_problems_of_a_description_are_named():
@@ -392,8 +437,8 @@ def test_the_largest_value_is_named_and_is_the_programs():
     model = describe(temperature=True)
     weights = random_weights(model)
     tokens = [[1, 2, 3, 4], [50, 49]]
-    largest = measure_ranges(model, weights, tokens, 8).largest
-    expected = max(np.abs(run_plain(model, weights, t, 1, 8)[1][0]).max() for t in tokens)
+    largest = measure_ranges(model, weights, tokens, "power-8").largest
+    expected = max(np.abs(run_plain(model, weights, t, 1, "power-8")[1][0]).max() for t in tokens)
     assert largest["head"] == pytest.approx(expected, rel=1e-6)
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
     name = max(largest, key=largest.get)
@@ -410,7 +455,7 @@ def test_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit
     settings = Settings(fraction_bits=fraction_bits)
     model = describe()
     weights = random_weights(model)
-    size = measure_ranges(model, weights, [[1, 2, 3]], 8).largest["head"]
+    size = measure_ranges(model, weights, [[1, 2, 3]], "power-8").largest["head"]
     for factor in (0.5, 2.0):
         changed = dict(weights)
         for name in ("head", "head_bias"):
@@ -447,10 +492,10 @@ def test_norms_of_small_rows_are_refused_with_the_numbers():
     """The mean square of a row in the state's units, far below the last digit's."""
     model = describe(norm="rms", activation="relu", intermediate_size=40, norm_epsilon=1e-8)
     weights = random_weights(model)
-    assert problems(measure_ranges(model, weights, [PROMPT], 8), Settings()) == []
+    assert problems(measure_ranges(model, weights, [PROMPT], "power-8"), Settings()) == []
     for name in ("embedding", "positions"):
         weights[name] *= np.float32(0.01)
-    ranges = measure_ranges(model, weights, [PROMPT], 8)
+    ranges = measure_ranges(model, weights, [PROMPT], "power-8")
     state = weights["embedding"][PROMPT] + weights["positions"][: len(PROMPT)]
     smallest = (state**2).mean(axis=1).min() + 1e-8
     assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
@@ -557,7 +602,7 @@ def test_logits_of_every_token_are_looked_at():
     weights["head"][:, 3] *= np.float32(2.0**24)
     name, value = max(sweep_vocabulary(model, weights, SETTINGS).ranges.largest.items(), key=lambda item: item[1])
     assert name == "head"
-    states = [run_plain(model, weights, [token], 1, 6)[1][0][3] for token in range(0, 512, 64)]
+    states = [run_plain(model, weights, [token], 1, "power-6")[1][0][3] for token in range(0, 512, 64)]
     assert value > np.abs(states).max()
 
 
@@ -619,7 +664,7 @@ def test_canaries():
     weights = random_weights(model)
     weights["head"] *= np.float32(5)
     encoder = SimpleNamespace(encode=lambda text, most: PROMPT)
-    expected = run_plain(model, weights, PROMPT, 2, 6)
+    expected = run_plain(model, weights, PROMPT, 2, "power-6")
     canary = make_canary("public", encoder, model, weights, SETTINGS, 2)
     count = len(canary.tokens)
     assert canary.tokens == expected[0][:count]
@@ -643,7 +688,7 @@ def test_canaries():
 
 def enlarged_head(model, weights, size):
     """Weights whose logits on PROMPT reach `size`."""
-    reach = measure_ranges(model, weights, [PROMPT], 6).largest["head"]
+    reach = measure_ranges(model, weights, [PROMPT], "power-6").largest["head"]
     return {**weights, **{name: weights[name] * np.float32(size / reach) for name in ("head", "head_bias")}}
 
 
@@ -684,7 +729,7 @@ def test_unsafe_fraction_bits_are_refused_and_safe_ones_named():
     weights = enlarged_head(model, random_weights(model), 2.0**29)
     with pytest.raises(UserError, match=r"would overflow: head reaches 5\.37e\+08, .*; 16 fraction bits would fit"):
         select_fraction_bits(model, weights, SETTINGS, [PROMPT])
-    settings, _ = select_fraction_bits(model, weights, Settings(exp_iterations=6, fraction_bits=16), [PROMPT])
+    settings, _ = select_fraction_bits(model, weights, Settings(exact_softmax_as="power-6", fraction_bits=16), [PROMPT])
     assert settings.fraction_bits == 16
 
 
@@ -697,7 +742,7 @@ def test_models_that_need_fewer_fraction_bits_are_computed_right(protocol):
     weights["1.qkv"][:, : -2 * 6] *= np.float32(2.0**14)  # queries and keys; the columns of two heads' v stay
     settings, _ = select_fraction_bits(model, weights, SETTINGS, choose=True)
     assert settings.fraction_bits == FEWER_BITS
-    generated, expected = run_plain(model, weights, PROMPT, 2, 6)
+    generated, expected = run_plain(model, weights, PROMPT, 2, "power-6")
     found, _ = simulate(protocol, model, weights, [PROMPT, generated[:1]], settings)
     for got, plain in zip(found, expected):
         np.testing.assert_allclose(got["logits"][0], plain, atol=0.01)
@@ -716,11 +761,11 @@ def test_norms_of_large_rows_are_computed_right(mean_square, bits):
         weights[name] *= np.float32(np.sqrt(mean_square) if name == "embedding" else 0)
     for name in ("0.output", "0.down", "0.output_bias", "0.down_bias"):
         weights[name] *= np.float32(256)
-    ranges = measure_ranges(model, weights, [PROMPT], 6)
+    ranges = measure_ranges(model, weights, [PROMPT], "power-6")
     assert ranges.largest_mean_square["layer 0 norm"] >= mean_square * 0.999
     settings = select_fraction_bits(model, weights, SETTINGS, [PROMPT], choose=True)[0]
     assert settings.fraction_bits == bits
-    _, (expected,) = run_plain(model, weights, PROMPT, 1, 6)
+    _, (expected,) = run_plain(model, weights, PROMPT, 1, "power-6")
     (found,), _ = simulate("ref2k", model, weights, [PROMPT], settings)
     np.testing.assert_allclose(found["logits"][0], expected, atol=0.02)
     if bits > 18:

@@ -83,8 +83,9 @@ def test_recipe_tells_all_problems_at_once(tmp_path: Path):
         ({"seed": 2**32}, "seed is 4294967296, it must be below 2\\^32"),
         ({"bias": "some", "steps": "3"}, "bias is 'some', expected one of .*; steps is '3', expected int"),
         ({"steps": True}, "steps is True, expected int"),
-        ({"polynomial": True}, "exp_iterations is 0, polynomial needs 1 to 8"),
-        ({"polynomial": True, "exp_iterations": 9}, "exp_iterations is 9, polynomial needs 1 to 8"),
+        ({"softmax": "power-9"}, "softmax must be exact, power-1 to power-8 or .*, got 'power-9'"),
+        ({"softmax": "polynomial"}, "softmax must be exact, .* or polynomial-1 to polynomial-8, got 'polynomial'"),
+        ({"softmax": 2}, "softmax is 2, expected str"),
     ],
 )
 def test_impossible_recipes_from_python(changes: dict[str, Any], message: str):
@@ -126,6 +127,37 @@ def test_differences():
     assert differences(Recipe(precision="auto"), Recipe(precision="bf16")) == []
     assert differences(Recipe(precision="fp32"), Recipe(precision="bf16")) == ["precision ('bf16' there, 'fp32' here)"]
     assert differences(Recipe(steps=1), Recipe(steps=2)) == ["steps (2 there, 1 here)"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "softmax"),
+    [
+        ("exp_iterations: 0\npolynomial: false\n", "exact"),
+        ("exp_iterations: 2\n", "power-2"),
+        ("exp_iterations: 1\npolynomial: true\n", "polynomial-1"),
+    ],
+)
+def test_recipes_with_two_settings_for_the_softmax_are_read(tmp_path: Path, lines: str, softmax: str):
+    """As runs wrote them until 27 November 2026; what is written now has one."""
+    path = write(tmp_path / "r.yaml", f"steps: 7\n{lines}")
+    recipe = load_recipe(path)
+    assert (recipe.steps, recipe.softmax) == (7, softmax)
+    save_recipe(recipe, path)
+    assert yaml.safe_load(path.read_text())["softmax"] == softmax
+    assert load_recipe(path) == recipe
+
+
+def test_recipes_of_the_gallery_are_read():
+    """They are old run folders."""
+    paths = sorted((ROOT / "docs" / "gallery" / "records").glob("*/config.yaml"))
+    assert {load_recipe(path).softmax for path in paths if "exp_iterations" in path.read_text()} == {"exact"}
+
+
+def test_older_settings_that_mean_nothing_are_told_with_the_rest(tmp_path: Path):
+    with pytest.raises(UserError, match=r"polynomial needs exp_iterations; .*; unknown setting colour; steps is 0"):
+        load_recipe(write(tmp_path / "r.yaml", "polynomial: true\ncolour: 3\nsteps: 0\n"))
+    with pytest.raises(UserError, match="softmax has taken the place of exp_iterations: leave exp_iterations out"):
+        load_recipe(write(tmp_path / "r.yaml", "softmax: power-2\nexp_iterations: 2\n"))
 
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

@@ -325,7 +325,7 @@ def test_patterns_of_our_own_models():
     torch.manual_seed(0)
     config = entropi.EntropiConfig(
         architecture="SM(t)+ScFuFFN", vocab_size=71, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=12, exp_iterations=5,
+        max_position_embeddings=12, softmax="power-5",
     )  # fmt: skip
     model = entropi.EntropiForCausalLM(config).eval()
     attention = model.model.blocks[0].attention

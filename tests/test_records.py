@@ -137,7 +137,7 @@ EXAMPLES: list[Record] = [
         seconds=2.0,
         ring_bits=64,
         fraction_bits=18,
-        exp_iterations=8,
+        softmax="power-8",
     ),
     PlaintextComparison(max_logit_error=[0.01], same_top1=[True], plaintext_tokens=[3]),
     PredictionRecord(
@@ -151,7 +151,7 @@ EXAMPLES: list[Record] = [
         trust="semi-honest",
         network="wan",
         embedding="private",
-        exp_iterations=2,
+        softmax="power-2",
         calibrated_on="a machine",
         set_up=PassCost(operations=[]),
         prompt=PassCost(
@@ -420,6 +420,38 @@ def test_a_prediction_with_the_former_name_of_its_rounds_is_read(tmp_path: Path)
     assert prediction.prompt.rounds == 3.0
 
 
+@pytest.mark.parametrize("polynomial", [False, True])
+def test_records_with_two_fields_for_the_softmax_are_read(path: Path, polynomial: bool) -> None:
+    """Of private runs t alone was recorded; whether it was a polynomial's is told by the stages."""
+    now, former = (b"polynomial-2", b"power") if polynomial else (b"power-2", b"exp")
+    lines = []
+    for record in EXAMPLES:
+        if isinstance(record, PredictionRecord):
+            one = record_files.encode(msgspec.structs.replace(record, softmax=now.decode()))
+            fields = b'"exp_iterations":2,"polynomial":' + (b"true" if polynomial else b"false")
+        elif isinstance(record, PrivateRun):
+            stages = [msgspec.structs.replace(record.stages[0], name=former.decode())]
+            one = record_files.encode(msgspec.structs.replace(record, softmax=now.decode(), stages=stages))
+            fields = b'"exp_iterations":2'
+        else:
+            continue
+        older = one.replace(b'"softmax":"' + now + b'"', fields)
+        assert older != one
+        lines += [older, one]
+    path.write_bytes(b"\n".join([*lines, b""]))
+    found = record_files.read(path)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert {record.softmax for record in found if isinstance(record, PredictionRecord | PrivateRun)} == {now.decode()}
+
+    path.write_bytes(lines[0].replace(b'"exp_iterations":2', b'"exp_iterations":"two"') + b"\n")
+    with pytest.raises(UserError, match="line 1 is damaged: exp_iterations is 'two', expected int"):
+        record_files.read(path)
+    path.write_bytes(lines[1].replace(now, b"<b>") + b"\n")
+    with pytest.raises(UserError, match="line 1 is damaged: softmax must be exact, power-1 to"):
+        record_files.read(path)
+
+
 ROOT = Path(__file__).parents[1]
 COMMITTED = [
     *sorted((ROOT / "docs" / "gallery" / "records").glob("*/records.jsonl")),
@@ -436,6 +468,8 @@ def test_records_of_older_versions_are_read(committed: Path):
     for record, line in zip(found, lines):
         now = msgspec.json.decode(record_files.encode(record))
         then = msgspec.json.decode(line)
+        if iterations := then.pop("exp_iterations", None):  # now one text, in either of the two kinds that have it
+            assert now["softmax"] == f"power-{iterations}"
         assert {name: now[name] for name in then if name in now} == then
 
 

@@ -187,7 +187,7 @@ def private(prompt: str = "def area(radius):\n    return ", text: str = "radius 
         seconds=83.2,
         ring_bits=64,
         fraction_bits=18,
-        exp_iterations=8,
+        softmax="power-8",
     )
 
 

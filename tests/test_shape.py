@@ -27,6 +27,21 @@ def test_a_shape_has_the_configuration_s_defaults():
         assert getattr(Shape(), field.name) == getattr(config, field.name), field.name
 
 
+@pytest.mark.parametrize(
+    ("older", "softmax"),
+    [
+        ({"exp_iterations": None, "polynomial": False}, "exact"),
+        ({"exp_iterations": 3, "polynomial": False}, "power-3"),
+        ({"exp_iterations": 1, "polynomial": True}, "polynomial-1"),
+    ],
+)
+def test_configurations_with_two_settings_for_the_softmax_are_read(older: dict, softmax: str, tmp_path: Path):
+    shape = read_shape(written({"model_type": "entropi", "num_hidden_layers": 2, **older}, tmp_path))
+    assert shape == Shape(num_hidden_layers=2, softmax=softmax)
+    with pytest.raises(UserError, match=r"softmax must be exact, .*, got 'power-17'"):
+        read_shape(written({"model_type": "entropi", "exp_iterations": 17}, tmp_path))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_expected_of_folding_is_what_it_leaves(architecture: str):
 

@@ -77,7 +77,7 @@ def test_every_command_and_public_name_is_in_the_reference(site):
 
 def test_every_option_is_in_the_reference(site):
     text = (site / "reference" / "commands.html").read_text(encoding="utf-8")
-    for option in ("--max-new-tokens", "--entropy-margin", "--fraction-bits", "--polynomial"):
+    for option in ("--max-new-tokens", "--entropy-margin", "--fraction-bits", "--softmax"):
         assert f"<code>{option}</code>" in text
 
 

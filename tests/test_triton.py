@@ -136,7 +136,7 @@ def test_even_lengths_are_not_checked(queries, keys, masked, iterations):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"exp_iterations": 3}, {"softcap": 1.5}, {"sinks": True}, {"mask": True}, {"temperature": True}],
+    [{}, {"softmax": "power-3"}, {"softcap": 1.5}, {"sinks": True}, {"mask": True}, {"temperature": True}],
 )
 @pytest.mark.parametrize("scale", [0.7, -0.2, 0.0, 1e-6, 2])
 def test_scales_are_those_of_the_definition(scale, options):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from entropi.model.configuration import EntropiConfig
     from entropi.model.decoder import EntropiForCausalLM
     from entropi.model.folding import fold
+    from entropi.softmax import SoftmaxForm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "EntropiConfig",
     "EntropiForCausalLM",
     "EntropyRegularizer",
+    "SoftmaxForm",
     "UserError",
     "cost",
     "diagnose",
@@ -42,6 +44,7 @@ _HOMES = {
     "EntropiConfig": ("entropi.model.configuration", "EntropiConfig"),
     "EntropiForCausalLM": ("entropi.model.decoder", "EntropiForCausalLM"),
     "EntropyRegularizer": ("entropi.entropy.regularizer", "EntropyRegularizer"),
+    "SoftmaxForm": ("entropi.softmax", "SoftmaxForm"),
     "UserError": ("entropi.errors", "UserError"),
     "cost": ("entropi.costs.report", "cost"),
     "diagnose": ("entropi.entropy.diagnosis", "diagnose"),

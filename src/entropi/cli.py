@@ -31,6 +31,9 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         command = self.prog.replace(" [options]", "")
         text = " ".join(message.split())
+        if match := re.search(r"unrecognized arguments:.* ?--(exp_iterations|polynomial)\b", text):
+            option = match[1].replace("_", "-")
+            text = f"--{option} is part of --softmax now, such as --softmax power-2 or --softmax polynomial-1"
         if match := re.search(r"arguments are required: (\w+)\.(\w+)", text):  # the parser of all commands says so
             command = f"{command} {match[1]}"
             text = f"{match[2].upper()} is missing"

@@ -24,6 +24,7 @@ from entropi.records import (
     Record,
     RunStarted,
 )
+from entropi.softmax import FORMER, from_former
 
 RECORDS_FILE = "records.jsonl"
 STUDY_FILE = "study.jsonl"  # in the folder of a study, which holds run folders
@@ -38,6 +39,7 @@ class _Header(msgspec.Struct):
 
 # Names of fields that older records have, by kind: what was written, and what it is called now.
 _FORMER_NAMES = {"prediction": {"trips": "rounds"}}
+_WITH_SOFTMAX = ("prediction", "private")  # kinds whose older records have two fields for it
 
 _decoder = msgspec.json.Decoder(Record, strict=False)  # takes "NaN" for a float
 _header_decoder = msgspec.json.Decoder(_Header)
@@ -62,10 +64,22 @@ def _writable(value: Any) -> Any:
 
 
 def _decode(line: bytes, kind: str) -> Record:
-    former = _FORMER_NAMES.get(kind, {})
-    if any(f'"{name}"'.encode() in line for name in former):
-        line = msgspec.json.encode(_renamed(msgspec.json.decode(line), former))
+    names = _FORMER_NAMES.get(kind, {})
+    if any(f'"{name}"'.encode() in line for name in names):
+        line = msgspec.json.encode(_renamed(msgspec.json.decode(line), names))
+    if kind in _WITH_SOFTMAX and any(f'"{name}"'.encode() in line for name in FORMER):
+        line = msgspec.json.encode(_with_softmax(msgspec.json.decode(line), kind))
     return _decoder.decode(line)
+
+
+def _with_softmax(record: dict[str, Any], kind: str) -> dict[str, Any]:
+    """An older record with one field for its softmax; of private runs only their stages tell a polynomial."""
+    if kind == "private" and "exp_iterations" in record:
+        record |= {"polynomial": any(stage.get("name") == "power" for stage in record.get("stages", ()))}
+    try:
+        return from_former(record)
+    except UserError as error:
+        raise msgspec.ValidationError(str(error)) from None
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

@@ -10,6 +10,8 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from entropi.softmax import SoftmaxForm
+
 SCHEMA_VERSION = 1
 
 Matrix: TypeAlias = list[list[float]]
@@ -250,13 +252,15 @@ class PredictionRecord(Base, tag="prediction"):
     trust: str  # its trust model in words
     network: str
     embedding: str  # "private" or "public"
-    exp_iterations: int
+    softmax: str  # that is evaluated, as `entropi.softmax` names it
     calibrated_on: str  # machine
     set_up: PassCost  # keys and first transfers, once a session
     prompt: PassCost
     further: PassCost | None  # one token after the prompt
-    polynomial: bool = False
-    own_kernel: bool | None = None  # whether the model is trained with this kernel; None in older records
+    own_kernel: bool | None = None  # whether the model is trained with this softmax; None in older records
+
+    def __post_init__(self) -> None:
+        SoftmaxForm.parse(self.softmax)
 
     @property
     def kernel(self) -> str:
@@ -266,13 +270,13 @@ class PredictionRecord(Base, tag="prediction"):
             True: ", the model's own",
             False: " for a model trained with the exact softmax",
         }[self.own_kernel]
-        return f"{'polynomial' if self.polynomial else 'softmax'} kernel t={self.exp_iterations}{whose}"
+        return f"{SoftmaxForm.parse(self.softmax).words}{whose}"
 
     @property
     def kernel_label(self) -> str:
         """The same, short enough to stand beside a figure."""
         whose = {None: "", True: " (its own)", False: " (trained exact)"}[self.own_kernel]
-        return f"{'polynomial ' if self.polynomial else ''}t={self.exp_iterations}{whose}"
+        return f"{SoftmaxForm.parse(self.softmax).label}{whose}"
 
 
 class StageCommunication(msgspec.Struct, kw_only=True):
@@ -315,8 +319,21 @@ class PrivateRun(Base, tag="private"):
     seconds: float  # from the first message to the last token, set-up included
     ring_bits: int
     fraction_bits: int
-    exp_iterations: int
+    softmax: str  # that was evaluated, as `entropi.softmax` names it
     padding_tokens: int = 0  # put before the prompt, so that its length tells less
+
+    def __post_init__(self) -> None:
+        SoftmaxForm.parse(self.softmax)
+
+    @property
+    def kernel(self) -> str:
+        """What stood for the softmax's exponential, in words."""
+        return SoftmaxForm.parse(self.softmax).words
+
+    @property
+    def kernel_label(self) -> str:
+        """The same, short enough to stand beside a figure."""
+        return SoftmaxForm.parse(self.softmax).label
 
     @property
     def bytes(self) -> int:

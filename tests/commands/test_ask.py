@@ -63,7 +63,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 seconds=1.0,
                 ring_bits=64,
                 fraction_bits=18,
-                exp_iterations=8,
+                softmax="power-8",
             )
             return Answer(record, [np.zeros(4), np.ones(4)] if output == "logits" else [])
 

@@ -142,24 +142,25 @@ def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.
 def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.CaptureFixture[str]):
     sizes = ["--layers", "2", "--heads", "4", "--hidden-size", "64", "--vocab-size", "500", "--seq-len", "40"]
     words = ["cost", "--architecture", "SM(t)+ScFuFFN", *sizes]
-    assert main([*words, "--exp-iterations", "2"]) == 0
+    assert main([*words, "--softmax", "power-2"]) == 0
     assert "squares of logits as attention weights" in capsys.readouterr().out
-    assert main([*words, "--polynomial"]) == 0
+    assert main([*words, "--softmax", "polynomial-1"]) == 0
     shown = capsys.readouterr().out
     assert "polynomial kernel t=1" in shown
     assert not any(line.split()[:1] in (["max"], ["exp"], ["temperature"]) for line in shown.splitlines())
     predicted, predictions = [], []
-    for more in (["--exp-iterations", "2"], ["--polynomial"], ["--polynomial", "--exp-iterations", "2"]):
-        assert main([*words, *more, "--json"]) == 0
+    for softmax in ("power-2", "polynomial-1", "polynomial-2"):
+        assert main([*words, "--softmax", softmax, "--json"]) == 0
         predictions.append(json.loads(capsys.readouterr().out)["prediction"])
         predicted.append(predictions[-1]["prompt"]["total"])
+        assert predictions[-1]["softmax"] == softmax
         kernel = predictions[-1]["kernel"]
-        assert kernel.startswith("polynomial kernel t=" if "--polynomial" in more else "softmax kernel t=2 for a model")
+        assert kernel.startswith("softmax kernel t=2 for a model" if softmax == "power-2" else "polynomial kernel t=")
     softmax, squares, fourth = predicted
     assert squares["bytes"] < fourth["bytes"] < softmax["bytes"]
     assert squares["rounds"] < 0.7 * softmax["rounds"]
-    with pytest.raises(UserError, match="polynomial needs exp_iterations"):
-        Shape(polynomial=True)
+    with pytest.raises(UserError, match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8"):
+        Shape(softmax="polynomial")
 
 
 def test_every_prediction_names_its_kernel(capsys: pytest.CaptureFixture[str]):
@@ -167,8 +168,8 @@ def test_every_prediction_names_its_kernel(capsys: pytest.CaptureFixture[str]):
     import entropi
 
     exact = entropi.cost(entropi.EntropiConfig(), 128).prediction
-    own = entropi.cost(entropi.EntropiConfig(exp_iterations=3), 128).prediction
-    squares = entropi.cost(entropi.EntropiConfig(exp_iterations=1, polynomial=True), 128).prediction
+    own = entropi.cost(entropi.EntropiConfig(softmax="power-3"), 128).prediction
+    squares = entropi.cost(entropi.EntropiConfig(softmax="polynomial-1"), 128).prediction
     assert exact.kernel == "softmax kernel t=8 for a model trained with the exact softmax"
     assert own.kernel == "softmax kernel t=3, the model's own"
     assert squares.kernel == "polynomial kernel t=1, the model's own"
@@ -196,19 +197,20 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytes
         assert (said.out, said.err.count("\n")) == ("", 1)
         return said.err
 
-    assert f"--polynomial would be ignored, as {llama} brings its own" in refused(
-        "--architecture", llama, "--polynomial"
+    assert f"--softmax polynomial-1 would be ignored, as {llama} brings its own" in refused(
+        "--architecture", llama, "--softmax", "polynomial-1"
     )
     both = refused("--architecture", llama, "--layers", 3, "--bias", "all")
     assert "--layers and --bias would be ignored" in both
     assert "--hidden-size would be ignored" in refused("--runs", own, "--hidden-size", 64)
-    assert "--polynomial would be" in refused("--compare", "SM", own, "--polynomial")  # half of it would be
-    assert main(["cost", "--seq-len", "16", "--compare", "SM", str(own), "--layers", "2", "--exp-iterations", "3"]) == 0
+    half = refused("--compare", "SM", own, "--softmax", "polynomial-2")
+    assert "--softmax polynomial-2 would be ignored" in half
+    assert main(["cost", "--seq-len", "16", "--compare", "SM", str(own), "--layers", "2", "--softmax", "power-3"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("t=3 (trained exact)") == 4
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"exp_iterations": 2}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"softmax": "power-2"}))
     for words in (("--architecture", own), ("--runs", own), ("--compare", "SM", own)):
-        assert "--exp-iterations 3 would be ignored: " in refused(*words, "--exp-iterations", 3)
+        assert "--softmax power-3 would be ignored: " in refused(*words, "--softmax", "power-3")
     assert main(["cost", "--seq-len", "16", "--runs", str(own)]) == 0
     assert "MB at t=2 (its own), perplexity 20.00" in capsys.readouterr().out
 

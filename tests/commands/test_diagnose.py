@@ -338,7 +338,7 @@ def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> 
         (lambda f: edited(f, "config.json", lambda c: c.update(n_layer=5)), [], "is missing"),
         (lambda f: edited(f, "config.json", lambda c: c.update(model_type="no-such")), [], "no-such"),
         (lambda f: edited(f, "tokenizer_config.json", lambda c: c.pop("eos_token")), [], "no token that ends a text"),
-        (lambda f: None, ["--exp-iterations", "5"], "exp_iterations is for models of entropi"),
+        (lambda f: None, ["--softmax", "power-5"], "softmax is for models of entropi"),
         (lambda f: None, ["--context-length", "49"], "context_length is 49, the model takes 48"),
         (lambda f: None, ["--context-length", "2"], "context_length is 2, at least 3"),
         (lambda f: None, ["--sequences", "0"], "sequences is 0, at least 1"),

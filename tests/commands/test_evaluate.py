@@ -40,7 +40,7 @@ def test_evaluate_cuts_as_the_run_was_trained(entropi: Callable[..., Done], mode
 
 def test_batch_size_zero(entropi: Callable[..., Done], trained: Path):
     assert_refused(entropi("evaluate", trained, "--batch-size", "0"), "batch_size is 0, at least 1 is needed")
-    assert_refused(entropi("evaluate", trained, "--exp-iterations", "17"), "exp_iterations must be 1 to 8")
+    assert_refused(entropi("evaluate", trained, "--softmax", "power-17"), "softmax must be exact, power-1 to power-8")
 
 
 def test_train_evaluate_and_diagnose_agree(

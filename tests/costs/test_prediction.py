@@ -25,8 +25,8 @@ from private_reference import FIELDS
 MODELS = {
     "SM+LN+G": dict(layers=3, heads=3, key_value_heads=3, hidden_size=96, norm="rms", activation="gelu",
                     intermediate_size=384, centre=False),
-    "SM(t)+ScFuFFN": dict(layers=2, heads=5, key_value_heads=5, hidden_size=160, temperature=True, exp_iterations=3),
-    "polynomial": dict(layers=2, heads=3, key_value_heads=3, hidden_size=144, polynomial=True, exp_iterations=1),
+    "SM(t)+ScFuFFN": dict(layers=2, heads=5, key_value_heads=5, hidden_size=160, temperature=True, softmax="power-3"),
+    "polynomial": dict(layers=2, heads=3, key_value_heads=3, hidden_size=144, softmax="polynomial-1"),
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
                           intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
 }  # fmt: skip
@@ -65,7 +65,7 @@ def metered(protocol: str, model: Description, tokens: int, options: Options) ->
             model,
             new,
             past,
-            options.exp_iterations,
+            options.exact_softmax_as,
             embedding=options.embedding,
             paired=paired,
             output=options.output,
@@ -87,7 +87,7 @@ def sums(stages: list, what: str, key=lambda stage: stage.name) -> Counter:
 def test_prediction_equals_the_meter(protocol, name, tokens, chosen):
     """Bytes within 3 % for layers and 10 % for operations, messages within 5 %."""
     prices = msgspec.structs.replace(shipped(protocol), workers=workers())
-    options = Options(exp_iterations=4, **chosen)
+    options = Options(exact_softmax_as="power-4", **chosen)
     model = describe(name)
     predictor = Predictor(model, CostModel(prices, NETWORKS["lan"], options))
     predicted = [predictor.set_up(), predictor.run(tokens), predictor.run(1)]
@@ -110,7 +110,7 @@ def test_shapes_of_the_check_were_not_calibrated_on():
         model = describe(name)
         values = {weight: Value(shape, "server") for weight, shape in model.weight_shapes().items()}
         values["embedded"] = Value((tokens, model.hidden_size), "client")
-        stages = forward(model, tokens, 0, 4, embedding="public")
+        stages = forward(model, tokens, 0, "power-4", embedding="public")
         products = {call.shape for stage in stages for call in trace_calls(stage, values) if call.kind == "product"}
         assert products
         assert not products & calibrated

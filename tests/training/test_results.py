@@ -202,7 +202,7 @@ GOLDEN_RUNS: dict[str, dict[str, Any]] = {
     "EReg(SM(t)+ScFuFFN)": {},
     "SM+LN+G": {},
     "SM(t)+SNorm(QK+FFN)+R": {
-        "exp_iterations": 4,
+        "softmax": "power-4",
         "key_value_heads": 1,
         "position_embedding": "rotary",
         "temperature_parametrization": "exp",

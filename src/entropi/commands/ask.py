@@ -249,7 +249,7 @@ def _summary(run: records.PrivateRun) -> str:
     unseen = "" if run.new_text.strip() else f"the answer is {run.new_text!r}; "
     return (
         f"{unseen}{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, softmax kernel t={run.exp_iterations}"
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, {run.kernel}"
     )
 
 

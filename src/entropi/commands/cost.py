@@ -16,8 +16,7 @@ from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
-
-MAX_ITERATIONS = 8
+from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_of_model
 
 
 def run(
@@ -35,8 +34,7 @@ def run(
     protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",
-    exp_iterations: int | None = None,
-    polynomial: bool = False,
+    softmax: str | None = None,
     budget: str | None = None,
     runs: list[Path] | None = None,
     picture: Path | None = None,
@@ -65,9 +63,9 @@ def run(
         protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
         network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
         embedding: token table private to the server, or public
-        exp_iterations: t of the softmax kernel, for models that were trained with the exact softmax; 8 by default, or 1
-            with --polynomial
-        polynomial: attention weights are (1 + s/2^t)^(2^t) of the logits, with which a model has to be trained
+        softmax: power-1 to power-8, what is evaluated for models that were trained with the exact softmax, by default
+            power-8; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with which a model
+            has to be trained
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
@@ -104,23 +102,22 @@ def run(
     }
     asked = {name: value for name, value in sizes.items() if value is not None}
     words = [str(run) for run in runs] if runs else compare or [architecture or "SM(t)+ScFuFFN"]
-    _refuse_ignored(words, list(asked), polynomial=polynomial, searching=budget is not None)
-    iterations = _iterations(exp_iterations, polynomial)
-    base = _base(asked, seq_len, iterations if polynomial else None)
+    for_exact, trained_with = _softmax(softmax)
+    _refuse_ignored(words, list(asked), trained_with, searching=budget is not None)
+    base = _base(asked, seq_len, trained_with)
 
     network_chosen = parse_network(network)
     chosen = prices.shipped(protocol) if calibration is None else _read_prices(calibration, protocol)
-    options = Options(embedding=embedding, exp_iterations=iterations, fraction_bits=chosen.fraction_bits)
+    options = Options(embedding=embedding, exact_softmax_as=for_exact, fraction_bits=chosen.fraction_bits)
     costs = CostModel(chosen, network_chosen, options)
 
     if runs:
-        _place_runs(runs, seq_len, costs, exp_iterations, picture, json=json)
+        _place_runs(runs, seq_len, costs, softmax, picture, json=json)
     elif budget is not None:
         _search(budget, base, seq_len, costs, json=json)
     else:
         shapes = [_shape_of(word, base) for word in words]
-        if not polynomial:
-            _refuse_other_kernel(shapes, exp_iterations)
+        _refuse_other_softmax(shapes, softmax)
         _report(shapes, seq_len, costs, picture, recorded if record else None, comparing=bool(compare), json=json)
 
 
@@ -138,7 +135,7 @@ def _brings_its_own(model: str) -> bool:
     return Path(model).exists() or model.endswith(".json") or model.startswith((SCHEME, ".", "/"))
 
 
-def _refuse_ignored(models: Sequence[str], sizes: Sequence[str], *, polynomial: bool, searching: bool) -> None:
+def _refuse_ignored(models: Sequence[str], sizes: Sequence[str], trained_with: str, *, searching: bool) -> None:
     """Refuse options that would do nothing because `models` bring their own, or a search tries several."""
     searched = [name for name in sizes if name not in ("vocab_size", "bias", "position_embedding")]
     if searching and searched:
@@ -147,7 +144,7 @@ def _refuse_ignored(models: Sequence[str], sizes: Sequence[str], *, polynomial: 
 
     own = [model for model in models if _brings_its_own(model)]
     ignored = [_option(name) for name in sizes if len(own) == len(models)]
-    ignored += ["--polynomial"] * (polynomial and bool(own))
+    ignored += [f"--softmax {trained_with}"] * (trained_with != "exact" and bool(own))
     if ignored:
         raise UserError(
             f"{' and '.join(ignored)} would be ignored, as {own[0]} brings its own: leave out, or name an architecture"
@@ -158,25 +155,24 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _refuse_other_kernel(shapes: Sequence[tuple[str, Shape]], exp_iterations: int | None) -> None:
-    """Refuse a softmax kernel for models that have their own."""
+def _refuse_other_softmax(shapes: Sequence[tuple[str, Shape]], asked: str | None) -> None:
+    """Refuse a softmax for models that have another of their own."""
     for name, shape in shapes:
-        if exp_iterations is not None and shape.exp_iterations not in (None, exp_iterations):
+        if asked is not None and shape.softmax not in ("exact", asked):
             raise UserError(
-                f"--exp-iterations {exp_iterations} would be ignored: {name} is trained with a kernel of its own, "
-                f"t={shape.exp_iterations}"
+                f"--softmax {asked} would be ignored: {name} is trained with a softmax of its own, {shape.softmax}"
             )
 
 
-def _iterations(asked: int | None, polynomial: bool) -> int:
-    """t of the softmax kernel."""
-    iterations = (1 if polynomial else MAX_ITERATIONS) if asked is None else asked
-    if not 1 <= iterations <= MAX_ITERATIONS:
-        raise UserError(f"exp_iterations is {iterations}, 1 to {MAX_ITERATIONS} are possible")
-    return iterations
+def _softmax(asked: str | None) -> tuple[str, str]:
+    """What stands for the exact softmax in private, and what architectures by name are trained with."""
+    form = SoftmaxForm.parse(USUAL_FOR_EXACT) if asked is None else parse_of_model(asked)
+    if form.exact:
+        raise UserError("--softmax exact has no private counterpart: say which power stands for it, such as power-8")
+    return (str(form), "exact") if form.stands_for_exact else (USUAL_FOR_EXACT, str(form))
 
 
-def _base(asked: Mapping[str, Any], seq_len: int, polynomial_iterations: int | None) -> Shape:
+def _base(asked: Mapping[str, Any], seq_len: int, trained_with: str) -> Shape:
     """The sizes of architectures by name."""
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "key_value_heads": "num_key_value_heads"}
     for name in ("intermediate_size", "key_value_heads"):
@@ -185,8 +181,7 @@ def _base(asked: Mapping[str, Any], seq_len: int, polynomial_iterations: int | N
     return Shape(
         **{names.get(name, name): value for name, value in asked.items()},
         max_position_embeddings=max(seq_len, 1024),
-        exp_iterations=polynomial_iterations,
-        polynomial=polynomial_iterations is not None,
+        softmax=trained_with,
     )
 
 
@@ -280,7 +275,7 @@ def _search(text: str, base: Shape, seq_len: int, costs: Any, *, json: bool) -> 
     print_json({"fitting": [plain(one) for one in found.fitting], "cheapest": plain(found.cheapest)})
 
 
-def _measured(runs: Sequence[Path], exp_iterations: int | None) -> dict[str, tuple[Shape, float]]:
+def _measured(runs: Sequence[Path], softmax: str | None) -> dict[str, tuple[Shape, float]]:
     """Shapes and measured perplexities of run folders, by name."""
     from entropi.report.folder import read_run
 
@@ -290,13 +285,13 @@ def _measured(runs: Sequence[Path], exp_iterations: int | None) -> dict[str, tup
         if run.evaluation is None:
             raise UserError(f"{folder} has no evaluation on held-out text: see entropi evaluate")
         shape = read_shape(folder)
-        _refuse_other_kernel([(str(folder), shape)], exp_iterations)
+        _refuse_other_softmax([(str(folder), shape)], softmax)
         found[run.name if run.name not in found else str(folder)] = shape, run.evaluation.perplexity
     return found
 
 
 def _place_runs(
-    runs: Sequence[Path], seq_len: int, costs: Any, exp_iterations: int | None, picture: Path | None, *, json: bool
+    runs: Sequence[Path], seq_len: int, costs: Any, softmax: str | None, picture: Path | None, *, json: bool
 ) -> None:
     """Predicted cost of runs against their measured perplexity."""
     from entropi.costs.placement import place
@@ -304,7 +299,7 @@ def _place_runs(
     with extra("report"):
         from entropi.report import figures
 
-        measured = _measured(runs, exp_iterations)
+        measured = _measured(runs, softmax)
     placed = place(measured, seq_len, costs)
     points = {name: (one.megabytes, one.perplexity) for name, one in placed.items()}
     best = figures.frontier(points)

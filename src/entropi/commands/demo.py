@@ -39,7 +39,7 @@ def recipes(steps: int) -> dict[str, Recipe]:
         architecture=SOFTMAX_ONLY,
         steps=steps,
         position_embedding="rotary",
-        exp_iterations=2,
+        softmax="power-2",
         entropy_maximum="causal",
         threshold_init=0.8,
         entropy_weight=4e-5,

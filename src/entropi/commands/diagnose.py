@@ -15,7 +15,7 @@ def run(
     model: str,
     corpus: str | None = None,
     batch_size: int = 32,
-    exp_iterations: int | None = None,
+    softmax: str | None = None,
     sequences: int | None = None,
     context_length: int | None = None,
     heatmap: Path | None = None,
@@ -29,7 +29,7 @@ def run(
         corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
             a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         batch_size: sequences at a time
-        exp_iterations: t of the softmax kernel of private inference, 0 for the exact softmax; by default the model's
+        softmax: exact, or power-1 to power-8, which private inference evaluates; by default the model's own
         sequences: how many to use; by default all, and 32 for models that are not entropi's
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024
@@ -47,7 +47,7 @@ def run(
     check_parents(heatmap, html)
     folder, name = on_disk(model), name_of(model)
     picture = heatmap or Path(f"{name}-entropy.png")
-    opened = open_with_text(folder, corpus, exp_iterations, sequences, context_length)
+    opened = open_with_text(folder, corpus, softmax, sequences, context_length)
     loaded, blocks = opened.model, opened.blocks
 
     result = evaluate_heldout(opened, batch_size, entropies=True)

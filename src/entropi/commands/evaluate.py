@@ -12,7 +12,7 @@ def run(
     corpus: str | None = None,
     packing: Literal["stream", "document"] | None = None,
     batch_size: int = 32,
-    exp_iterations: int | None = None,
+    softmax: str | None = None,
     sequences: int | None = None,
     context_length: int | None = None,
     json: bool = False,
@@ -26,8 +26,8 @@ def run(
         packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run
             folder was trained, and else from a stream
         batch_size: sequences at a time
-        exp_iterations: evaluate with the softmax kernel (1 + x/2^t)^(2^t) of private inference, 0 for the exact
-            softmax; by default what the model was trained with
+        softmax: exact, or power-1 to power-8, the (1 + x/2^t)^(2^t) that private inference evaluates; by default what
+            the model was trained with
         sequences: how many to use; by default all, and for models that are not entropi's 32 of a data set
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024
@@ -36,9 +36,7 @@ def run(
     from entropi.downloads import on_disk
     from entropi.training.loading import evaluate_heldout, open_with_text
 
-    opened = open_with_text(
-        on_disk(model), corpus, exp_iterations, sequences, context_length, packing, all_of_plain_text=True
-    )
+    opened = open_with_text(on_disk(model), corpus, softmax, sequences, context_length, packing, all_of_plain_text=True)
     result = evaluate_heldout(opened, batch_size, entropies=False)
 
     length = opened.blocks.shape[1]

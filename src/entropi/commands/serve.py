@@ -19,6 +19,7 @@ from entropi.commands.common import (
     terminated_like_interrupted,
 )
 from entropi.errors import UserError
+from entropi.softmax import USUAL_FOR_EXACT, parse_for_exact
 from entropi.temporary import swept_folder
 
 _SELF_TESTS: dict[str, tuple[Literal["ref2k", "cheetah"], ...]] = {
@@ -54,7 +55,7 @@ def run(
     choices: int = 8,
     round_logits: int | None = None,
     embedding: Literal["private", "public"] = "private",
-    exp_iterations: int = 8,
+    softmax: str = USUAL_FOR_EXACT,
     fraction_bits: int | None = None,
     self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
     canary: str | None = None,
@@ -90,7 +91,8 @@ def run(
         choices: how many tokens top_k reveals, 1 to 16
         round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
         embedding: public gives the token embeddings to every client and saves their part of the computation
-        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t), up to 8: more bytes, less error
+        softmax: what is evaluated for a model trained with the exact softmax, power-1 to power-8, (1 + x/2^t)^(2^t):
+            the larger t, the more bytes and the less error; other models bring their own
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
             otherwise checked, and refused with the numbers if values could overflow or get lost
         self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
@@ -109,8 +111,9 @@ def run(
     _log_to_standard_error(log)
     if round_logits is not None and output == "argmax":
         raise UserError("--round-logits has nothing to round with --output argmax, which reveals no logits")
+    parse_for_exact(softmax, "--softmax")
     settings = _settings(
-        exp_iterations=exp_iterations,
+        exact_softmax_as=softmax,
         embedding=embedding,
         output=output,
         choices=choices,

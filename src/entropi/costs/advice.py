@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from entropi.costs.prediction import CostModel, Options
 from entropi.model.shape import Shape
 from entropi.records import PredictionRecord
+from entropi.softmax import SoftmaxForm
 
 # GB and minutes of GPT-2 small's shape by (layers, T, architecture): 2501.03489, Tables 2, 3, 5 and 6.
 PAPER = {
@@ -59,7 +60,7 @@ def size_options(shape: Shape) -> str | None:
     }
     without_effect = (
         *("max_position_embeddings", "layer_norm_epsilon", "eos_token_id", "tie_word_embeddings", "rotary_base"),
-        *("exp_iterations", "polynomial"),
+        "softmax",
     )
     kept = {name: getattr(shape, name) for name in (*options, *without_effect)}
     if Shape(architecture=shape.architecture, **kept) != shape:
@@ -104,17 +105,17 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         softmax_only = "SM(t)+ScFuFFN" if parts.temperature else "SM+ScFuFFN"
         words = f"softmax only ({softmax_only}): linear networks fold away"
         yield words, replace(shape, architecture=softmax_only), options
-    if parts.temperature and shape.temperature_granularity == "position" and not shape.polynomial:
+    if parts.temperature and shape.temperature_granularity == "position" and shape.softmax_form.of_distance:
         words = "temperatures by head, which fold away"
         yield words, replace(shape, temperature_granularity="head"), options
 
-    if not shape.polynomial:
+    if shape.softmax_form.of_distance:
         words = "training with squares of logits as attention weights (polynomial, t=1)"
-        yield words, replace(shape, exp_iterations=1, polynomial=True), options
-        iterations = shape.exp_iterations or options.exp_iterations
-        if iterations > 2:
-            words = f"training with the softmax kernel t=2 in place of t={iterations}"
-            yield words, replace(shape, exp_iterations=2), options
+        yield words, replace(shape, softmax="polynomial-1"), options
+        served = SoftmaxForm.parse(options.exact_softmax_as) if shape.softmax_form.exact else shape.softmax_form
+        if served.kind == "power" and served.iterations > 2:
+            words = f"training with the softmax kernel t=2 in place of t={served.iterations}"
+            yield words, replace(shape, softmax="power-2"), options
 
     if options.embedding == "private":
         yield "a public token table", shape, replace(options, embedding="public")

@@ -24,6 +24,7 @@ from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Descri
 from entropi.private.compute.program import Stage, forward, warm_up
 from entropi.private.compute.settings import TRUST
 from entropi.records import OperationCost, PassCost, PredictionRecord
+from entropi.softmax import USUAL_FOR_EXACT
 
 TRUST_MODELS = {
     "cheetah": TRUST["cheetah"].split(":")[0],
@@ -39,7 +40,7 @@ class Options:
     embedding: Embedding = "private"
     output: Output = "logits"
     choices: int = 8
-    exp_iterations: int = 8  # of the softmax kernel, for models that were trained with the exact softmax
+    exact_softmax_as: str = USUAL_FOR_EXACT  # what is evaluated for models that were trained with the exact softmax
     fraction_bits: int = 18
 
 
@@ -88,13 +89,12 @@ class CostModel:
             trust=TRUST_MODELS[protocol],
             network=self.network.name,
             embedding=options.embedding,
-            exp_iterations=options.exp_iterations if model.exp_iterations is None else model.exp_iterations,
+            softmax=str(model.computed_softmax(options.exact_softmax_as)),
             calibrated_on=self.calibration.machine,
             set_up=set_up,
             prompt=prompt,
             further=further,
-            polynomial=model.polynomial,
-            own_kernel=model.exp_iterations is not None,
+            own_kernel=not model.softmax_form.exact,
         )
 
 
@@ -160,7 +160,7 @@ class Predictor:
             model,
             tokens,
             self._past,
-            options.exp_iterations,
+            options.exact_softmax_as,
             embedding=options.embedding,
             paired=paired,
             fraction_bits=options.fraction_bits,

@@ -69,8 +69,8 @@ def make_report(costs: CostModel, shape: Shape, seq_len: int, name: str, *, advi
 def cost(config: Any, seq_len: int, protocol: ProtocolName = "cheetah", network: str = "wan") -> CostReport:
     """What a model costs for a prompt of `seq_len` tokens; nothing is run.
 
-    The prediction is for the model's own softmax kernel; for a model that is trained with the exact softmax
-    (`exp_iterations=None`) for the kernel t=8. `prediction.kernel` says which.
+    The prediction is for the model's own softmax; for a model that is trained with the exact one for "power-8", which
+    stands for it in private. `prediction.softmax` and `prediction.kernel` say which.
 
     Args:
         config: `EntropiConfig` or `Shape`.

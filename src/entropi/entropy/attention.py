@@ -3,8 +3,8 @@
 Notation, per row: s = scaled, masked logits (temperature included); p = softmax(s); L = logsumexp(s);
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
 E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
-are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another exponential the log-weights l
-of `secure_softmax` take the place of s.
+are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another form of the softmax the
+log-weights l of `secure_softmax` take the place of s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from entropi.entropy import native
 from entropi.entropy import sinks as attention_sinks
-from entropi.entropy.secure_softmax import HIDDEN, Exponential, exponential_of, log_weights, log_weights_backward
+from entropi.entropy.operators import COMPILED_KINDS
+from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward
+from entropi.softmax import EXACT, KINDS, SoftmaxForm
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
 MASKED = -1.0e30
@@ -40,9 +42,7 @@ def entropy_attention(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     enable_gqa: bool = False,
-    exponential: Exponential | None = None,
-    exp_iterations: int | None = None,
-    polynomial: bool = False,
+    softmax: SoftmaxForm | str = EXACT,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention output and the entropy of every attention row.
@@ -63,10 +63,9 @@ def entropy_attention(
             value, as in gpt-oss (`s_aux`); neither scaled nor capped. It takes weight from the keys and counts in the
             entropy, which is that of the whole distribution, over the keys and the sink. -inf is no sink. Receives
             gradients.
-        exponential: what the softmax takes for its exponential, the exact one by default; `Exponential("power", t)` is
-            the one that private inference evaluates, `Exponential("polynomial", t)` does without comparisons, see
-            `secure_softmax`. Entropy is that of the weights so found. Not together with `softcap` or `sinks`.
-        exp_iterations, polynomial: short for `exponential`: t of a power, or of a polynomial.
+        softmax: a `SoftmaxForm` or its text, "exact" by default; "power-t" is what private inference evaluates,
+            "polynomial-t" does without comparisons, see `entropi.softmax`. Entropy is that of the weights so found. The
+            exact one alone has `softcap` and `sinks`.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`. Matrix products are
@@ -79,16 +78,17 @@ def entropy_attention(
         input). A row that sees no key has output 0 and entropy 0, with a sink too.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, naming them; `exp_iterations` or `softcap` out of
-            range, or together; an exponential that is given twice; an implementation that cannot run, saying why.
+        ValueError: shapes, dtypes or devices that do not fit, naming them; no such `softmax`; `softcap` out of
+            range, or with another softmax than the exact one; an implementation that cannot run, saying why.
     """
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
-    exponential = _exponential(exponential, exp_iterations, polynomial, softcap, sinks)
+    softmax = SoftmaxForm.parse(softmax)
+    _check_form(softmax, softcap, sinks)
     if attn_mask is not None:
         attn_mask = _four_dimensions(attn_mask, query, key)
 
-    chosen = _implementation(implementation, query)
+    chosen = _implementation(implementation, query, softmax)
     query, scale = _scaled(query, scale, temperature, chosen)
     if sinks is not None:
         sinks = attention_sinks.per_row(sinks, query)
@@ -103,7 +103,7 @@ def entropy_attention(
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
-    options = (is_causal, exponential, softcap) if scale is None else (is_causal, exponential, softcap, scale)
+    options = (is_causal, softmax, softcap) if scale is None else (is_causal, softmax, softcap, scale)
     output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, *options)
     return (output, entropy) if output.shape == shape else (output.reshape(shape), entropy.reshape(shape[:3]))
 
@@ -111,15 +111,22 @@ def entropy_attention(
 class Implementation(NamedTuple):
     """One way to compute `entropy_attention`.
 
-    `load()` gives the function: (query, key, value, mask, sinks, is_causal, exponential, softcap), and after
+    `load()` gives the function: (query, key, value, mask, sinks, is_causal, softmax, softcap), and after
     these the scale where it `scales` the logits itself, to output, entropy and whatever else. `unavailable_reason`
-    says why it cannot run on tensors like the given one, or None.
+    says why it cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
     """
 
     name: str
     load: Callable[[], Callable[..., tuple[Any, ...]]]
     unavailable_reason: Callable[[Tensor], str | None]
     scales: bool = False
+    computes: frozenset[str] = frozenset(KINDS)
+
+    def reason_against(self, query: Tensor, softmax: SoftmaxForm) -> str | None:
+        """Why it cannot compute this attention here, or None."""
+        if softmax.kind not in self.computes:
+            return f"it does not compute the softmax {softmax}"
+        return self.unavailable_reason(query)
 
 
 def _load_triton() -> Callable[..., tuple[Any, ...]]:
@@ -153,8 +160,8 @@ def _no_triton_on(device: str) -> str | None:
 
 # The fastest first.
 IMPLEMENTATIONS = (
-    Implementation("triton", _load_triton, _no_triton, scales=True),
-    Implementation("native", lambda: native.attention, _no_native),
+    Implementation("triton", _load_triton, _no_triton, scales=True, computes=COMPILED_KINDS),
+    Implementation("native", lambda: native.attention, _no_native, computes=COMPILED_KINDS),
     Implementation("blockwise", lambda: _Blockwise.apply, lambda query: None),
     Implementation("reference", lambda: _reference, lambda query: None),
 )
@@ -165,15 +172,15 @@ def available_implementations(query: Tensor) -> dict[str, str | None]:
     return {each.name: each.unavailable_reason(query) for each in IMPLEMENTATIONS}
 
 
-def _implementation(name: str, query: Tensor) -> Implementation:
+def _implementation(name: str, query: Tensor, softmax: SoftmaxForm) -> Implementation:
     """The implementation of that name, or for "auto" the first that can run and is meant for the tensors' device."""
     for each in IMPLEMENTATIONS:
         if name == "auto":
             interpreted = each.name == "triton" and not query.is_cuda  # on a CPU, it is for those who ask for it
-            if not interpreted and each.unavailable_reason(query) is None:
+            if not interpreted and each.reason_against(query, softmax) is None:
                 return each
         elif name == each.name:
-            if (reason := each.unavailable_reason(query)) is not None:
+            if (reason := each.reason_against(query, softmax)) is not None:
                 raise ValueError(f"implementation {name!r} cannot run here: {reason}")
             return each
     names = ", ".join(each.name for each in IMPLEMENTATIONS)
@@ -193,25 +200,12 @@ def _scaled(
     return query, left if scales else None
 
 
-def _exponential(
-    exponential: Exponential | None,
-    exp_iterations: int | None,
-    polynomial: bool,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Exponential:
-    """The exponential of a softmax, in whichever way it is given, if the rest of the softmax can be had with it."""
-    if exponential is None:
-        exponential = exponential_of(exp_iterations, polynomial)
-    elif exp_iterations is not None or polynomial:
-        raise ValueError("exp_iterations and polynomial are short for exponential: give one or the other")
+def _check_form(softmax: SoftmaxForm, softcap: float | None, sinks: Tensor | None) -> None:
+    """Refuse a soft cap out of range, and what a form of the softmax cannot be had with."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
-    if not exponential.exact and (softcap is not None or sinks is not None):
-        raise ValueError(
-            "softcap and sinks belong to the exact softmax, exp_iterations replaces it: give one or the other"
-        )
-    return exponential
+    if not softmax.exact and (softcap is not None or sinks is not None):
+        raise ValueError(f"softcap and sinks belong to the exact softmax, {softmax} replaces it: give one or the other")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -285,13 +279,13 @@ def _reference(
     mask: Tensor | None,
     sinks: Tensor | None,
     is_causal: bool,
-    exponential: Exponential,
+    softmax: SoftmaxForm,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, materialised; autograd differentiates it."""
     logits = _hide(_logits(query, key, softcap), mask, is_causal, key.shape[2] - query.shape[2])
     logits = _with_sinks(logits, sinks)
-    logits = log_weights(logits, exponential)
+    logits = log_weights(logits, softmax)
     visible = logits > HIDDEN
     probabilities = torch.softmax(logits, dim=-1) * visible
     log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
@@ -315,7 +309,7 @@ class _Blockwise(torch.autograd.Function):
         mask: Tensor | None,
         sinks: Tensor | None,
         is_causal: bool,
-        exponential: Exponential,
+        softmax: SoftmaxForm,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         output = query.new_zeros(*query.shape[:3], value.shape[3])
@@ -328,7 +322,7 @@ class _Blockwise(torch.autograd.Function):
                 part = _mask_block(mask, rows, keys)
                 logits = _hide(_logits(query[:, :, rows], key[:, :, keys], softcap), part, is_causal, first_row)
                 logits = _with_sinks(logits, None if sinks is None else sinks[:, :, rows])
-                logits = log_weights(logits, exponential)
+                logits = log_weights(logits, softmax)
                 largest = logits.amax(dim=-1, keepdim=True)
                 # softmax() passes quickly over masked entries, where exp() crawls through underflow.
                 p = logits.softmax(dim=-1)
@@ -342,7 +336,7 @@ class _Blockwise(torch.autograd.Function):
                 entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
                 lse[:, :, rows] = (log_total + largest).squeeze(-1)
         ctx.save_for_backward(query, key, value, mask, sinks, output, entropy, lse)
-        ctx.is_causal, ctx.exponential, ctx.softcap = is_causal, exponential, softcap
+        ctx.is_causal, ctx.softmax, ctx.softcap = is_causal, softmax, softcap
         return output, entropy
 
     @staticmethod
@@ -359,7 +353,7 @@ class _Blockwise(torch.autograd.Function):
                 logits = _logits(q, k, ctx.softcap)
                 slope = None if ctx.softcap is None else 1.0 - (logits / ctx.softcap).square()
                 logits = raw = _hide(logits, part, ctx.is_causal, first_row)
-                logits = log_weights(raw, ctx.exponential)
+                logits = log_weights(raw, ctx.softmax)
                 p = _with_sinks(logits, None if sinks is None else sinks[:, :, rows]).softmax(dim=-1)
                 p = p[..., : keys.stop]
                 log_p = logits.sub_(lse[:, :, rows, None])
@@ -371,7 +365,7 @@ class _Blockwise(torch.autograd.Function):
                 inner = (g @ v.transpose(-1, -2)).to(p.dtype)
                 inner -= delta + grad_h * entropy[:, :, rows, None]
                 grad_s = inner.addcmul_(grad_h, log_p, value=-1.0).mul_(p)
-                grad_s = log_weights_backward(grad_s, raw, ctx.exponential)
+                grad_s = log_weights_backward(grad_s, raw, ctx.softmax)
                 if slope is not None:
                     grad_s *= slope
                 grad_s = grad_s.to(q.dtype)

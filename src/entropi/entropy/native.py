@@ -22,8 +22,9 @@ from torch import Tensor
 
 from entropi.cache import default_cache_dir
 from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
-from entropi.entropy.secure_softmax import CLIP, Exponential
+from entropi.entropy.secure_softmax import CLIP
 from entropi.errors import UserError
+from entropi.softmax import SoftmaxForm
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing")
@@ -300,9 +301,9 @@ def attention(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exponential: Exponential,
+    softmax: SoftmaxForm,
     softcap: float | None,
 ) -> tuple[Tensor, ...]:
-    """What `operator` returns, of an exponential."""
-    result: tuple[Tensor, ...] = operator(query, key, value, mask, sinks, causal, *squarings(exponential), softcap)
+    """What `operator` returns, of any form of the softmax that it computes."""
+    result: tuple[Tensor, ...] = operator(query, key, value, mask, sinks, causal, *squarings(softmax), softcap)
     return result

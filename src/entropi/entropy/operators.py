@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropi.entropy.secure_softmax import Exponential
 from entropi.entropy.sinks import gradient as gradient_of_sinks
+from entropi.softmax import SoftmaxForm
+
+COMPILED_KINDS = frozenset({"exact", "power", "polynomial"})  # of softmax, which the compiled kernels compute
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
@@ -17,16 +19,16 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def squarings(exponential: Exponential) -> tuple[int, int]:
-    """An exponential as operators take it: t of a power, or 0, and t of a polynomial, or 0."""
-    t = exponential.iterations
-    return (t if exponential.kind == "power" else 0), (t if exponential.kind == "polynomial" else 0)
+def squarings(softmax: SoftmaxForm) -> tuple[int, int]:
+    """A softmax of `COMPILED_KINDS` as operators take it: t of a power, or 0, and t of a polynomial, or 0."""
+    t = softmax.iterations
+    return (t if softmax.kind == "power" else 0), (t if softmax.kind == "polynomial" else 0)
 
 
 def row_results(query: Tensor, power: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the kernels find of every row beside the output, uninitialised.
 
-    `(B, H, T)` each: entropy, log-sum-exp and, where the exponential is a power, the largest logit and the first key
+    `(B, H, T)` each: entropy, log-sum-exp and, where the softmax is a power, the largest logit and the first key
     that has it (None otherwise).
     """
     rows = query.shape[:3]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.attention import entropy_attention
-from entropi.entropy.secure_softmax import Exponential
+from entropi.softmax import EXACT, SoftmaxForm
 
 BLOCK_ROWS = 64  # rows that are asked at a time; values get as many columns
 FIRST_ROW = 2  # the first row in which first token, previous token and itself are three
@@ -43,9 +43,7 @@ def attention_pattern(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     enable_gqa: bool = False,
-    exponential: Exponential | None = None,
-    exp_iterations: int | None = None,
-    polynomial: bool = False,
+    softmax: SoftmaxForm | str = EXACT,
 ) -> Pattern:
     """Where the heads look, of `query (B, H, T, D)` and `key (B, H or G, S, D)`; arguments as for `entropy_attention`.
 
@@ -81,9 +79,7 @@ def attention_pattern(
             attn_mask=None if attn_mask is None else attn_mask[:, :, rows, :keys],
             sinks=None if sinks is None else sinks[..., rows],
             enable_gqa=enable_gqa,
-            exponential=exponential,
-            exp_iterations=exp_iterations,
-            polynomial=polynomial,
+            softmax=softmax,
             implementation="blockwise",
         )
         at = torch.arange(rows.stop - rows.start, device=query.device)  # of each row in its block

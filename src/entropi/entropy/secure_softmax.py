@@ -15,107 +15,56 @@ softmax. The polynomial does without: k(s) = (1 + s / 2^t)^(2^t) of the logit it
 even. It is e^s for small s and grows like s^(2^t) on both sides; a softmax temperature T makes it proportional to
 (2^t T + s)^(2^t), an offset. With l = 2^t log |1 + s / 2^t| in the logits' place, ds_j = g_j / (1 + s_j / 2^t).
 
-`Exponential` says which of them a softmax has.
+`entropi.softmax` names the forms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from entropi.softmax import SoftmaxForm
+
 CLIP = 0.9  # of 2^t, as in entropi.private.compute.functions; a test compares the two
 HIDDEN = -5.0e29  # logits up to here belong to keys that the row does not see
-LARGEST_ITERATIONS = 16
-LARGEST_POLYNOMIAL = 8  # beyond, float32 would lose in 1 + s / 2^t what the power multiplies
 SMALLEST_BASE = 1e-9  # in float32 a base is 0 or larger; its logarithm has to be finite
 
 
-@dataclass(frozen=True)
-class Exponential:
-    """What a softmax takes for the exponential of its logits.
-
-    Attributes:
-        kind: "exact"; "power", (1 + x / 2^t)^(2^t) of the distance x to the row's largest logit, clipped; or
-            "polynomial", (1 + s / 2^t)^(2^t) of the logit s itself.
-        iterations: t, the number of squarings: from 1 to 16, of a polynomial to 8; 0 for the exact exponential.
-
-    Raises:
-        ValueError: iterations out of range, or of another type than int.
-    """
-
-    kind: Literal["exact", "power", "polynomial"] = "exact"
-    iterations: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("exact", "power", "polynomial"):
-            raise ValueError(f"the kind of an exponential is exact, power or polynomial, got {self.kind!r}")
-        most = {"exact": 0, "power": LARGEST_ITERATIONS, "polynomial": LARGEST_POLYNOMIAL}[self.kind]
-        least = 0 if self.kind == "exact" else 1
-        if type(self.iterations) is not int or not least <= self.iterations <= most:
-            exact = "" if self.kind == "polynomial" else "None (the exact softmax) or "
-            of_what = " of a polynomial" if self.kind == "polynomial" else ""
-            raise ValueError(
-                f"exp_iterations{of_what} must be {exact}a whole number from 1 to {most or LARGEST_ITERATIONS}, "
-                f"got {self.iterations!r}"
-            )
-
-    @property
-    def exact(self) -> bool:
-        return self.kind == "exact"
-
-    @property
-    def lowest(self) -> float:
-        """Where the distance to the largest logit is clipped; 0 where nothing is."""
-        return -CLIP * 2.0**self.iterations if self.kind == "power" else 0.0
-
-
-EXACT = Exponential()
-
-
-def exponential_of(exp_iterations: int | None, polynomial: bool = False) -> Exponential:
-    """The exponential that `exp_iterations` and `polynomial` mean, as models' configurations have them.
-
-    Raises:
-        ValueError: neither None, for the exact one, nor a whole number from 1 to 16 (of a polynomial, to 8).
-    """
-    if exp_iterations is None and not polynomial:
-        return EXACT
-    return Exponential("polynomial" if polynomial else "power", exp_iterations)  # type: ignore[arg-type]
-
-
-def log_weights(logits: Tensor, exponential: Exponential) -> Tensor:
+def log_weights(logits: Tensor, softmax: SoftmaxForm) -> Tensor:
     """l of masked logits `(..., S)`, at least float32: of a power 0 at the row's maximum, hidden keys as they were.
 
     log1p rather than the logarithm of the power: float32 then loses nothing for large t.
     """
-    if exponential.exact:
+    if softmax.exact:
         return logits
-    steps = 2.0**exponential.iterations
-    if exponential.kind == "polynomial":
-        log_k = _base(logits, exponential).abs().clamp(min=SMALLEST_BASE).log() * steps
+    steps = 2.0**softmax.iterations
+    if softmax.kind == "polynomial":
+        log_k = _base(logits, softmax).abs().clamp(min=SMALLEST_BASE).log() * steps
         return torch.where(logits > HIDDEN, log_k, logits.detach())
     x = logits - logits.max(dim=-1, keepdim=True).values  # max, not amax: of equal ones the first has the gradient
-    log_k = torch.log1p(x.clamp(min=exponential.lowest) / steps) * steps
+    log_k = torch.log1p(x.clamp(min=_lowest(softmax)) / steps) * steps
     return torch.where(logits > HIDDEN, log_k, logits.detach())
 
 
-def log_weights_backward(grad: Tensor, logits: Tensor, exponential: Exponential) -> Tensor:
+def log_weights_backward(grad: Tensor, logits: Tensor, softmax: SoftmaxForm) -> Tensor:
     """ds of dl, of one shape `(..., S)`; dl is 0 at hidden keys."""
-    if exponential.exact:
+    if softmax.exact:
         return grad
-    if exponential.kind == "polynomial":
-        base = _base(logits, exponential)
+    if softmax.kind == "polynomial":
+        base = _base(logits, softmax)
         return grad / torch.where(base.abs() < SMALLEST_BASE, SMALLEST_BASE, base)
     largest, argmax = logits.max(dim=-1, keepdim=True)
     x = logits - largest
-    rate = (1.0 + x / 2.0**exponential.iterations).reciprocal_().masked_fill_(x < exponential.lowest, 0.0)
+    rate = (1.0 + x / 2.0**softmax.iterations).reciprocal_().masked_fill_(x < _lowest(softmax), 0.0)
     grad = grad * rate
     return grad.scatter_add_(-1, argmax, -grad.sum(dim=-1, keepdim=True))
 
 
-def _base(logits: Tensor, exponential: Exponential) -> Tensor:
+def _base(logits: Tensor, softmax: SoftmaxForm) -> Tensor:
     """1 + s / 2^t of the polynomial."""
-    return 1.0 + logits / 2.0**exponential.iterations
+    return 1.0 + logits / 2.0**softmax.iterations
+
+
+def _lowest(softmax: SoftmaxForm) -> float:
+    """Where a power clips the distance to the row's largest logit."""
+    return -CLIP * 2.0**softmax.iterations

@@ -49,8 +49,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from entropi.entropy import secure_softmax
 from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
-from entropi.entropy.secure_softmax import Exponential
 from entropi.entropy.sinks import gradient as gradient_of_sinks
+from entropi.softmax import SoftmaxForm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NUMPY = tl.constexpr(INTERPRETED)  # the interpreter's products are numpy's
@@ -827,7 +827,7 @@ def attention(
     mask: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
-    exponential: Exponential,
+    softmax: SoftmaxForm,
     softcap: float | None,
     scale: float,
 ) -> tuple[Any, ...]:
@@ -835,7 +835,7 @@ def attention(
 
     The operator is for who has to see it as one: compilers, tracers, fake and distributed tensors.
     """
-    inputs = (query, key, value, mask, sinks, causal, *squarings(exponential), softcap, scale)
+    inputs = (query, key, value, mask, sinks, causal, *squarings(softmax), softcap, scale)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return tuple(operator(*inputs))
     if not all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)):

@@ -98,7 +98,7 @@ class EntropiAttention(nn.Module):
         width, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.layer_idx = layer_idx  # the name transformers uses
         self.head_dim = config.head_dim
-        self.exp_iterations, self.polynomial = config.exp_iterations, config.polynomial
+        self.softmax = config.softmax_form
         self.query = make_linear(config, "query", width, width, bias=config.bias != "none")
         self.key = make_linear(config, "key", width, shared, bias=config.bias != "none")
         self.value = make_linear(config, "value", width, shared, bias=config.bias == "all")
@@ -131,8 +131,7 @@ class EntropiAttention(nn.Module):
             is_causal=visible.is_causal,
             attn_mask=visible.mask,
             enable_gqa=key.shape[1] != query.shape[1],
-            exp_iterations=self.exp_iterations,
-            polynomial=self.polynomial,
+            softmax=self.softmax,
         )
         if self.measure_logits and self.training:
             largest = largest_logits(query, key, settings["temperature"])

@@ -41,13 +41,8 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
     if activation := known_activation(parts.activation):
         kept.append(activation.words)
-    kernel = "exact softmax"
-    if config.exp_iterations is not None:
-        steps = 2**config.exp_iterations
-        of_what = (
-            "the logit itself, nothing compared" if config.polynomial else "the distance to the row's largest logit"
-        )
-        kernel = f"(1 + x/{steps})^{steps} of {of_what}: the function that private inference computes"
+    softmax = config.softmax_form
+    formula = softmax.words if softmax.exact else f"{softmax.formula}: the function that private inference computes"
     rows = {
         "architecture": f"`{config.architecture}`",
         "parameters": f"{parameters:,}",
@@ -55,7 +50,7 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
         "context length": f"{config.max_position_embeddings} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "nonlinear operations in its layers": ", ".join(kept),
-        "softmax kernel": kernel,
+        "softmax": formula,
         **(facts or {}),
     }
     data = ModelCardData(

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
+from entropi.softmax import SoftmaxForm, from_former, parse_of_model
 
 _CHOICES = {
     "bias": ("qk", "all", "none"),
@@ -24,7 +25,6 @@ _CHOICES = {
 # heads would attend to what they attended to least. The smallest that the paper starts from, 0.01, is well above.
 SMALLEST_TEMPERATURE = 1e-3
 MOST_LAYERS, MOST_WIDTH = 256, 1 << 20  # of what a folded model may have
-_MAX_EXP_ITERATIONS = 8  # more squarings than fixed-point arithmetic has use for
 
 
 @strict
@@ -53,10 +53,10 @@ class EntropiConfig(PreTrainedConfig):
         log_length_scaling: logits of a row that sees n keys are multiplied by g log(n) / log(P), P the model's
             positions and g learned by head from 1 (2501.19399): long rows stay as sharp as short ones. Free in private.
         spectral_gain: SNorm with a learned gain for every matrix, from 1: sigma-reparametrisation (2303.06296).
-        exp_iterations: t of the softmax kernel (1 + x / 2^t)^(2^t) that private inference evaluates; None is the
-            exact softmax. A model trained with it answers in private exactly as in the open, and a small t is cheap.
-        polynomial: take that power of the logit itself, not of its distance to the row's largest: nothing is compared,
-            which takes most of the rounds out of a private softmax. See `entropi.entropy.secure_softmax`.
+        softmax: "exact"; "power-t", (1 + x / 2^t)^(2^t) as private inference evaluates it: a model trained with it
+            answers in private exactly as in the open, and a small t is cheap; or "polynomial-t", that power of the
+            logit itself, not of its distance to the row's largest: nothing is compared, which takes most of the rounds
+            out of a private softmax. t is 1 to 8. See `entropi.softmax`.
         temperature_init: initial t of SM(t). The paper's 1e-2 (1e-1 on Languini), read literally with 1/t,
             multiplies the logits by 100 (10); 1 starts at the plain softmax.
         temperature_granularity: a temperature per head and query "position" (the paper), or one per "head", which
@@ -97,8 +97,7 @@ class EntropiConfig(PreTrainedConfig):
     spectral_gain: bool = False
     embedding_dropout: float = 0.0
     log_length_scaling: bool = False
-    exp_iterations: int | None = None
-    polynomial: bool = False
+    softmax: str = "exact"
     temperature_init: float = 1.0
     temperature_granularity: str = "position"
     temperature_parametrization: str = "literal"
@@ -111,6 +110,9 @@ class EntropiConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.architecture = self.architecture.replace(" ", "")
+        # Files of older models have two other settings for it.
+        kwargs = from_former(kwargs if self.softmax == "exact" else {**kwargs, "softmax": self.softmax})
+        self.softmax = kwargs.pop("softmax", "exact")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -165,13 +167,10 @@ class EntropiConfig(PreTrainedConfig):
             problems.append(f"spectral_gain is for architectures with +SNorm(..), not {self.architecture}")
         if not 0 <= self.leaky_slope <= 1:
             problems.append(f"leaky_slope must be between 0 (ReLU) and 1 (the identity), got {self.leaky_slope}")
-        if self.exp_iterations is not None and not 1 <= self.exp_iterations <= _MAX_EXP_ITERATIONS:
-            problems.append(
-                f"exp_iterations must be 1 to {_MAX_EXP_ITERATIONS}, or None for the exact softmax, "
-                f"got {self.exp_iterations}"
-            )
-        if self.polynomial and self.exp_iterations is None:
-            problems.append(f"polynomial needs exp_iterations, 1 to {_MAX_EXP_ITERATIONS}")
+        try:
+            parse_of_model(self.softmax)
+        except UserError as error:
+            problems.append(str(error))
         if not 0 < self.rotary_fraction <= 1:
             problems.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
         elif self.position_embedding == "rotary" and self.num_attention_heads > 0:
@@ -191,6 +190,11 @@ class EntropiConfig(PreTrainedConfig):
     def parts(self) -> Parts:
         """The parsed architecture."""
         return parse_architecture(self.architecture)
+
+    @property
+    def softmax_form(self) -> SoftmaxForm:
+        """The parsed softmax."""
+        return SoftmaxForm.parse(self.softmax)
 
     @property
     def head_dim(self) -> int:

@@ -41,6 +41,7 @@ from entropi.model.visibility import (
     visibility,
     whole_length,
 )
+from entropi.softmax import SoftmaxForm, parse_of_model
 
 
 @dataclass
@@ -347,21 +348,20 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             if not name.startswith("entropy_regularizer.") and not name.endswith(spared)
         )
 
-    def set_exp_iterations(self, exp_iterations: int | None) -> None:
-        """Evaluate the softmax with this kernel from now on, whatever the model was trained with.
+    def set_softmax(self, softmax: SoftmaxForm | str) -> None:
+        """Evaluate with this form of the softmax from now on, whatever the model was trained with.
 
         Raises:
-            UserError: an impossible number of iterations, or a polynomial, which stands for no other kernel.
+            UserError: an impossible form, or one that stands for no other, as a polynomial of the logits.
         """
-        if self.config.polynomial and exp_iterations != self.config.exp_iterations:
-            raise UserError("a model trained with the polynomial of its logits has no other softmax kernel")
-        before, self.config.exp_iterations = self.config.exp_iterations, exp_iterations
-        if problems := self.config.problems():
-            self.config.exp_iterations = before
-            raise UserError("; ".join(problems))
+        form, own = parse_of_model(str(softmax)), self.config.softmax_form
+        if form != own and not (form.of_distance and own.of_distance):
+            trained = own if form.of_distance else form
+            raise UserError(f"{trained} stands for no other softmax: a model is trained and evaluated with it")
+        self.config.softmax = str(form)
         for module in self.modules():
             if isinstance(module, EntropiAttention):
-                module.exp_iterations = exp_iterations
+                module.softmax = form
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, and a model card, and what lets other programs load the model."""

@@ -24,7 +24,7 @@ the output bias; norms on weights into the weights; the final norm's centring in
 head. Temperatures that differ between positions remain, as a factor on the rows of q. Of log-length scaling the learned
 gain goes into W_Q, and log(n) / log(P) is public: it remains as a constant of the program, or in those temperatures.
 
-**Of the polynomial kernel** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
+**Of the polynomial softmax** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
 that a row's mean weight is about 16: larger ones would leave fixed-point numbers less room, smaller ones be less exact.
 """
@@ -65,7 +65,7 @@ class Folded:
     Shapes, with H heads and G heads of keys and values of width k, m the FFN's inner width, P positions: `embedding
     (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, d + 2 G k)`, `l.qkv_bias`,
     `l.output (d, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position, or
-    `l.offset (H, P)` of the polynomial kernel;
+    `l.offset (H, P)` of a polynomial softmax;
     `l.up (d, m)`, `l.up_bias`, `l.down (m, d)`, `l.down_bias` around an activation (bilinear: `l.up (d, 2 m)`, whose
     halves are multiplied); `l.ffn (d, d)` and `l.ffn_bias` in the layers of `explicit_ffn`, which multiply the
     residual stream itself in models without a norm, and are added to it after a norm; `centre (d, d)` before
@@ -126,17 +126,18 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     weights: dict[str, Array] = {"embedding": _array(model.model.token_embedding.weight) @ bases[0] @ write}
     if model.model.position_embedding is not None:
         weights["positions"] = _array(model.model.position_embedding.weight) @ bases[0] @ write
+    softmax = config.softmax_form
     tempered = (
         config.parts.temperature
-        and not config.polynomial
+        and softmax.of_distance
         and any(_by_position(block.attention.temperature) for block in blocks)
     )
-    sizes: list[Array | None] = [*_sizes_of_bases(model)] if config.polynomial else [None] * layers
+    sizes: list[Array | None] = [None] * layers if softmax.of_distance else [*_sizes_of_bases(model)]
     for index, (block, network) in enumerate(zip(blocks, networks)):
         before, after = bases[index], bases[index + 1]
         attention = copy.deepcopy(block.attention).double()
         heads = _fold_attention(attention, block.attention_norm, tempered, sizes[index])
-        if config.polynomial:
+        if not softmax.of_distance:
             heads["offset"] = np.broadcast_to(
                 heads["offset"], (config.num_attention_heads, config.max_position_embeddings)
             )
@@ -174,7 +175,7 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
 
 
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 4, 512  # of random tokens
-MEAN_WEIGHT = 16.0  # of rows by the polynomial kernel
+MEAN_WEIGHT = 16.0  # of rows by a polynomial softmax
 
 
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
@@ -184,13 +185,12 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
     left out, whose only weight may be anything.
     """
     config, found = model.config, list[Array]()
-    assert config.exp_iterations is not None
     tokens = torch.randint(
         config.vocab_size,
         (CALIBRATION_SEQUENCES, min(config.max_position_embeddings, CALIBRATION_LENGTH)),
         generator=torch.Generator().manual_seed(0),
     )
-    power = 2.0**config.exp_iterations
+    power = 2.0**config.softmax_form.iterations
 
     def measure(attention: Any, arguments: tuple[Any, ...]) -> None:
         hidden, position_ids, rotation, *_ = arguments
@@ -234,7 +234,7 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
         scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
     if size is not None:
         temperature = 1.0 if attention.temperature is None else _array(attention.temperature.values())
-        folded["offset"] = 2.0**attention.exp_iterations * temperature / size[:, None]
+        folded["offset"] = 2.0**attention.softmax.iterations * temperature / size[:, None]
         scale = scale / np.repeat(size, head_dim)
     elif attention.temperature is not None:
         inverse_temperature = 1.0 / _array(attention.temperature.values())

@@ -13,8 +13,9 @@ from typing import Any
 from entropi.activations import folded_name
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
+from entropi.softmax import SoftmaxForm, from_former, parse_of_model
 
-FOLDED_FORMAT = 2
+FOLDED_FORMAT = 3
 FAMILIES = ("entropi", "gpt2", "gpt_neox", "llama")
 
 
@@ -40,8 +41,7 @@ class Shape:
     parallel_residual: bool = False
     bias: str = "qk"
     final_norm: bool = True
-    exp_iterations: int | None = None
-    polynomial: bool = False
+    softmax: str = "exact"
     temperature_granularity: str = "position"
     log_length_scaling: bool = False
     leaky_slope_learned: str = "fixed"
@@ -67,8 +67,10 @@ class Shape:
                 problems.append(
                     f"{self.num_attention_heads} heads are no multiple of {self.num_key_value_heads} key-value heads"
                 )
-        if self.polynomial and self.exp_iterations is None:
-            problems.append("polynomial needs exp_iterations")
+        try:
+            parse_of_model(self.softmax)
+        except UserError as error:
+            problems.append(str(error))
         parse_architecture(self.architecture)
         if problems:
             raise UserError("; ".join(problems))
@@ -79,6 +81,11 @@ class Shape:
     def parts(self) -> Parts:
         """The parsed architecture."""
         return parse_architecture(self.architecture)
+
+    @property
+    def softmax_form(self) -> SoftmaxForm:
+        """The parsed softmax."""
+        return SoftmaxForm.parse(self.softmax)
 
     @property
     def rotary_dimensions(self) -> int:
@@ -112,8 +119,7 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
         "rotary_base": config.rotary_base,
         "temperature": temperature,
         "log_length": config.log_length_scaling and not temperature,
-        "exp_iterations": config.exp_iterations,
-        "polynomial": config.polynomial,
+        "softmax": config.softmax,
         "norm": norms[parts.norm],
         "norm_epsilon": config.layer_norm_epsilon,
         "parallel_residual": config.parallel_residual,
@@ -136,7 +142,9 @@ def expected_description(config: Any) -> dict[str, Any]:
     return describe(
         config,
         explicit_ffn=list(range(config.num_hidden_layers)) if linear else [],
-        temperature=parts.temperature and config.temperature_granularity == "position" and not config.polynomial,
+        temperature=parts.temperature
+        and config.temperature_granularity == "position"
+        and config.softmax_form.of_distance,
     )
 
 
@@ -168,6 +176,7 @@ def read_shape(path: Path) -> Shape:
 
 
 def _entropi(config: dict[str, Any]) -> Shape:
+    config = from_former(config)  # of older models
     known = {name: config[name] for name in Shape.__dataclass_fields__ if config.get(name) is not None}
     return Shape(**known)
 

@@ -262,7 +262,7 @@ def _pareto(runs: Sequence[Run], dpi: float) -> Panel | None:
     predicted = [run for run in evaluated if run.prediction is not None]
     if len(asked) >= 2:
         label = "private inference, both directions (MB a generated token)"
-        kernels = {run.name: f"kernel t={run.private.exp_iterations}" for run in asked if run.private is not None}
+        kernels = {run.name: run.private.kernel_label for run in asked if run.private is not None}
         cost = {run.name: run.private_bytes / 1e6 / len(run.private.new_tokens) for run in asked if run.private}
         chosen = asked
     elif len(predicted) >= 2:
@@ -330,7 +330,7 @@ def _bytes(run: Run, dpi: float) -> Panel | None:
     top = run.operations[0]
     whole = size(run.staged.bytes)
     alt = f"Bars of bytes by operation; the longest is {top.name} with {size(top.total.bytes)} of {whole}."
-    note = f"Sent and received by the client, summed over layers; softmax kernel t={run.private.exp_iterations}."
+    note = f"Sent and received by the client, summed over layers; {run.private.kernel}."
     return _panel(title, figures.bytes_per_operation(run.private.stages), alt, note, dpi)
 
 

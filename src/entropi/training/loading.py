@@ -186,7 +186,7 @@ class Opened:
 def open_with_text(
     model: Path,
     corpus: str | None = None,
-    exp_iterations: int | None = None,
+    softmax: str | None = None,
     sequences: int | None = None,
     context_length: int | None = None,
     packing: Literal["stream", "document"] | None = None,
@@ -201,7 +201,7 @@ def open_with_text(
     Args:
         model: run folder, saved model, or any causal LM that transformers saved.
         corpus: by default the run's own, and for what is no run folder "stdlib".
-        exp_iterations: t of the softmax kernel to evaluate with, 0 for the exact softmax, None for the model's own.
+        softmax: form of the softmax to evaluate with, such as "exact" or "power-8"; None for the model's own.
         sequences: how many blocks at most; by default all, of models that are not ours 32.
         context_length: T; by default as many tokens as the model takes, of models that are not ours at most 1024.
         packing: by default that of a run folder's training, and else a stream.
@@ -211,7 +211,7 @@ def open_with_text(
         UserError: no such model or corpus, what the model cannot take, or a token that it has no embedding for.
     """
     _check_at_least(("sequences", sequences, 1), ("context_length", context_length, 3))
-    opened = _open_any(model, exp_iterations)
+    opened = _open_any(model, softmax)
     recipe = load_recipe(model / CONFIG_FILE) if opened.ours and is_run_folder(model) else None
     if recipe is not None:
         packing = packing or recipe.packing
@@ -258,17 +258,17 @@ class _AnyModel:
     ours: bool
 
 
-def _open_any(path: Path, exp_iterations: int | None) -> _AnyModel:
+def _open_any(path: Path, softmax: str | None) -> _AnyModel:
     """A run folder, a saved model of ours, or any causal LM; raises `UserError` for what cannot be opened."""
     if model_type(path) in (None, EntropiConfig.model_type):
         model, tokenizer, _ = open_model(path)
-        if exp_iterations is not None:
-            model.set_exp_iterations(exp_iterations or None)
+        if softmax is not None:
+            model.set_softmax(softmax)
         longest = model.config.max_position_embeddings
         return _AnyModel(model, tokenizer, end_of_text_id(tokenizer), False, longest, longest, True)
 
-    if exp_iterations is not None:
-        raise UserError("exp_iterations is for models of entropi: others have the exact softmax")
+    if softmax is not None:
+        raise UserError("softmax is for models of entropi: others have the exact one")
     foreign, tokenizer, end, begins = open_causal_lm(path)
     longest = getattr(foreign.config.get_text_config(), "max_position_embeddings", None) or FOREIGN_CONTEXT
     return _AnyModel(foreign, tokenizer, end, begins, longest, min(longest, FOREIGN_CONTEXT), False)

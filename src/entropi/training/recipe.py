@@ -13,6 +13,7 @@ import yaml
 
 from entropi.data.tokenizer import MIN_VOCAB_SIZE
 from entropi.errors import UserError
+from entropi.softmax import FORMER, from_former, parse_of_model
 
 CONFIG_FILE = "config.yaml"
 _MAY_BE_ZERO = (
@@ -20,7 +21,6 @@ _MAY_BE_ZERO = (
     "save_every",
     "seed",
     "key_value_heads",
-    "exp_iterations",
     "intermediate_size",
 )
 
@@ -46,8 +46,9 @@ class Recipe:
         key_value_heads: heads of keys and values, fewer than heads for grouped queries (0: as many as heads)
         position_embedding: "learned" positions or "rotary" ones
         final_norm: a norm before the language-model head; the paper keeps it in models that have no other
-        exp_iterations: t of the softmax kernel (1 + x/2^t)^(2^t) of private inference, cheap at 1 to 3 (0: exact)
-        polynomial: take that power of the logits themselves, without maximum and clip: fewest bytes and rounds
+        softmax: "exact"; "power-1" to "power-8", the (1 + x/2^t)^(2^t) of private inference, cheap at t of 1 to 3; or
+            "polynomial-1" to "polynomial-8", that power of the logits themselves, without maximum and clip: fewest
+            bytes and rounds
         activation_function: which GELU "G" is: "gelu_new" (GPT-2's tanh form) or "gelu" (the authors' erf form)
         leaky_slope: negative slope of LeakyR
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
@@ -111,8 +112,7 @@ class Recipe:
     key_value_heads: int = 0
     position_embedding: Literal["learned", "rotary"] = "learned"
     final_norm: bool = True
-    exp_iterations: int = 0
-    polynomial: bool = False
+    softmax: str = "exact"
     activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     leaky_slope: float = 0.01
     leaky_slope_learned: Literal["fixed", "layer", "global"] = "fixed"
@@ -188,8 +188,10 @@ class Recipe:
             )
         if self.learning_rate_floor > 0 and self.schedule == "constant":
             problems.append("learning_rate_floor is for schedules that fall: linear and cosine")
-        if self.polynomial and not 1 <= self.exp_iterations <= 8:
-            problems.append(f"exp_iterations is {self.exp_iterations}, polynomial needs 1 to 8")
+        try:
+            parse_of_model(self.softmax)
+        except UserError as error:
+            problems.append(str(error))
         if not 0 <= self.adam_beta2 < 1:
             problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
         if not 0 <= self.embedding_dropout < 1:
@@ -251,8 +253,13 @@ def recipe_of_run(folder: Path) -> Recipe | None:
 
 def make_recipe(settings: dict[str, Any], source: str) -> Recipe:
     """A recipe from settings as YAML gives them; raises `UserError` as `load_recipe`, naming `source`."""
-    types = get_type_hints(Recipe)
-    problems = [f"unknown setting {name}" for name in sorted(str(name) for name in settings if name not in types)]
+    types, problems = get_type_hints(Recipe), []
+    try:
+        settings = from_former(settings)
+    except UserError as error:  # the rest is told without them
+        problems.append(str(error))
+        settings = {name: value for name, value in settings.items() if name not in FORMER}
+    problems += [f"unknown setting {name}" for name in sorted(str(name) for name in settings if name not in types)]
     known = {name: _as_float(value, types[name]) for name, value in settings.items() if name in types}
     ill_typed = {name: problem for name in known for problem in _type_problems({name: known[name]})}
     problems += ill_typed.values()

@@ -123,7 +123,7 @@ def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
 
 
 def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int) -> Array:
-    """`(H, n)` weights by the polynomial kernel, of visible logits and offsets `(H, P)` that the server adds.
+    """`(H, n)` weights by a polynomial softmax, of visible logits and offsets `(H, P)` that the server adds.
 
     A first row sees itself alone: its weight is constant whatever its logit, which may be too small to divide by.
     """

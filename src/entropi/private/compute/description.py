@@ -7,15 +7,20 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from entropi.activations import folded_names, known_activation
+from entropi.errors import UserError
+from entropi.softmax import SoftmaxForm, parse_of_model
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Norm: TypeAlias = Literal["none", "rms", "layer"]
 Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
+SoftmaxText: TypeAlias = Annotated[str, msgspec.Meta(max_length=32)]  # of an `entropi.softmax.SoftmaxForm`
+
+FORMAT = 3  # of folded models; `folded` reads older ones
 
 LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
-# By the polynomial kernel a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
+# By a polynomial softmax a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
 # MIDDLE_WEIGHT, below that too small, and above it useless: so the middle leaves a bit more room above the mean.
 MIDDLE_WEIGHT, MEAN_WEIGHT_BITS = 32.0, 8
 
@@ -26,7 +31,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     What the fields mean for the computation is `forward`'s docstring.
     """
 
-    format: Annotated[int, msgspec.Meta(ge=2, le=2)]
+    format: Annotated[int, msgspec.Meta(ge=FORMAT, le=FORMAT)]
     architecture: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[ -~]*\Z")]  # callers print it
     layers: Annotated[int, msgspec.Meta(ge=1, le=256)]
     heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
@@ -39,7 +44,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     rotary_dimensions: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]  # first columns of a head that rotate; even
     rotary_base: Annotated[float, msgspec.Meta(ge=1, le=1e9)]
     temperature: bool  # q is scaled by a private factor per head and position
-    exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] | None  # of the kernel it was trained with; None: exp
+    softmax: SoftmaxText  # which it was trained with
     norm: Norm  # before attention and before the FFN; gains and biases are folded away
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
     parallel_residual: bool  # the FFN reads what attention reads
@@ -48,7 +53,6 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     final_norm: Norm
     centre: bool  # a matrix multiplies the state before the final norm or the head
     end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
-    polynomial: bool = False  # the kernel is a power of the logits and private offsets, with no maximum
     log_length: bool = False  # q is scaled by log(n) / log(positions), n the keys that its row sees
 
     def __post_init__(self) -> None:
@@ -63,8 +67,11 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             problems.append(f"activation {self.activation!r} is unknown; known are {', '.join(folded_names())}")
         if (self.activation == "identity") != (self.intermediate_size == 0):
             problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
-        if self.polynomial and (self.exp_iterations is None or self.temperature):
-            problems.append("a polynomial kernel needs exp_iterations, and has offsets instead of a temperature")
+        try:
+            if not parse_of_model(self.softmax).of_distance and self.temperature:
+                problems.append(f"the softmax {self.softmax} has offsets instead of a temperature")
+        except UserError as error:
+            problems.append(str(error))
         if self.log_length and self.positions < 2:
             problems.append("log_length needs at least 2 positions")
         rotary = self.position_embedding == "rotary"
@@ -74,6 +81,15 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             problems.append(f"rotary_dimensions are {self.rotary_dimensions} with {self.position_embedding} positions")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def softmax_form(self) -> SoftmaxForm:
+        """The parsed softmax."""
+        return SoftmaxForm.parse(self.softmax)
+
+    def computed_softmax(self, exact_softmax_as: str) -> SoftmaxForm:
+        """What private inference evaluates: the model's own softmax, or `exact_softmax_as` in an exact one's place."""
+        return SoftmaxForm.parse(exact_softmax_as) if self.softmax_form.exact else self.softmax_form
 
     @property
     def head_size(self) -> int:
@@ -94,7 +110,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (d, d), (d,)
             if self.temperature:
                 shapes[f"{layer}.inverse_temperature"] = (self.heads, self.positions)
-            if self.polynomial:
+            if not self.softmax_form.of_distance:
                 shapes[f"{layer}.offset"] = (self.heads, self.positions)
             if self.activation != "identity":
                 shapes[f"{layer}.up"], shapes[f"{layer}.up_bias"] = (d, up), (up,)

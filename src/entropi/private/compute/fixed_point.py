@@ -40,7 +40,7 @@ class Ranges:
     `largest`: largest magnitude of any product or sum; not finite even in float32 counts as infinite.
     `smallest_mean_square`, `largest_mean_square`: of the rows that norms divide by the root of it.
     `smallest_typical`: smallest root mean square of an operation's results, over sequences.
-    `largest_mean_weight`, `low_mean_weight`: of a row by the polynomial kernel; the largest, and that below which one
+    `largest_mean_weight`, `low_mean_weight`: of a row by a polynomial softmax; the largest, and that below which one
     in a hundred lies.
     """
 
@@ -56,7 +56,7 @@ def measure_ranges(
     model: Description,
     weights: Mapping[str, np.ndarray],
     sequences: list[list[int]],
-    exp_iterations: int,
+    exact_softmax_as: str,
     *,
     every_row: bool = False,
 ) -> Ranges:
@@ -73,7 +73,7 @@ def measure_ranges(
             mean = np.var(operands[0], axis=-1) if kind == "layer" else squares.mean(axis=-1)
             _keep(ranges.smallest_mean_square, name, float(mean.min()) + model.norm_epsilon, min)
             _keep(ranges.largest_mean_square, name, float(mean.max()) + model.norm_epsilon, max)
-        if stage.name == "normalise" and model.polynomial:
+        if stage.name == "normalise" and not model.softmax_form.of_distance:
             rows = operands[1].shape[-1]
             means = np.asarray(operands[1]) / np.arange(len(sequence) - rows + 1, len(sequence) + 1)
             _keep(ranges.largest_mean_weight, name, float(means.max()), max)
@@ -85,7 +85,7 @@ def measure_ranges(
             _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), min)
 
     for sequence in sequences:
-        run_plain(model, weights, sequence, 1, exp_iterations, every_row=every_row, watch=watch)
+        run_plain(model, weights, sequence, 1, exact_softmax_as, every_row=every_row, watch=watch)
     return ranges
 
 
@@ -133,7 +133,7 @@ def sweep_vocabulary(model: Description, weights: Mapping[str, np.ndarray], sett
     ranges, worst, furthest, faint = Ranges(), list[int](), -1.0, 0
     for start in range(0, len(order), length):
         sequence = order[start : start + length].tolist()
-        found = measure_ranges(model, weights, [sequence], settings.exp_iterations, every_row=True)
+        found = measure_ranges(model, weights, [sequence], settings.exact_softmax_as, every_row=True)
         reach = max(found.largest.values())
         if reach > furthest:
             worst, furthest = sequence, reach
@@ -272,7 +272,7 @@ def select_fraction_bits(
     """
     if sequences is None:
         sequences = calibration_text(model, weights)
-    ranges = measure_ranges(model, weights, sequences, settings.exp_iterations)
+    ranges = measure_ranges(model, weights, sequences, settings.exact_softmax_as)
     if sweep is not None:
         ranges = with_largest(ranges, sweep.ranges)
 

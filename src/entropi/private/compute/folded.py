@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
-from entropi.private.compute.description import Description
+from entropi.private.compute.description import FORMAT, Description
+from entropi.softmax import from_former
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
@@ -26,6 +27,17 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _description(content: bytes) -> Description:
+    """The description of a folded model; of format 2, which had two settings for the softmax, as of today's."""
+    found = msgspec.json.decode(content)
+    if isinstance(found, dict) and found.get("format") == 2:
+        try:
+            found = {**from_former({"exp_iterations": None, **found}), "format": FORMAT}
+        except UserError as error:
+            raise msgspec.ValidationError(str(error)) from None
+    return msgspec.convert(found, Description)
+
+
 def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
     """Description and weights of a folded model.
 
@@ -33,7 +45,7 @@ def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
         UserError: missing or damaged, in one line.
     """
     try:
-        description = msgspec.json.decode((folder / DESCRIPTION_FILE).read_bytes(), type=Description)
+        description = _description((folder / DESCRIPTION_FILE).read_bytes())
         weights = load_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise UserError(f"{folder} holds no folded model: {error.strerror or error}") from None

@@ -51,6 +51,7 @@ from entropi.private.compute.layers import (
     rounded,
 )
 from entropi.private.compute.settings import Settings
+from entropi.softmax import SoftmaxForm
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def forward(
     model: Description,
     new: int,
     past: int,
-    exp_iterations: int,
+    exact_softmax_as: str,
     *,
     embedding: Embedding = "private",
     paired: bool = False,
@@ -89,9 +90,9 @@ def forward(
     "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or
     "tokens_out" `(1,)` alone. With `logit_bits` b these logits are whole numbers, 2^b times the logits, rounded.
     With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of
-    all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax kernel has the
-    model's own t, or `exp_iterations` for a model that was trained with the exact exponential. The polynomial
-    kernel takes no maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
+    all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax is the
+    model's own, or the power `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
+    maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
 
@@ -101,7 +102,7 @@ def forward(
     with n' = norm(state'), or n where residuals are parallel; without norms, "ffn" replaces the residual state instead
     of adding to it.
     """
-    iterations = exp_iterations if model.exp_iterations is None else model.exp_iterations
+    softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
     normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
     yield from embedding_stages(model, new, past, embedding, paired, fraction_bits)
@@ -117,7 +118,7 @@ def forward(
             yield from feed_forward(model, layer, rows, read, "base")
             base = "base" if has_ffn else "state"
 
-        yield from attention_stages(model, layer, rows, new, past, iterations, read)
+        yield from attention_stages(model, layer, rows, new, past, softmax, read)
         merge, w = partial(merge_heads, rows=rows), f"{layer}."
         yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
 
@@ -149,7 +150,7 @@ def embedding_stages(
 
 
 def attention_stages(
-    model: Description, layer: int, rows: int, new: int, past: int, iterations: int, read: str
+    model: Description, layer: int, rows: int, new: int, past: int, softmax: SoftmaxForm, read: str
 ) -> Iterator[Stage]:
     """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
     w, keys = f"{layer}.", past + new
@@ -165,17 +166,17 @@ def attention_stages(
         yield Stage("length", layer, lengthen, ("q",), ("q",))
 
     yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
-    if model.polynomial:
-        weigh = partial(powers, rows=rows, keys=keys, iterations=iterations)
+    if softmax.kind == "polynomial":
+        weigh = partial(powers, rows=rows, keys=keys, iterations=softmax.iterations)
         yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
     else:
         yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
-        exponential = partial(exp_of_nonpositive, iterations=iterations)
-        exact = jnp.exp if model.exp_iterations is None else None
+        exponential = partial(exp_of_nonpositive, iterations=softmax.iterations)
+        exact = jnp.exp if model.softmax_form.exact else None
         yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
 
     yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
-    division = partial(normalise_means if model.polynomial else normalise, keys=keys)
+    division = partial(normalise if softmax.of_distance else normalise_means, keys=keys)
     yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
 
 
@@ -203,7 +204,7 @@ def stages_of_pass(model: Description, settings: Settings, new: int, past: int) 
         model,
         new,
         past,
-        settings.exp_iterations,
+        settings.exact_softmax_as,
         embedding=settings.embedding,
         paired=settings.paired,
         fraction_bits=settings.fraction_bits,
@@ -259,7 +260,7 @@ def run_plain(
     weights: Mapping[str, np.ndarray],
     token_ids: list[int],
     new_tokens: int,
-    exp_iterations: int,
+    exact_softmax_as: str,
     *,
     exact: bool = False,
     every_row: bool = False,
@@ -269,7 +270,7 @@ def run_plain(
 
     With `every_row` the logits after every token of each pass instead, `(m, V)`.
 
-    With `exact` the model's own functions are computed, the exact softmax (unless it was trained with the kernel) and
+    With `exact` the model's own functions are computed, the exact softmax (unless it was trained with another) and
     GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
     """
     values: dict[str, Any] = {name: jnp.asarray(w) for name, w in weights.items()}
@@ -278,7 +279,7 @@ def run_plain(
     all_logits: list[np.ndarray] = []
     for _ in range(new_tokens):
         values["embedded"] = values["embedding"][np.asarray(fresh)]
-        for stage in forward(model, len(fresh), past, exp_iterations, embedding="public", every_row=every_row):
+        for stage in forward(model, len(fresh), past, exact_softmax_as, embedding="public", every_row=every_row):
             function = stage.exact if exact and stage.exact is not None else stage.function
             operands = tuple(values[name] for name in stage.inputs)
             results = function(*operands)

@@ -101,7 +101,7 @@ def compare(question: Question) -> Finding:
     prompt = question.tokens[: max(model.positions - 1, 1)]
     every_row = question.protocol == "ref2k"
     passes = 2 if len(prompt) < model.positions else 1
-    generated, expected = run_plain(model, weights, prompt, passes, settings.exp_iterations, every_row=every_row)
+    generated, expected = run_plain(model, weights, prompt, passes, settings.exact_softmax_as, every_row=every_row)
     engine = Simulation(question.protocol, settings)
     for name, weight in weights.items():
         engine.hold(name, weight, SERVER)
@@ -115,7 +115,7 @@ def compare(question: Question) -> Finding:
             model,
             len(tokens),
             past,
-            settings.exp_iterations,
+            settings.exact_softmax_as,
             embedding=settings.embedding,
             paired=settings.paired,
             fraction_bits=settings.fraction_bits,

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS
+from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, SoftmaxText
+from entropi.softmax import USUAL_FOR_EXACT, parse_for_exact
 
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
@@ -24,9 +25,9 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     ring_bits: Literal[64] = 64
     # More resolve smaller numbers and hold less large ones; `select_fraction_bits` chooses or checks them for a model.
     fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
-    # t of the softmax kernel (1 + x / 2^t)^(2^t): each costs 110 bytes a score and halves the kernel's error. A model
-    # that was trained with the kernel brings its own t.
-    exp_iterations: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
+    # The power (1 + x / 2^t)^(2^t) that is evaluated for a model trained with the exact softmax: each t costs 110 bytes
+    # a score and halves the error. Other models bring their own softmax.
+    exact_softmax_as: SoftmaxText = USUAL_FOR_EXACT
     # Whose the token table is: the server's, read by a one-hot product, or everybody's, read by the client alone.
     embedding: Literal["private", "public"] = "private"
     # Two tokens in one row of the private table's product: half of its bytes, where `select_fraction_bits` allows it.
@@ -38,6 +39,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     logit_bits: Annotated[int, msgspec.Meta(ge=0, le=8)] | None = None
 
     def __post_init__(self) -> None:
+        parse_for_exact(self.exact_softmax_as, "exact_softmax_as")
         if self.paired and self.embedding == "public":
             raise ValueError("tokens are paired in the product with a private table, and the embedding is public")
         if self.paired and self.fraction_bits < LEAST_PAIR_FRACTION_BITS:

@@ -49,7 +49,7 @@ def make_canary(
     if len(ids) > model.positions:
         raise UserError(f"the canary has {len(ids)} tokens, and the model {model.positions} positions")
     most = min(most, model.positions + 1 - len(ids))
-    tokens, logits = run_plain(model, weights, ids, most, settings.exp_iterations)
+    tokens, logits = run_plain(model, weights, ids, most, settings.exact_softmax_as)
     second = [float(np.partition(row, -2)[-2]) for row in logits]
     best = [float(row.max()) for row in logits]
     clear = [high - low > 2 * TOLERANCE for high, low in zip(best, second)]

@@ -176,7 +176,7 @@ class ClientSession:
                 seconds=seconds,
                 ring_bits=settings.ring_bits,
                 fraction_bits=settings.fraction_bits,
-                exp_iterations=self.welcome.description.exp_iterations or settings.exp_iterations,
+                softmax=str(self.welcome.description.computed_softmax(settings.exact_softmax_as)),
             ),
             generation.logits,
         )

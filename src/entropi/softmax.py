@@ -1,0 +1,187 @@
+"""The forms of a softmax: which function stands in the exponential's place, by one name everywhere.
+
+| text | weight of a key, before it is divided by its row's sum |
+|---|---|
+| `exact` | exp(s) of the logit s |
+| `power-t` | (1 + x / 2^t)^(2^t) of the distance x to the row's largest logit, clipped |
+| `polynomial-t` | (1 + s / 2^t)^(2^t) of the logit s itself; nothing is compared |
+
+Configurations, recipes, messages and the command line hold the text. A further form is an entry of `KINDS`, and its
+mathematics in `entropi.entropy.secure_softmax` and `entropi.private.compute`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from entropi.errors import UserError
+
+
+class Kind(NamedTuple):
+    """What is known of a kind of softmax."""
+
+    words: str  # before "t=3"
+    label: str  # likewise, short enough to stand beside a figure
+    formula: str  # of a weight before it is divided by its row's sum, {n} being 2^t
+    most: int  # t that attention takes, the least is 1; 0 where there is no t
+    most_in_models: int  # more squarings than fixed-point arithmetic has use for are not for models
+    stands_for_exact: bool  # private inference may evaluate it for models trained with the exact softmax
+    of_distance: bool  # weights are of the distance to the row's largest logit: T divides it, and the sum is 1 or more
+
+
+KINDS = {
+    "exact": Kind("exact softmax", "exact", "exp(x)", 0, 0, stands_for_exact=False, of_distance=True),
+    "power": Kind(
+        words="softmax kernel",
+        label="",
+        formula="(1 + x/{n})^{n} of the distance to the row's largest logit",
+        most=16,
+        most_in_models=8,
+        stands_for_exact=True,
+        of_distance=True,
+    ),
+    # Beyond t=8 float32 would lose in 1 + s / 2^t what the power multiplies.
+    "polynomial": Kind(
+        words="polynomial kernel",
+        label="polynomial",
+        formula="(1 + x/{n})^{n} of the logit itself, nothing compared",
+        most=8,
+        most_in_models=8,
+        stands_for_exact=False,
+        of_distance=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SoftmaxForm:
+    """One form of the softmax; `str(form)` is its text, such as "power-2".
+
+    Attributes:
+        kind: a name of `KINDS`: "exact", "power" or "polynomial".
+        iterations: t, the number of squarings; 0 where the kind has none.
+
+    Raises:
+        UserError: another kind, or an impossible t; lists what is possible.
+    """
+
+    kind: str = "exact"
+    iterations: int = 0
+
+    def __post_init__(self) -> None:
+        kind = KINDS.get(self.kind)
+        if kind is None or type(self.iterations) is not int or not bool(kind.most) <= self.iterations <= kind.most:
+            raise _refusal("softmax", str(self), {name: known.most for name, known in KINDS.items()})
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.iterations}" if self.iterations else self.kind
+
+    @classmethod
+    def parse(cls, text: SoftmaxForm | str) -> SoftmaxForm:
+        """The form that a text says; a form is one already.
+
+        Raises:
+            UserError: no form's text; lists what is possible.
+        """
+        if isinstance(text, SoftmaxForm):
+            return text
+        return _parsed(text, "softmax", {name: kind.most for name, kind in KINDS.items()})
+
+    @property
+    def exact(self) -> bool:
+        return self.kind == "exact"
+
+    @property
+    def of_distance(self) -> bool:
+        """Whether weights depend on the distance to the row's largest logit alone.
+
+        Where they do not, no logits are compared in private, a temperature is an offset of the logits, and the mean
+        weight of a row may be of any size.
+        """
+        return KINDS[self.kind].of_distance
+
+    @property
+    def stands_for_exact(self) -> bool:
+        """Whether private inference may evaluate it for a model trained with the exact softmax."""
+        return KINDS[self.kind].stands_for_exact
+
+    @property
+    def words(self) -> str:
+        """For people: "softmax kernel t=8"."""
+        return KINDS[self.kind].words + (f" t={self.iterations}" if self.iterations else "")
+
+    @property
+    def label(self) -> str:
+        """The same, short enough to stand beside a figure: "t=8"."""
+        return " ".join(filter(None, (KINDS[self.kind].label, f"t={self.iterations}" if self.iterations else "")))
+
+    @property
+    def formula(self) -> str:
+        """The weight of a key, before it is divided by its row's sum: "(1 + x/4)^4 of ..."."""
+        return KINDS[self.kind].formula.replace("{n}", str(2**self.iterations))
+
+
+EXACT = SoftmaxForm()
+FORMER = ("exp_iterations", "polynomial")  # settings of older files, see `from_former`
+USUAL_FOR_EXACT = "power-8"  # which private inference evaluates for models trained with the exact softmax
+
+
+def parse_of_model(text: str) -> SoftmaxForm:
+    """The form that a model may be trained with, so that private inference can evaluate it.
+
+    Raises:
+        UserError: no such form; lists what is possible.
+    """
+    return _parsed(text, "softmax", {name: kind.most_in_models for name, kind in KINDS.items()})
+
+
+def parse_for_exact(text: str, name: str = "softmax") -> SoftmaxForm:
+    """The form that private inference is to evaluate for models trained with the exact softmax.
+
+    Raises:
+        UserError: no form that could stand for it; says what is possible, and that it is the setting `name`.
+    """
+    return _parsed(text, name, {name: kind.most_in_models for name, kind in KINDS.items() if kind.stands_for_exact})
+
+
+def from_former(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `softmax` in the place of the two settings that older files have for it.
+
+    These are `exp_iterations`, t, where 0, None and nothing mean the exact softmax, and `polynomial`, true or false.
+
+    Raises:
+        UserError: values of theirs that mean nothing, or both ways of saying it.
+    """
+    former = {name: settings[name] for name in FORMER if name in settings}
+    kept = {name: value for name, value in settings.items() if name not in former}
+    if not former:
+        return kept
+    if "softmax" in kept:
+        raise UserError(f"softmax has taken the place of {' and '.join(former)}: leave {'/'.join(former)} out")
+
+    iterations, polynomial = former.get("exp_iterations") or 0, former.get("polynomial") or False
+    if type(iterations) is not int:
+        raise UserError(f"exp_iterations is {iterations!r}, expected int")
+    if type(polynomial) is not bool:
+        raise UserError(f"polynomial is {polynomial!r}, expected bool")
+    if polynomial and not iterations:
+        raise UserError("polynomial needs exp_iterations; write softmax: polynomial-1, or another t, for both")
+    kind = "polynomial" if polynomial else "power" if iterations else "exact"
+    return {**kept, "softmax": f"{kind}-{iterations}" if iterations else kind}
+
+
+def _parsed(text: object, name: str, most: Mapping[str, int]) -> SoftmaxForm:
+    """The form of a text, if it is one of those with t up to `most` of their kind."""
+    found = re.fullmatch(r"([a-z]+)(?:-([1-9][0-9]?))?", text) if isinstance(text, str) else None
+    kind, iterations = (found[1], int(found[2] or 0)) if found else ("", 0)
+    if kind not in most or not bool(most[kind]) <= iterations <= most[kind]:
+        raise _refusal(name, text, most)
+    return SoftmaxForm(kind, iterations)
+
+
+def _refusal(name: str, got: object, most: Mapping[str, int]) -> UserError:
+    *first, last = (f"{kind}-1 to {kind}-{iterations}" if iterations else kind for kind, iterations in most.items())
+    return UserError(f"{name} must be {' or '.join(filter(None, (', '.join(first), last)))}, got {str(got)[:60]!r}")

@@ -1,0 +1,162 @@
+"""The forms of the softmax: their texts, what is refused, and what older settings mean."""
+
+import pytest
+import torch
+
+from entropi import EntropiConfig
+from entropi.entropy.attention import entropy_attention
+from entropi.errors import UserError
+from entropi.softmax import (
+    EXACT,
+    KINDS,
+    USUAL_FOR_EXACT,
+    SoftmaxForm,
+    from_former,
+    parse_for_exact,
+    parse_of_model,
+)
+
+FORMS = [
+    SoftmaxForm(name, iterations)
+    for name, kind in KINDS.items()
+    for iterations in range(bool(kind.most), kind.most + 1)
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_text_says_its_form(form):
+    assert SoftmaxForm.parse(str(form)) == form
+    assert SoftmaxForm.parse(form) is form
+    assert parse_of_model("exact") == EXACT
+
+
+def test_texts_are_those_of_files():
+    assert [str(SoftmaxForm()), str(SoftmaxForm("power", 2)), str(SoftmaxForm("polynomial", 1))] == [
+        "exact",
+        "power-2",
+        "polynomial-1",
+    ]
+    assert len({str(form) for form in FORMS}) == len(FORMS) == 1 + 16 + 8
+
+
+@pytest.mark.parametrize(
+    "text", ["power-02", "power-2 ", "Power-2", "power--2", "power-1e1", "power-٣", "exact-0", "\n"]
+)
+def test_a_form_has_one_text(text):
+    with pytest.raises(
+        UserError, match="softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8, got"
+    ):
+        SoftmaxForm.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "iterations"),
+    [("exact", 1), ("power", 0), ("power", 17), ("polynomial", 9), ("power", 2.0), ("power", True), ("cubic", 2)],
+)
+def test_there_are_no_other_forms(kind, iterations):
+    with pytest.raises(
+        UserError, match="softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8, got"
+    ):
+        SoftmaxForm(kind, iterations)
+
+
+def test_refusals_are_one_short_line():
+    with pytest.raises(UserError) as caught:
+        SoftmaxForm.parse("x\n" * 10_000)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_models_and_servers_have_fewer():
+    assert [parse_of_model(f"{kind}-8").kind for kind in ("power", "polynomial")] == ["power", "polynomial"]
+    with pytest.raises(UserError, match=r"softmax must be exact, power-1 to power-8 or .*, got 'power-9'"):
+        parse_of_model("power-9")
+    assert str(parse_for_exact(USUAL_FOR_EXACT)) == "power-8"
+    for text in ("exact", "power-9", "polynomial-1"):
+        with pytest.raises(UserError, match=f"--softmax must be power-1 to power-8, got '{text}'"):
+            parse_for_exact(text, "--softmax")
+
+
+def test_words():
+    assert [SoftmaxForm.parse(text).words for text in ("exact", "power-8", "polynomial-1")] == [
+        "exact softmax",
+        "softmax kernel t=8",
+        "polynomial kernel t=1",
+    ]
+    assert [SoftmaxForm.parse(text).label for text in ("exact", "power-8", "polynomial-1")] == [
+        "exact",
+        "t=8",
+        "polynomial t=1",
+    ]
+    assert [SoftmaxForm.parse(text).formula for text in ("power-3", "polynomial-1")] == [
+        "(1 + x/8)^8 of the distance to the row's largest logit",
+        "(1 + x/2)^2 of the logit itself, nothing compared",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("older", "now"),
+    [
+        ({}, {}),
+        ({"softmax": "power-2"}, {"softmax": "power-2"}),
+        ({"exp_iterations": None}, {"softmax": "exact"}),
+        ({"exp_iterations": 0, "polynomial": False}, {"softmax": "exact"}),
+        ({"exp_iterations": 3, "steps": 1}, {"softmax": "power-3", "steps": 1}),
+        ({"exp_iterations": 2, "polynomial": True}, {"softmax": "polynomial-2"}),
+    ],
+)
+def test_what_older_settings_mean(older, now):
+    given = dict(older)
+    assert from_former(older) == now
+    assert older == given
+
+
+@pytest.mark.parametrize(
+    ("older", "message"),
+    [
+        ({"polynomial": True}, "polynomial needs exp_iterations"),
+        ({"exp_iterations": "3"}, "exp_iterations is '3', expected int"),
+        ({"exp_iterations": True}, "exp_iterations is True, expected int"),
+        ({"exp_iterations": 1, "polynomial": "yes"}, "polynomial is 'yes', expected bool"),
+        ({"softmax": "exact", "exp_iterations": 1}, "softmax has taken the place of exp_iterations: leave"),
+    ],
+)
+def test_older_settings_that_mean_nothing(older, message):
+    with pytest.raises(UserError, match=message):
+        from_former(older)
+
+
+def test_configurations_of_older_models_are_read():
+    assert EntropiConfig(exp_iterations=None, polynomial=False).softmax == "exact"
+    assert EntropiConfig.from_dict({"exp_iterations": 3, "polynomial": False}).softmax == "power-3"
+    config = EntropiConfig.from_dict({"model_type": "entropi", "exp_iterations": 1, "polynomial": True})
+    assert config.softmax == "polynomial-1"
+    assert config.softmax_form == SoftmaxForm("polynomial", 1)
+    written = config.to_dict()
+    assert written["softmax"] == "polynomial-1"
+    assert not {"exp_iterations", "polynomial"} & set(written)
+    assert EntropiConfig.from_dict(written).softmax == "polynomial-1"
+    with pytest.raises(UserError, match=r"softmax must be .*, got 'power-40'"):
+        EntropiConfig(exp_iterations=40)
+    with pytest.raises(UserError, match="softmax has taken the place of exp_iterations"):
+        EntropiConfig(exp_iterations=3, softmax="power-2")
+
+
+FORMULAS = {
+    "exact": lambda s, t: s.exp(),
+    "power": lambda s, t: (1 + (s - s.amax(-1, keepdim=True)).clamp(min=-0.9 * 2**t) / 2**t) ** (2**t),
+    "polynomial": lambda s, t: (1 + s / 2**t) ** (2**t),
+}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_its_formula(kind, implementation):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    form = SoftmaxForm(kind, min(3, KINDS[kind].most))
+    found, _ = entropy_attention(
+        query, key, value, is_causal=False, scale=2.0, softmax=form, implementation=implementation
+    )
+    weights = FORMULAS[kind](2.0 * query @ key.transpose(-1, -2), form.iterations)
+    torch.testing.assert_close(found, weights / weights.sum(-1, keepdim=True) @ value)
