@@ -13,6 +13,8 @@ LOCKING := --quiet --generate-hashes --python-version 3.11 --python-platform x86
 	--no-emit-index-url --custom-compile-command "make lock"
 # Dates in what is built: the last commit's, or what the caller says.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+# A worker a core, each taking whole files, in the order that tests/conftest.py gives them.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/entropi/__init__.py)
 
 .PHONY: demo test check coverage versions docs install format clean tools lock sbom wheel
@@ -21,7 +23,7 @@ demo: install
 	$(BIN)/entropi demo
 
 test: check docs tools
-	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu"
+	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu" $(WORKERS)
 
 # Style, spelling, types, fast tests: minutes on two idle cores, and several times as long beside other work.
 check: install
@@ -29,12 +31,12 @@ check: install
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/codespell $(CODE) *.md mkdocs.yml configs deploy
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" $(WORKERS)
 
 # Lines and branches that the fast tests reach, by room. Apart from `check`, which it would slow down.
 coverage: install
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" -n auto --dist loadfile --cov --cov-report=
+	$(BIN)/python -m pytest -m "not slow and not two_party and not gpu" $(WORKERS) --cov --cov-report=
 	@for room in $(notdir $(patsubst %/__init__.py,%,$(wildcard src/entropi/*/__init__.py))); do \
 		printf '%-12s %4s %%\n' $$room "$$($(BIN)/coverage report --format=total --include="src/entropi/$$room/*")"; \
 	done

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker a core, and what it starts: more threads would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a worker a core; more threads would wait for each other
+    torch.set_num_threads(1)
 
 pytest.register_assert_rewrite("command_line", "serving", "training_runs")  # before they are imported
 
@@ -25,6 +30,26 @@ from command_line import SOURCES, TINY, Done, text_folder  # noqa: E402
 # Files with many cases of a second each, as Triton's kernels are interpreted there: of each parametrised test in them
 # the first case and then every n-th is fast; the others are slow, which `make test` runs and `make check` does not.
 EVERY_NTH_IS_FAST = {"test_triton.py": 5}
+# Files that take minutes, the longest first. Workers begin with them, so that none is left with one at the end.
+LONGEST = (
+    "test_two_party.py",
+    "test_deploy.py",
+    "test_operations.py",
+    "test_floods.py",
+    "test_study.py",
+    "test_distributed.py",
+    "test_tutorial.py",
+    "test_families.py",
+    "test_prediction.py",
+    "test_train.py",
+    "test_resume.py",
+    "test_private_functions.py",
+    "test_private_program.py",
+    "test_triton.py",
+)
+ROOT = Path(__file__).parents[1]
+PLACES = {"build", "dist", "runs"}  # for what is made there, see .gitignore
+FILES_BEFORE = pytest.StashKey[set[str]]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
@@ -36,6 +61,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if counts[test] % every:
             item.add_marker("slow")
         counts[test] += 1
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # which keeps the order within files
+
+
+def names_in_root() -> set[str]:
+    """Of everything in the repository's folder but what is hidden or has its place there."""
+    return {name for name in os.listdir(ROOT) if not name.startswith(".")} - PLACES
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FILES_BEFORE] = names_in_root()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves something behind in the repository's folder: tests write to folders of their own."""
+    left = names_in_root() - session.config.stash[FILES_BEFORE]
+    if left and not hasattr(session.config, "workerinput"):  # the process that started the workers says it once
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if left := names_in_root() - config.stash[FILES_BEFORE]:
+        terminalreporter.write_line(f"FAILED: left behind in {ROOT}: {', '.join(sorted(left))}", red=True)
 
 
 @pytest.fixture(scope="session")

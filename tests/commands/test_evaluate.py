@@ -86,7 +86,10 @@ def test_train_evaluate_and_diagnose_agree(
     assert "Loading weights" not in done.err
 
 
-def test_the_corpus_of_a_run_that_has_gone(entropi: Callable[..., Done], model: Path, corpus: Path, tmp_path: Path):
+def test_the_corpus_of_a_run_that_has_gone(
+    entropi: Callable[..., Done], model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     config = model / "config.yaml"
     config.write_text(config.read_text().replace(str(corpus), str(tmp_path / "gone")))
     for command in ("evaluate", "diagnose"):

@@ -62,7 +62,7 @@ main(sys.argv[3:])
 @pytest.mark.slow
 def test_killed_at_three_moments_and_resumed(tmp_path: Path, corpus: str):
     """kill -9 at some step, while files are written, and before the commit; then as if nothing had happened."""
-    recipe = tiny(corpus, architecture="EReg(SM(t)+ScFuFFN)", steps=250, save_every=10, log_every=1, schedule="cosine")
+    recipe = tiny(corpus, architecture="EReg(SM(t)+ScFuFFN)", steps=130, save_every=10, log_every=1, schedule="cosine")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(recipe, whole)
     words = command(recipe, killed)
@@ -74,8 +74,8 @@ def test_killed_at_three_moments_and_resumed(tmp_path: Path, corpus: str):
     assert not (killed / "model").exists()
 
     for step, name, left in (
-        (150, "_save_optimizer_and_scheduler", "model.safetensors"),
-        (200, "commit", "rng_state.pth"),
+        (80, "_save_optimizer_and_scheduler", "model.safetensors"),
+        (110, "commit", "rng_state.pth"),
     ):
         done = subprocess.run([sys.executable, "-c", SUICIDE, str(step), name, *words], stderr=subprocess.PIPE)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -86,11 +86,11 @@ def test_killed_at_three_moments_and_resumed(tmp_path: Path, corpus: str):
 
     last = subprocess.run([sys.executable, "-m", "entropi", *words], stderr=subprocess.PIPE)
     assert last.returncode == 0, last.stderr.decode()
-    assert "checkpoint-200 was cut short and is removed" in last.stderr.decode()
+    assert "checkpoint-110 was cut short and is removed" in last.stderr.decode()
     starts = of_kind(killed, records.RunStarted)
-    assert [r.resumed_at for r in starts[:1] + starts[2:]] == [0, 140, 190]
-    assert 20 <= starts[1].resumed_at < 150
-    assert [r.step for r in of_kind(killed, records.TrainingStep)] == list(range(1, 251))
+    assert [r.resumed_at for r in starts[:1] + starts[2:]] == [0, 70, 100]
+    assert 20 <= starts[1].resumed_at < 80
+    assert [r.step for r in of_kind(killed, records.TrainingStep)] == list(range(1, 131))
     assert_same_run(killed, whole)
 
 

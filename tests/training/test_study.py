@@ -465,7 +465,7 @@ def test_processes_diverge_are_killed_and_go_on(tmp_path: Path, corpus: str):
     """Two at a time: a row that diverges is a result, a killed study continues, and nothing is trained twice."""
     path = write(
         tmp_path / "grid.yaml",
-        recipe=grid(corpus, steps=300, save_every=20),
+        recipe=grid(corpus, steps=160, save_every=20),
         rows={"base": {"architecture": "SM+LN+G"}, "broken": {"architecture": "SM", "learning_rate": 1e30}},
         claims=["base < broken"],
     )

@@ -12,7 +12,7 @@ n pairs of a query and a key it sees; V the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -255,6 +255,27 @@ def compute_on_processor() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+@dataclass(frozen=True)
+class _Comparable:
+    """A stage's function, equal to others of the same code and choices: `forward` makes them anew each time."""
+
+    code: Callable[..., Any]
+    choices: str
+    function: Callable[..., Any] = field(compare=False)
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> _Comparable:
+        if isinstance(function, partial) and not function.args:
+            return cls(function.func, repr(function.keywords), function)
+        return cls(function, "", function)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_compiled(stage: _Comparable, *operands: Array) -> Any:
+    """What a stage's function returns; compiled once for every shape, where operations by themselves take seconds."""
+    return stage.function(*operands)
+
+
 def run_plain(
     model: Description,
     weights: Mapping[str, np.ndarray],
@@ -282,7 +303,7 @@ def run_plain(
         for stage in forward(model, len(fresh), past, exact_softmax_as, embedding="public", every_row=every_row):
             function = stage.exact if exact and stage.exact is not None else stage.function
             operands = tuple(values[name] for name in stage.inputs)
-            results = function(*operands)
+            results = _run_compiled(_Comparable.of(function), *operands)
             for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
                 values[name] = value
                 if watch is not None:
