@@ -106,7 +106,7 @@ def test_no_command():
         (["cost", "--architecture", "./none/config.json"], ["none/config.json holds no config.json: No such file"]),
         (["cost", "--compare", "SM", "LSTM"], ["unknown architecture 'LSTM'"]),
         (["cost", "--calibration", "nowhere.json"], ["nowhere.json: No such file"]),
-        (["cost", "--softmax", "power-9"], ["softmax must be exact, power-1 to power-8 or", "got 'power-9'"]),
+        (["cost", "--softmax", "power-9"], ["softmax must be quartic or power-1 to power-8", "got 'power-9'"]),
         (["cost", "--softmax", "exact"], ["--softmax exact has no private counterpart"]),
         (["cost", "--compare", "SM", "SM+R", "--budget", "2GB"], ["--compare and --budget exclude each other"]),
         (["cost", "--budget", "2GB", "--layers", "3"], ["--layers would be ignored: --budget searches"]),

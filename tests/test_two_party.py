@@ -237,7 +237,7 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
     description = msgspec.json.decode((folded / "folded.json").read_bytes(), type=Description)
     expected, past, new = [], 0, len(record.prompt_tokens)
     for token in range(NEW_TOKENS):
-        expected += [(s.name, s.layer, token) for s in forward(description, new, past, "power-8", paired=True)]
+        expected += [(s.name, s.layer, token) for s in forward(description, new, past, "quartic", paired=True)]
         past, new = past + new, 1
     assert [(s.name, s.layer, s.token) for s in record.stages] == expected
     for stage in record.stages:
@@ -827,7 +827,7 @@ def test_models_that_no_fraction_bits_hold_are_refused_with_the_numbers(capfd, t
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--softmax=power-99", "--softmax must be power-1 to power-8, got 'power-99'"),
+        ("--softmax=power-99", "--softmax must be quartic or power-1 to power-8, got 'power-99'"),
         ("--fraction-bits=40", "--fraction-bits is 40, expected int <= 22"),
         ("--round-logits=9", "--round-logits is 9, expected int <= 8"),
         ("--choices=0", "--choices is 0, expected int >= 1"),

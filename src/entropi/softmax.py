@@ -3,6 +3,7 @@
 | text | weight of a key, before it is divided by its row's sum |
 |---|---|
 | `exact` | exp(s) of the logit s |
+| `quartic` | exp(x) to 0.0002 of the distance x to the row's largest logit, by two quartics; in private only |
 | `power-t` | (1 + x / 2^t)^(2^t) of the distance x to the row's largest logit, clipped |
 | `polynomial-t` | (1 + s / 2^t)^(2^t) of the logit s itself; nothing is compared |
 
@@ -28,18 +29,30 @@ class Kind(NamedTuple):
     formula: str  # of a weight before it is divided by its row's sum, {n} being 2^t
     most: int  # t that attention takes, the least is 1; 0 where there is no t
     most_in_models: int  # more squarings than fixed-point arithmetic has use for are not for models
+    trained: bool  # models may be trained with it
     stands_for_exact: bool  # private inference may evaluate it for models trained with the exact softmax
     of_distance: bool  # weights are of the distance to the row's largest logit: T divides it, and the sum is 1 or more
 
 
 KINDS = {
-    "exact": Kind("exact softmax", "exact", "exp(x)", 0, 0, stands_for_exact=False, of_distance=True),
+    "exact": Kind("exact softmax", "exact", "exp(x)", 0, 0, trained=True, stands_for_exact=False, of_distance=True),
+    "quartic": Kind(
+        words="quartic exponential",
+        label="quartic",
+        formula="exp(x) to 0.0002, of the distance to the row's largest logit",
+        most=0,
+        most_in_models=0,
+        trained=False,
+        stands_for_exact=True,
+        of_distance=True,
+    ),
     "power": Kind(
         words="softmax kernel",
         label="",
         formula="(1 + x/{n})^{n} of the distance to the row's largest logit",
         most=16,
         most_in_models=8,
+        trained=True,
         stands_for_exact=True,
         of_distance=True,
     ),
@@ -50,6 +63,7 @@ KINDS = {
         formula="(1 + x/{n})^{n} of the logit itself, nothing compared",
         most=8,
         most_in_models=8,
+        trained=True,
         stands_for_exact=False,
         of_distance=False,
     ),
@@ -61,7 +75,7 @@ class SoftmaxForm:
     """One form of the softmax; `str(form)` is its text, such as "power-2".
 
     Attributes:
-        kind: a name of `KINDS`: "exact", "power" or "polynomial".
+        kind: a name of `KINDS`: "exact", "quartic", "power" or "polynomial".
         iterations: t, the number of squarings; 0 where the kind has none.
 
     Raises:
@@ -126,7 +140,7 @@ class SoftmaxForm:
 
 EXACT = SoftmaxForm()
 FORMER = ("exp_iterations", "polynomial")  # settings of older files, see `from_former`
-USUAL_FOR_EXACT = "power-8"  # which private inference evaluates for models trained with the exact softmax
+USUAL_FOR_EXACT = "quartic"  # which private inference evaluates for models trained with the exact softmax
 
 
 def parse_of_model(text: str) -> SoftmaxForm:
@@ -135,7 +149,16 @@ def parse_of_model(text: str) -> SoftmaxForm:
     Raises:
         UserError: no such form; lists what is possible.
     """
-    return _parsed(text, "softmax", {name: kind.most_in_models for name, kind in KINDS.items()})
+    return _parsed(text, "softmax", {name: kind.most_in_models for name, kind in KINDS.items() if kind.trained})
+
+
+def parse_of_attention(text: SoftmaxForm | str) -> SoftmaxForm:
+    """The form that `entropi.entropy_attention` is to compute.
+
+    Raises:
+        UserError: no such form; lists what is possible.
+    """
+    return _parsed(str(text), "softmax", {name: kind.most for name, kind in KINDS.items() if kind.trained})
 
 
 def parse_for_exact(text: str, name: str = "softmax") -> SoftmaxForm:

@@ -96,7 +96,7 @@ def test_runs_are_placed_by_cost_and_perplexity(tmp_path: Path, capsys: pytest.C
     assert main(["cost", "--seq-len", "32", "--runs", str(good), str(dear), "--picture", str(picture), "--json"]) == 0
     found = {one["run"]: one for one in json.loads(capsys.readouterr().out)}
     assert found["good"]["MB"] < found["dear"]["MB"]
-    assert found["good"]["kernel"] == "softmax kernel t=8 for a model trained with the exact softmax"
+    assert found["good"]["kernel"] == "quartic exponential for a model trained with the exact softmax"
     assert (found["good"]["on_frontier"], found["dear"]["on_frontier"]) == (True, False)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -112,7 +112,7 @@ def test_a_recorded_prediction_is_in_the_report(tmp_path: Path, capsys: pytest.C
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Predicted private inference" in page
     assert prediction.trust in page
-    assert f"{prediction.embedding} token table, softmax kernel t=8 for a model trained with the exact softmax" in page
+    assert f"{prediction.embedding} token table, quartic exponential for a model trained with the exact softmax" in page
 
 
 def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -134,8 +134,8 @@ def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert "*" in shown
     assert "of the bytes;" in shown
-    assert shown.count("t=8 (trained exact)") == 4  # a column and a list of bars each
-    assert "t=8 (trained exact)" in picture.read_text(encoding="utf-8")
+    assert shown.count("quartic (trained exact)") == 4  # a column and a list of bars each
+    assert "quartic (trained exact)" in picture.read_text(encoding="utf-8")
     assert "<svg" in picture.read_text(encoding="utf-8")
 
 
@@ -164,22 +164,26 @@ def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.Captur
 
 
 def test_every_prediction_names_its_kernel(capsys: pytest.CaptureFixture[str]):
-    """t=8 and a kernel of the model's own are half as many bytes again apart: a figure without t says little."""
+    """Softmaxes differ by half the bytes: a figure that does not say which one says little."""
     import entropi
 
     exact = entropi.cost(entropi.EntropiConfig(), 128).prediction
     own = entropi.cost(entropi.EntropiConfig(softmax="power-3"), 128).prediction
     squares = entropi.cost(entropi.EntropiConfig(softmax="polynomial-1"), 128).prediction
-    assert exact.kernel == "softmax kernel t=8 for a model trained with the exact softmax"
+    assert exact.kernel == "quartic exponential for a model trained with the exact softmax"
     assert own.kernel == "softmax kernel t=3, the model's own"
     assert squares.kernel == "polynomial kernel t=1, the model's own"
-    assert (exact.kernel_label, own.kernel_label) == ("t=8 (trained exact)", "t=3 (its own)")
+    assert (exact.kernel_label, own.kernel_label) == ("quartic (trained exact)", "t=3 (its own)")
     older = msgspec.structs.replace(exact, own_kernel=None)
-    assert (older.kernel, older.kernel_label) == ("softmax kernel t=8", "t=8")
+    assert (older.kernel, older.kernel_label) == ("quartic exponential", "quartic")
     sizes = ["--seq-len", "16", "--network", "lan"]
     assert main(["cost", "--architecture", "SM", *sizes]) == 0
     shown = capsys.readouterr().out
-    for part in ("softmax kernel t=8 for a model", "by operation, t=8 (trained", "in all; t=8 (trained exact)"):
+    for part in (
+        "quartic exponential for a model",
+        "by operation, quartic (trained",
+        "in all; quartic (trained exact)",
+    ):
         assert part in shown
 
 

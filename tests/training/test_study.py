@@ -354,9 +354,9 @@ def test_a_row_is_priced_also_where_every_run_diverged(written: tuple[Path, Path
     row = summarise("base", {}, found, folder)
     assert row.perplexity.n == 0
     assert row.predicted_bytes == whole.predicted_bytes is not None
-    assert row.predicted_kernel == whole.predicted_kernel == "t=8 (trained exact)"
+    assert row.predicted_kernel == whole.predicted_kernel == "quartic (trained exact)"
     table = tables(StudyResult("study", [], [row], []))[0]
-    assert f"{row.predicted_bytes / 1e6:,.1f}, t=8 (trained exact)" in table.rows[0]
+    assert f"{row.predicted_bytes / 1e6:,.1f}, quartic (trained exact)" in table.rows[0]
     assert (row.nonlinear, row.ffn_flops, row.folded_ffn_flops) == (
         whole.nonlinear,
         whole.ffn_flops,

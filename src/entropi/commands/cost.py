@@ -16,7 +16,7 @@ from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
-from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_of_model
+from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_for_exact, parse_of_model
 
 
 def run(
@@ -63,8 +63,8 @@ def run(
         protocol: cheetah (two parties), semi2k (two and a trusted dealer) or aby3 (three parties)
         network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
         embedding: token table private to the server, or public
-        softmax: power-1 to power-8, what is evaluated for models that were trained with the exact softmax, by default
-            power-8; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with which a model
+        softmax: quartic or power-1 to power-8, what is evaluated for models that were trained with the exact softmax,
+            by default quartic; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with which a model
             has to be trained
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
@@ -166,10 +166,14 @@ def _refuse_other_softmax(shapes: Sequence[tuple[str, Shape]], asked: str | None
 
 def _softmax(asked: str | None) -> tuple[str, str]:
     """What stands for the exact softmax in private, and what architectures by name are trained with."""
-    form = SoftmaxForm.parse(USUAL_FOR_EXACT) if asked is None else parse_of_model(asked)
+    if asked is None:
+        return USUAL_FOR_EXACT, "exact"
+    form = SoftmaxForm.parse(asked)
     if form.exact:
-        raise UserError("--softmax exact has no private counterpart: say which power stands for it, such as power-8")
-    return (str(form), "exact") if form.stands_for_exact else (USUAL_FOR_EXACT, str(form))
+        raise UserError("--softmax exact has no private counterpart: say what stands for it, such as quartic")
+    if form.stands_for_exact:
+        return str(parse_for_exact(asked)), "exact"
+    return USUAL_FOR_EXACT, str(parse_of_model(asked))
 
 
 def _base(asked: Mapping[str, Any], seq_len: int, trained_with: str) -> Shape:

@@ -91,8 +91,8 @@ def run(
         choices: how many tokens top_k reveals, 1 to 16
         round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
         embedding: public gives the token embeddings to every client and saves their part of the computation
-        softmax: what is evaluated for a model trained with the exact softmax, power-1 to power-8, (1 + x/2^t)^(2^t):
-            the larger t, the more bytes and the less error; other models bring their own
+        softmax: what is evaluated for a model trained with the exact softmax: quartic, right to 0.0002, or power-1 to
+            power-8, (1 + x/2^t)^(2^t), the larger t, the more bytes and the less error; other models bring their own
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
             otherwise checked, and refused with the numbers if values could overflow or get lost
         self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in

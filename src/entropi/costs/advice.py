@@ -113,8 +113,8 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         words = "training with squares of logits as attention weights (polynomial, t=1)"
         yield words, replace(shape, softmax="polynomial-1"), options
         served = SoftmaxForm.parse(options.exact_softmax_as) if shape.softmax_form.exact else shape.softmax_form
-        if served.kind == "power" and served.iterations > 2:
-            words = f"training with the softmax kernel t=2 in place of t={served.iterations}"
+        if served.kind == "quartic" or (served.kind == "power" and served.iterations > 2):
+            words = f"training with the softmax kernel t=2 in place of {served.words}"
             yield words, replace(shape, softmax="power-2"), options
 
     if options.embedding == "private":

@@ -69,7 +69,7 @@ def make_report(costs: CostModel, shape: Shape, seq_len: int, name: str, *, advi
 def cost(config: Any, seq_len: int, protocol: ProtocolName = "cheetah", network: str = "wan") -> CostReport:
     """What a model costs for a prompt of `seq_len` tokens; nothing is run.
 
-    The prediction is for the model's own softmax; for a model that is trained with the exact one for "power-8", which
+    The prediction is for the model's own softmax; for a model that is trained with the exact one for "quartic", which
     stands for it in private. `prediction.softmax` and `prediction.kernel` say which.
 
     Args:

@@ -22,7 +22,7 @@ from entropi.entropy import native
 from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.operators import COMPILED_KINDS
 from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward
-from entropi.softmax import EXACT, KINDS, SoftmaxForm
+from entropi.softmax import EXACT, KINDS, SoftmaxForm, parse_of_attention
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
 MASKED = -1.0e30
@@ -83,7 +83,7 @@ def entropy_attention(
     """
     _check_shapes(query, key, value, enable_gqa)
     query, key, value = _of_one_kind(query, key, value)
-    softmax = SoftmaxForm.parse(softmax)
+    softmax = parse_of_attention(softmax)
     _check_form(softmax, softcap, sinks)
     if attn_mask is not None:
         attn_mask = _four_dimensions(attn_mask, query, key)

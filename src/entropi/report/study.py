@@ -160,7 +160,7 @@ def _costs(rows: Sequence[StudyRow]) -> Table:
         "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
         "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
         "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
-        "many tokens, both directions; models trained with the exact softmax are served with the kernel t=8, "
+        "many tokens, both directions; models trained with the exact softmax are served with the quartic exponential, "
         "others with their own."
     )
     head = [

@@ -8,7 +8,7 @@ import msgspec
 
 from entropi.activations import folded_names, known_activation
 from entropi.errors import UserError
-from entropi.softmax import SoftmaxForm, parse_of_model
+from entropi.softmax import SoftmaxForm, parse_for_exact, parse_of_model
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -89,7 +89,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     def computed_softmax(self, exact_softmax_as: str) -> SoftmaxForm:
         """What private inference evaluates: the model's own softmax, or `exact_softmax_as` in an exact one's place."""
-        return SoftmaxForm.parse(exact_softmax_as) if self.softmax_form.exact else self.softmax_form
+        return parse_for_exact(exact_softmax_as) if self.softmax_form.exact else self.softmax_form
 
     @property
     def head_size(self) -> int:

@@ -37,6 +37,7 @@ from entropi.private.compute.attention import (
 from entropi.private.compute.description import Description, Embedding, Output
 from entropi.private.compute.embedding import add_positions, embed, lower, pair_products, pair_shift, separate
 from entropi.private.compute.functions import (
+    exp_by_quartic,
     exp_of_nonpositive,
     reciprocal,
     times_matrix,
@@ -91,7 +92,7 @@ def forward(
     "tokens_out" `(1,)` alone. With `logit_bits` b these logits are whole numbers, 2^b times the logits, rounded.
     With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of
     all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax is the
-    model's own, or the power `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
+    model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -171,7 +172,8 @@ def attention_stages(
         yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
     else:
         yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
-        exponential = partial(exp_of_nonpositive, iterations=softmax.iterations)
+        power = partial(exp_of_nonpositive, iterations=softmax.iterations)
+        exponential = exp_by_quartic if softmax.kind == "quartic" else power
         exact = jnp.exp if model.softmax_form.exact else None
         yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
 
