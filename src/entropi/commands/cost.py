@@ -64,8 +64,8 @@ def run(
         network: lan (1 Gbit/s, 0.5 ms), wan (100 Mbit/s, 80 ms), or a rate and a round trip such as 300Mbps,20ms
         embedding: token table private to the server, or public
         softmax: quartic or power-1 to power-8, what is evaluated for models that were trained with the exact softmax,
-            by default quartic; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with which a model
-            has to be trained
+            by default quartic; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with
+            which a model has to be trained
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
