@@ -35,6 +35,22 @@ VARIANTS = {
     "spectral norm": dict(architecture="SM+SNorm(QKVO+FFN)+ScFFN"),
     "gain of spectral norms": dict(architecture="SM+SNorm(QKVO+FFN)+R", spectral_gain=True, bias="all"),
     "log-length": dict(architecture="SM(t)+ScFuFFN", log_length_scaling=True, num_key_value_heads=2),
+    "norms and widths of heads": dict(
+        architecture="SM+RMS+SwiGLU",
+        position_embedding="rotary",
+        num_key_value_heads=2,
+        query_key_norm=True,
+        head_width=10,
+        bias="qkv",
+    ),
+    "norms of branches": dict(
+        architecture="SM+RMS+GeGLU",
+        position_embedding="rotary",
+        rotary_frequencies=[[1.0, 0.1, 0.01], [0.3, 0.2, 0.0]],
+        rotary_layers=[0, 1, 0],
+        branch_norm=True,
+        embedding_scale=4.9,
+    ),
     "temperature by head": dict(
         architecture="SM(t)+ScFuFFN", temperature_granularity="head", temperature_parametrization="exp"
     ),

@@ -22,6 +22,15 @@ VARIANTS = {
     "parallel residual": dict(parallel_residual=True, bias="all"),
     "no final norm": dict(final_norm=False, tie_word_embeddings=False),
     "polynomial": dict(polynomial=True, exp_iterations=1, position_embedding="rotary"),
+    "norms of queries and keys, wide heads, scaled embeddings": dict(
+        query_key_norm=True, head_width=12, num_key_value_heads=2, bias="attention", embedding_scale=3.0
+    ),
+    "rotary frequencies by layer": dict(
+        position_embedding="rotary",
+        rotary_fraction=0.5,
+        rotary_frequencies=[[1.0, 0.1], [0.5, 0.0]],
+        rotary_layers=[0, 1, 0],
+    ),
 }
 KERNEL = 4
 
@@ -59,6 +68,13 @@ def test_logits_of_the_private_program_are_the_models(architecture):
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+RMS+Bilinear", "SM+LeakyR", "SM(t)+ScFuFFN"])
 def test_options_of_the_model(architecture, options):
     for ours, theirs in compare(make_model(architecture, **{"exp_iterations": KERNEL, **options}), exact=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["SM+RMS+GeGLU", "SM(t)+RMS+G"])
+def test_norms_of_branches(architecture):
+    options = dict(branch_norm=True, query_key_norm=True, bias="all", exp_iterations=KERNEL)
+    for ours, theirs in compare(make_model(architecture, **options), exact=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 

@@ -93,6 +93,7 @@ SIMULATED = {
     "square": {},
     "llama": {},
     "gpt-neox": {},
+    "gemma3": {},
     "parallel, no norm": {},
 }
 

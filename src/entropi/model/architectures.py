@@ -43,6 +43,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "Square": Activation("square", "squared activations"),
     "Bilinear": Activation("bilinear", "bilinear feed-forward networks", gated=True),
     "SwiGLU": Activation("swiglu", "SwiGLU feed-forward networks", gated=True),
+    "GeGLU": Activation("geglu", "GeGLU feed-forward networks", gated=True),
 }
 
 
@@ -154,6 +155,7 @@ FURTHER_ARCHITECTURES = (
     "SM+RMS+Bilinear",
     "SM+Bilinear",
     "SM+RMS+SwiGLU",
+    "SM+RMS+GeGLU",
     "SM(t)+LN+G",
     "SM(t)+RMS+LeakyR",
     "SM(t)+ScFFN",

@@ -11,6 +11,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Norm: TypeAlias = Literal["none", "rms", "layer"]
 Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
+RotarySet: TypeAlias = Annotated[list[Annotated[float, msgspec.Meta(ge=0, le=1e3)]], msgspec.Meta(max_length=1024)]
 
 LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
 # By the polynomial kernel a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
@@ -18,7 +19,14 @@ LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than th
 MIDDLE_WEIGHT, MEAN_WEIGHT_BITS = 32.0, 8
 
 # What may stand between the two feed-forward matrices, and whether it multiplies two halves of what the first computes.
-ACTIVATIONS: dict[str, bool] = {"relu": False, "gelu": False, "square": False, "bilinear": True, "swiglu": True}
+ACTIVATIONS: dict[str, bool] = {
+    "relu": False,
+    "gelu": False,
+    "square": False,
+    "bilinear": True,
+    "swiglu": True,
+    "geglu": True,
+}
 
 
 class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -51,10 +59,16 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
     polynomial: bool = False  # the kernel is a power of the logits and private offsets, with no maximum
     log_length: bool = False  # q is scaled by log(n) / log(positions), n the keys that its row sees
+    head_width: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0  # 0: hidden_size / heads
+    query_key_norm: bool = False  # rows of q and k are divided by their root mean square, before they rotate
+    branch_norm: bool = False  # what attention and FFN add to the state is divided by its root mean square
+    # Angles a position by pair of rotating columns, in sets, and the set of each layer; without, powers of rotary_base.
+    rotary_frequencies: Annotated[list[RotarySet], msgspec.Meta(max_length=8)] = []
+    rotary_layers: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=7)]], msgspec.Meta(max_length=256)] = []
 
     def __post_init__(self) -> None:
         problems = []
-        if self.hidden_size % self.heads:
+        if not self.head_width and self.hidden_size % self.heads:
             problems.append(f"hidden_size {self.hidden_size} is not a multiple of {self.heads} heads")
         if self.heads % self.key_value_heads:
             problems.append(f"{self.heads} heads are not a multiple of {self.key_value_heads} key_value_heads")
@@ -69,36 +83,63 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         if self.log_length and self.positions < 2:
             problems.append("log_length needs at least 2 positions")
         rotary = self.position_embedding == "rotary"
-        if self.rotary_dimensions % 2 or self.rotary_dimensions > self.hidden_size // self.heads:
+        if self.rotary_dimensions % 2 or self.rotary_dimensions > self.head_size:
             problems.append(f"rotary_dimensions {self.rotary_dimensions} are odd or more than a head has")
         if rotary != (self.rotary_dimensions > 0):
             problems.append(f"rotary_dimensions are {self.rotary_dimensions} with {self.position_embedding} positions")
+        if self.rotary_frequencies:
+            if any(2 * len(one) != self.rotary_dimensions for one in self.rotary_frequencies):
+                problems.append(f"rotary_frequencies are not {self.rotary_dimensions // 2} a set")
+            if len(self.rotary_layers) != self.layers or max(self.rotary_layers) >= len(self.rotary_frequencies):
+                problems.append(f"rotary_layers do not name one of rotary_frequencies for each of {self.layers} layers")
+        elif self.rotary_layers:
+            problems.append("rotary_layers name no rotary_frequencies")
+        if self.branch_norm and (self.norm != "rms" or self.activation == "identity" or self.explicit_ffn):
+            problems.append("branch_norm needs the norm rms, an activation, and no explicit_ffn")
         if problems:
             raise ValueError("; ".join(problems))
 
     @property
     def head_size(self) -> int:
         """k, the width of a head."""
-        return self.hidden_size // self.heads
+        return self.head_width or self.hidden_size // self.heads
+
+    @property
+    def query_size(self) -> int:
+        """H k, the width of all heads side by side."""
+        return self.heads * self.head_size
+
+    def frequencies(self, layer: int) -> list[float]:
+        """Angle a position of every pair of rotating columns in a layer."""
+        if self.rotary_frequencies:
+            return self.rotary_frequencies[self.rotary_layers[layer]]
+        turning = self.rotary_dimensions
+        return [self.rotary_base ** (-j / turning) for j in range(0, turning, 2)]
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the server's weights; the client needs them to hold its empty shares."""
+        """Shapes of the server's weights; the client needs them to hold its empty shares.
+
+        Before a norm whose gain folding multiplied into the matrix, the matrix also stands without it: the gained rows
+        are divided by the root mean square of the plain ones.
+        """
         d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
-        joint = d + 2 * self.key_value_heads * self.head_size
+        q, k = self.query_size, self.key_value_heads * self.head_size
+        joint = q + 2 * k + (q + k if self.query_key_norm else 0)
+        written = 2 * d if self.branch_norm else d
         up = 2 * m if ACTIVATIONS.get(self.activation) else m
         shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
         if self.position_embedding == "learned":
             shapes["positions"] = (self.positions, d)
         for layer in range(self.layers):
             shapes[f"{layer}.qkv"], shapes[f"{layer}.qkv_bias"] = (d, joint), (joint,)
-            shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (d, d), (d,)
+            shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (q, written), (written,)
             if self.temperature:
                 shapes[f"{layer}.inverse_temperature"] = (self.heads, self.positions)
             if self.polynomial:
                 shapes[f"{layer}.offset"] = (self.heads, self.positions)
             if self.activation != "identity":
                 shapes[f"{layer}.up"], shapes[f"{layer}.up_bias"] = (d, up), (up,)
-                shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, d), (d,)
+                shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, written), (written,)
             if layer in self.explicit_ffn:
                 shapes[f"{layer}.ffn"], shapes[f"{layer}.ffn_bias"] = (d, d), (d,)
         if self.centre:
