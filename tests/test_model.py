@@ -452,7 +452,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         "'Q' is unknown; legal are SM or SM(t); then at most one of +LN",
         "hidden_size 10 is not a multiple of num_attention_heads 3",
         "num_attention_heads 3 is not a multiple of num_key_value_heads 2",
-        "bias must be 'qk', 'all' or 'none', got 'some'",
+        "bias must be 'qk', 'qkv', 'attention', 'ffn', 'all' or 'none', got 'some'",
         "exp_iterations must be 1 to 8",
         "leaky_slope must be between 0",
         "rotary_fraction 0.4 of 3 columns a head is 1.2",

@@ -145,7 +145,7 @@ def family_of(model_type: object) -> Family:
             "no conversion"
         )
     family: Any = import_module(f"{families.__name__}.{model_type}")
-    return family  # type: ignore[no-any-return]
+    return family
 
 
 def options_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], Given]:

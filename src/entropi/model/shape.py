@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
 from entropi.model.convert import options_of
+from entropi.model.gguf import configuration_of, is_gguf
 
 FOLDED_FORMAT = 2
 # Which linear layers have a bias, by the value of the option `bias`; "ffn" are those of the feed-forward network.
@@ -163,11 +165,13 @@ def expected_description(config: Any) -> dict[str, Any]:
 
 
 def read_shape(path: Path) -> Shape:
-    """The shape of a model from its `config.json`, or of the folder that holds it.
+    """The shape of a model from its `config.json`, from the folder that holds it, or from a GGUF file.
 
     Raises:
         UserError: no such file, not JSON, another family, or an option that private inference does not have.
     """
+    if is_gguf(path):
+        return shape_of(configuration_of(path))
     file = next((p for p in (path / "config.json", path / "model" / "config.json") if p.is_file()), path)
     try:
         config = json.loads(file.read_bytes())
@@ -178,7 +182,7 @@ def read_shape(path: Path) -> Shape:
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no configuration of a model")
     try:
-        return _shape_of(config)
+        return shape_of(config)
     except KeyError as error:
         raise UserError(f"{file} lacks {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -187,8 +191,13 @@ def read_shape(path: Path) -> Shape:
         raise UserError(f"{file} has a value of the wrong kind: {error}") from None
 
 
-def _shape_of(config: dict[str, Any]) -> Shape:
-    """The shape of a configuration of this family or of another."""
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape of a configuration of this family or of another.
+
+    Raises:
+        UserError: an unknown family, or an option that private inference does not have.
+        KeyError: a field that has no default is missing.
+    """
     if config.get("model_type") != "entropi":
         config, _ = options_of(config)
     return Shape(**{name: config[name] for name in Shape.__dataclass_fields__ if config.get(name) is not None})

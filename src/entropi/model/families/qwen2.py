@@ -17,11 +17,10 @@ def options(given: Given) -> dict[str, Any]:
 
 def windowed(given: Given, found: dict[str, Any]) -> dict[str, Any]:
     """With the context cut to the sliding window, where some layers have one."""
-    window = given("sliding_window", 4096) if given("use_sliding_window", False) else None
-    layers = found["num_hidden_layers"]
-    slides = max(layers - given("max_window_layers", 28), 0)
+    window, layers = given("sliding_window", 4096), found["num_hidden_layers"]
+    sliding = layers - given("max_window_layers", 28)
     if (types := given("layer_types", None)) is not None:
-        slides = types.count("sliding_attention")
-    if slides:
+        sliding = types.count("sliding_attention")
+    if given("use_sliding_window", False) and sliding > 0:
         found["max_position_embeddings"] = cut_to_window(given, found["max_position_embeddings"], window)
     return found
