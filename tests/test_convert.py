@@ -250,11 +250,23 @@ def test_commands_take_a_folder_as_it_is(entropi, surroundings, folder, corpus, 
     assert json.loads((tmp_path / "folded" / "folded.json").read_text())["key_value_heads"] == 2
 
 
+@pytest.mark.parametrize("name", ["Gemma 3", "Qwen2", "Qwen3", "GPT-NeoX"])
+def test_the_price_of_every_option(entropi, surroundings, tmp_path, name):
+    pytest.importorskip("jax")
+    configuration(name).save_pretrained(tmp_path)
+    done = entropi("cost", "--architecture", tmp_path, "--seq-len", 8)
+    assert done.status == 0, done.err
+    assert ("--bias qkv" in done.out) == (name == "Qwen2")  # heads of their own width and the like have no option
+
+
 def test_too_little_memory_is_told_before_anything_is_loaded(entropi, surroundings, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "available_memory", lambda: 100_000)
+    count = random_model(configuration("Llama")).num_parameters()
     (folder / "model.safetensors").write_bytes(b"")  # nobody reads it
-    message = "parameters, and converting it takes 0.0 GB of memory: 0.0 GB are left on this machine"
+    left, has = "0.0001 GB are left on this machine", f"has {count:,} parameters, and"
+    message = f"{has} converting it takes {9 * count / 1e9:.2g} GB of memory: {left}"
     assert_refused(entropi("convert", folder, tmp_path / "ours"), message)
+    assert_refused(entropi("fold", folder, tmp_path / "ours"), f"{has} folding it takes 0.0004", left)
     assert not (tmp_path / "ours").exists()
 
 

@@ -31,7 +31,7 @@ def run(
     key_value_heads: int | None = None,
     vocab_size: int | None = None,
     position_embedding: Literal["learned", "rotary"] | None = None,
-    bias: Literal["qk", "all", "none"] | None = None,
+    bias: Literal["qk", "qkv", "attention", "ffn", "all", "none"] | None = None,
     protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",

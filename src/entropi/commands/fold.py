@@ -20,8 +20,9 @@ def run(model: str, output: Path) -> None:
     path = on_disk(model)
     refuse_unknown_families(path)
     from entropi.model.folding import fold
-    from entropi.training.loading import open_model
+    from entropi.training.loading import check_memory_for_folding, open_model
 
+    check_memory_for_folding(path)
     loaded, tokenizer, folder = open_model(path)
     folded = fold(loaded)
     folded.save(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,21 @@ def configuration_of(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as `source_of`, or an architecture that transformers does not read.
     """
+    folder, options = source_of(path)
+    status = path.stat()
+    return dict(_configuration_of(folder, options["gguf_file"], status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _configuration_of(folder: Path, name: str, size: int, changed: int) -> dict[str, Any]:
+    """`configuration_of` a file as it is now, read once: its vocabulary takes transformers many seconds."""
     from transformers import AutoConfig
 
-    folder, options = source_of(path)
     try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True, **options).to_dict()
+        found: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True, gguf_file=name).to_dict()
     except Exception as error:  # whatever its parsers raise; the user needs the file and the reason
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{path} cannot be read: {reason}") from None
+        raise UserError(f"{folder / name} cannot be read: {reason}") from None
     found.pop("quantization_config", None)
     return found
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from entropi import record_files, records
 from entropi.console import ProgressLine
-from entropi.costs.operations import parameters
+from entropi.costs.operations import folded_parameters, parameters
 from entropi.data.corpus import STDLIB, as_shown
 from entropi.data.hub import NAMED
 from entropi.data.prepare import heldout_blocks, is_plain_text
@@ -28,7 +28,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.convert import Weights
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.gguf import configuration_of, is_gguf, source_of
-from entropi.model.shape import shape_of
+from entropi.model.shape import read_shape, shape_of
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 
@@ -172,7 +172,8 @@ def open_converted(path: Path) -> Converted:
     """
     path = model_folder(path)
     values = configuration_of(path) if is_gguf(path) else _configuration(path)
-    _check_memory(path, parameters(shape_of(values)))
+    count = parameters(shape_of(values))
+    _check_memory(path, count, count * CONVERSION_BYTES, "converting")
     theirs, tokenizer = _open_foreign(path, strict=True)
     notes, generation = list[str](), theirs.generation_config
     stored = values.get("dtype") or values.get("torch_dtype")
@@ -197,13 +198,25 @@ def _configuration(folder: Path) -> dict[str, Any]:
         raise UserError(f"the model in {folder} cannot be opened: {reason}") from None
 
 
-def _check_memory(path: Path, count: int) -> None:
-    """Raise `UserError` where a model of so many parameters cannot be converted in the memory that is left."""
-    need, left = count * CONVERSION_BYTES, available_memory()
+def check_memory_for_folding(path: Path) -> None:
+    """Raise `UserError` where a model cannot be folded in the memory that is left, before it is opened.
+
+    It is held in float32, what is folded in float64, and that as the float32 numbers that are written.
+    """
+    try:
+        shape = read_shape(path)
+        count, folded = parameters(shape), folded_parameters(shape)
+    except UserError:
+        return  # whoever opens it says what is wrong
+    _check_memory(path, count, 4 * count + 12 * folded, "folding")
+
+
+def _check_memory(path: Path, count: int, need: int, doing: str) -> None:
+    left = available_memory()
     if left is not None and need > left:
         raise UserError(
-            f"the model in {path} has {count:,} parameters, and converting it takes {need / 1e9:.1f} GB of memory: "
-            f"{left / 1e9:.1f} GB are left on this machine"
+            f"the model in {path} has {count:,} parameters, and {doing} it takes {need / 1e9:.2g} GB of memory: "
+            f"{left / 1e9:.2g} GB are left on this machine"
         )
 
 
