@@ -35,7 +35,7 @@ def make_step(
     config = GPT2Config(n_positions=length, use_cache=False, **no_dropout, **(sizes or {}))
     model: torch.nn.Module = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
     if name == "entropi":
-        ours = EntropiForCausalLM.from_gpt2(model)
+        ours = EntropiForCausalLM.from_transformers(model)
         ours.entropy_regularizer, ours.entropy_weight = EntropyRegularizer(config.n_layer, config.n_head), 1e-5
         model = ours
     model.to(device).train()

@@ -95,6 +95,14 @@ def smollm2():
     return smollm2()
 
 
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of that model."""
+    from pretrained import weights_file
+
+    return weights_file()
+
+
 # --- The command line -------------------------------------------------------------------------------------------------
 
 

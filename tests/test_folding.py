@@ -28,6 +28,16 @@ VARIANTS = {
     "log-length": dict(log_length_scaling=True),
     "log-length, polynomial": dict(log_length_scaling=True, softmax="polynomial-1"),
     "wide and untied": dict(intermediate_size=40, tie_word_embeddings=False),
+    "heads of their own width": dict(head_width=10, num_key_value_heads=2, bias="attention"),
+    "norms of queries and keys": dict(query_key_norm=True, num_key_value_heads=2, bias="qkv"),
+    "norms of queries and keys, polynomial": dict(query_key_norm=True, softmax="polynomial-1"),
+    "scaled embeddings": dict(embedding_scale=5.0),
+    "rotary frequencies by layer": dict(
+        position_embedding="rotary",
+        rotary_frequencies=[[1.0, 0.3, 0.01], [0.7, 0.2, 0.0]],
+        rotary_layers=[1, 0, 1],
+        query_key_norm=True,
+    ),
 }
 
 
@@ -45,7 +55,8 @@ def interpret(description, weights, ids):
     """Logits `(T, V)` of a folded model in NumPy, float64, written from the description of the format alone."""
     d = description
     heads, groups = d["heads"], d["key_value_heads"]
-    width = d["hidden_size"] // heads
+    width = d["head_width"]
+    own, shared = heads * width, groups * width
     length = len(ids)
 
     def norm(x, kind):
@@ -56,11 +67,14 @@ def interpret(description, weights, ids):
     def split(x):
         return x.reshape(length, -1, width).transpose(1, 0, 2)
 
-    def turn(x):
+    def turn(x, layer):
         r = d["rotary_dimensions"]
         if not r:
             return x
-        angle = np.arange(length)[:, None] * d["rotary_base"] ** (-np.arange(0, r, 2) / r)
+        frequencies = d["rotary_base"] ** (-np.arange(0, r, 2) / r)
+        if d["rotary_frequencies"]:
+            frequencies = np.array(d["rotary_frequencies"][d["rotary_layers"][layer]])
+        angle = np.arange(length)[:, None] * frequencies
         a, b, rest = x[..., : r // 2], x[..., r // 2 : r], x[..., r:]
         return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle), rest], -1)
 
@@ -78,6 +92,15 @@ def interpret(description, weights, ids):
             case "swiglu":
                 m = d["intermediate_size"]
                 return x[:, :m] / (1 + np.exp(-x[:, :m])) * x[:, m:]
+            case "geglu":
+                m = d["intermediate_size"]
+                return gelu(torch.from_numpy(x[:, :m]), approximate="tanh").numpy() * x[:, m:]
+
+    def by_rms_of_the_first(plain, gained):
+        return gained / np.sqrt((plain * plain).mean(-1, keepdims=True) + d["norm_epsilon"])
+
+    def branch(x):
+        return by_rms_of_the_first(*np.split(x, 2, axis=1)) if d["branch_norm"] else x
 
     x = weights["embedding"][ids]
     if d["position_embedding"] == "learned":
@@ -86,8 +109,14 @@ def interpret(description, weights, ids):
         w = {name.split(".", 1)[1]: value for name, value in weights.items() if name.startswith(f"{layer}.")}
         n = norm(x, d["norm"])
         joint = n @ w["qkv"] + w["qkv_bias"]
-        q, k, v = np.split(joint, [heads * width, (heads + groups) * width], axis=1)
-        q, k, v = turn(split(q)), turn(split(k)), split(v)
+        if d["query_key_norm"]:
+            q, plain_q, k, v, plain_k = np.split(joint, np.cumsum([own, own, shared, shared]), axis=1)
+            q = by_rms_of_the_first(split(plain_q), split(q))
+            k = by_rms_of_the_first(split(plain_k), split(k))
+        else:
+            q, k, v = np.split(joint, [own, own + shared], axis=1)
+            q, k = split(q), split(k)
+        q, k, v = turn(q, layer), turn(k, layer), split(v)
         k, v = np.repeat(k, heads // groups, axis=0), np.repeat(v, heads // groups, axis=0)
         if d["temperature"]:
             q = q * w["inverse_temperature"][:, :length, None]
@@ -107,7 +136,7 @@ def interpret(description, weights, ids):
         elif kind == "power":
             a = np.where(np.isfinite(s), (1 + np.maximum(s, -0.9 * n_steps) / n_steps) ** n_steps, 0.0)
         a = a / a.sum(-1, keepdims=True)
-        attended = (a @ v).transpose(1, 0, 2).reshape(length, -1) @ w["output"] + w["output_bias"]
+        attended = branch((a @ v).transpose(1, 0, 2).reshape(length, -1) @ w["output"] + w["output_bias"])
         if not d["parallel_residual"]:
             x = x + attended
             n = norm(x, d["norm"])
@@ -116,7 +145,7 @@ def interpret(description, weights, ids):
             linear = n @ w["ffn"] + w["ffn_bias"]
             new = linear if d["norm"] == "none" else x + linear
         if d["activation"] != "identity":
-            new = new + activation(n @ w["up"] + w["up_bias"]) @ w["down"] + w["down_bias"]
+            new = new + branch(activation(n @ w["up"] + w["up_bias"]) @ w["down"] + w["down_bias"])
         x = new + attended if d["parallel_residual"] else new
     if d["centre"]:
         x = x @ weights["centre"]
@@ -150,6 +179,12 @@ def test_every_architecture_folds_exactly(architecture):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_option_folds_exactly(architecture, variant):
     check(trained(architecture, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("architecture", ["SM+RMS+GeGLU", "SM+RMS+G", "SM(t)+RMS+Square"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_norms_of_branches_fold_exactly(architecture, parallel):
+    check(trained(architecture, branch_norm=True, parallel_residual=parallel, bias="all", head_width=8))
 
 
 @pytest.mark.parametrize("architecture", ["SM+LeakyR", "SM+ScFFN", "SM+LN", "SM(t)+RMS+LeakyR"])

@@ -338,7 +338,7 @@ def test_a_mask_with_four_dimensions_is_used_as_it_is():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=40, attn_implementation="eager")
     gpt2 = GPT2LMHeadModel(config).eval()
-    ours, ids = EntropiForCausalLM.from_gpt2(gpt2), tokens(2)
+    ours, ids = EntropiForCausalLM.from_transformers(gpt2), tokens(2)
     visible = torch.ones(17, 17).tril().bool().repeat(2, 4, 1, 1)
     visible[:, :2, :6, :6] = True
     with torch.no_grad():

@@ -135,6 +135,8 @@ def test_a_model_by_name(hub, entropi, tmp_path):
     done = entropi("evaluate", f"hf://somebody/tiny-gpt2@{commit}", "--corpus", "text", "--json")
     assert json.loads(done.stdout)["perplexity"] > 1, done.stderr
     assert not any("model.safetensors" in line for line in hub.log if line.startswith("GET"))  # it lies in the cache
+    done = entropi("evaluate", "somebody/tiny-gpt2", "--corpus", "text", "--json")
+    assert json.loads(done.stdout)["perplexity"] > 1, done.stderr
 
 
 @pytest.mark.slow
@@ -152,6 +154,8 @@ def test_the_cost_of_a_model_by_name(hub, entropi):
     [
         (("diagnose", "hf://somebody/else"), "the hub has no model somebody/else"),
         (("evaluate", "hf://somebody/tiny-gpt2@v2"), "somebody/tiny-gpt2 has no revision v2"),
+        (("evaluate", "somebody/else"), "there is no folder somebody/else, and as a name on the hub: the hub has no"),
+        (("convert", "hf://somebody/tiny-gpt2/weights.gguf", "out"), "somebody/tiny-gpt2 has no file weights.gguf"),
         (("diagnose", f"hf://{TOKENIZER}"), "holds no model: config.json is missing"),
         (("train", "run", "--corpus", "codeparrot", "--tokenizer", "nobody/none"), "cannot read the tokenizer"),
     ],
@@ -169,7 +173,12 @@ def test_what_is_no_name(name):
         on_disk(name)
 
 
-def test_paths_are_no_names(tmp_path):
-    assert on_disk("runs/mine") == Path("runs/mine")  # whether or not it exists: nobody is asked
+def test_paths_are_no_names(tmp_path, monkeypatch):
+    """Whether or not they exist: nobody is asked, unless a word can be nothing but a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/mine", "./runs/mine", "./a/b", "a/b/c", "mine", str(tmp_path / "a"), "a/model.gguf", "~/a"):
+        assert on_disk(path) == Path(path)
     assert name_of("hf://openai-community/gpt2@main") == "gpt2"
     assert name_of(str(tmp_path / "run")) == "run"
+    assert name_of("hf://a/b/c.Q4_1.gguf@main") == name_of("x/c.Q4_1.gguf") == "c.Q4_1"

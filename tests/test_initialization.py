@@ -63,6 +63,26 @@ def test_standard_deviations(architecture, initialization, way):
     check(model, deviation, deviation / math.sqrt(10) if initialization == "depth_scaled" else deviation)
 
 
+@pytest.mark.parametrize("way", ["constructor", "from_config"])
+@pytest.mark.parametrize("initialization", ["depth_scaled", "plain"])
+def test_heads_of_their_own_width_and_norms_of_heads_and_branches(initialization, way):
+    config = configuration(
+        "SM+RMS+GeGLU",
+        initialization=initialization,
+        head_width=40,
+        query_key_norm=True,
+        branch_norm=True,
+        embedding_scale=8.0,
+        bias="attention",
+    )
+    model = EntropiForCausalLM(config) if way == "constructor" else AutoModelForCausalLM.from_config(config)
+    deviation = 0.02 * math.sqrt(768 / 64)
+    check(model, deviation, deviation / math.sqrt(10) if initialization == "depth_scaled" else deviation)
+    gains = {name: p for name, p in model.named_parameters() if "norm" in name}
+    assert len(gains) == 6 * 5 + 1
+    assert all((gain == 1).all() for gain in gains.values())
+
+
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+WNorm(QKVO+FFN)", "SM+SNorm(QKVO+FFN)"])
 def test_the_deviation_can_be_given(architecture):
     check(EntropiForCausalLM(configuration(architecture, initializer_range=0.1)), 0.1, 0.1 / math.sqrt(10))

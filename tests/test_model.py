@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from entropi.errors import UserError
 from entropi.model.architectures import (
@@ -35,6 +35,22 @@ VARIANTS = {
     "spectral norm": dict(architecture="SM+SNorm(QKVO+FFN)+ScFFN"),
     "gain of spectral norms": dict(architecture="SM+SNorm(QKVO+FFN)+R", spectral_gain=True, bias="all"),
     "log-length": dict(architecture="SM(t)+ScFuFFN", log_length_scaling=True, num_key_value_heads=2),
+    "norms and widths of heads": dict(
+        architecture="SM+RMS+SwiGLU",
+        position_embedding="rotary",
+        num_key_value_heads=2,
+        query_key_norm=True,
+        head_width=10,
+        bias="qkv",
+    ),
+    "norms of branches": dict(
+        architecture="SM+RMS+GeGLU",
+        position_embedding="rotary",
+        rotary_frequencies=[[1.0, 0.1, 0.01], [0.3, 0.2, 0.0]],
+        rotary_layers=[0, 1, 0],
+        branch_norm=True,
+        embedding_scale=4.9,
+    ),
     "temperature by head": dict(
         architecture="SM(t)+ScFuFFN", temperature_granularity="head", temperature_parametrization="exp"
     ),
@@ -60,73 +76,17 @@ def tokens(batch=2, length=17, seed=1):
     return torch.randint(0, SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def test_gpt2_weights_give_gpt2_logits():
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_embd=48, n_layer=4, n_head=4, n_positions=64)
-    gpt2 = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for name, parameter in gpt2.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and gains off their initial 0 and 1
-    ours = EntropiForCausalLM.from_gpt2(gpt2)
-    ids = torch.randint(0, 97, (3, 64))
-    with torch.no_grad():
-        difference = (ours(ids).logits - gpt2(ids).logits).abs().max()
-    assert difference < 1e-4
-    assert ours.lm_head.weight.data_ptr() == ours.model.token_embedding.weight.data_ptr()
-
-
 def test_gpt2_entropies_are_those_of_its_attention_weights():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64, attn_implementation="eager")
     gpt2 = GPT2LMHeadModel(config).eval()
-    ours = EntropiForCausalLM.from_gpt2(gpt2)
+    ours = EntropiForCausalLM.from_transformers(gpt2)
     ids = torch.randint(0, 97, (2, 33))
     with torch.no_grad():
         weights = gpt2(ids, output_attentions=True).attentions
         entropies = ours(ids).entropies
     for theirs, got in zip(weights, entropies):
         torch.testing.assert_close(got, torch.special.entr(theirs).sum(-1), atol=2e-6, rtol=1e-5)
-
-
-def test_gpt2_options_we_lack_are_refused():
-    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(UserError, match="scales"):
-        EntropiForCausalLM.from_gpt2(GPT2LMHeadModel(config))
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-@pytest.mark.parametrize("fraction", [0.25, 1.0])
-def test_gpt_neox_weights_give_gpt_neox_logits(parallel, fraction):
-    """Pythia's shape: rotary positions over a part of every head, parallel residual, a head of its own."""
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        use_parallel_residual=parallel,
-        rotary_pct=fraction,
-    )
-    neox = GPTNeoXForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in neox.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours = EntropiForCausalLM.from_gpt_neox(neox)
-    assert ours.config.rotary_dimensions == 16 * fraction
-    ids = torch.randint(0, 97, (3, 64))
-    with torch.no_grad():
-        expected = neox(ids).logits
-        assert (ours(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_gpt_neox_options_we_lack_are_refused():
-    config = GPTNeoXConfig(
-        vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, attention_bias=False
-    )
-    with pytest.raises(UserError, match="without biases"):
-        EntropiForCausalLM.from_gpt_neox(GPTNeoXForCausalLM(config))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -446,7 +406,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         "'Q' is unknown; legal are SM or SM(t); then at most one of +LN",
         "hidden_size 10 is not a multiple of num_attention_heads 3",
         "num_attention_heads 3 is not a multiple of num_key_value_heads 2",
-        "bias must be 'qk', 'all' or 'none', got 'some'",
+        "bias must be 'qk', 'qkv', 'attention', 'ffn', 'all' or 'none', got 'some'",
         "softmax must be exact, power-1 to power-8",
         "leaky_slope must be between 0",
         "rotary_fraction 0.4 of 3 columns a head is 1.2",

@@ -23,6 +23,15 @@ VARIANTS = {
     "parallel residual": dict(parallel_residual=True, bias="all"),
     "no final norm": dict(final_norm=False, tie_word_embeddings=False),
     "polynomial": dict(softmax="polynomial-1", position_embedding="rotary"),
+    "norms of queries and keys, wide heads, scaled embeddings": dict(
+        query_key_norm=True, head_width=12, num_key_value_heads=2, bias="attention", embedding_scale=3.0
+    ),
+    "rotary frequencies by layer": dict(
+        position_embedding="rotary",
+        rotary_fraction=0.5,
+        rotary_frequencies=[[1.0, 0.1], [0.5, 0.0]],
+        rotary_layers=[0, 1, 0],
+    ),
 }
 KERNEL = "power-4"
 
@@ -67,6 +76,13 @@ def test_options_of_the_model(architecture, options):
 def test_every_softmax_is_computed_on_both_sides(kind):
     form = SoftmaxForm(kind, min(2, KINDS[kind].most_in_models))
     for ours, theirs in compare(make_model("SM(t)+ScFuFFN", softmax=str(form)), exact=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["SM+RMS+GeGLU", "SM(t)+RMS+G"])
+def test_norms_of_branches(architecture):
+    options = dict(branch_norm=True, query_key_norm=True, bias="all", softmax=KERNEL)
+    for ours, theirs in compare(make_model(architecture, **options), exact=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 

@@ -102,6 +102,7 @@ SIMULATED = {
     "square": {},
     "llama": {},
     "gpt-neox": {},
+    "gemma3": {},
     "parallel, no norm": {},
 }
 

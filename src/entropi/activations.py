@@ -33,6 +33,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "Square": Activation("square", "squared activations"),
     "Bilinear": Activation("bilinear", "bilinear feed-forward networks", gated=True),
     "SwiGLU": Activation("swiglu", "SwiGLU feed-forward networks", gated=True),
+    "GeGLU": Activation("geglu", "GeGLU feed-forward networks", gated=True),
 }
 
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
 
 from command_line import TINY, Done, assert_refused
 from entropi.cli import main
-from entropi.data.tokenizer import END_OF_TEXT
 from entropi.training.loading import open_model
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -62,7 +60,7 @@ def garbage(path: Path) -> None:
     [
         ("config.json", garbage, "is damaged: config.json cannot be read"),
         ("config.json", lambda path: path.write_text("[]"), "is damaged: config.json cannot be read"),
-        ("config.json", edited(model_type="gpt2"), "is of type 'gpt2'; what can be "),
+        ("config.json", edited(model_type="gpt2"), "is damaged: lm_head.weight is missing"),
         ("config.json", edited(architecture="SM+X"), "unknown architecture 'SM+X': 'X' is unknown; legal are SM or "),
         ("config.json", edited(num_hidden_layers=3), "does not fit its config.json"),
         ("config.json", edited(num_hidden_layers=1), "does not fit its config.json"),
@@ -95,8 +93,6 @@ def test_damaged_models(
     words = {"evaluate": ["--corpus", corpus], "fold": [tmp_path / "out"], "serve": ["--listen", "127.0.0.1:0"]}
     if command == "serve":
         pytest.importorskip("spu")
-    if command == "evaluate" and "gpt2" in part:
-        part = "is damaged: lm_head.weight is missing"  # it evaluates a GPT-2 too, but this is none
     assert_refused(entropi(command, model, *words[command]), part)
 
 
@@ -199,41 +195,19 @@ def test_places_that_cannot_be_written(entropi: Callable[..., Done], trained: Pa
     assert_refused(entropi("ask", "x", "--record", tmp_path / "no"), "there is no run folder")
 
 
-@pytest.mark.parametrize("command", ["serve", "fold"])
-@pytest.mark.parametrize(
-    ("family", "way"),
-    [
-        ("llama", "of other families, GPT-2 and GPT-NeoX (Pythia) can become one"),
-        ("gpt2", "EntropiForCausalLM.from_gpt2(MODEL).save_pretrained(FOLDER), with its tokenizer.json copied"),
-        ("gpt_neox", "EntropiForCausalLM.from_gpt_neox(MODEL).save_pretrained(FOLDER)"),
-    ],
-)
-def test_a_model_of_another_family_is_told_the_way(
-    entropi: Callable[..., Done], tmp_path: Path, command: str, family: str, way: str
+@pytest.mark.parametrize("command", ["serve", "fold", "convert"])
+def test_a_model_of_an_unknown_family_is_told_the_known_ones(
+    entropi: Callable[..., Done], tmp_path: Path, command: str
 ):
     if command == "serve":
         pytest.importorskip("spu")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    words = {"serve": ["--listen", "127.0.0.1:0"], "fold": [tmp_path / "out"]}[command]
-    can = {"serve": "what can be served are run folders", "fold": "what can be folded are run folders"}[command]
-    assert_refused(entropi(command, tmp_path, *words), f"is of type '{family}'; {can} of entropi train", way)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    words = ["--listen", "127.0.0.1:0"] if command == "serve" else [tmp_path / "out"]
+    assert_refused(
+        entropi(command, tmp_path, *words),
+        "models of type 'bert' cannot be converted; those of gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama,",
+    )
     assert not (tmp_path / "out").exists()
-
-
-def test_the_way_there_is_one(entropi: Callable[..., Done], tmp_path: Path):
-    """What the message says of a GPT-2, done."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    import entropi as package
-
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=16))
-    folder = tmp_path / "model"
-    package.EntropiForCausalLM.from_gpt2(gpt2).save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, END_OF_TEXT: 1}, merges=[]))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    done = entropi("fold", folder, tmp_path / "folded")
-    assert done.status == 0, done.err
-    assert (tmp_path / "folded" / "folded.safetensors").exists()
 
 
 def test_serve_says_that_any_architecture_will_do(entropi: Callable[..., Done]):

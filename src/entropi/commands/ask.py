@@ -255,6 +255,6 @@ def _summary(run: records.PrivateRun) -> str:
 
 COMMAND = Command(
     run,
-    place=8,
+    place=9,
     words={"prompt": Words(nargs="?", positional=True), "stop": Words("TOKEN", default=None)},
 )

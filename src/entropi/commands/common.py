@@ -16,6 +16,7 @@ from typing import Any
 from entropi import record_files
 from entropi.console import escaped_json
 from entropi.errors import UserError
+from entropi.model.convert import family_of
 
 # What SPU 0.9.5 has wheels for, as the marker of the extra `private` in pyproject.toml says, too.
 ENGINE_PYTHONS = ("CPython 3.10", "CPython 3.11")
@@ -147,27 +148,19 @@ def check_parents(*paths: Path | None) -> None:
             raise UserError(f"cannot write {path}: it is a folder")
 
 
-def refuse_other_families(model: Path, purpose: str) -> None:
-    """Refuse a model that transformers saved but that is not of this family, and say how one gets there.
+def refuse_unknown_families(model: Path) -> None:
+    """Refuse a model of a family that can neither be opened nor converted, before anything slow is imported.
 
     Raises:
-        UserError: its config.json is of another family.
+        UserError: names the families that can.
     """
     folder = model / "model" if (model / "model").is_dir() else model
     try:
         family = json.loads((folder / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # whoever opens it says what is wrong
-    if family == "entropi":
-        return
-    way = "of other families, GPT-2 and GPT-NeoX (Pythia) can become one"
-    if family in ("gpt2", "gpt_neox"):
-        taken_over = f"EntropiForCausalLM.from_{family}(MODEL).save_pretrained(FOLDER)"
-        way = f"{taken_over}, with its tokenizer.json copied to FOLDER, makes one of it"
-    raise UserError(
-        f"the model in {folder} is of type {family!r}; {purpose} are run folders of entropi train and saved entropi "
-        f"models: {way}"
-    )
+    if family != "entropi":
+        family_of(family)
 
 
 def print_json(value: Any) -> None:

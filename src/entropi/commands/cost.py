@@ -30,7 +30,7 @@ def run(
     key_value_heads: int | None = None,
     vocab_size: int | None = None,
     position_embedding: Literal["learned", "rotary"] | None = None,
-    bias: Literal["qk", "all", "none"] | None = None,
+    bias: Literal["qk", "qkv", "attention", "ffn", "all", "none"] | None = None,
     protocol: Literal["cheetah", "semi2k", "aby3"] = "cheetah",
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",
@@ -48,8 +48,8 @@ def run(
     Nothing is run. The defaults are GPT-2 small's sizes.
 
     Args:
-        architecture: one of the paper's names, SM(t)+ScFuFFN by default; or the config.json of a GPT-2, GPT-NeoX, Llama
-            or entropi model, a folder that holds one, or hf://OWNER/NAME, which bring their own sizes
+        architecture: one of the paper's names, SM(t)+ScFuFFN by default; or what brings its own sizes: the config.json
+            of an entropi model or of a family that can be converted, its folder, a GGUF file, or hf://OWNER/NAME
         compare: several of these side by side
         seq_len: tokens of the prompt, T
         layers: number of layers, L; 12 by default

@@ -25,7 +25,8 @@ def run(
     """Where the attention heads of a model stand between collapse and overload, and where they look.
 
     Args:
-        model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
+        model: run folder, saved model, the folder or GGUF file of any Hugging Face causal language model, or OWNER/NAME
+            on the hub (also hf://OWNER/NAME)
         corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
             a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         batch_size: sequences at a time

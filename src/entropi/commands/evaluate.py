@@ -20,7 +20,8 @@ def run(
     """Perplexity of a model on text that it was not trained on.
 
     Args:
-        model: run folder, saved model, the folder of any Hugging Face causal language model, or hf://OWNER/NAME
+        model: run folder, saved model, the folder or GGUF file of any Hugging Face causal language model, or OWNER/NAME
+            on the hub (also hf://OWNER/NAME)
         corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
             a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run

@@ -5,24 +5,31 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from entropi.commands.common import Command, refuse_other_families
+from entropi.commands.common import Command, refuse_unknown_families
+from entropi.downloads import on_disk
 
 
-def run(model: Path, output: Path) -> None:
+def run(model: str, output: Path) -> None:
     """Fold a model: everything linear disappears into neighbouring matrices.
 
     Args:
-        model: run folder or saved model
+        model: run folder or saved model; or another family's, which is converted first: a folder that transformers
+            saved, a GGUF file, or OWNER/NAME on the hub
         output: folder for folded.safetensors and folded.json, readable without torch
     """
-    refuse_other_families(model, "what can be folded")
+    path = on_disk(model)
+    refuse_unknown_families(path)
     from entropi.model.folding import fold
-    from entropi.training.loading import open_model
+    from entropi.training.loading import check_memory_for_folding, open_model
 
-    loaded, _, folder = open_model(model)
+    check_memory_for_folding(path)
+    loaded, tokenizer, folder = open_model(path)
     folded = fold(loaded)
     folded.save(output)
-    shutil.copy(folder / "tokenizer.json", output)
+    if (folder / "tokenizer.json").is_file():
+        shutil.copy(folder / "tokenizer.json", output)
+    else:  # of a GGUF file
+        tokenizer.save(str(output / "tokenizer.json"))
 
     explicit = folded.description["explicit_ffn"]
     if not loaded.config.parts.softmax_only:
@@ -34,4 +41,4 @@ def run(model: Path, output: Path) -> None:
     print(f"{kept}; condition numbers up to {max(folded.conditions):.1f}; written to {output}")
 
 
-COMMAND = Command(run, place=6)
+COMMAND = Command(run, place=7)

@@ -14,10 +14,11 @@ from entropi.commands import fold
 from entropi.commands.common import (
     Command,
     check_parents,
-    refuse_other_families,
+    refuse_unknown_families,
     secure_engine,
     terminated_like_interrupted,
 )
+from entropi.downloads import on_disk
 from entropi.errors import UserError
 from entropi.softmax import USUAL_FOR_EXACT, parse_for_exact
 from entropi.temporary import swept_folder
@@ -30,7 +31,7 @@ _SELF_TESTS: dict[str, tuple[Literal["ref2k", "cheetah"], ...]] = {
 
 
 def run(
-    model: Path,
+    model: str,
     listen: str = "127.0.0.1:9000",
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
@@ -64,7 +65,8 @@ def run(
     """Answer prompts without seeing them: the model owner's side.
 
     Args:
-        model: run folder, saved model, or the output of `entropi fold`; of any architecture
+        model: run folder, saved model, or the output of `entropi fold`, of any architecture; or another family's model,
+            which is converted first: a folder that transformers saved, a GGUF file, or OWNER/NAME on the hub
         listen: HOST:PORT; anything but a loopback address needs the three TLS files; port 0 takes a free one
         tls_cert: certificate of this server, PEM (see `entropi certificates`)
         tls_key: its private key
@@ -137,15 +139,16 @@ def run(
     # Mistakes are told before a model is folded, which takes a while.
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
     check_parents(audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store))
-    if not (model / "folded.json").exists():
+    if not (Path(model) / "folded.json").exists():
         check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
-    refuse_other_families(model, "what can be served")
+    path = on_disk(model)
+    refuse_unknown_families(path)
 
     with terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
-        folder = _folded(model, temporary)
+        folder = _folded(path, temporary)
         serve(
             folder,
-            _tokenizer(folder, model),
+            _tokenizer(folder, path),
             listen,
             settings,
             limits,
@@ -192,7 +195,7 @@ def _folded(model: Path, temporary: Path) -> Path:
     """The folder of the folded model: `model` itself, or what it is folded into now."""
     if (model / "folded.json").exists():
         return model
-    fold.run(model, temporary)
+    fold.run(str(model), temporary)
     return temporary
 
 
@@ -204,4 +207,4 @@ def _tokenizer(folder: Path, model: Path) -> str:
         raise UserError(f"cannot read the tokenizer of {model}: {error}") from None
 
 
-COMMAND = Command(run, place=7)
+COMMAND = Command(run, place=8)

@@ -93,18 +93,23 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
     if parts.activation == "gelu":
         relu = re.sub(r"\+G$", "+R", name)
         yield f"ReLU in place of GELU ({relu})", replace(shape, architecture=relu), options
-    if parts.activation == "swiglu":
-        bilinear = name.replace("+SwiGLU", "+Bilinear")
-        words = f"a bilinear network in place of SwiGLU ({bilinear})"
+    if parts.activation in ("swiglu", "geglu"):
+        gated = "SwiGLU" if parts.activation == "swiglu" else "GeGLU"
+        bilinear = name.replace(f"+{gated}", "+Bilinear")
+        words = f"a bilinear network in place of {gated} ({bilinear})"
         yield words, replace(shape, architecture=bilinear), options
 
     if parts.norm != "none":
         bare = re.sub(r"\+(LN|RMS)(?=\+|$)", "", name)
-        yield f"no norms in the layers ({bare})", replace(shape, architecture=bare), options
+        yield f"no norms in the layers ({bare})", replace(shape, architecture=bare, branch_norm=False), options
     if not parts.softmax_only:
         softmax_only = "SM(t)+ScFuFFN" if parts.temperature else "SM+ScFuFFN"
         words = f"softmax only ({softmax_only}): linear networks fold away"
-        yield words, replace(shape, architecture=softmax_only), options
+        yield words, replace(shape, architecture=softmax_only, branch_norm=False), options
+    if shape.query_key_norm:
+        yield "no norms of queries and keys", replace(shape, query_key_norm=False), options
+    if shape.branch_norm:
+        yield "no norms after attention and feed-forward networks", replace(shape, branch_norm=False), options
     if parts.temperature and shape.temperature_granularity == "position" and shape.softmax_form.of_distance:
         words = "temperatures by head, which fold away"
         yield words, replace(shape, temperature_granularity="head"), options

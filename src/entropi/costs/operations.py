@@ -10,6 +10,7 @@ from typing import Protocol
 
 from entropi.activations import folded_name
 from entropi.errors import UserError
+from entropi.model.shape import BIASES
 from entropi.records import CountRecord, OperationCount
 
 
@@ -48,6 +49,12 @@ class Configuration(Protocol):
     @property
     def num_key_value_heads(self) -> int | None: ...  # None stands for num_attention_heads
     @property
+    def head_dim(self) -> int: ...
+    @property
+    def query_key_norm(self) -> bool: ...
+    @property
+    def branch_norm(self) -> bool: ...
+    @property
     def max_position_embeddings(self) -> int: ...
     @property
     def position_embedding(self) -> str: ...  # "learned" or "rotary"
@@ -58,7 +65,7 @@ class Configuration(Protocol):
     @property
     def leaky_slope_learned(self) -> str: ...  # "fixed", "layer" or "global"
     @property
-    def bias(self) -> str: ...  # "all", "qk" or "none"
+    def bias(self) -> str: ...  # a key of `shape.BIASES`
     @property
     def final_norm(self) -> bool: ...
     @property
@@ -78,9 +85,13 @@ def _ffn_width(config: Configuration) -> int:
 
 
 def _key_value_width(config: Configuration) -> int:
-    """Columns of all keys, or values, of one token; less than d with grouped queries."""
-    heads = config.num_key_value_heads or config.num_attention_heads
-    return config.hidden_size // config.num_attention_heads * heads
+    """Columns of all keys, or values, of one token; less than of queries where queries share them."""
+    return config.head_dim * (config.num_key_value_heads or config.num_attention_heads)
+
+
+def _query_width(config: Configuration) -> int:
+    """Columns of all queries of one token; d unless the model has another width of heads."""
+    return config.head_dim * config.num_attention_heads
 
 
 def _has_linear_map(config: Configuration) -> bool:
@@ -91,7 +102,8 @@ def _has_linear_map(config: Configuration) -> bool:
 def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = False) -> list[OperationCount]:
     """Nonlinear operations of one forward pass over `seq_len` tokens (2501.03489, Tables 2, 3, 5 and 6).
 
-    Softmax L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`; the activation L times on `(T, m)`,
+    Softmax L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`, 4L times where branches have norms of
+    their own, and L (H + G) times on `(T, k)` where queries and keys have; the activation L times on `(T, m)`,
     m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of two secrets, and
     SwiGLU as one function of its two halves.
     Folding turns LayerNorm into RMSNorm without parameters and leaky ReLU into ReLU. Like the paper, this leaves out
@@ -102,7 +114,11 @@ def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = 
     counts = [OperationCount(operation="softmax", count=layers * config.num_attention_heads, shape=(seq_len, seq_len))]
     if parts.norm != "none":
         norm = "rmsnorm" if folded else parts.norm
-        counts.append(OperationCount(operation=norm, count=2 * layers, shape=(seq_len, config.hidden_size)))
+        norms = 4 if config.branch_norm else 2
+        counts.append(OperationCount(operation=norm, count=norms * layers, shape=(seq_len, config.hidden_size)))
+    if config.query_key_norm:
+        heads = config.num_attention_heads + (config.num_key_value_heads or config.num_attention_heads)
+        counts.append(OperationCount(operation="rmsnorm", count=heads * layers, shape=(seq_len, config.head_dim)))
     if parts.activation != "identity":
         activation = folded_name(parts.activation) if folded else parts.activation
         counts.append(OperationCount(operation=activation, count=layers, shape=(seq_len, _ffn_width(config))))
@@ -137,30 +153,30 @@ def attention_flops(config: Configuration, seq_len: int) -> int:
     `UserError` as `nonlinear_operations`.
     """
     _check_length(config, seq_len)
-    width = config.hidden_size
-    projections = 4 * width * (width + _key_value_width(config))
-    return (projections * seq_len + 3 * seq_len * seq_len * width) * config.num_hidden_layers
+    own = _query_width(config)
+    projections = 4 * config.hidden_size * (own + _key_value_width(config))
+    return (projections * seq_len + 3 * seq_len * seq_len * own) * config.num_hidden_layers
 
 
 def parameters(config: Configuration) -> int:
     """Number of parameters inference needs, exactly as the model has them; a head tied to the embedding is free.
 
-    V d + P d for the embeddings (V d with rotary positions) and 2d for the final LayerNorm; in each layer 2 d^2 +
-    2 d G k for attention with G heads of keys and values, 2 d m (bilinear and SwiGLU: 3 d m, fused: d^2) for the FFN,
+    V d + P d for the embeddings (V d with rotary positions) and 2d for the final LayerNorm; in each layer 2 d H k +
+    2 d G k for attention with G heads of keys and values, 2 k for norms of queries and keys, 2 d for norms of branches,
+    2 d m (bilinear and SwiGLU: 3 d m, fused: d^2) for the FFN,
     4d for two LayerNorms (RMSNorms: 2d), 2 for alpha and beta of Eq. 8, H P (or H) for the temperature, H for the
     gains of log-length scaling, 1 for a leaky ReLU's learned slope, and the biases that `config.bias` keeps. A
     normalised weight counts as the matrix it is; the regulariser's thresholds take no part in inference and are left
     out.
     """
-    parts = config.parts
+    parts, biased = config.parts, BIASES[config.bias]
     width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
-    fused = parts.ffn == "fused"
+    own, fused = _query_width(config), parts.ffn == "fused"
     up = 2 * inner if parts.gated else inner
-    layer = 2 * width * (width + shared) + (width * width if fused else width * (up + inner))
-    if config.bias == "all":
-        layer += 2 * width + 2 * shared + (width if fused else up + width)
-    elif config.bias == "qk":
-        layer += width + shared
+    layer = 2 * width * (own + shared) + (width * width if fused else width * (up + inner))
+    sizes = {"query": own, "key": shared, "value": shared, "output": width, "ffn": width if fused else up + width}
+    layer += sum(size for name, size in sizes.items() if name in biased)
+    layer += 2 * config.head_dim * config.query_key_norm + 2 * width * config.branch_norm
     gains = {"layernorm": 2, "rmsnorm": 1, "none": 0}
     layer += 2 * gains[parts.norm] * width
     if parts.ffn != "plain":
@@ -183,16 +199,18 @@ def folded_parameters(config: Configuration) -> int:
     """Numbers that the folded form holds, all temperatures by position taken to differ and every layer to fold.
 
     Embedding and head are two matrices there, every matrix has a bias, and a model without norms has one d x d
-    matrix before its final norm.
+    matrix before its final norm. Matrices before a norm of queries and keys, or of a branch, stand there twice.
     """
     parts = config.parts
     width, inner, shared = config.hidden_size, _ffn_width(config), _key_value_width(config)
-    layer = (width + 1) * (width + 2 * shared) + (width + 1) * width
+    own, written = _query_width(config), (2 if config.branch_norm else 1) * width
+    plain = own + shared if config.query_key_norm else 0
+    layer = (width + 1) * (own + 2 * shared + plain) + (own + 1) * written
     if parts.temperature and config.temperature_granularity == "position":
         layer += config.num_attention_heads * config.max_position_embeddings
     if parts.activation != "identity":
         up = 2 * inner if parts.gated else inner
-        layer += (width + 1) * up + (inner + 1) * width
+        layer += (width + 1) * up + (inner + 1) * written
     if _has_linear_map(config):
         layer += (width + 1) * width
     ends = config.vocab_size * width + (width + 1) * config.vocab_size

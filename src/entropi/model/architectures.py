@@ -136,6 +136,7 @@ FURTHER_ARCHITECTURES = (
     "SM+RMS+Bilinear",
     "SM+Bilinear",
     "SM+RMS+SwiGLU",
+    "SM+RMS+GeGLU",
     "SM(t)+LN+G",
     "SM(t)+RMS+LeakyR",
     "SM(t)+ScFFN",

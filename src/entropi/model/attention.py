@@ -14,7 +14,9 @@ from entropi.entropy.patterns import attention_pattern
 from entropi.entropy.recording import observe
 from entropi.model.configuration import SMALLEST_TEMPERATURE, EntropiConfig
 from entropi.model.linear import make_linear
+from entropi.model.normalization import make_head_norm
 from entropi.model.qk_clip import largest_logits
+from entropi.model.shape import BIASES
 from entropi.model.visibility import Visibility
 
 
@@ -95,14 +97,17 @@ class EntropiAttention(nn.Module):
     def __init__(self, config: EntropiConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.num_key_value_heads is not None
-        width, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
+        width, own = config.hidden_size, config.num_attention_heads * config.head_dim
+        shared, biased = config.num_key_value_heads * config.head_dim, BIASES[config.bias]
         self.layer_idx = layer_idx  # the name transformers uses
         self.head_dim = config.head_dim
         self.softmax = config.softmax_form
-        self.query = make_linear(config, "query", width, width, bias=config.bias != "none")
-        self.key = make_linear(config, "key", width, shared, bias=config.bias != "none")
-        self.value = make_linear(config, "value", width, shared, bias=config.bias == "all")
-        self.output = make_linear(config, "output", width, width, bias=config.bias == "all", writes_to_stream=True)
+        self.query = make_linear(config, "query", width, own, bias="query" in biased)
+        self.key = make_linear(config, "key", width, shared, bias="key" in biased)
+        self.value = make_linear(config, "value", width, shared, bias="value" in biased)
+        self.output = make_linear(config, "output", own, width, bias="output" in biased, writes_to_stream=True)
+        self.query_norm = make_head_norm(config)
+        self.key_norm = make_head_norm(config)
         self.temperature = Temperature(config) if config.parts.temperature else None
         self.length_scale = LengthScale(config) if config.log_length_scaling else None
         self.measure_logits = False  # for QK-clip, see `qk_clip`
@@ -121,8 +126,8 @@ class EntropiAttention(nn.Module):
         `rotation` holds cosines and sines `(B or 1, 1, T, r)` of rotary positions.
         """
         batch, length, _ = hidden.shape
-        query, key = self.queries(hidden, position_ids, rotation), self.heads(self.key, hidden, rotation)
-        value = self.heads(self.value, hidden, None)
+        query, key = self.queries(hidden, position_ids, rotation), self.keys(hidden, rotation)
+        value = self.heads(self.value, hidden)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
             key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
@@ -142,27 +147,44 @@ class EntropiAttention(nn.Module):
 
     def queries(self, hidden: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """`(B, T, d)` -> queries `(B, H, T, k)`, turned by position and scaled by length where the model does that."""
-        query = self.heads(self.query, hidden, rotation)
+        query = turned(self.query_norm(self.heads(self.query, hidden)), rotation)
         if self.length_scale is None:
             return query
         return (query * self.length_scale(position_ids)[..., None]).to(query.dtype)
 
-    def heads(self, projection: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`(B, T, d)` -> queries, keys or values `(B, heads, T, k)`, turned by position where there is a rotation."""
-        heads: Tensor = projection(hidden).view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
-        return heads if rotation is None else rotate(heads, *rotation)
+    def keys(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`(B, T, d)` -> keys `(B, G, T, k)`, turned by position where the model does that."""
+        return turned(self.key_norm(self.heads(self.key, hidden)), rotation)
+
+    def heads(self, projection: nn.Module, hidden: Tensor) -> Tensor:
+        """`(B, T, d)` -> queries, keys or values `(B, heads, T, k)`."""
+        return projection(hidden).view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
-def rotary_cos_sin(position_ids: Tensor, dimensions: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(B or 1, 1, T, dimensions)` of `position_ids` `(B or 1, T)`, computed in float32 or wider.
+def rotary_sets(config: EntropiConfig, position_ids: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """`rotary_cos_sin` for each of the model's sets of frequencies, of which most models have one."""
+    wide, device = torch.promote_types(dtype, torch.float32), position_ids.device
+    if config.rotary_frequencies is not None:
+        sets = [torch.tensor(one, dtype=wide, device=device) for one in config.rotary_frequencies]
+    else:
+        exponents = torch.arange(0, config.rotary_dimensions, 2, device=device, dtype=wide) / config.rotary_dimensions
+        sets = [config.rotary_base**-exponents]
+    return [rotary_cos_sin(position_ids, frequencies, dtype) for frequencies in sets]
 
-    Pair j of columns (j, j + dimensions / 2) turns by position * base^(-2 j / dimensions), as in GPT-NeoX and Llama.
+
+def rotary_cos_sin(position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(B or 1, 1, T, 2 n)` of `position_ids` `(B or 1, T)` for n frequencies, in float32 or wider.
+
+    Pair j of columns (j, j + n) turns by position * frequency j, as in GPT-NeoX and Llama.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, dimensions, 2, device=position_ids.device, dtype=wide) / dimensions
-    angles = position_ids[:, None, :, None].to(wide) * base**-exponents
+    angles = position_ids[:, None, :, None].to(frequencies.dtype) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def turned(heads: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`(B, H, T, k)` turned by position, where there is a rotation."""
+    return heads if rotation is None else rotate(heads, *rotation)
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

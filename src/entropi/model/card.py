@@ -39,6 +39,8 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
     parts = config.parts
     kept = ["softmax"]
     kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
+    kept += ["RMSNorm after attention and feed-forward network"] if config.branch_norm else []
+    kept += ["RMSNorm of queries and keys"] if config.query_key_norm else []
     if activation := known_activation(parts.activation):
         kept.append(activation.words)
     softmax = config.softmax_form

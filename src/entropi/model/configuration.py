@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,10 +12,11 @@ from transformers.activations import ACT2FN
 
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
+from entropi.model.shape import BIASES
 from entropi.softmax import SoftmaxForm, from_former, parse_of_model
 
 _CHOICES = {
-    "bias": ("qk", "all", "none"),
+    "bias": tuple(BIASES),
     "position_embedding": ("learned", "rotary"),
     "temperature_granularity": ("position", "head"),
     "temperature_parametrization": ("literal", "exp"),
@@ -34,15 +36,22 @@ class EntropiConfig(PreTrainedConfig):
     Args:
         architecture: what is kept and what is added, in the paper's notation; see `entropi.model.architectures`.
         num_key_value_heads: grouped queries, fewer heads for keys and values; num_attention_heads by default.
+        head_width: width of a head; 0 for hidden_size / num_attention_heads.
         intermediate_size: width between the two FFN matrices, 4 * hidden_size by default; unused when fused.
         position_embedding: "learned" (GPT-2), or "rotary": the first `rotary_fraction` of every head's width turns
             with the position at frequencies `rotary_base` ** (-2 j / width) (GPT-NeoX, Llama).
+        rotary_frequencies: angles a position of every pair of turning columns, in place of those powers of
+            `rotary_base` (scaled positions of Llama 3); several sets where layers differ (Gemma 3).
+        rotary_layers: which of these sets each layer takes, the first by default.
+        query_key_norm: RMSNorm of every head's query and key before they turn, with gains common to the heads (Qwen3).
+        branch_norm: RMSNorm of what attention and FFN add to the residual stream (Gemma 2).
+        embedding_scale: what token embeddings are multiplied by, but not a head tied to them (Gemma).
         parallel_residual: attention and FFN read the same state and both are added to it (GPT-NeoX).
-        bias: which linear layers have one: "qk" (query and key, as in the authors' training code), "all" (GPT-2)
-            or "none".
+        bias: which linear layers have one: "qk" (query and key, as in the authors' training code), "qkv" (Qwen2),
+            "attention", "ffn", "all" (GPT-2) or "none".
         final_norm: the norm before the LM head, LayerNorm in models without a norm; the authors keep it in their
             LayerNorm-free models too, and do not count it.
-        activation_function: which GELU stands for "G": "gelu_new" (GPT-2's tanh form) or "gelu".
+        activation_function: which GELU stands for "G" and in "GeGLU": "gelu_new" (GPT-2's tanh form) or "gelu".
         leaky_slope: negative slope of "LeakyR", where it starts if it is learned.
         leaky_slope_learned: "fixed", or learned one a "layer" or one for all layers ("global").
         initializer_range: standard deviation of initial weights; by default 0.02 * sqrt(768 / hidden_size), the
@@ -80,11 +89,17 @@ class EntropiConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
+    head_width: int = 0
     intermediate_size: int | None = None
     max_position_embeddings: int = 1024
     position_embedding: str = "learned"
     rotary_fraction: float = 1.0
     rotary_base: float = 10000.0
+    rotary_frequencies: list[list[float]] | None = None
+    rotary_layers: list[int] | None = None
+    query_key_norm: bool = False
+    branch_norm: bool = False
+    embedding_scale: float = 1.0
     parallel_residual: bool = False
     bias: str = "qk"
     final_norm: bool = True
@@ -135,16 +150,20 @@ class EntropiConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
         # A file may say anything, and building so many layers would take until the memory ends.
-        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
+        for name in (*sizes, "intermediate_size", "max_position_embeddings", "head_width"):
             most = MOST_LAYERS if name == "num_hidden_layers" else MOST_WIDTH
             if getattr(self, name) > most:
                 problems.append(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.max_position_embeddings < 2:
             problems.append(f"max_position_embeddings must be at least 2, got {self.max_position_embeddings}")
+        if self.head_width < 0:
+            problems.append(f"head_width must be at least 0, got {self.head_width}")
         for name, multiple in (
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
         ):
+            if self.head_width and name == "hidden_size":
+                continue
             if getattr(self, multiple) > 0 and getattr(self, name) % getattr(self, multiple):
                 problems.append(
                     f"{name} {getattr(self, name)} is not a multiple of {multiple} {getattr(self, multiple)}"
@@ -152,7 +171,7 @@ class EntropiConfig(PreTrainedConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 problems.append(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")
-        for name in ("temperature_init", "layer_norm_epsilon", "rotary_base"):
+        for name in ("temperature_init", "layer_norm_epsilon", "rotary_base", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} must be positive and finite, got {getattr(self, name)}")
         if 0 < self.temperature_init < SMALLEST_TEMPERATURE:
@@ -180,7 +199,27 @@ class EntropiConfig(PreTrainedConfig):
                     f"rotary_fraction {self.rotary_fraction} of {self.head_dim} columns a head is {turning:g}, "
                     "an even number is needed"
                 )
+            elif self.rotary_frequencies is not None or self.rotary_layers is not None:
+                problems += self._problems_of_frequencies()
+        return problems + self._problems_of_branch_norm()
+
+    def _problems_of_frequencies(self) -> list[str]:
+        sets, layers, count = self.rotary_frequencies or [], self.rotary_layers, self.rotary_dimensions // 2
+        problems = []
+        if not sets or any(len(one) != count or not all(0 <= f < math.inf for f in one) for one in sets):
+            problems.append(f"rotary_frequencies must be sets of {count} numbers that are not negative")
+        if layers is not None and (len(layers) != self.num_hidden_layers or not set(layers) <= set(range(len(sets)))):
+            problems.append(
+                f"rotary_layers must name one of {len(sets)} sets for each of {self.num_hidden_layers} layers"
+            )
+        if layers is None and len(sets) > 1:
+            problems.append("rotary_layers must say which set of rotary_frequencies each layer takes")
         return problems
+
+    def _problems_of_branch_norm(self) -> list[str]:
+        if not self.branch_norm or re.search(r"\+RMS\+(?!LeakyR)", self.architecture):
+            return []
+        return [f"branch_norm is for architectures with +RMS and an activation, not {self.architecture}"]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -199,7 +238,7 @@ class EntropiConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """d_k, the width of one head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_width or self.hidden_size // self.num_attention_heads
 
     @property
     def rotary_dimensions(self) -> int:

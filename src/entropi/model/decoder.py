@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
-    GPT2LMHeadModel,
-    GPTNeoXForCausalLM,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
@@ -27,11 +27,11 @@ from transformers.utils import ModelOutput, can_return_tuple
 from entropi.entropy.regularizer import EntropyRegularizer
 from entropi.errors import UserError
 from entropi.model import card, convert
-from entropi.model.attention import EntropiAttention, LengthScale, Temperature, rotary_cos_sin
+from entropi.model.attention import EntropiAttention, LengthScale, Temperature, rotary_sets
 from entropi.model.configuration import EntropiConfig
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward, make_feed_forward
 from entropi.model.linear import initial_deviation, iterate_spectral_norms, make_embedding, make_linear, redraw
-from entropi.model.normalization import make_final_norm, make_norm
+from entropi.model.normalization import make_branch_norm, make_final_norm, make_norm
 from entropi.model.visibility import (
     Visibility,
     cached_tokens,
@@ -66,6 +66,7 @@ class EntropiBlock(GradientCheckpointingLayer):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = EntropiAttention(config, layer_index)
+        self.branch_norm = make_branch_norm(config)  # of attention; the feed-forward network has its own
         self.feed_forward = make_feed_forward(config, make_norm(config))
         self.parallel = config.parallel_residual
 
@@ -79,6 +80,7 @@ class EntropiBlock(GradientCheckpointingLayer):
         common_slope: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         attended, entropy = self.attention(self.attention_norm(hidden), position_ids, rotation, visible, cache)
+        attended = self.branch_norm(attended)
         if self.parallel:
             return attended + self.feed_forward(hidden, common_slope), entropy
         return self.feed_forward(hidden + attended, common_slope), entropy
@@ -174,6 +176,8 @@ class EntropiModel(EntropiPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.token_embedding(input_ids)
+            if self.config.embedding_scale != 1.0:  # rounded to the weights' dtype, as Gemma does
+                inputs_embeds = inputs_embeds * inputs_embeds.new_tensor(self.config.embedding_scale)
         batch, length = inputs_embeds.shape[:2]
         if past_key_values is not None:
             shape = batch, self.config.num_key_value_heads or 0, self.config.head_dim
@@ -187,18 +191,20 @@ class EntropiModel(EntropiPreTrainedModel):
         rows = batch, self.config.num_attention_heads, length
         visible = visibility(rows, inputs_embeds.device, attention_mask, documents, past_key_values, past)
 
-        hidden, rotation = inputs_embeds, None
+        hidden = inputs_embeds
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position_ids)
         hidden = functional.dropout(hidden, self.config.embedding_dropout, self.training)
+        rotations: list[tuple[Tensor, Tensor]] = []
         if self.position_embedding is None:
-            dimensions, base = self.config.rotary_dimensions, self.config.rotary_base
-            rotation = rotary_cos_sin(position_ids, dimensions, base, hidden.dtype)
+            rotations = rotary_sets(self.config, position_ids, hidden.dtype)
+        sets = self.config.rotary_layers or [0] * len(self.blocks)
         if self.training and self.config.parts.weight_norm == "spectral":
             iterate_spectral_norms(self)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         entropies, hidden_states = [], []
-        for block in self.blocks:
+        for block, which in zip(self.blocks, sets):
+            rotation = rotations[which] if rotations else None
             hidden_states.append(hidden)
             hidden, entropy = block(hidden, position_ids, rotation, visible, past_key_values, self.leaky_slope)
             entropies.append(entropy)
@@ -375,31 +381,42 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         """Do nothing: transformers would copy the package's source beside every saved model that was loaded so."""
 
     @classmethod
-    def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> EntropiForCausalLM:
-        """An `SM+LN+G` model with copies of a GPT-2's weights: the same logits, plus row entropies.
+    def from_transformers(cls, source: PreTrainedModel) -> EntropiForCausalLM:
+        """A model with copies of another family's weights: the same logits, plus row entropies.
+
+        The families are those of `entropi.model.families`. Precision and mode are those of `source`.
 
         Raises:
-            UserError: options of `GPT2Config` that this family does not have.
+            UserError: another family, or options and weights that this family does not have.
         """
-        return cls._with_weights(gpt2, *convert.from_gpt2(gpt2.config, gpt2.state_dict()))
-
-    @classmethod
-    def from_gpt_neox(cls, neox: GPTNeoXForCausalLM) -> EntropiForCausalLM:
-        """An `SM+LN+G` model with copies of a GPT-NeoX's (Pythia's) weights: rotary positions, parallel residual.
-
-        Raises:
-            UserError: options of `GPTNeoXConfig` that this family does not have.
-        """
-        return cls._with_weights(neox, *convert.from_gpt_neox(neox.config, neox.state_dict()))
-
-    @classmethod
-    def _with_weights(
-        cls, source: PreTrainedModel, config: EntropiConfig, weights: dict[str, Tensor]
-    ) -> EntropiForCausalLM:
-        """A model with these weights, in the precision and mode of `source`."""
-        model = cls(config)
-        model.load_state_dict(weights, strict=True)
+        values = source.config.to_dict()
+        model, _ = cls.from_weights(values, convert.Weights(source.state_dict(), copied=True))
+        model.generation_config = copy.deepcopy(source.generation_config)
         return model.to(source.dtype).train(source.training)
+
+    @classmethod
+    def from_weights(cls, values: Mapping[str, Any], weights: convert.Weights) -> tuple[EntropiForCausalLM, list[str]]:
+        """A model of another family's configuration and weights, which are taken over without a copy; and remarks.
+
+        Raises:
+            UserError: as `from_transformers`.
+        """
+        options, given = convert.options_of(values)
+        config = EntropiConfig(**options)
+        with torch.device("meta"):
+            model = cls(config)
+        ours = convert.renamed(config, given, values["model_type"], weights)
+        for name, expected in model.state_dict().items():
+            if name in ours and ours[name].shape != expected.shape:
+                found, wanted = tuple(ours[name].shape), tuple(expected.shape)
+                raise UserError(
+                    f"the checkpoint's weights do not fit its configuration: {name} is {found}, not {wanted}"
+                )
+        missing, unexpected = model.load_state_dict(ours, strict=False, assign=True)
+        if wrong := missing or unexpected:
+            raise UserError(f"the checkpoint's weights do not fit its configuration: {wrong[0]} is missing or too much")
+        model.tie_weights()
+        return model, given.notes
 
 
 def _positions_to_keep(hidden: Tensor, which: int | Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from transformers.activations import ACT2FN
 
 from entropi.model.configuration import EntropiConfig
 from entropi.model.linear import make_linear
+from entropi.model.normalization import make_branch_norm
+from entropi.model.shape import BIASES
 
 
 def _square(hidden: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def _swiglu(hidden: Tensor) -> Tensor:
     return functional.silu(left) * right
 
 
-# What each activation of `entropi.activations` computes; GELU and leaky ReLU have options and stand in `branch`.
+# What each activation of `entropi.activations` computes; GELU, GeGLU and leaky ReLU have options and stand in `branch`.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "square": _square,
@@ -45,10 +47,10 @@ class PlainFeedForward(nn.Module):
 
     def __init__(self, config: EntropiConfig, norm: nn.Module) -> None:
         super().__init__()
-        bias = config.bias == "all"
+        bias = "ffn" in BIASES[config.bias]
         inner = config.intermediate_size
         assert inner is not None
-        self.norm = norm
+        self.norm, self.branch_norm = norm, make_branch_norm(config)
         # torch's one kernel for the tanh form; "gelu_new", the same formula in eight, took a tenth of a training step.
         gelu = "gelu_pytorch_tanh" if config.activation_function == "gelu_new" else config.activation_function
         self.activation, self.gelu = config.parts.activation, ACT2FN[gelu]
@@ -67,7 +69,7 @@ class PlainFeedForward(nn.Module):
         return 2 if self.gated else 1
 
     def forward(self, hidden: Tensor, common_slope: Tensor | None = None) -> Tensor:
-        return hidden + self.branch(self.norm(hidden), common_slope)
+        return hidden + self.branch_norm(self.branch(self.norm(hidden), common_slope))
 
     def branch(self, hidden: Tensor, common_slope: Tensor | None) -> Tensor:
         """The network without its residual connection."""
@@ -75,6 +77,9 @@ class PlainFeedForward(nn.Module):
         match self.activation:
             case "gelu":
                 inner = self.gelu(inner)
+            case "geglu":
+                left, right = inner.chunk(2, dim=-1)
+                inner = self.gelu(left) * right
             case "leaky_relu":
                 slope = common_slope if self.leaky_slope is None else self.leaky_slope
                 assert slope is not None
@@ -103,7 +108,7 @@ class FusedFeedForward(nn.Module):
 
     def __init__(self, config: EntropiConfig) -> None:
         super().__init__()
-        width, bias = config.hidden_size, config.bias == "all"
+        width, bias = config.hidden_size, "ffn" in BIASES[config.bias]
         self.fused = make_linear(config, "ffn", width, width, bias, writes_to_stream=True)
         self.alpha = nn.Parameter(torch.ones(()))
         self.beta = nn.Parameter(torch.ones(()))

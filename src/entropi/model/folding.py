@@ -24,6 +24,11 @@ the output bias; norms on weights into the weights; the final norm's centring in
 head. Temperatures that differ between positions remain, as a factor on the rows of q. Of log-length scaling the learned
 gain goes into W_Q, and log(n) / log(P) is public: it remains as a constant of the program, or in those temperatures.
 
+**A norm of queries and keys, or of what a branch adds,** divides by the root mean square of x W and then multiplies by
+a gain g. The rotation of queries and keys, and the sum with the residual stream, come after: there is no matrix behind
+it that could take g in. So x W g is computed in place of x W, and x W beside it for the mean square alone: columns of
+a product that is sent anyway, where a multiplication by g would be one of every number.
+
 **Of the polynomial softmax** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
 that a row's mean weight is about 16: larger ones would leave fixed-point numbers less room, smaller ones be less exact.
@@ -63,13 +68,15 @@ class Folded:
     """A folded model: `description` is public and plain JSON, `weights` are the owner's, float64.
 
     Shapes, with H heads and G heads of keys and values of width k, m the FFN's inner width, P positions: `embedding
-    (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, d + 2 G k)`, `l.qkv_bias`,
-    `l.output (d, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position, or
+    (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, (H + 2 G) k)`, `l.qkv_bias`,
+    `l.output (H k, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position, or
     `l.offset (H, P)` of a polynomial softmax;
     `l.up (d, m)`, `l.up_bias`, `l.down (m, d)`, `l.down_bias` around an activation (bilinear: `l.up (d, 2 m)`, whose
     halves are multiplied); `l.ffn (d, d)` and `l.ffn_bias` in the layers of `explicit_ffn`, which multiply the
     residual stream itself in models without a norm, and are added to it after a norm; `centre (d, d)` before
-    the final norm, if the description says so; `head (d, V)`, `head_bias`.
+    the final norm, if the description says so; `head (d, V)`, `head_bias`. Norms of queries and keys have columns of
+    `l.qkv` besides, plain queries after the queries and plain keys at the end; norms of branches twice the columns of
+    `l.output` and `l.down`, the plain ones first.
     """
 
     description: dict[str, Any]
@@ -123,7 +130,8 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
         bases = inverses = [eye] * (layers + 1)
         explicit = [index for index, f in enumerate(networks) if f.matrix is not None]
 
-    weights: dict[str, Array] = {"embedding": _array(model.model.token_embedding.weight) @ bases[0] @ write}
+    table = _array(model.model.token_embedding.weight) * config.embedding_scale
+    weights: dict[str, Array] = {"embedding": table @ bases[0] @ write}
     if model.model.position_embedding is not None:
         weights["positions"] = _array(model.model.position_embedding.weight) @ bases[0] @ write
     softmax = config.softmax_form
@@ -159,6 +167,10 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
             weights[f"{index}.ffn_bias"] = np.zeros(width) if network.branch else offset
         vanished = not network.branch and index not in explicit  # then only the offset is left of the network
         weights[f"{index}.output_bias"] = bias + offset if vanished else bias
+        if config.branch_norm:
+            for name, norm in (("output", block.branch_norm), ("down", block.feed_forward.branch_norm)):
+                for part in (f"{index}.{name}", f"{index}.{name}_bias"):
+                    weights[part] = np.concatenate([weights[part], weights[part] * _array(norm.weight)], axis=-1)
 
     table = _array(model.lm_head.weight).T
     gain, shift = _gain(model.model.final_norm, width)
@@ -195,7 +207,7 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
     def measure(attention: Any, arguments: tuple[Any, ...]) -> None:
         hidden, position_ids, rotation, *_ = arguments
         query = attention.queries(hidden, position_ids, rotation).double()
-        key = attention.heads(attention.key, hidden, rotation).double()
+        key = attention.keys(hidden, rotation).double()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         offset: Any = power if attention.temperature is None else power * attention.temperature(position_ids).double()
         means = []
@@ -250,8 +262,15 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
             scale = scale * np.repeat(inverse_temperature[:, 0], head_dim)
     groups = query.shape[1] // key.shape[1]  # query heads that share one head of keys and values
     per_head = np.repeat(value_bias.reshape(-1, head_dim), groups, axis=0).reshape(-1)
-    folded["qkv"] = np.concatenate([query * scale, key, value], axis=1)
-    folded["bias"] = np.concatenate([query_bias * scale, key_bias, np.zeros_like(value_bias)])
+    queries, keys = [(query, query_bias)], [(key, key_bias)]
+    if not isinstance(attention.query_norm, nn.Identity):  # what is divided has the gain, what it is divided by not
+        scale = scale * np.tile(_array(attention.query_norm.weight), len(query_bias) // head_dim)
+        gain = np.tile(_array(attention.key_norm.weight), len(key_bias) // head_dim)
+        queries, keys = [queries[0], queries[0]], [(key * gain, key_bias * gain), keys[0]]
+    queries[0] = query * scale, query_bias * scale
+    columns = [*queries, keys[0], (value, np.zeros_like(value_bias)), *keys[1:]]
+    folded["qkv"] = np.concatenate([matrix for matrix, _ in columns], axis=1)
+    folded["bias"] = np.concatenate([bias for _, bias in columns])
     folded["output"], folded["output_bias"] = output, per_head @ output + output_bias
     return folded
 

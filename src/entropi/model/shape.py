@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ from typing import Any
 from entropi.activations import folded_name
 from entropi.errors import UserError
 from entropi.model.architectures import Parts, parse_architecture
+from entropi.model.convert import options_of
+from entropi.model.gguf import configuration_of, is_gguf
 from entropi.softmax import SoftmaxForm, from_former, parse_of_model
 
 FOLDED_FORMAT = 3
-FAMILIES = ("entropi", "gpt2", "gpt_neox", "llama")
+# Which linear layers have a bias, by the value of the option `bias`; "ffn" are those of the feed-forward network.
+BIASES: dict[str, frozenset[str]] = {
+    "qk": frozenset({"query", "key"}),
+    "qkv": frozenset({"query", "key", "value"}),
+    "attention": frozenset({"query", "key", "value", "output"}),
+    "ffn": frozenset({"ffn"}),
+    "all": frozenset({"query", "key", "value", "output", "ffn"}),
+    "none": frozenset(),
+}
 
 
 @dataclass(frozen=True)
@@ -33,11 +44,16 @@ class Shape:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_key_value_heads: int = 0  # 0: as many as heads
+    head_width: int = 0  # 0: hidden_size / num_attention_heads
     intermediate_size: int = 0  # 0: 4 * hidden_size
     max_position_embeddings: int = 1024
     position_embedding: str = "learned"
     rotary_fraction: float = 1.0
     rotary_base: float = 10000.0
+    rotary_frequencies: list[list[float]] | None = None
+    rotary_layers: list[int] | None = None
+    query_key_norm: bool = False
+    branch_norm: bool = False
     parallel_residual: bool = False
     bias: str = "qk"
     final_norm: bool = True
@@ -55,13 +71,13 @@ class Shape:
         for name in (*sizes, "max_position_embeddings"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 problems.append(f"{name} must be 1 to {1 << 20}, got {getattr(self, name)}")
-        for name in ("num_key_value_heads", "intermediate_size"):
+        for name in ("num_key_value_heads", "intermediate_size", "head_width"):
             if not 0 <= getattr(self, name) <= 1 << 20:
                 problems.append(f"{name} must be at most {1 << 20}, got {getattr(self, name)}")
         if self.num_hidden_layers > 256:
             problems.append(f"num_hidden_layers must be at most 256, got {self.num_hidden_layers}")
         if not problems:
-            if self.hidden_size % self.num_attention_heads:
+            if not self.head_width and self.hidden_size % self.num_attention_heads:
                 problems.append(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
             if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
                 problems.append(
@@ -88,10 +104,14 @@ class Shape:
         return SoftmaxForm.parse(self.softmax)
 
     @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.head_width or self.hidden_size // self.num_attention_heads
+
+    @property
     def rotary_dimensions(self) -> int:
         """Columns of every head that turn with the position; 0 with learned positions."""
-        head = self.hidden_size // self.num_attention_heads
-        return round(head * self.rotary_fraction) if self.position_embedding == "rotary" else 0
+        return round(self.head_dim * self.rotary_fraction) if self.position_embedding == "rotary" else 0
 
 
 def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict[str, Any]:
@@ -110,6 +130,7 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "key_value_heads": config.num_key_value_heads,
+        "head_width": config.head_dim,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size if activation != "identity" else 0,
         "vocab_size": config.vocab_size,
@@ -117,6 +138,10 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
         "position_embedding": config.position_embedding,
         "rotary_dimensions": config.rotary_dimensions,
         "rotary_base": config.rotary_base,
+        "rotary_frequencies": config.rotary_frequencies or [],
+        "rotary_layers": (config.rotary_layers or [0] * config.num_hidden_layers) if config.rotary_frequencies else [],
+        "query_key_norm": config.query_key_norm,
+        "branch_norm": config.branch_norm,
         "temperature": temperature,
         "log_length": config.log_length_scaling and not temperature,
         "softmax": config.softmax,
@@ -149,11 +174,13 @@ def expected_description(config: Any) -> dict[str, Any]:
 
 
 def read_shape(path: Path) -> Shape:
-    """The shape of a model from its `config.json`, or of the folder that holds it.
+    """The shape of a model from its `config.json`, from the folder that holds it, or from a GGUF file.
 
     Raises:
         UserError: no such file, not JSON, another family, or an option that private inference does not have.
     """
+    if is_gguf(path):
+        return shape_of(configuration_of(path))
     file = next((p for p in (path / "config.json", path / "model" / "config.json") if p.is_file()), path)
     try:
         config = json.loads(file.read_bytes())
@@ -161,12 +188,10 @@ def read_shape(path: Path) -> Shape:
         raise UserError(f"{path} holds no config.json: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    readers = {"entropi": _entropi, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama}
-    if family not in readers:
-        raise UserError(f"{file} is of the family {family!r}; known are {', '.join(FAMILIES)}")
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no configuration of a model")
     try:
-        return readers[family](config)
+        return shape_of(config)
     except KeyError as error:
         raise UserError(f"{file} lacks {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -175,72 +200,15 @@ def read_shape(path: Path) -> Shape:
         raise UserError(f"{file} has a value of the wrong kind: {error}") from None
 
 
-def _entropi(config: dict[str, Any]) -> Shape:
-    config = from_former(config)  # of older models
-    known = {name: config[name] for name in Shape.__dataclass_fields__ if config.get(name) is not None}
-    return Shape(**known)
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape of a configuration of this family or of another.
 
-
-def _gpt2(config: dict[str, Any]) -> Shape:
-    return Shape(
-        architecture=f"SM+LN{_activation(config.get('activation_function', 'gelu_new'))}",
-        vocab_size=config["vocab_size"],
-        hidden_size=config["n_embd"],
-        num_hidden_layers=config["n_layer"],
-        num_attention_heads=config["n_head"],
-        intermediate_size=config.get("n_inner") or 0,
-        max_position_embeddings=config.get("n_positions", 1024),
-        bias="all",
-        layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-        tie_word_embeddings=config.get("tie_word_embeddings", True),
-    )
-
-
-def _gpt_neox(config: dict[str, Any]) -> Shape:
-    return Shape(
-        architecture=f"SM+LN{_activation(config.get('hidden_act', 'gelu'))}",
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        intermediate_size=config["intermediate_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        position_embedding="rotary",
-        rotary_fraction=config.get("rotary_pct", 0.25),
-        rotary_base=float(config.get("rotary_emb_base", 10000.0)),
-        parallel_residual=config.get("use_parallel_residual", True),
-        bias="all",
-        layer_norm_epsilon=config.get("layer_norm_eps", 1e-5),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-    )
-
-
-def _llama(config: dict[str, Any]) -> Shape:
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    if config.get("head_dim") not in (None, width // heads):
-        raise UserError(f"head_dim {config['head_dim']} is not hidden_size / heads, which private inference needs")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {config['hidden_act']!r} is not Llama's silu")
-    return Shape(
-        architecture="SM+RMS+SwiGLU",
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or 0,
-        intermediate_size=config["intermediate_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        position_embedding="rotary",
-        rotary_base=float(config.get("rope_theta") or 10000.0),
-        bias="qk" if config.get("attention_bias") else "none",
-        layer_norm_epsilon=config.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-    )
-
-
-def _activation(name: str) -> str:
-    if name == "relu":
-        return "+R"
-    if name.startswith("gelu"):
-        return "+G"
-    raise UserError(f"the activation {name!r} has no secure form; known are relu and gelu")
+    Raises:
+        UserError: an unknown family, or an option that private inference does not have.
+        KeyError: a field that has no default is missing.
+    """
+    if config.get("model_type") == "entropi":
+        config = from_former(config)  # of older models
+    else:
+        config, _ = options_of(config)
+    return Shape(**{name: config[name] for name in Shape.__dataclass_fields__ if config.get(name) is not None})

@@ -12,18 +12,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from entropi import record_files, records
 from entropi.console import ProgressLine
+from entropi.costs.operations import folded_parameters, parameters
 from entropi.data.corpus import STDLIB, as_shown
 from entropi.data.hub import NAMED
 from entropi.data.prepare import heldout_blocks, is_plain_text
 from entropi.data.tokenizer import end_of_text_id
 from entropi.errors import UserError, is_failure
+from entropi.machine import available_memory
 from entropi.model.configuration import EntropiConfig
+from entropi.model.convert import Weights
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.model.gguf import configuration_of, is_gguf, source_of
+from entropi.model.shape import read_shape, shape_of
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 
@@ -36,13 +41,16 @@ MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 
 def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
-    """Model, tokenizer and model folder of a run folder or a saved model.
+    """Model, tokenizer and model folder of a run folder or a saved model; another family's model is converted.
 
     The tokenizer may have more entries than the model: a text that uses one of those is what cannot be evaluated.
 
     Raises:
         UserError: nothing there, unfinished, or damaged; one line that says which.
     """
+    if model_type(path) not in (None, EntropiConfig.model_type):
+        converted = open_converted(path)
+        return converted.model, converted.tokenizer.backend_tokenizer, path
     folder = model_folder(path)
     if not folder.is_dir():
         raise UserError(f"there is no model at {path}" + (": a folder is needed" if folder.exists() else ""))
@@ -50,11 +58,9 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
         hint = "its training has not finished" if (path / CONFIG_FILE).exists() else "config.json is missing"
         raise UserError(f"{path} holds no model: {hint}")
     try:
-        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+        json.loads((folder / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"the model in {folder} is damaged: config.json cannot be read") from None
-    if kind != EntropiConfig.model_type:
-        raise UserError(f"the model in {folder} is of type {kind!r}; only entropi models can be opened here")
     for name in ("model.safetensors", "tokenizer.json"):
         if not (folder / name).exists():
             raise UserError(f"the model in {folder} is damaged: {name} is missing")
@@ -95,30 +101,123 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
         UserError: what cannot be opened, in one line.
     """
     path = model_folder(path)
-    _check_depth(path)
-    settings: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
-    opened = []
-    for part in ("model", "tokenizer"):
-        try:
-            with quiet_transformers():
-                if part == "model":
-                    weights = dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-                    opened += AutoModelForCausalLM.from_pretrained(path, **weights, **settings)
-                else:
-                    opened.append(AutoTokenizer.from_pretrained(path, **settings))
-        except Exception as error:  # whatever its parsers raise; the user needs the folder and the reason
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"the {part} in {path} cannot be opened: {reason}") from None
-    model, loading, tokenizer = opened
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"the model in {path} is damaged: {missing[0]} is missing")
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer in {path} cannot be used: tokenizer.json is missing")
+    model, tokenizer = _open_foreign(path)
     begins = bool(ids := tokenizer("a").input_ids) and ids[0] == tokenizer.bos_token_id
     end = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
     if end is None:
         raise UserError(f"the tokenizer in {path} cannot be used: it has no token that ends a text")
     return model.eval(), tokenizer.backend_tokenizer, int(end), begins
+
+
+# Ends of names that older checkpoints have, of numbers that follow from the configuration.
+_CONSTANTS = ("inv_freq", "attn.bias", "attention.bias", "masked_bias")
+
+
+def _open_foreign(path: Path, *, strict: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model, in float32, and tokenizer of a folder that transformers saved or of a GGUF file.
+
+    With `strict` tensors that transformers would leave out are refused.
+
+    Raises:
+        UserError: what cannot be opened, in one line.
+    """
+    place, gguf = source_of(path)
+    if not gguf:
+        _check_depth(path)
+    options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False, **gguf)
+    opened: list[Any] = []
+    for part in ("tokenizer", "model"):
+        try:
+            with quiet_transformers():
+                if part == "model":
+                    weights: dict[str, Any] = dict(dtype=torch.float32, output_loading_info=True)
+                    weights |= {} if gguf else {"use_safetensors": True}
+                    opened += AutoModelForCausalLM.from_pretrained(place, **weights, **options)
+                else:
+                    opened.append(AutoTokenizer.from_pretrained(place, **options))
+        except Exception as error:  # whatever its parsers raise; the user needs the folder and the reason
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"the {part} in {path} cannot be opened: {reason}") from None
+    tokenizer, model, loading = opened
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"the model in {path} is damaged: {missing[0]} is missing")
+    if strict and (extra := sorted(name for name in loading["unexpected_keys"] if not name.endswith(_CONSTANTS))):
+        raise UserError(f"the model in {path} is damaged: its configuration has no place for the tensor {extra[0]}")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer in {path} cannot be used: tokenizer.json is missing")
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Another family's model as one of ours, its tokenizer, and what is to be said of the conversion."""
+
+    model: EntropiForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    notes: list[str]
+
+
+# Bytes a parameter that converting needs at most: float32 twice, while transformers fills the model from what it read.
+CONVERSION_BYTES = 9
+
+
+def open_converted(path: Path) -> Converted:
+    """A checkpoint of another family, converted, with float32 weights.
+
+    Args:
+        path: a folder that transformers saved, or a GGUF file.
+
+    Raises:
+        UserError: an unknown family, options that entropi models do not have, too little memory, or damaged files.
+    """
+    path = model_folder(path)
+    values = configuration_of(path) if is_gguf(path) else _configuration(path)
+    count = parameters(shape_of(values))
+    _check_memory(path, count, count * CONVERSION_BYTES, "converting")
+    theirs, tokenizer = _open_foreign(path, strict=True)
+    notes, generation = list[str](), theirs.generation_config
+    stored = values.get("dtype") or values.get("torch_dtype")
+    if stored not in (None, "float32"):
+        notes.append(f"its weights were {stored} and are float32 now")
+    weights = Weights(theirs.state_dict())
+    del theirs  # what has been taken over is then held once
+    model, more = EntropiForCausalLM.from_weights(values, weights)
+    if generation is not None:
+        model.generation_config = generation
+    return Converted(model.eval(), tokenizer, notes + more)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """transformers' reading of a `config.json`, with all defaults."""
+    try:
+        with quiet_transformers():
+            values: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+            return values
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"the model in {folder} cannot be opened: {reason}") from None
+
+
+def check_memory_for_folding(path: Path) -> None:
+    """Raise `UserError` where a model cannot be folded in the memory that is left, before it is opened.
+
+    It is held in float32, what is folded in float64, and that as the float32 numbers that are written.
+    """
+    try:
+        shape = read_shape(path)
+        count, folded = parameters(shape), folded_parameters(shape)
+    except UserError:
+        return  # whoever opens it says what is wrong
+    _check_memory(path, count, 4 * count + 12 * folded, "folding")
+
+
+def _check_memory(path: Path, count: int, need: int, doing: str) -> None:
+    left = available_memory()
+    if left is not None and need > left:
+        raise UserError(
+            f"the model in {path} has {count:,} parameters, and {doing} it takes {need / 1e9:.2g} GB of memory: "
+            f"{left / 1e9:.2g} GB are left on this machine"
+        )
 
 
 def _check_depth(folder: Path) -> None:
@@ -146,7 +245,9 @@ def model_folder(path: Path) -> Path:
 
 
 def model_type(path: Path) -> str | None:
-    """What kind of model a run folder or a saved model holds, as far as its config.json says."""
+    """What kind of model a run folder or a saved model holds, as far as its config.json says; "gguf" of such a file."""
+    if is_gguf(path):
+        return "gguf"
     folder = model_folder(path)
     try:
         return str(json.loads((folder / "config.json").read_bytes())["model_type"])

@@ -6,6 +6,7 @@ with keys and values of their own; n pairs of a query and a key it sees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -14,50 +15,88 @@ from jax import Array
 
 from entropi.private.compute.description import MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.functions import (
+    inverse_root,
     power,
     product_bytes,
     reciprocal,
     reciprocal_of_wide,
     scale_rows,
     segment_max,
+    sums_of_squares,
     times_matrix,
 )
+from entropi.private.compute.layers import plain_and_gained
 
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
-def project(
-    state: Array, matrix: Array, bias: Array, *cached: Array, model: Description, rows: int, past: int
-) -> tuple[Array, ...]:
-    """`(m, d)` -> q `(H, r, k)`, k and v `(G, s, k)`; one wide product where every row's query is needed."""
-    width, shared = model.hidden_size, model.key_value_heads * model.head_size
+def project(state: Array, matrix: Array, bias: Array, *, model: Description, rows: int) -> tuple[Array, ...]:
+    """`(m, d)` -> q `(H, r, k)`, k and v `(G, m, k)`; one wide product where every row's query is needed.
+
+    Where queries and keys are normalised also their rows without the norms' gains, `(H r + G m, k)`. Columns of
+    `matrix` are queries, plain queries, keys, values and plain keys.
+    """
+    width, shared = model.query_size, model.key_value_heads * model.head_size
+    asking = 2 * width if model.query_key_norm else width
 
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0], -1, model.head_size).transpose(1, 0, 2)
 
-    new = state.shape[0]
-    if rows == new:
+    if rows == state.shape[0]:
         joint = times_matrix(state, matrix) + bias
-        query, key, value = joint[:, :width], joint[:, width : width + shared], joint[:, width + shared :]
+        query, rest = joint[:, :asking], joint[:, asking:]
     else:
-        query = state[-rows:] @ matrix[:, :width] + bias[:width]
-        joint = times_matrix(state, matrix[:, width:]) + bias[width:]
-        key, value = joint[:, :shared], joint[:, shared:]
-    queries, keys, values = split(query), split(key), split(value)
-    if model.position_embedding == "rotary":
-        turn = partial(rotate, dimensions=model.rotary_dimensions, base=model.rotary_base)
-        queries, keys = turn(queries, first=past + new - rows), turn(keys, first=past)
+        query = state[-rows:] @ matrix[:, :asking] + bias[:asking]
+        rest = times_matrix(state, matrix[:, asking:]) + bias[asking:]
+    queries, keys, values = split(query[:, :width]), split(rest[:, :shared]), split(rest[:, shared : 2 * shared])
+    if not model.query_key_norm:
+        return queries, keys, values
+    plain = [split(one).reshape(-1, model.head_size) for one in (query[:, width:], rest[:, 2 * shared :])]
+    return queries, keys, values, jnp.concatenate(plain)
+
+
+def normalise_heads(plain: Array, query: Array, key: Array, *, epsilon: float) -> tuple[Array, Array]:
+    """q `(H, r, k)` and k `(G, m, k)`, each row by the root mean square of its row of `plain` `(H r + G m, k)`."""
+    roots = inverse_root(sums_of_squares(plain) * (1.0 / plain.shape[1]) + epsilon)
+    width, many = plain.shape[1], query.shape[0] * query.shape[1]
+    queries = scale_rows(query.reshape(-1, width), roots[:many]).reshape(query.shape)
+    return queries, scale_rows(key.reshape(-1, width), roots[many:]).reshape(key.shape)
+
+
+def place(
+    query: Array, key: Array, value: Array, *cached: Array, frequencies: Sequence[float], past: int
+) -> tuple[Array, ...]:
+    """q, and all keys and values `(G, s, k)`, the cached ones included; queries and keys rotate by their positions."""
+    if len(frequencies):
+        turn = partial(rotate, frequencies=frequencies)
+        query, key = turn(query, first=past + key.shape[1] - query.shape[1]), turn(key, first=past)
     if cached:
-        keys, values = jnp.concatenate([cached[0], keys], axis=1), jnp.concatenate([cached[1], values], axis=1)
-    return queries, keys, values
+        key, value = jnp.concatenate([cached[0], key], axis=1), jnp.concatenate([cached[1], value], axis=1)
+    return query, key, value
 
 
-def rotate(x: Array, *, first: int, dimensions: int, base: float) -> Array:
+def project_and_place(
+    state: Array,
+    matrix: Array,
+    bias: Array,
+    *cached: Array,
+    model: Description,
+    rows: int,
+    past: int,
+    frequencies: Sequence[float],
+) -> tuple[Array, ...]:
+    """Both at once, where nothing is between them."""
+    placed = project(state, matrix, bias, model=model, rows=rows)
+    return place(*placed, *cached, frequencies=frequencies, past=past)
+
+
+def rotate(x: Array, *, first: int, frequencies: Sequence[float]) -> Array:
     """Rotary position embedding of `(H, r, k)` at positions from `first` on: angles are public, so this is local.
 
-    The first `dimensions` columns rotate, column j with column j + dimensions / 2 (GPT-NeoX's and Llama's order).
+    Twice as many columns as there are frequencies rotate, column j with the one half of them further (GPT-NeoX's and
+    Llama's order).
     """
-    frequencies = base ** (-np.arange(0, dimensions, 2) / dimensions)
+    dimensions = 2 * len(frequencies)
     angles = np.arange(first, first + x.shape[1])[:, None] * np.tile(frequencies, 2)
     turned, kept = x[..., :dimensions], x[..., dimensions:]
     half = dimensions // 2
@@ -177,4 +216,14 @@ def divide(heads: Array, totals: Array) -> Array:
 
 def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
     """Residual connection around the output projection, for the last `rows` tokens."""
-    return state[-rows:] + times_matrix(heads.transpose(1, 0, 2).reshape(rows, -1), matrix) + bias
+    return state[-rows:] + times_matrix(side_by_side(heads), matrix) + bias
+
+
+def side_by_side(heads: Array) -> Array:
+    """Heads `(H, r, k)` as rows `(r, H k)`."""
+    return heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)
+
+
+def merge_before_norm(heads: Array, matrix: Array, bias: Array) -> tuple[Array, Array]:
+    """The output projection where a norm follows: its rows without and with the norm's gain."""
+    return plain_and_gained(side_by_side(heads), matrix, bias)

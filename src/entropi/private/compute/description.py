@@ -16,6 +16,7 @@ Norm: TypeAlias = Literal["none", "rms", "layer"]
 Embedding: TypeAlias = Literal["private", "public"]
 Output: TypeAlias = Literal["logits", "top_k", "argmax"]
 SoftmaxText: TypeAlias = Annotated[str, msgspec.Meta(max_length=32)]  # of an `entropi.softmax.SoftmaxForm`
+RotarySet: TypeAlias = Annotated[list[Annotated[float, msgspec.Meta(ge=0, le=1e3)]], msgspec.Meta(max_length=1024)]
 
 FORMAT = 3  # of folded models; `folded` reads older ones
 
@@ -54,10 +55,16 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     centre: bool  # a matrix multiplies the state before the final norm or the head
     end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
     log_length: bool = False  # q is scaled by log(n) / log(positions), n the keys that its row sees
+    head_width: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0  # 0: hidden_size / heads
+    query_key_norm: bool = False  # rows of q and k are divided by their root mean square, before they rotate
+    branch_norm: bool = False  # what attention and FFN add to the state is divided by its root mean square
+    # Angles a position by pair of rotating columns, in sets, and the set of each layer; without, powers of rotary_base.
+    rotary_frequencies: Annotated[list[RotarySet], msgspec.Meta(max_length=8)] = []
+    rotary_layers: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=7)]], msgspec.Meta(max_length=256)] = []
 
     def __post_init__(self) -> None:
         problems = []
-        if self.hidden_size % self.heads:
+        if not self.head_width and self.hidden_size % self.heads:
             problems.append(f"hidden_size {self.hidden_size} is not a multiple of {self.heads} heads")
         if self.heads % self.key_value_heads:
             problems.append(f"{self.heads} heads are not a multiple of {self.key_value_heads} key_value_heads")
@@ -75,10 +82,19 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         if self.log_length and self.positions < 2:
             problems.append("log_length needs at least 2 positions")
         rotary = self.position_embedding == "rotary"
-        if self.rotary_dimensions % 2 or self.rotary_dimensions > self.hidden_size // self.heads:
+        if self.rotary_dimensions % 2 or self.rotary_dimensions > self.head_size:
             problems.append(f"rotary_dimensions {self.rotary_dimensions} are odd or more than a head has")
         if rotary != (self.rotary_dimensions > 0):
             problems.append(f"rotary_dimensions are {self.rotary_dimensions} with {self.position_embedding} positions")
+        if self.rotary_frequencies:
+            if any(2 * len(one) != self.rotary_dimensions for one in self.rotary_frequencies):
+                problems.append(f"rotary_frequencies are not {self.rotary_dimensions // 2} a set")
+            if len(self.rotary_layers) != self.layers or max(self.rotary_layers) >= len(self.rotary_frequencies):
+                problems.append(f"rotary_layers do not name one of rotary_frequencies for each of {self.layers} layers")
+        elif self.rotary_layers:
+            problems.append("rotary_layers name no rotary_frequencies")
+        if self.branch_norm and (self.norm != "rms" or self.activation == "identity" or self.explicit_ffn):
+            problems.append("branch_norm needs the norm rms, an activation, and no explicit_ffn")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -94,12 +110,30 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     @property
     def head_size(self) -> int:
         """k, the width of a head."""
-        return self.hidden_size // self.heads
+        return self.head_width or self.hidden_size // self.heads
+
+    @property
+    def query_size(self) -> int:
+        """H k, the width of all heads side by side."""
+        return self.heads * self.head_size
+
+    def frequencies(self, layer: int) -> list[float]:
+        """Angle a position of every pair of rotating columns in a layer."""
+        if self.rotary_frequencies:
+            return self.rotary_frequencies[self.rotary_layers[layer]]
+        turning = self.rotary_dimensions
+        return [self.rotary_base ** (-j / turning) for j in range(0, turning, 2)]
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the server's weights; the client needs them to hold its empty shares."""
+        """Shapes of the server's weights; the client needs them to hold its empty shares.
+
+        Before a norm whose gain folding multiplied into the matrix, the matrix also stands without it: the gained rows
+        are divided by the root mean square of the plain ones.
+        """
         d, v, m = self.hidden_size, self.vocab_size, self.intermediate_size
-        joint = d + 2 * self.key_value_heads * self.head_size
+        q, k = self.query_size, self.key_value_heads * self.head_size
+        joint = q + 2 * k + (q + k if self.query_key_norm else 0)
+        written = 2 * d if self.branch_norm else d
         activation = known_activation(self.activation)
         up = 2 * m if activation is not None and activation.gated else m
         shapes: dict[str, tuple[int, ...]] = {"embedding": (v, d)}
@@ -107,14 +141,14 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             shapes["positions"] = (self.positions, d)
         for layer in range(self.layers):
             shapes[f"{layer}.qkv"], shapes[f"{layer}.qkv_bias"] = (d, joint), (joint,)
-            shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (d, d), (d,)
+            shapes[f"{layer}.output"], shapes[f"{layer}.output_bias"] = (q, written), (written,)
             if self.temperature:
                 shapes[f"{layer}.inverse_temperature"] = (self.heads, self.positions)
             if not self.softmax_form.of_distance:
                 shapes[f"{layer}.offset"] = (self.heads, self.positions)
             if self.activation != "identity":
                 shapes[f"{layer}.up"], shapes[f"{layer}.up_bias"] = (d, up), (up,)
-                shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, d), (d,)
+                shapes[f"{layer}.down"], shapes[f"{layer}.down_bias"] = (m, written), (written,)
             if layer in self.explicit_ffn:
                 shapes[f"{layer}.ffn"], shapes[f"{layer}.ffn_bias"] = (d, d), (d,)
         if self.centre:

@@ -66,11 +66,12 @@ def measure_ranges(
     def watch(stage: Stage, operands: tuple[Array, ...], value: Array) -> None:
         name = f"layer {stage.layer} {stage.name}" if stage.layer >= 0 else stage.name
         magnitude = np.abs(value).max()
-        if stage.name == "norm":  # sums its operand's squares
+        if stage.name == "norm":  # sums its first operand's squares
             squares = np.square(np.asarray(operands[0], np.float64))
             magnitude = max(magnitude, squares.sum(axis=-1).max())
             kind = model.final_norm if stage.layer < 0 else model.norm
-            mean = np.var(operands[0], axis=-1) if kind == "layer" else squares.mean(axis=-1)
+            centred = kind == "layer" and stage.inputs[0] == "state"
+            mean = np.var(operands[0], axis=-1) if centred else squares.mean(axis=-1)
             _keep(ranges.smallest_mean_square, name, float(mean.min()) + model.norm_epsilon, min)
             _keep(ranges.largest_mean_square, name, float(mean.max()) + model.norm_epsilon, max)
         if stage.name == "normalise" and not model.softmax_form.of_distance:

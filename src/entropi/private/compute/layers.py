@@ -42,6 +42,20 @@ def add_affine(base: Array, state: Array, matrix: Array, bias: Array, *, rows: i
     return base[-rows:] + times_matrix(state[-rows:], matrix) + bias
 
 
+def plain_and_gained(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> tuple[Array, Array]:
+    """What a branch computes before its norm, without and with the norm's gain, for the last `rows` rows or all."""
+    joint = affine(state, matrix, bias, rows=rows)
+    width = joint.shape[1] // 2
+    return joint[:, :width], joint[:, width:]
+
+
+def add_normalised(plain: Array, gained: Array, base: Array, *, epsilon: float) -> Array:
+    """base + gained / rms(plain), for the last rows of `base`: a branch with a norm after it."""
+    rows, width = plain.shape
+    mean = sums_of_squares(plain) * (1.0 / width)
+    return base[-rows:] + scale_rows(gained, inverse_root(mean + epsilon))
+
+
 def bilinear(hidden: Array) -> Array:
     """Left half times right half, elementwise."""
     width = hidden.shape[1] // 2
@@ -60,6 +74,18 @@ def swiglu_exact(hidden: Array) -> Array:
     return silu_exact(hidden[:, :width]) * hidden[:, width:]
 
 
+def geglu(hidden: Array) -> Array:
+    """GELU of the left half times the right half, elementwise (Gemma)."""
+    width = hidden.shape[1] // 2
+    return gelu(hidden[:, :width]) * hidden[:, width:]
+
+
+def geglu_exact(hidden: Array) -> Array:
+    """What `geglu` approximates."""
+    width = hidden.shape[1] // 2
+    return gelu_tanh(hidden[:, :width]) * hidden[:, width:]
+
+
 # What computes each activation of `activations.folded_names`, and what that approximates, None where it is exact.
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array] | None]] = {
     "relu": (relu, None),
@@ -67,6 +93,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array] 
     "square": (square, None),
     "bilinear": (bilinear, None),
     "swiglu": (swiglu, swiglu_exact),
+    "geglu": (geglu, geglu_exact),
 }
 
 

@@ -23,11 +23,15 @@ from jax import Array
 
 from entropi.private.compute.attention import (
     divide,
+    merge_before_norm,
     merge_heads,
     normalise,
+    normalise_heads,
     normalise_means,
+    place,
     powers,
     project,
+    project_and_place,
     scale_by_length,
     scores,
     shift_by_row_max,
@@ -45,10 +49,12 @@ from entropi.private.compute.functions import (
 from entropi.private.compute.layers import (
     ACTIVATIONS,
     add_affine,
+    add_normalised,
     affine,
     likeliest,
     likeliest_few,
     normalise_state,
+    plain_and_gained,
     rounded,
 )
 from entropi.private.compute.settings import Settings
@@ -101,11 +107,13 @@ def forward(
         state'' = state' + act(n' up + up_bias) down + down_bias + n' ffn + ffn_bias
 
     with n' = norm(state'), or n where residuals are parallel; without norms, "ffn" replaces the residual state instead
-    of adding to it.
+    of adding to it. With norms of queries and keys, rows of q and k are divided by their root mean square before they
+    rotate; with norms of branches, what attention and FFN add is divided by its own.
     """
     softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
     normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
+    add_branch = partial(add_normalised, epsilon=model.norm_epsilon)
     yield from embedding_stages(model, new, past, embedding, paired, fraction_bits)
 
     for layer in range(model.layers):
@@ -120,8 +128,12 @@ def forward(
             base = "base" if has_ffn else "state"
 
         yield from attention_stages(model, layer, rows, new, past, softmax, read)
-        merge, w = partial(merge_heads, rows=rows), f"{layer}."
-        yield Stage("output", layer, merge, (base, "heads", w + "output", w + "output_bias"), ("state",))
+        weights = (f"{layer}.output", f"{layer}.output_bias")
+        if model.branch_norm:
+            yield Stage("output", layer, merge_before_norm, ("heads", *weights), ("plain", "gained"))
+            yield Stage("norm", layer, add_branch, ("plain", "gained", base), ("state",))
+        else:
+            yield Stage("output", layer, partial(merge_heads, rows=rows), (base, "heads", *weights), ("state",))
 
         if not model.parallel_residual:
             if model.norm != "none" and has_ffn:
@@ -156,8 +168,17 @@ def attention_stages(
     """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
     w, keys = f"{layer}.", past + new
     cached = (w + "k", w + "v") if past else ()
-    projection = partial(project, model=model, rows=rows, past=past)
-    yield Stage("qkv", layer, projection, (read, w + "qkv", w + "qkv_bias", *cached), ("q", w + "k", w + "v"))
+    weights, where = (read, w + "qkv", w + "qkv_bias"), dict[str, Any](frequencies=model.frequencies(layer), past=past)
+    if model.query_key_norm:
+        projection = partial(project, model=model, rows=rows)
+        yield Stage("qkv", layer, projection, weights, ("q", "new_k", "new_v", "plain"))
+        norm = partial(normalise_heads, epsilon=model.norm_epsilon)
+        yield Stage("norm", layer, norm, ("plain", "q", "new_k"), ("q", "new_k"))
+        placing = partial(place, **where)
+        yield Stage("qkv", layer, placing, ("q", "new_k", "new_v", *cached), ("q", w + "k", w + "v"))
+    else:
+        projection = partial(project_and_place, model=model, rows=rows, **where)
+        yield Stage("qkv", layer, projection, (*weights, *cached), ("q", w + "k", w + "v"))
 
     if model.temperature:
         temperature = partial(temper, rows=slice(keys - rows, keys))
@@ -231,7 +252,12 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
         else:
             yield Stage("ffn", layer, partial(add_affine, rows=rows), (base, read, *matrix), (result,))
         base = result
-    if model.activation != "identity":
+    if model.branch_norm:
+        down = partial(plain_and_gained, rows=rows)
+        yield Stage("ffn", layer, down, ("hidden", w + "down", w + "down_bias"), ("plain", "gained"))
+        add_branch = partial(add_normalised, epsilon=model.norm_epsilon)
+        yield Stage("norm", layer, add_branch, ("plain", "gained", base), (result,))
+    elif model.activation != "identity":
         down = partial(add_affine, rows=rows)
         yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
 

@@ -38,7 +38,7 @@ def needed_memory(model: Description, tokens: int) -> int:
     rows, once = min(tokens, 128), ("embedding", "positions", "head")  # the head has one row
     largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
     table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
-    wide = max(model.intermediate_size, 3 * model.hidden_size)
+    wide = max(model.intermediate_size, 3 * max(model.hidden_size, model.query_size))
     values = tokens * max(model.heads * tokens, wide) + model.vocab_size
     own = 2e9 + 5e7 * (os.cpu_count() or 1)
     return int(own + 150 * weights + 30 * max(largest, table) + 8e3 * values)
