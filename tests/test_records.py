@@ -448,7 +448,7 @@ def test_records_with_two_fields_for_the_softmax_are_read(path: Path, polynomial
     with pytest.raises(UserError, match="line 1 is damaged: exp_iterations is 'two', expected int"):
         record_files.read(path)
     path.write_bytes(lines[1].replace(now, b"<b>") + b"\n")
-    with pytest.raises(UserError, match="line 1 is damaged: softmax must be exact, power-1 to"):
+    with pytest.raises(UserError, match="line 1 is damaged: softmax must be exact, quartic"):
         record_files.read(path)
 
 

@@ -683,7 +683,7 @@ def test_dishonest_servers(capfd, folded, name, scratch):
     ("prompt", "options", "complaint"),
     [
         ("", [], "the prompt is empty"),
-        ("wall " * 40, [], f"and 8 new ones are asked for, but this model takes at most {POSITIONS + 1} tokens"),
+        ("wall " * 40, [], f"and 8 new ones are asked for, but this server takes at most {POSITIONS + 1} tokens"),
         ("wall", ["--max-new-tokens", "0"], "at least 1"),
         ("wall", ["--tokenizer-sha256", "0" * 64], "sent another tokenizer than the one with the given SHA-256"),
         ("wall", ["--tokenizer-sha256", "0"], "64 hexadecimal digits"),

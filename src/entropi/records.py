@@ -257,10 +257,16 @@ class PredictionRecord(Base, tag="prediction"):
     set_up: PassCost  # keys and first transfers, once a session
     prompt: PassCost
     further: PassCost | None  # one token after the prompt
+    prefix_tokens: int = 0  # public ones that the prompt continues
     own_kernel: bool | None = None  # whether the model is trained with this softmax; None in older records
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
+
+    @property
+    def tokens_in_words(self) -> str:
+        """The length of the prompt, and of the public prefix if there is one."""
+        return f"{self.seq_len} tokens" + (f" after {self.prefix_tokens} public ones" if self.prefix_tokens else "")
 
     @property
     def kernel(self) -> str:
@@ -321,6 +327,7 @@ class PrivateRun(Base, tag="private"):
     fraction_bits: int
     softmax: str  # that was evaluated, as `entropi.softmax` names it
     padding_tokens: int = 0  # put before the prompt, so that its length tells less
+    prefix_tokens: int = 0  # public ones that the server put before both
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)

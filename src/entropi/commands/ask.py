@@ -39,6 +39,7 @@ def run(
     pad_with: Path | None = None,
     stop: list[str] | None = None,
     full_length: bool = False,
+    no_prefix: bool = False,
     canary: bool = False,
     retries: int = 0,
     memory_gb: float | None = None,
@@ -69,6 +70,7 @@ def run(
             it is the token that ends a text
         stop: names of the tokens that end an answer; by default those that usually end a text
         full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
+        no_prefix: refuse a server that puts a public text before every prompt; otherwise that text is shown
         canary: ask the public prompt that the server names, and compare the answer with the one it published
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
@@ -88,7 +90,7 @@ def run(
     sampling = Sampling(temperature, top_k, seed)
     own = read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
     filling = read_text(pad_with, "the filling") if pad_with is not None else None
-    privacy = Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, full_length)
+    privacy = Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, full_length, no_prefix)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     check_parents(logits)
     if record is not None and not record.is_dir():

@@ -23,6 +23,7 @@ def run(
     architecture: str | None = None,
     compare: list[str] | None = None,
     seq_len: int = 128,
+    prefix_tokens: int = 0,
     layers: int | None = None,
     heads: int | None = None,
     hidden_size: int | None = None,
@@ -52,6 +53,7 @@ def run(
             of an entropi model or of a family that can be converted, its folder, a GGUF file, or hf://OWNER/NAME
         compare: several of these side by side
         seq_len: tokens of the prompt, T
+        prefix_tokens: public tokens that the prompt continues, computed in the clear (serve --prefix-file)
         layers: number of layers, L; 12 by default
         heads: attention heads a layer, H; 12 by default
         hidden_size: width of the model, d; 768 by default
@@ -104,11 +106,18 @@ def run(
     words = [str(run) for run in runs] if runs else compare or [architecture or "SM(t)+ScFuFFN"]
     for_exact, trained_with = _softmax(softmax)
     _refuse_ignored(words, list(asked), trained_with, searching=budget is not None)
-    base = _base(asked, seq_len, trained_with)
+    base = _base(asked, prefix_tokens + seq_len, trained_with)
 
     network_chosen = parse_network(network)
     chosen = prices.shipped(protocol) if calibration is None else _read_prices(calibration, protocol)
-    options = Options(embedding=embedding, exact_softmax_as=for_exact, fraction_bits=chosen.fraction_bits)
+    if prefix_tokens < 0:
+        raise UserError(f"--prefix-tokens is {prefix_tokens} but must not be negative")
+    options = Options(
+        embedding=embedding,
+        exact_softmax_as=for_exact,
+        fraction_bits=chosen.fraction_bits,
+        prefix_tokens=prefix_tokens,
+    )
     costs = CostModel(chosen, network_chosen, options)
 
     if runs:
@@ -176,7 +185,7 @@ def _softmax(asked: str | None) -> tuple[str, str]:
     return USUAL_FOR_EXACT, str(parse_of_model(asked))
 
 
-def _base(asked: Mapping[str, Any], seq_len: int, trained_with: str) -> Shape:
+def _base(asked: Mapping[str, Any], positions: int, trained_with: str) -> Shape:
     """The sizes of architectures by name."""
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "key_value_heads": "num_key_value_heads"}
     for name in ("intermediate_size", "key_value_heads"):
@@ -184,7 +193,7 @@ def _base(asked: Mapping[str, Any], seq_len: int, trained_with: str) -> Shape:
             raise UserError(f"{name} is {asked[name]}, at least 1 is needed")
     return Shape(
         **{names.get(name, name): value for name, value in asked.items()},
-        max_position_embeddings=max(seq_len, 1024),
+        max_position_embeddings=max(positions, 1024),
         softmax=trained_with,
     )
 

@@ -14,6 +14,7 @@ from entropi.commands import fold
 from entropi.commands.common import (
     Command,
     check_parents,
+    read_text,
     refuse_unknown_families,
     secure_engine,
     terminated_like_interrupted,
@@ -60,6 +61,7 @@ def run(
     fraction_bits: int | None = None,
     self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
     canary: str | None = None,
+    prefix_file: Path | None = None,
     recheck: bool = False,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
@@ -100,6 +102,8 @@ def run(
         self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
             the engine's fixed-point numbers, cheetah also with the cryptography
         canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
+        prefix_file: public text that every prompt continues, a chat template's header and system prompt for example, in
+            which special tokens are spelled out; it is computed once, in the clear, and clients are shown it
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
@@ -108,6 +112,7 @@ def run(
         from entropi.private.admission.quota_stores import is_url
         from entropi.private.sessions.readiness import check_surroundings
         from entropi.private.sessions.server import serve
+        from entropi.private.sessions.tokenization import public_ids
         from entropi.private.wire.certificates import tls_files
 
     _log_to_standard_error(log)
@@ -136,6 +141,8 @@ def run(
         source_startups,
     )
 
+    prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
+
     # Mistakes are told before a model is folded, which takes a while.
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
     check_parents(audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store))
@@ -146,9 +153,10 @@ def run(
 
     with terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = _folded(path, temporary)
+        tokenizer = _tokenizer(folder, path)
         serve(
             folder,
-            _tokenizer(folder, path),
+            tokenizer,
             listen,
             settings,
             limits,
@@ -161,6 +169,7 @@ def run(
             self_tests=_SELF_TESTS[self_test],
             canary=canary,
             recheck=recheck,
+            prefix=public_ids(tokenizer, prefix) if prefix is not None else (),
         )
 
 

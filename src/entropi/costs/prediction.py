@@ -20,6 +20,7 @@ from entropi.costs.network import Network, parse_network
 from entropi.costs.tracing import Value, trace_calls
 from entropi.errors import UserError
 from entropi.model.shape import expected_description
+from entropi.private.compute import prefix
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Description, Embedding, Output
 from entropi.private.compute.program import Stage, forward, warm_up
 from entropi.private.compute.settings import TRUST
@@ -42,6 +43,7 @@ class Options:
     choices: int = 8
     exact_softmax_as: str = USUAL_FOR_EXACT  # what is evaluated for models that were trained with the exact softmax
     fraction_bits: int = 18
+    prefix_tokens: int = 0  # public ones that every prompt continues
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class CostModel:
     def predict(self, config: Any, seq_len: int) -> PredictionRecord:
         """A session of the model: set-up, a prompt of `seq_len` tokens and one further token.
 
+        Both follow the public prefix of the options, which costs nothing itself.
+
         `config` is a `Shape`, an `EntropiConfig` or, folded, a `Description`. No further token is predicted where the
         model has no position for it.
 
@@ -76,7 +80,7 @@ class CostModel:
         predictor = Predictor(model, self)
         set_up = predictor.set_up()
         prompt = predictor.run(seq_len)
-        further = predictor.run(1) if seq_len < model.positions else None
+        further = predictor.run(1) if options.prefix_tokens + seq_len < model.positions else None
 
         return PredictionRecord(
             architecture=model.architecture,
@@ -85,6 +89,7 @@ class CostModel:
             hidden_size=model.hidden_size,
             vocab_size=model.vocab_size,
             seq_len=seq_len,
+            prefix_tokens=options.prefix_tokens,
             protocol=protocol,
             trust=TRUST_MODELS[protocol],
             network=self.network.name,
@@ -127,7 +132,10 @@ class Predictor:
             for name, shape in model.weight_shapes().items()
             if name != "embedding" or not public
         }
-        self._past = 0
+        self._past = costs.options.prefix_tokens
+        if self._past:
+            kept = prefix.shape(model, self._past)
+            self._values |= {name: Value(kept, "server") for name in prefix.names(model)}
 
     def set_up(self) -> PassCost:
         """Keys and the first oblivious transfers, which a session pays once."""
@@ -142,7 +150,8 @@ class Predictor:
             raise UserError(f"{tokens} tokens cannot be a pass; at least 1 is needed")
         if self._past + tokens > model.positions:
             raise UserError(
-                f"{self._past + tokens} tokens are more than the {model.positions} positions that this model has"
+                f"{self._past + tokens} tokens{' with the prefix' * bool(options.prefix_tokens)} are more than the "
+                f"{model.positions} positions that this model has"
             )
 
         paired = (

@@ -40,7 +40,7 @@ def _show_counts(console: Console, report: CostReport) -> None:
     counts, record = report.counts, report.prediction
     console.print(
         f"{report.name}: {counts.parameters:,} parameters, {record.layers} layers, {record.heads} heads,"
-        f" width {record.hidden_size}, {record.seq_len} tokens"
+        f" width {record.hidden_size}, {record.tokens_in_words}"
     )
     for operation in counts.nonlinear:
         rows, columns = operation.shape

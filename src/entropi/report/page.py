@@ -239,7 +239,7 @@ def _prediction(run: Run, dpi: float) -> Panel | None:
     whole, top = size(round(prompt.bytes)), next(iter(prompt.by_operation().values()))
     alt = f"Bars of predicted bytes by operation; the longest is {top.name} with {size(round(top.bytes))} of {whole}."
     note = (
-        f"Not run: {record.seq_len} tokens under {record.protocol} ({record.trust}), {record.embedding} token table, "
+        f"Not run: {record.tokens_in_words} under {record.protocol} ({record.trust}), {record.embedding} token table, "
         f"{record.kernel}. {whole}, {rounded(prompt.messages)} messages, "
         f"{rounded(prompt.rounds)} rounds (message latencies, one way); with the network {record.network} "
         f"{duration(prompt.latency)}, of which computing {duration(prompt.seconds)} by the prices of "

@@ -17,7 +17,7 @@ from jax import Array
 from entropi.errors import UserError
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.embedding import pair_limit
-from entropi.private.compute.program import Stage, run_plain
+from entropi.private.compute.program import Stage, cached_tokens, run_plain
 from entropi.private.compute.settings import Settings
 
 # What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
@@ -60,8 +60,11 @@ def measure_ranges(
     *,
     every_row: bool = False,
 ) -> Ranges:
-    """Ranges of all values on `sequences` of token ids; with `every_row` of the logits after every token."""
-    ranges = Ranges()
+    """Ranges of all values on `sequences` of token ids; with `every_row` of the logits after every token.
+
+    Sequences follow a public prefix whose keys and values stand beside the weights.
+    """
+    ranges, past = Ranges(), cached_tokens(weights)
 
     def watch(stage: Stage, operands: tuple[Array, ...], value: Array) -> None:
         name = f"layer {stage.layer} {stage.name}" if stage.layer >= 0 else stage.name
@@ -75,12 +78,12 @@ def measure_ranges(
             _keep(ranges.smallest_mean_square, name, float(mean.min()) + model.norm_epsilon, min)
             _keep(ranges.largest_mean_square, name, float(mean.max()) + model.norm_epsilon, max)
         if stage.name == "normalise" and not model.softmax_form.of_distance:
-            rows = operands[1].shape[-1]
-            means = np.asarray(operands[1]) / np.arange(len(sequence) - rows + 1, len(sequence) + 1)
+            rows, keys = operands[1].shape[-1], past + len(sequence)
+            means = np.asarray(operands[1]) / np.arange(keys - rows + 1, keys + 1)
             _keep(ranges.largest_mean_weight, name, float(means.max()), max)
             _keep(ranges.low_mean_weight, name, float(np.quantile(means, 0.01)), min)
         if stage.name == "normalise":  # multiplies by up to the root of the keys before it divides by it
-            magnitude = magnitude * np.sqrt(len(sequence))
+            magnitude = magnitude * np.sqrt(past + len(sequence))
         _keep(ranges.largest, name, float(magnitude) if np.isfinite(magnitude) else np.inf, max)
         if stage.name not in ("exp", "max"):  # far keys weigh nothing, and the largest is 0
             _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), min)
@@ -98,10 +101,8 @@ def calibration_text(model: Description, weights: Mapping[str, np.ndarray]) -> l
     """Random tokens over all positions, and those whose embeddings hold the largest values."""
     random = np.random.default_rng(0)
     by_size = np.argsort(-np.abs(weights["embedding"]).max(axis=1))
-    return [
-        random.integers(0, model.vocab_size, model.positions).tolist(),
-        np.resize(by_size, model.positions).tolist(),
-    ]
+    length = model.positions - cached_tokens(weights)
+    return [random.integers(0, model.vocab_size, length).tolist(), np.resize(by_size, length).tolist()]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def sweep_vocabulary(model: Description, weights: Mapping[str, np.ndarray], sett
     per_token = 2.0 * sum(np.size(weight) for name, weight in weights.items() if name not in ("embedding", "positions"))
     tokens = int(min(model.vocab_size, max(MAX_SWEEP_OPERATIONS // per_token, SWEEP_LENGTH)))
     by_size = np.argsort(-np.abs(weights["embedding"]).max(axis=1), kind="stable")[:tokens]
-    order, length = np.random.default_rng(1).permutation(by_size), min(model.positions, SWEEP_LENGTH)
+    order = np.random.default_rng(1).permutation(by_size)
+    length = min(model.positions - cached_tokens(weights), SWEEP_LENGTH)
     order = np.resize(order, -(-tokens // length) * length)  # whole sequences, so that all share compiled code
 
     ranges, worst, furthest, faint = Ranges(), list[int](), -1.0, 0

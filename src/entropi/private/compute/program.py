@@ -11,7 +11,7 @@ n pairs of a query and a key it sees; V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -317,25 +317,20 @@ def run_plain(
 ) -> tuple[list[int], list[np.ndarray]]:
     """Greedy generation in plaintext: tokens and the logits `(V,)` they were chosen from.
 
-    With `every_row` the logits after every token of each pass instead, `(m, V)`.
+    With `every_row` the logits after every token of each pass instead, `(m, V)`. Tokens follow a public prefix whose
+    keys and values stand beside the weights (see `prefix`).
 
     With `exact` the model's own functions are computed, the exact softmax (unless it was trained with another) and
     GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
     """
     values: dict[str, Any] = {name: jnp.asarray(w) for name, w in weights.items()}
-    fresh, past = list(token_ids), 0
+    fresh, past = list(token_ids), cached_tokens(weights)
     generated: list[int] = []
     all_logits: list[np.ndarray] = []
     for _ in range(new_tokens):
         values["embedded"] = values["embedding"][np.asarray(fresh)]
-        for stage in forward(model, len(fresh), past, exact_softmax_as, embedding="public", every_row=every_row):
-            function = stage.exact if exact and stage.exact is not None else stage.function
-            operands = tuple(values[name] for name in stage.inputs)
-            results = _run_compiled(_Comparable.of(function), *operands)
-            for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
-                values[name] = value
-                if watch is not None:
-                    watch(stage, operands, value)
+        stages = forward(model, len(fresh), past, exact_softmax_as, embedding="public", every_row=every_row)
+        run_stages(stages, values, exact=exact, watch=watch)
         past += len(fresh)
         rows = np.asarray(values["logits"])
         logits = rows if every_row else rows[-1]
@@ -343,3 +338,26 @@ def run_plain(
         generated += fresh
         all_logits.append(logits)
     return generated, all_logits
+
+
+def run_stages(
+    stages: Iterable[Stage],
+    values: dict[str, Any],
+    *,
+    exact: bool = False,
+    watch: Callable[[Stage, tuple[Array, ...], Array], None] | None = None,
+) -> None:
+    """Run stages in plaintext on named `values`, which they read and write; `exact` and `watch` as for `run_plain`."""
+    for stage in stages:
+        function = stage.exact if exact and stage.exact is not None else stage.function
+        operands = tuple(values[name] for name in stage.inputs)
+        results = _run_compiled(_Comparable.of(function), *operands)
+        for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
+            values[name] = value
+            if watch is not None:
+                watch(stage, operands, value)
+
+
+def cached_tokens(values: Mapping[str, Any]) -> int:
+    """How many tokens' keys and values stand among `values`."""
+    return int(values["0.k"].shape[1]) if "0.k" in values else 0

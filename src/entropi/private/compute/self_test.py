@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +36,7 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
     settings: Settings
     protocol: Literal["ref2k", "cheetah"]
     tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    prefix: list[TokenId] = []  # public, before them
 
 
 class Finding(msgspec.Struct, forbid_unknown_fields=True):
@@ -45,8 +47,16 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True):
     seconds: float
 
 
-def self_test(folder: Path, settings: Settings, protocol: Literal["ref2k", "cheetah"], tokens: list[int]) -> str:
+def self_test(
+    folder: Path,
+    settings: Settings,
+    protocol: Literal["ref2k", "cheetah"],
+    tokens: list[int],
+    prefix: Sequence[int] = (),
+) -> str:
     """Run the program on a prompt of `tokens` and on one more token; one line that says what came out.
+
+    The prompt continues the public `prefix`.
 
     Raises:
         UserError: logits that are wrong, or a run that failed.
@@ -57,7 +67,7 @@ def self_test(folder: Path, settings: Settings, protocol: Literal["ref2k", "chee
     try:
         done = subprocess.run(
             [sys.executable, "-m", "entropi.private.compute.self_test"],
-            input=msgspec.json.encode(Question(str(folder), settings, protocol, tokens)),
+            input=msgspec.json.encode(Question(str(folder), settings, protocol, tokens, list(prefix))),
             capture_output=True,
             timeout=PATIENCE_SECONDS,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -93,19 +103,22 @@ def compare(question: Question) -> Finding:
     from entropi.private.compute.embedding import one_hot
     from entropi.private.compute.engine import Simulation
     from entropi.private.compute.folded import load_folded
+    from entropi.private.compute.prefix import with_prefix
     from entropi.private.compute.program import forward, run_plain
 
     started = time.monotonic()
     settings = question.settings
     model, weights = load_folded(Path(question.folder))
-    prompt = question.tokens[: max(model.positions - 1, 1)]
+    weights = with_prefix(model, weights, question.prefix)
+    past = len(question.prefix)
+    prompt = question.tokens[: max(model.positions - past - 1, 1)]
     every_row = question.protocol == "ref2k"
-    passes = 2 if len(prompt) < model.positions else 1
+    passes = 2 if past + len(prompt) < model.positions else 1
     generated, expected = run_plain(model, weights, prompt, passes, settings.exact_softmax_as, every_row=every_row)
     engine = Simulation(question.protocol, settings)
     for name, weight in weights.items():
         engine.hold(name, weight, SERVER)
-    past, error, largest = 0, 0.0, 0.0
+    error, largest = 0.0, 0.0
     for tokens, plain in zip([prompt, generated[:1]], expected):
         if settings.embedding == "public":
             engine.hold("embedded", weights["embedding"][tokens], CLIENT)

@@ -55,8 +55,8 @@ TRUST = {
 }
 
 
-def trust(settings: Settings) -> str:
-    """`TRUST` in the case of these settings: what each side learns."""
+def trust(settings: Settings, prefix_tokens: int = 0) -> str:
+    """`TRUST` in the case of these settings and of a public prefix of so many tokens: what each side learns."""
     learned = {
         "logits": "the logits",
         "top_k": f"the {settings.choices} likeliest tokens and their logits",
@@ -65,4 +65,5 @@ def trust(settings: Settings) -> str:
     if settings.logit_bits is not None:
         learned += f", rounded to {2.0**-settings.logit_bits:g},"
     text = TRUST[settings.protocol].replace("the logits", learned).replace(",,", ",")
-    return text + (", whose token embeddings are public" if settings.embedding == "public" else "")
+    text += ", whose token embeddings are public" if settings.embedding == "public" else ""
+    return text + (f"; every prompt continues {prefix_tokens} public tokens" if prefix_tokens else "")

@@ -13,7 +13,7 @@ import numpy as np
 
 from entropi.errors import UserError
 from entropi.private.compute.description import Description
-from entropi.private.compute.program import run_plain
+from entropi.private.compute.program import cached_tokens, run_plain
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.tokenization import Encoder, check_prompt
 from entropi.private.wire.messages import Canary
@@ -45,10 +45,11 @@ def make_canary(
     if len(prompt) > 300:
         raise UserError(f"the canary has {len(prompt)} characters, at most 300 are possible")
     most = min(CANARY_TOKENS, max_new_tokens)
-    ids = encoder.encode(prompt, model.positions)
-    if len(ids) > model.positions:
-        raise UserError(f"the canary has {len(ids)} tokens, and the model {model.positions} positions")
-    most = min(most, model.positions + 1 - len(ids))
+    positions = model.positions - cached_tokens(weights)
+    ids = encoder.encode(prompt, positions)
+    if len(ids) > positions:
+        raise UserError(f"the canary has {len(ids)} tokens, and the model {positions} positions")
+    most = min(most, positions + 1 - len(ids))
     tokens, logits = run_plain(model, weights, ids, most, settings.exact_softmax_as)
     second = [float(np.partition(row, -2)[-2]) for row in logits]
     best = [float(row.max()) for row in logits]

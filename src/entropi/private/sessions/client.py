@@ -58,7 +58,7 @@ class Connection:
     @property
     def trust(self) -> str:
         """What each side learns, in words."""
-        return trust(self._welcome.settings)
+        return trust(self._welcome.settings, len(self._welcome.prefix))
 
     @property
     def canary(self) -> Canary | None:

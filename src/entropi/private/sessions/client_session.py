@@ -101,6 +101,7 @@ class ClientSession:
             raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
 
         self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
+        self._check_prefix()
         generation.stop_ids = self.tokenizer.ids_of(generation.privacy.stop_tokens)
         generation.prompt_ids = self._encode_prompt()
         generation.padding = self._padding(len(generation.prompt_ids))
@@ -113,7 +114,8 @@ class ClientSession:
             await self._say(Start(len(ids), left, welcome.digest()))
 
             accepted = await self._wait_for_slot()
-            memory = memory_for(welcome.description, len(ids) + left, generation.memory_gb)
+            length = len(welcome.prefix) + len(ids) + left
+            memory = memory_for(welcome.description, length, generation.memory_gb)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
@@ -125,6 +127,7 @@ class ClientSession:
                         max_new_tokens=left,
                         prompt_length=len(ids),
                         prompt=ids,
+                        prefix_length=len(welcome.prefix),
                         table=str(table) if table is not None else None,
                     ),
                     memory_bytes=memory,
@@ -162,13 +165,14 @@ class ClientSession:
         return Answer(
             PrivateRun(
                 protocol=settings.protocol,
-                trust=trust(settings),
+                trust=trust(settings, len(self.welcome.prefix)),
                 server=self.where,
                 prompt=generation.prompt,
                 prompt_tokens=generation.prompt_ids,
                 new_tokens=generation.new_tokens,
                 new_text=self.tokenizer.decode(generation.answer_ids),
                 padding_tokens=len(generation.padding),
+                prefix_tokens=len(self.welcome.prefix),
                 stages=generation.stages,
                 setup_seconds=generation.setup_seconds,
                 setup_bytes=generation.setup_bytes,
@@ -183,15 +187,33 @@ class ClientSession:
 
     def _encode_prompt(self) -> list[int]:
         wanted = self.generation.max_new_tokens
-        most = self.welcome.description.positions + 1  # the last new token is not read again
+        most = self._positions + 1  # the last new token is not read again
         ids = self.tokenizer.encode(self.generation.prompt, most)
         self._check_known(ids)
         if len(ids) + wanted > most:
             raise UserError(
-                f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this model takes at most "
+                f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this server takes at most "
                 f"{most} tokens, the new ones included"
             )
         return ids
+
+    @property
+    def _positions(self) -> int:
+        """Those that the public prefix leaves."""
+        return self.welcome.description.positions - len(self.welcome.prefix)
+
+    def _check_prefix(self) -> None:
+        """Say what public text this server puts before every prompt, and raise `UserError` if there must be none."""
+        welcome, generation = self.welcome, self.generation
+        if not welcome.prefix:
+            return
+        self._check_known(welcome.prefix)
+        text = repr(self.tokenizer.decode(welcome.prefix))
+        shown = without_controls(text if len(text) < 200 else f"{text[:200]}...")
+        what = f"a public text of {len(welcome.prefix)} tokens before every prompt: {shown}"
+        if generation.privacy.no_prefix:
+            raise UserError(f"{self.where} puts {what}")
+        generation.watcher.status(f"{self.where} puts {what}")
 
     def _check_known(self, ids: list[int]) -> None:
         """Raise `UserError` for tokens that the model does not have."""
@@ -205,7 +227,7 @@ class ClientSession:
         wanted, generation = -length % self.generation.privacy.pad_to, self.generation
         if not wanted:
             return []
-        if length + wanted + generation.max_new_tokens > self.welcome.description.positions + 1:
+        if length + wanted + generation.max_new_tokens > self._positions + 1:
             raise UserError(
                 f"the prompt has {length} tokens, and filled up to {length + wanted} it leaves no room for "
                 f"{generation.max_new_tokens} new ones in this model"

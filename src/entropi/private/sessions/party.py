@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from safetensors.numpy import load
 
+from entropi.private.compute import prefix
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.program import stages_of_pass, warm_up
@@ -60,7 +61,12 @@ def _serve_session(
     for name, shape in model.weight_shapes().items():
         if name != "embedding" or not public:
             engine.hold(name, shape, weights[name] if weights is not None else None)
-    fresh, count, past = job.prompt, job.prompt_length, 0
+    if job.prefix_length:
+        known = load(files["prefix"]) if "prefix" in files else None
+        for name in prefix.names(model):
+            shape = prefix.shape(model, job.prefix_length)
+            engine.hold(name, shape, known[name] if known is not None else None)
+    fresh, count, past = job.prompt, job.prompt_length, job.prefix_length
     for token in range(job.max_new_tokens):
         if public:
             engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])

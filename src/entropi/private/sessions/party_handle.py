@@ -54,7 +54,7 @@ async def confinement() -> str:
 
 def _too_little_memory(job: Job, memory_bytes: int | None) -> str:
     """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
-    needed = needed_memory(job.description, job.prompt_length + job.max_new_tokens)
+    needed = needed_memory(job.description, job.prefix_length + job.prompt_length + job.max_new_tokens)
     if memory_bytes is None or memory_bytes >= needed:
         return ""
     return (

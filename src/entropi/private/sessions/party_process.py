@@ -31,7 +31,7 @@ def main() -> int:
     line, begun = _first_line()
     try:
         job = json.loads(line)
-        files = {name: Path(job[name]).read_bytes() for name in ("weights", "table") if job.get(name)}
+        files = {name: Path(job[name]).read_bytes() for name in ("weights", "prefix", "table") if job.get(name)}
         folder = Path(job["links"][job["rank"]].removeprefix("unix:")).parent
         confine(folder)
     except Exception as error:  # the parent's user reads one line, wherever it comes from

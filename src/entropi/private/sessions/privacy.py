@@ -32,6 +32,7 @@ class Privacy:
         stop_tokens: by name, the tokens that end an answer; by default those that usually end a text. What the server
             says of that is not asked.
         full_length: ask for all tokens whatever comes, and cut the answer afterwards.
+        no_prefix: refuse a server that puts a public text before every prompt.
 
     Raises:
         UserError: a value out of range; one's own tokenizer and a hash of the server's at once.
@@ -43,6 +44,7 @@ class Privacy:
     pad_text: str | None = None
     stop_tokens: tuple[str, ...] | None = None
     full_length: bool = False
+    no_prefix: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.pad_to <= MAX_TOKENS:

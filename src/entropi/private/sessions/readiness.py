@@ -29,6 +29,7 @@ from entropi.private.wire.addresses import listening, parse_address
 from entropi.private.wire.certificates import Tls
 from entropi.private.wire.messages import (
     MAX_SERVER_MESSAGE,
+    MAX_TOKENS,
 )
 from entropi.private.wire.revocation import Watched
 
@@ -109,14 +110,17 @@ def verified_settings(
     self_tests: Sequence[Literal["ref2k", "cheetah"]],
     *,
     recheck: bool,
+    prefix: Sequence[int] = (),
 ) -> Settings:
     """The settings that sessions can rely on, once the model has been looked at and its tests are passed.
+
+    Prompts continue the public `prefix`, whose keys and values stand beside the weights.
 
     What an earlier start has found of the same model is not found out again, which takes minutes for a large one,
     unless `recheck` asks for it. But that was another day, and perhaps another machine with the same cache: so a few
     tokens are computed again in fixed point on every start.
     """
-    key = findings.key_of(folder, settings, choose)
+    key = findings.key_of(folder, settings, choose, prefix)
     known = None if recheck else findings.read(key)
     if known is None:
         log.info("looking at the values of all tokens, which takes minutes for a large model")
@@ -136,12 +140,20 @@ def verified_settings(
             if protocol != "ref2k":
                 continue
             tokens = tokens[:SHORT_TEST_TOKENS]
-        log.info("%s", self_test(folder, settled, protocol, tokens))
+        log.info("%s", self_test(folder, settled, protocol, tokens, prefix))
         passed += [protocol] if protocol not in passed else []
 
     if known is None or list(known.passed) != passed:
         findings.keep(findings.Findings(key, sweep, tuple(passed)))
     return settled
+
+
+def check_prefix(prefix: Sequence[int], description: Description) -> None:
+    """Raise `UserError` for a public prefix that the model cannot read, or that leaves no room for a prompt."""
+    if max(prefix, default=0) >= description.vocab_size:
+        raise UserError(f"the prefix has a token {max(prefix)}, and the model {description.vocab_size} tokens")
+    if len(prefix) >= (most := min(description.positions, MAX_TOKENS)):
+        raise UserError(f"the prefix has {len(prefix)} tokens, which leaves no room for a prompt in {most}")
 
 
 def warn_of_little_memory(limits: Limits, description: Description) -> None:

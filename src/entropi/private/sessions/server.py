@@ -25,11 +25,13 @@ from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
 from entropi.private.compute.folded import load_folded, sha256_of
+from entropi.private.compute.prefix import names, with_prefix
 from entropi.private.compute.program import compute_on_processor
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.canary import make_canary
 from entropi.private.sessions.party_handle import confinement
 from entropi.private.sessions.readiness import (
+    check_prefix,
     check_surroundings,
     check_tokenizer,
     verified_settings,
@@ -73,6 +75,7 @@ def serve(
     self_tests: Sequence[Literal["ref2k", "cheetah"]] = (),
     canary: str | None = None,
     recheck: bool = False,
+    prefix: Sequence[int] = (),
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -88,6 +91,7 @@ def serve(
         quota_store: path or URL, see `open_store`; None for a file of its own.
         self_tests: ways in which the program is run on a known prompt first, see `self_test`.
         canary: a public prompt whose answer clients are told, so that they can ask for it.
+        prefix: public token ids that every prompt continues, see `compute.prefix`.
         recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
@@ -104,23 +108,32 @@ def serve(
         raise UserError(f"{settings.choices} choices are more than the model's {description.vocab_size} tokens")
 
     compute_on_processor()  # the check is small; looking for accelerators is slow and noisy
+    check_prefix(prefix, description)
+    weights = with_prefix(description, weights, prefix)
+    if prefix:
+        log.info("every prompt continues a public prefix of %d tokens", len(prefix))
     published = None
     if canary is not None:
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
     warn_of_little_memory(limits, description)
     settings = verified_settings(
-        folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck
+        folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck, prefix=prefix
     )
 
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
-        table = None
+        table = known = None
+        if prefix:
+            known = temporary / "prefix.safetensors"
+            save_file({name: weights[name] for name in names(description)}, known)
         if settings.embedding == "public":
             table = temporary / "table.safetensors"
             save_file({"embedding": weights["embedding"]}, table)
         del weights
-        welcome = Welcome(description, tokenizer, settings, sha256_of(table) if table else None, published)
+        welcome = Welcome(
+            description, tokenizer, settings, sha256_of(table) if table else None, published, list(prefix)
+        )
         audit = Audit(counters, audit_log)
         state = ServerState(
             folder=folder,
@@ -131,6 +144,7 @@ def serve(
             quota=Quota(limits, open_store(quota_store, limits)),
             counters=counters,
             table=table,
+            prefix=known,
             audit=audit,
             watched=files,
             greeting=text_frames(encode(welcome)),

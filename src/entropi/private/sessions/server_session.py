@@ -162,11 +162,11 @@ async def _talk(
         raise Refusal("the description of the model that reached the client is not the server's")
     if start.max_new_tokens > state.limits.max_new_tokens:
         raise Refusal(f"at most {state.limits.max_new_tokens} new tokens a session are allowed")
-    positions = state.welcome.description.positions
+    positions = state.welcome.description.positions - len(state.welcome.prefix)
     if start.prompt_length + start.max_new_tokens - 1 > positions:
         raise Refusal(
-            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the model's "
-            f"{positions} positions"
+            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the "
+            f"{positions} positions that the model has for them"
         )
 
     async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
@@ -192,7 +192,8 @@ async def _compute(
 ) -> None:
     """One pass for the prompt and one for every `Next`."""
     session, welcome = secrets.token_hex(16), state.welcome
-    memory = memory_for(welcome.description, start.prompt_length + start.max_new_tokens, state.limits.memory_gb)
+    length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
+    memory = memory_for(welcome.description, length, state.limits.memory_gb)
 
     async def carry(message: bytes) -> None:
         try:
@@ -211,6 +212,8 @@ async def _compute(
                 max_new_tokens=start.max_new_tokens,
                 prompt_length=start.prompt_length,
                 weights=str(state.folder / WEIGHTS_FILE),
+                prefix_length=len(welcome.prefix),
+                prefix=str(state.prefix) if state.prefix is not None else None,
             ),
             memory_bytes=memory,
         )

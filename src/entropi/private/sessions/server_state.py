@@ -32,6 +32,7 @@ class ServerState:
     quota: Quota
     counters: Counters
     table: Path | None  # the token embeddings, where they are public
+    prefix: Path | None  # keys and values of the public prefix, where there is one
     audit: Audit
     watched: Watched | None  # certificates and what is revoked; None without TLS
     greeting: tuple[bytes, ...] = ()  # the welcome as it goes over every connection

@@ -139,6 +139,24 @@ def own_tokenizer(text: str) -> Encoder:
     return Encoder(_load(text), None, faithful=False)
 
 
+def public_ids(tokenizer: str, text: str) -> list[int]:
+    """Token ids of a public text of the server's own, in which a special token spelled out is that token.
+
+    Args:
+        tokenizer: content of its tokenizer.json.
+
+    Raises:
+        UserError: an empty text, or a tokenizer that cannot encode it.
+    """
+    encoder = _load(tokenizer)
+    encoder.encode_special_tokens = False
+    with _one_line("the tokenizer cannot encode the prefix"):
+        ids = list(encoder.encode(text, add_special_tokens=False).ids)
+    if not ids:
+        raise UserError("the prefix is empty")
+    return ids
+
+
 def tokenizer_of_stranger(text: str, vocab_size: int) -> Encoder:
     """The encoder of a tokenizer.json that the other side wrote.
 

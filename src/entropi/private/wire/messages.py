@@ -68,6 +68,7 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     settings: Settings
     table: Digest | None = None  # SHA-256 of the file with the token embeddings, where they are public
     canary: Canary | None = None
+    prefix: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)] = []  # public tokens that prompts continue
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""
@@ -110,6 +111,8 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     prompt_length: TokenCount
     prompt: list[TokenId] | None = None  # the client's
     weights: str | None = None  # the server's: path of the safetensors file
+    prefix_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
+    prefix: str | None = None  # the server's: path of a safetensors file with the public prefix's keys and values
     table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
 
 
