@@ -56,7 +56,7 @@ from serving import (
 
 pytest_plugins = ["serving"]  # its fixtures
 two_party = pytest.mark.two_party
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 # --- Quotas -----------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_operation_under_protocol(simulations, protocol, name):
 def test_operation_in_plaintext(name):
     function, operand, definition, absolute, relative = OPERATIONS[name]
     with jax.experimental.enable_x64():
-        result = function(jnp.asarray(operand, jnp.float64))
+        result = jax.jit(function)(jnp.asarray(operand, jnp.float64))  # by itself each operation takes as long
     np.testing.assert_allclose(result, definition(operand.astype(np.float64)), atol=max(absolute, 1e-9), rtol=relative)
     if name not in ("gelu", "silu") and "reciprocal" not in name:
         np.testing.assert_allclose(result, definition(operand.astype(np.float64)), rtol=1e-9, atol=1e-12)
@@ -323,7 +323,7 @@ def test_the_table_in_pieces_is_the_whole(monkeypatch, polynomials, rows):
 @pytest.mark.parametrize("name", ["gelu", "silu"])
 def test_the_constants_of_activations_are_those_of_the_script_that_fits_them(name):
     pytest.importorskip("scipy")
-    script = Path(__file__).parents[1] / "benchmarks" / "fit_activations.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "fit_activations.py"
     spec = importlib.util.spec_from_file_location("fit_activations", script)
     fitting = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = fitting  # which its data class needs

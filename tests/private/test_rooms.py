@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PRIVATE = Path(__file__).parents[1] / "src" / "entropi" / "private"
+PRIVATE = Path(__file__).parents[2] / "src" / "entropi" / "private"
 ROOMS: dict[str, set[str]] = {  # and what each may import, the lowest first
     "compute": set(),
     "wire": {"compute"},
