@@ -28,8 +28,8 @@ pytest.register_assert_rewrite("command_line", "serving", "training_runs")  # be
 from command_line import SOURCES, TINY, Done, text_folder  # noqa: E402
 
 # Files with many cases of a second each, as Triton's kernels are interpreted there: of each parametrised test in them
-# the first case and then every n-th is fast; the others are slow, which `make test` runs and `make check` does not.
-EVERY_NTH_IS_FAST = {"entropy/test_triton.py": 5}
+# the first case and then every seventh is fast; the others are slow, which `make test` runs and `make check` does not.
+EVERY_SEVENTH_IS_FAST = {"entropy/test_triton.py"}
 # The same, for tests of more than twelve cases only. Seven divides the number of no parameter's values there: all of up
 # to twelve values are in some fast case. That of architectures is larger.
 EVERY_SEVENTH_OF_MANY_IS_FAST = {
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         test = test_of(item)
         many = test[0] in EVERY_SEVENTH_OF_MANY_IS_FAST and cases[test] > 12
-        if seen[test] % (7 if many else EVERY_NTH_IS_FAST.get(test[0], 1)):
+        if seen[test] % 7 and (many or test[0] in EVERY_SEVENTH_IS_FAST):
             item.add_marker("slow")
         seen[test] += 1
     places = {name: place for place, name in enumerate(LONGEST)}

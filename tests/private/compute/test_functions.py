@@ -263,7 +263,7 @@ def test_segment_max(lengths):
     np.testing.assert_array_equal(functions.segment_max(jnp.asarray(values), np.array(lengths)), expected.astype("f"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("size", [1, 2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (17, 64))])
 def test_choosing_from_any_number_with_ties(size):
     x = random.integers(0, 6, size).astype(np.float32)
     assert functions.argmax(jnp.asarray(x)) == np.argmax(x)
