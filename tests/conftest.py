@@ -56,6 +56,11 @@ LONGEST = (
     "costs/test_prediction.py",
     "data/test_hub.py",
     "training/test_resume.py",
+    "training/test_reliability.py",
+    "training/test_updates.py",
+    "training/test_results.py",
+    "training/test_nonfinite.py",
+    "report/test_report.py",
     "private/compute/test_functions.py",
     "private/compute/test_program.py",
     "private/compute/test_models_in_private.py",
@@ -63,6 +68,7 @@ LONGEST = (
     "entropy/test_triton.py",
     "model/test_generation.py",
     "test_cli.py",
+    "commands/test_models.py",
     "entropy/test_native.py",
 )
 TESTS = Path(__file__).parent
