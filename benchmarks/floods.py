@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from entropi.machine import machine
+from private.wire.test_messages_fuzz import TEXT as TEXT_FRAME
+from private.wire.test_messages_fuzz import UPGRADE, frame
 from siege import (
     SERVER_OPTIONS,
     Server,
@@ -46,8 +48,6 @@ from siege import (
     supervised,
     tampered,
 )
-from test_messages_fuzz import TEXT as TEXT_FRAME
-from test_messages_fuzz import UPGRADE, frame
 
 DESCRIPTORS = 1024
 HALF_OPEN, IDLE, UNREAD = 1600, 200, 42

@@ -219,7 +219,8 @@ def attention_line(row: dict[str, Any]) -> str:
 
 def tests(dry: bool, seconds: float) -> dict[str, Any]:
     """The tests that need a GPU; a dry run only finds them."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_triton.py"), "--durations=5"]
+    file = ROOT / "tests" / "entropy" / "test_triton.py"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", str(file), "--durations=5"]
     command += ["--collect-only"] if dry else []
     if not dry and importlib.util.find_spec("xdist"):  # most of the time goes into compiling
         command += ["-n", str(max(1, (os.cpu_count() or 2) - 2))]

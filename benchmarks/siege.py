@@ -53,10 +53,10 @@ from entropi.private.wire.certificates import Tls
 from entropi.private.wire.channel import ServerAddress, greet
 from entropi.private.wire.messages import Next, Start, encode
 from link_messages import place, push, two_chunks
+from private.wire.test_link import damaged
+from private.wire.test_messages_fuzz import BINARY, CLOSE, SPECIAL, UPGRADE, ending_of, frame, mutated
+from private.wire.test_messages_fuzz import TEXT as TEXT_FRAME
 from serving import TEXT, hello, save_model
-from test_link import damaged
-from test_messages_fuzz import BINARY, CLOSE, SPECIAL, UPGRADE, ending_of, frame, mutated
-from test_messages_fuzz import TEXT as TEXT_FRAME
 
 HOST = "127.0.0.1"
 TOKENIZER_BYTES = 8_000_000  # of the served file, by spaces: more than the system's buffers of a connection hold

@@ -28,41 +28,69 @@ pytest.register_assert_rewrite("command_line", "serving", "training_runs")  # be
 from command_line import SOURCES, TINY, Done, text_folder  # noqa: E402
 
 # Files with many cases of a second each, as Triton's kernels are interpreted there: of each parametrised test in them
-# the first case and then every n-th is fast; the others are slow, which `make test` runs and `make check` does not.
-EVERY_NTH_IS_FAST = {"test_triton.py": 5}
+# the first case and then every seventh is fast; the others are slow, which `make test` runs and `make check` does not.
+EVERY_SEVENTH_IS_FAST = {"entropy/test_triton.py"}
+# The same, for tests of more than twelve cases only. Seven divides the number of no parameter's values there: all of up
+# to twelve values are in some fast case. That of architectures is larger.
+EVERY_SEVENTH_OF_MANY_IS_FAST = {
+    "commands/test_models.py",
+    "costs/test_operations.py",
+    "entropy/test_entropy.py",
+    "entropy/test_native.py",
+    "entropy/test_recording.py",
+    "model/test_generation.py",
+    "model/test_initialization.py",
+    "model/test_model.py",
+    "private/compute/test_models_in_private.py",
+}
 # Files that take minutes, the longest first. Workers begin with them, so that none is left with one at the end.
 LONGEST = (
-    "test_two_party.py",
-    "test_deploy.py",
-    "test_operations.py",
-    "test_floods.py",
-    "test_study.py",
-    "test_distributed.py",
+    "private/sessions/test_two_party.py",
+    "private/sessions/test_deploy.py",
+    "private/admission/test_floods.py",
+    "private/admission/test_operations.py",
+    "entropy/test_families.py",
+    "training/test_study.py",
+    "training/test_distributed.py",
     "test_tutorial.py",
-    "test_families.py",
-    "test_prediction.py",
-    "test_train.py",
-    "test_resume.py",
-    "test_private_functions.py",
-    "test_private_program.py",
-    "test_triton.py",
+    "costs/test_prediction.py",
+    "data/test_hub.py",
+    "training/test_resume.py",
+    "training/test_reliability.py",
+    "training/test_updates.py",
+    "training/test_results.py",
+    "training/test_nonfinite.py",
+    "report/test_report.py",
+    "private/compute/test_functions.py",
+    "private/compute/test_program.py",
+    "private/compute/test_models_in_private.py",
+    "commands/test_train.py",
+    "entropy/test_triton.py",
+    "model/test_generation.py",
+    "test_cli.py",
+    "commands/test_models.py",
+    "entropy/test_native.py",
 )
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 PLACES = {"build", "dist", "runs"}  # for what is made there, see .gitignore
 FILES_BEFORE = pytest.StashKey[set[str]]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    counts: Counter[tuple[Path, str]] = Counter()
+    def test_of(item: pytest.Item) -> tuple[str, str]:
+        return os.path.relpath(item.path, TESTS), getattr(item, "originalname", item.name)
+
+    cases, seen = Counter(map(test_of, items)), Counter[tuple[str, str]]()
     for item in items:
-        every = EVERY_NTH_IS_FAST.get(item.path.name, 1)
-        test = item.path, getattr(item, "originalname", item.name)
-        if counts[test] % every:
+        test = test_of(item)
+        many = test[0] in EVERY_SEVENTH_OF_MANY_IS_FAST and cases[test] > 12
+        if seen[test] % 7 and (many or test[0] in EVERY_SEVENTH_IS_FAST):
             item.add_marker("slow")
-        counts[test] += 1
+        seen[test] += 1
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # which keeps the order within files
+    items.sort(key=lambda item: places.get(test_of(item)[0], len(places)))  # which keeps the order within files
 
 
 def names_in_root() -> set[str]:

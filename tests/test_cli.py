@@ -161,12 +161,12 @@ def test_interrupted_elsewhere(entropi: Callable[..., Done], monkeypatch: pytest
     [
         ("matplotlib", ["diagnose", "model"], "report"),
         ("matplotlib", ["report", "run"], "report"),
-        ("jinja2", ["report", "run"], "report"),
+        pytest.param("jinja2", ["report", "run"], "report", marks=pytest.mark.slow),
         ("jax", ["ask", "hello"], "private"),
-        ("aiohttp", ["ask", "hello"], "private"),
-        ("jax", ["serve", "model"], "private"),
+        pytest.param("aiohttp", ["ask", "hello"], "private", marks=pytest.mark.slow),
+        pytest.param("jax", ["serve", "model"], "private", marks=pytest.mark.slow),
         ("jax", ["demo"], "private"),
-        ("matplotlib", ["demo"], "report"),
+        pytest.param("matplotlib", ["demo"], "report", marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_extra_is_named(missing: str, words: list[str], extra: str):
@@ -309,6 +309,7 @@ def test_the_report_loads_no_torch(trained: Path, tmp_path: Path):
     assert not loaded & {"torch", "transformers", "jax"}
 
 
+@pytest.mark.slow
 def test_training_loads_no_jax():
     assert not loaded_by("import entropi.training.run") & {"jax", "spu", "matplotlib", "aiohttp"}
 

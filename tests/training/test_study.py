@@ -400,6 +400,7 @@ def test_a_study_is_called_so_once(name: str, words: str):
     assert markdown(name, []).startswith(f"# {words}\n")
 
 
+@pytest.mark.slow
 def test_tables_figures_and_page(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
     path, folder = written
     assert main(["study", str(path), "--folder", str(folder)]) == 0

@@ -8,7 +8,7 @@ what an operation on it costs, so that is followed through the program.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal as Constant
 
-from entropi.private.compute.program import Stage
+from entropi.private.compute.program import Comparable, Stage
 
 # Who knows a value: everybody, one party, or nobody (each party holds a share).
 Known: TypeAlias = Literal["public", "server", "client", "shared"]
@@ -69,27 +69,15 @@ def trace_calls(stage: Stage, values: dict[str, Value]) -> list[ProtocolCall]:
         UnknownPrimitive: see there.
     """
     operands = tuple(values[name] for name in stage.inputs)
-    found, results = _trace(_Program(stage.function), operands)
+    found, results = _trace(Comparable.of(stage.function), operands)
     for name, value in zip(stage.outputs, results):
         values[name] = value
     return list(found)
 
 
-class _Program:
-    """A stage's function, equal to another of the same code and constants, so that layers are traced once."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self._name = function, str(function)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Program) and self._name == other._name
-
-    def __hash__(self) -> int:
-        return hash(self._name)
-
-
 @functools.lru_cache(maxsize=4096)
-def _trace(program: _Program, operands: tuple[Value, ...]) -> tuple[tuple[ProtocolCall, ...], tuple[Value, ...]]:
+def _trace(program: Comparable, operands: tuple[Value, ...]) -> tuple[tuple[ProtocolCall, ...], tuple[Value, ...]]:
+    """Traced once for every function and operands, which layers share."""
     arguments = [jax.ShapeDtypeStruct(operand.shape, np.float32) for operand in operands]
     closed = jax.make_jaxpr(program.function)(*arguments)
     found: list[ProtocolCall] = []

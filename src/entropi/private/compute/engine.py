@@ -23,7 +23,7 @@ import spu
 from spu import libspu
 from spu.utils import frontend
 
-from entropi.private.compute.program import Stage
+from entropi.private.compute.program import Comparable, Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.records import StageCommunication
 
@@ -204,35 +204,39 @@ class _Tracer:
 
     def __init__(self) -> None:
         self.shapes: dict[str, Any] = {}
-        self._compiled: dict[Any, tuple[bytes, list[Any], Any]] = {}
 
     def compile(self, stage: Stage) -> Any:
-        """Trace and compile once for every function and shapes; layers share the code under other names."""
-        arguments = [self.shapes[name] for name in stage.inputs]
-        key = (stage.name, str(stage.function), tuple(a.shape for a in arguments))
-        if key not in self._compiled:
-            secret = [libspu.Visibility.VIS_SECRET] * len(arguments)
-
-            def function(*values: Any) -> Any:
-                return stage.function(*values)
-
-            executable, shapes = frontend.compile(
-                frontend.Kind.JAX,
-                function,
-                arguments,
-                {},
-                list(stage.inputs),
-                secret,
-                lambda flat: list(stage.outputs),
-            )
-            # Hold a reference to the function: its address is part of the key, and addresses are reused.
-            self._compiled[key] = executable.code, jax.tree_util.tree_leaves(shapes), stage.function
-        code, outputs, _ = self._compiled[key]
+        """A stage as the engine runs it, on the values that it names."""
+        arguments = tuple(self.shapes[name] for name in stage.inputs)
+        code, outputs = _bytecode(stage.name, Comparable.of(stage.function), arguments)
         for name, shape in zip(stage.outputs, outputs):
             self.shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype)
         return libspu.Executable(
             name=stage.name, input_names=list(stage.inputs), output_names=list(stage.outputs), code=code
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bytecode(name: str, code: Comparable, arguments: tuple[Any, ...]) -> tuple[bytes, list[Any]]:
+    """SPU's bytecode of a stage's function, and the shapes of what it returns.
+
+    Traced and compiled once for every function and shapes, which takes a quarter of a second: layers share it under
+    other names, and protocols too.
+    """
+
+    def function(*values: Any) -> Any:
+        return code.function(*values)
+
+    executable, shapes = frontend.compile(
+        frontend.Kind.JAX,
+        function,
+        list(arguments),
+        {},
+        [f"operand {number}" for number in range(len(arguments))],
+        [libspu.Visibility.VIS_SECRET] * len(arguments),
+        lambda flat: [f"result {number}" for number in range(len(flat))],
+    )
+    return executable.code, jax.tree_util.tree_leaves(shapes)
 
 
 def _meter(log: BinaryIO, parties: int) -> list[tuple[int, ...]]:

@@ -284,7 +284,7 @@ def compute_on_processor() -> None:
 
 
 @dataclass(frozen=True)
-class _Comparable:
+class Comparable:
     """A stage's function, equal to others of the same code and choices: `forward` makes them anew each time."""
 
     code: Callable[..., Any]
@@ -292,14 +292,14 @@ class _Comparable:
     function: Callable[..., Any] = field(compare=False)
 
     @classmethod
-    def of(cls, function: Callable[..., Any]) -> _Comparable:
+    def of(cls, function: Callable[..., Any]) -> Comparable:
         if isinstance(function, partial) and not function.args:
             return cls(function.func, repr(function.keywords), function)
         return cls(function, "", function)
 
 
 @partial(jax.jit, static_argnums=0)
-def _run_compiled(stage: _Comparable, *operands: Array) -> Any:
+def _run_compiled(stage: Comparable, *operands: Array) -> Any:
     """What a stage's function returns; compiled once for every shape, where operations by themselves take seconds."""
     return stage.function(*operands)
 
@@ -351,7 +351,7 @@ def run_stages(
     for stage in stages:
         function = stage.exact if exact and stage.exact is not None else stage.function
         operands = tuple(values[name] for name in stage.inputs)
-        results = _run_compiled(_Comparable.of(function), *operands)
+        results = _run_compiled(Comparable.of(function), *operands)
         for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
             values[name] = value
             if watch is not None:

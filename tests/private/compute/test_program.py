@@ -129,7 +129,7 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     return found, communication
 
 
-QUICK = {"softmax only", "polynomial", "layer norm", "llama"}  # the rest is slow
+QUICK = {"polynomial", "llama"}  # the rest is slow
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_simulated_logits_are_the_plain_ones(variant, protocol):
 
 @pytest.mark.two_party
 def test_logits_under_cheetah_are_the_plain_ones():
-    """Every kind of operation at once, in threads; real processes are tests/test_two_party.py's."""
+    """Every kind of operation at once, in threads; real processes are tests/private/sessions/test_two_party.py's."""
     changes = dict(
         parallel_residual=False, temperature=True, activation="gelu", intermediate_size=40, softmax="power-3"
     )

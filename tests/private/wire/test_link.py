@@ -259,6 +259,7 @@ def replayed(said, engine=None):
     return guard
 
 
+@pytest.mark.slow
 def test_damaged_frames_reach_the_engine_well_formed_or_not_at_all():
     """And those that are refused change nothing: the conversation could go on as if they had not been sent."""
     fixed, refused, passed, waiting = random.Random(7), 0, 0, 0

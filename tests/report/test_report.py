@@ -714,6 +714,7 @@ def test_a_diagnosis_becomes_a_page_and_leaves_its_folder_alone(tmp_path: Path) 
     assert "8,103" not in page.text  # the run's own evaluation was on all of its text
 
 
+@pytest.mark.slow
 def test_cost_against_perplexity(tmp_path: Path) -> None:
     def run(name: str, *more: Record) -> Path:
         return folder(tmp_path / name, [renamed(name), *training(), *more])

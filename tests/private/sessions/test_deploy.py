@@ -72,7 +72,7 @@ from serving import (
 
 pytest_plugins = ["serving"]  # its fixtures
 two_party = pytest.mark.two_party
-_spec = importlib.util.spec_from_file_location("network", Path(__file__).parent.parent / "benchmarks" / "network.py")
+_spec = importlib.util.spec_from_file_location("network", Path(__file__).parents[3] / "benchmarks" / "network.py")
 network = sys.modules["network"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(network)
 
@@ -505,7 +505,7 @@ def test_text_stands_above_the_bar_while_it_grows_and_leaves_with_it():
 
 # --- The pages --------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 
 

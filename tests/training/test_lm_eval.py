@@ -14,7 +14,7 @@ from entropi.training.loading import open_model
 from entropi.training.recipe import Recipe
 from entropi.training.run import train
 
-SOURCES = Path(__file__).parents[1] / "src"
+SOURCES = Path(__file__).parents[2] / "src"
 TEXTS = [
     "def area(width, height):\n    return width * height\n",
     "for name in names:\n    print(name, end='\\n')\n",

@@ -16,16 +16,16 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from data.test_corpora import HELD, TEXTS, as_the_course_does, codeparrot_at
 from entropi.data.corpus import Corpus, Document
 from entropi.data.tokenizer import END_OF_TEXT, train_tokenizer
 from entropi.downloads import name_of, on_disk
 from entropi.errors import UserError
 from hub_server import Hub, serving
-from test_corpora import HELD, TEXTS, as_the_course_does, codeparrot_at
 
 datasets = pytest.importorskip("datasets")
 TOKENIZER = "huggingface-course/code-search-net-tokenizer"
-SOURCES = Path(__file__).parents[1] / "src"
+SOURCES = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(scope="module")

@@ -279,7 +279,7 @@ def test_compiled_without_graph_breaks_on_a_gpu(untuned):
 @pytest.mark.slow
 def test_the_gpu_script_runs_dry():
     """What waits for a GPU must not turn out to be broken when there is one."""
-    script = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "on_gpu.py"
     done = subprocess.run([sys.executable, script, "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {}
@@ -301,7 +301,7 @@ def compiled(tmp_path, **options):
     arguments = [text for name, values in options.items() for text in (f"--{name}", *map(str, values))]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = Path(__file__).parents[1] / "benchmarks" / "compiled_kernels.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "compiled_kernels.py"
     done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_on_gpu.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_on_gpu.py"
 
 
 def ran(*arguments: str | Path) -> dict:

@@ -56,7 +56,7 @@ from serving import (
 
 pytest_plugins = ["serving"]  # its fixtures
 two_party = pytest.mark.two_party
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 # --- Quotas -----------------------------------------------------------------------------------------------------------
@@ -680,7 +680,14 @@ def test_what_was_found_of_another_model_is_not_used(starts, folded, tmp_path, m
     assert starts()[0] == "sweep"
 
 
-@pytest.mark.parametrize("damage", ["cut", "one bit", "mode", "link", "other key", "garbage", "folder"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "one bit",
+        "mode",
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "link", "other key", "garbage", "folder")),
+    ],
+)
 def test_entries_that_cannot_be_trusted_are_ignored(starts, tmp_path, damage):
     starts()
     (entry,) = (tmp_path / "cache").rglob("*.json")

@@ -372,6 +372,7 @@ def test_the_operator_is_registered_correctly():
     torch.library.opcheck(native.operator, (*inputs, None, sinks, True, 0, 0, 20.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", ["exact", "power-5"])
 def test_memory_is_linear_in_length(softmax):
     """At 16,384 rows the T x T matrix of one head alone would be a gigabyte."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PRIVATE = Path(__file__).parents[1] / "src" / "entropi" / "private"
+PRIVATE = Path(__file__).parents[2] / "src" / "entropi" / "private"
 ROOMS: dict[str, set[str]] = {  # and what each may import, the lowest first
     "compute": set(),
     "wire": {"compute"},
@@ -127,6 +127,7 @@ print(sum(target.startswith("socket:") for target in targets), len(targets))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux says what a process has open")
+@pytest.mark.slow
 def test_computing_opens_no_socket():
     """What SPU's own code opens would be among the process's descriptors too."""
     pytest.importorskip("spu")

@@ -15,7 +15,7 @@ from matplotlib import image as png
 
 from entropi.report.folder import read_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GALLERY = ROOT / "docs" / "gallery"
 RECORDS = GALLERY / "records"
 SHOWN = re.findall(r"!\[[^\]]+\]\(gallery/([^)]+)\)", (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8"))

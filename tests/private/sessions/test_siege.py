@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("setpriv"), reason="ties processes to their parent by setpriv"
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks" / "siege.py"
 KINDS = ("half_open", "wrong_certificate", "malformed", "two_chunk_pushes", "killed")
 

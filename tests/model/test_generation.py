@@ -16,7 +16,7 @@ from transformers import (
 
 import entropi
 from entropi import EntropiForCausalLM
-from test_model import VARIANTS, make_model, tokens, variants
+from model.test_model import VARIANTS, make_model, tokens, variants
 
 CLOSE = dict(atol=2e-4, rtol=1e-4)  # logits are of size 10, sums of a few hundred float32 products
 LENGTH, NEW = 9, 8

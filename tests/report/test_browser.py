@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from matplotlib import image as png
 
-import test_report as page_tests
 from entropi.records import EntropySnapshot, RunStarted, SkippedUpdate
 from entropi.report.page import write_report
+from report import test_report as page_tests
 
 browser = pytest.importorskip("browser", reason="the DevTools protocol needs aiohttp")
 BROWSER = browser.find_browser()
