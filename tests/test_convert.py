@@ -259,8 +259,8 @@ def test_texts_end_as_the_checkpoint_says(entropi, surroundings, folder, corpus,
     assert entropi("convert", folder, tmp_path / "ours").status == 0
     done = entropi("evaluate", tmp_path / "ours", "--corpus", corpus, "--sequences", 2)
     assert done.status == 0, done.err
-    opened = loading.open_with_text(tmp_path / "ours", str(corpus))
-    assert (opened.blocks == 2).any()
+    model, tokenizer, _ = loading.open_model(tmp_path / "ours")
+    assert loading._end_of_text(model, tokenizer) == 2
 
 
 @pytest.mark.parametrize("name", ["Gemma 3", "Qwen2", "Qwen3", "GPT-NeoX"])
