@@ -250,6 +250,19 @@ def test_commands_take_a_folder_as_it_is(entropi, surroundings, folder, corpus, 
     assert json.loads((tmp_path / "folded" / "folded.json").read_text())["key_value_heads"] == 2
 
 
+def test_texts_end_as_the_checkpoint_says(entropi, surroundings, folder, corpus, tmp_path):
+    """Where none of the usual tokens is in the vocabulary."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / file).read_text()
+        assert '"</s>"' in text
+        (folder / file).write_text(text.replace('"</s>"', '"<|end_of_turn|>"'))
+    assert entropi("convert", folder, tmp_path / "ours").status == 0
+    done = entropi("evaluate", tmp_path / "ours", "--corpus", corpus, "--sequences", 2)
+    assert done.status == 0, done.err
+    model, tokenizer, _ = loading.open_model(tmp_path / "ours")
+    assert loading._end_of_text(model, tokenizer) == 2
+
+
 @pytest.mark.parametrize("name", ["Gemma 3", "Qwen2", "Qwen3", "GPT-NeoX"])
 def test_the_price_of_every_option(entropi, surroundings, tmp_path, name):
     pytest.importorskip("jax")
@@ -264,9 +277,9 @@ def test_too_little_memory_is_told_before_anything_is_loaded(entropi, surroundin
     count = random_model(configuration("Llama")).num_parameters()
     (folder / "model.safetensors").write_bytes(b"")  # nobody reads it
     left, has = "0.0001 GB are left on this machine", f"has {count:,} parameters, and"
-    message = f"{has} converting it takes {9 * count / 1e9:.2g} GB of memory: {left}"
+    message = f"{has} converting it takes {9 * count / 1e9:.3g} GB of memory: {left}"
     assert_refused(entropi("convert", folder, tmp_path / "ours"), message)
-    assert_refused(entropi("fold", folder, tmp_path / "ours"), f"{has} folding it takes 0.0004", left)
+    assert_refused(entropi("fold", folder, tmp_path / "ours"), f"{has} folding it takes 0.00035", left)
     assert not (tmp_path / "ours").exists()
 
 

@@ -29,12 +29,17 @@ MODELS = {
     "polynomial": dict(layers=2, heads=3, key_value_heads=3, hidden_size=144, softmax="polynomial-1"),
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
                           intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
+    "norms of heads and branches": dict(layers=2, heads=3, key_value_heads=1, hidden_size=112, norm="rms",
+                                        activation="geglu", intermediate_size=260, position_embedding="rotary",
+                                        rotary_dimensions=40, head_width=40, query_key_norm=True, branch_norm=True,
+                                        centre=False),
 }  # fmt: skip
 RUNS = [
     ("cheetah", "SM+LN+G", 72, {}),
     ("cheetah", "SM(t)+ScFuFFN", 150, {"embedding": "public"}),
     ("cheetah", "polynomial", 100, {"embedding": "public"}),
     ("cheetah", "SM+RMS+SwiGLU", 40, {"embedding": "public", "output": "argmax"}),
+    ("cheetah", "norms of heads and branches", 48, {"embedding": "public"}),
     ("semi2k", "SM+LN+G", 40, {}),
     ("aby3", "SM(t)+ScFuFFN", 40, {"embedding": "public"}),
 ]

@@ -215,8 +215,8 @@ def _check_memory(path: Path, count: int, need: int, doing: str) -> None:
     left = available_memory()
     if left is not None and need > left:
         raise UserError(
-            f"the model in {path} has {count:,} parameters, and {doing} it takes {need / 1e9:.2g} GB of memory: "
-            f"{left / 1e9:.2g} GB are left on this machine"
+            f"the model in {path} has {count:,} parameters, and {doing} it takes {need / 1e9:.3g} GB of memory: "
+            f"{left / 1e9:.3g} GB are left on this machine"
         )
 
 
@@ -366,13 +366,24 @@ def _open_any(path: Path, softmax: str | None) -> _AnyModel:
         if softmax is not None:
             model.set_softmax(softmax)
         longest = model.config.max_position_embeddings
-        return _AnyModel(model, tokenizer, end_of_text_id(tokenizer), False, longest, longest, True)
+        return _AnyModel(model, tokenizer, _end_of_text(model, tokenizer), False, longest, longest, True)
 
     if softmax is not None:
         raise UserError("softmax is for models of entropi: others have the exact one")
     foreign, tokenizer, end, begins = open_causal_lm(path)
     longest = getattr(foreign.config.get_text_config(), "max_position_embeddings", None) or FOREIGN_CONTEXT
     return _AnyModel(foreign, tokenizer, end, begins, longest, min(longest, FOREIGN_CONTEXT), False)
+
+
+def _end_of_text(model: EntropiForCausalLM, tokenizer: Tokenizer) -> int:
+    """The id that ends a text: that of a token known to mean it, and else the one that the model was converted with."""
+    try:
+        return end_of_text_id(tokenizer)
+    except UserError:
+        ids = model.config.eos_token_id
+        if first := ids if isinstance(ids, int) else next(iter(ids or []), None):
+            return int(first)
+        raise
 
 
 def _check_at_least(*numbers: tuple[str, int | None, int]) -> None:
