@@ -399,7 +399,7 @@ def test_a_softmax_that_nobody_knows_is_no_description_s_and_no_settings_(softma
     with pytest.raises(msgspec.ValidationError, match=r"softmax must be|Expected `str`"):
         msgspec.json.decode(json.dumps({**FIELDS, "softmax": softmax}), type=Description)
     for text in (softmax, "exact", "polynomial-1", "power-9"):
-        with pytest.raises(msgspec.ValidationError, match=r"exact_softmax_as must be quartic or power-1|Expected `str`"):
+        with pytest.raises(msgspec.ValidationError, match=r"exact_softmax_as must be quartic|Expected `str`"):
             msgspec.json.decode(json.dumps({"exact_softmax_as": text}), type=Settings)
 
 
