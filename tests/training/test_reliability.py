@@ -33,7 +33,7 @@ from training_runs import (
     tiny,
 )
 
-pytestmark = pytest.mark.usefixtures("surroundings")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("surroundings")]
 KILLS = 20
 
 # Forks a process for every life of the run, which spares the seconds that importing torch takes, and ends each by
@@ -87,7 +87,6 @@ while True:
 """
 
 
-@pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path, corpus: str) -> None:
     recipe = tiny(corpus, **REGULARISED, steps=240, save_every=4, evaluate_every=50, schedule="cosine")
     save_recipe(recipe, tmp_path / "recipe.yaml")
