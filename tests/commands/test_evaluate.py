@@ -105,3 +105,47 @@ def test_progress_bars_of_transformers_come_back():
     with pytest.raises(UserError):
         open_model(ROOT / "nowhere")
     assert (transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()) == before
+
+
+def test_evaluate_in_private(entropi: Callable[..., Done], trained: Path, corpus: Path, tmp_path: Path):
+    """The float half is what `evaluate` measures; a prefix is what the model reads first."""
+    pytest.importorskip("spu")
+    options = ("--corpus", corpus, "--sequences", "3", "--context-length", "12", "--json")
+    plain = json.loads(entropi("evaluate", trained, *options).out)
+    done = entropi("evaluate", trained, "--private", *options)
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert (found["protocol"], found["positions"]) == ("ref2k", 36)
+    assert found["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
+    assert found["private_perplexity"] == pytest.approx(found["perplexity"] * (1 + found["change"]))
+    assert 0 < abs(found["change"]) < 0.005
+    assert 0.9 < found["same_token"] <= 1
+    assert 0 < found["largest_error"] < 0.05
+
+    public = tmp_path / "prefix.txt"
+    public.write_text("def ")
+    done = entropi("evaluate", trained, "--private", *options, "--prefix-file", public)
+    assert done.status == 0, done.err
+    behind = json.loads(done.out)
+    assert behind["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
+    assert abs(behind["change"]) < 0.005
+    public.write_text("def function(x):\n" * 9)
+    done = entropi("evaluate", trained, "--private", *options, "--prefix-file", public)
+    assert (done.status, done.out) == (2, "")
+    assert "do not fit the model's 16 positions" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--positions", "5"], "--positions would be ignored without --private"),
+        (["--private", "--positions", "0"], "--positions is 0, at least 1 is needed"),
+        (["--private", "--positions", "5", "--sequences", "2"], "--positions and --sequences exclude each other"),
+        (["--private", "--softmax", "exact"], "--softmax must be quartic or power-1 to power-8"),
+        (["--private", "--prefix-file", "/nowhere"], "/nowhere"),
+        (["--private", "--context-length", "9999"], "context_length is 9999, the model takes"),
+    ],
+)
+def test_what_private_evaluation_refuses(entropi: Callable[..., Done], trained: Path, words: list[str], says: str):
+    pytest.importorskip("spu")
+    assert_refused(entropi("evaluate", trained, *words), says)

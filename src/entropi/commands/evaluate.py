@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from entropi.commands.common import Command, print_json
+from entropi.commands.common import Command, print_json, read_text, secure_engine, terminated_like_interrupted
+from entropi.console import ProgressLine
+from entropi.errors import UserError
+from entropi.softmax import USUAL_FOR_EXACT, parse_for_exact
+from entropi.temporary import swept_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from entropi.private.compute.accuracy import Accuracy
+
+POSITIONS, LENGTH = 1024, 128  # that --private compares, and tokens a sequence, by default
 
 
 def run(
@@ -15,6 +27,10 @@ def run(
     softmax: str | None = None,
     sequences: int | None = None,
     context_length: int | None = None,
+    private: bool = False,
+    protocol: Literal["ref2k", "cheetah"] | None = None,
+    positions: int | None = None,
+    prefix_file: Path | None = None,
     json: bool = False,
 ) -> None:
     """Perplexity of a model on text that it was not trained on.
@@ -32,10 +48,24 @@ def run(
         sequences: how many to use; by default all, and for models that are not entropi's 32 of a data set
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024
+        private: compare with the same model in the fixed-point numbers of private inference: perplexity, and how often
+            the likeliest token is the same; the model is folded first, and softmax is what stands for an exact one
+        protocol: of --private: ref2k, the engine's arithmetic in one party, by default; or cheetah, with the
+            cryptography, in simulation, many times slower
+        positions: of --private: how many tokens are compared at least, 1024 by default, in sequences of 128 if
+            context_length does not say otherwise
+        prefix_file: of --private: public text before every sequence, see entropi serve
         json: print one JSON object
     """
     from entropi.downloads import on_disk
     from entropi.training.loading import evaluate_heldout, open_with_text
+
+    only_private = {"--protocol": protocol, "--positions": positions, "--prefix-file": prefix_file}
+    if ignored := [name for name, value in only_private.items() if value is not None and not private]:
+        raise UserError(f"{' and '.join(ignored)} would be ignored without --private")
+    if private:
+        _in_private(model, corpus, packing, softmax, sequences, context_length, protocol, positions, prefix_file, json)
+        return
 
     opened = open_with_text(on_disk(model), corpus, softmax, sequences, context_length, packing, all_of_plain_text=True)
     result = evaluate_heldout(opened, batch_size, entropies=False)
@@ -57,6 +87,112 @@ def run(
         f"perplexity {result.perplexity:.3f}, cross-entropy {result.cross_entropy:.4f} nats a token, "
         f"{result.tokens:,} tokens; {opened.source} of {length:,} tokens"
     )
+
+
+def _in_private(
+    model: str,
+    corpus: str | None,
+    packing: Literal["stream", "document"] | None,
+    softmax: str | None,
+    sequences: int | None,
+    context_length: int | None,
+    protocol: Literal["ref2k", "cheetah"] | None,
+    positions: int | None,
+    prefix_file: Path | None,
+    json: bool,
+) -> None:
+    """`--private`; arguments as for `run`."""
+    if positions is not None and sequences is not None:
+        raise UserError("--positions and --sequences exclude each other")
+    if positions is not None and positions < 1:
+        raise UserError(f"--positions is {positions}, at least 1 is needed")
+    form = str(parse_for_exact(softmax or USUAL_FOR_EXACT, "--softmax"))
+    prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
+    with secure_engine():
+        from entropi.private.compute.settings import Settings
+    from entropi.downloads import on_disk
+    from entropi.training.loading import open_with_text
+
+    path, length = on_disk(model), context_length or LENGTH
+    if sequences is None:
+        sequences = -(-(positions or POSITIONS) // length)
+    opened = open_with_text(path, corpus, None, sequences, length, packing, all_of_plain_text=True)
+    with terminated_like_interrupted(), swept_folder("entropi-evaluate-") as temporary:
+        _fold(path, temporary)
+        wanted = Settings(exact_softmax_as=form, embedding="public")
+        settings, found = _measure(temporary, wanted, protocol or "ref2k", opened.blocks, prefix, quiet=json)
+
+    if json:
+        print_json(
+            {
+                "perplexity": found.plain_perplexity,
+                "private_perplexity": found.private_perplexity,
+                "change": found.change,
+                "same_token": found.same_token,
+                "largest_error": found.largest_error,
+                "positions": found.positions,
+                "protocol": protocol or "ref2k",
+                "fraction_bits": settings.fraction_bits,
+                "corpus": opened.corpus,
+                "text": opened.source,
+            }
+        )
+        return
+    how = f"{protocol or 'ref2k'}, {settings.fraction_bits} fraction bits"
+    print(
+        f"perplexity {found.private_perplexity:.3f} in private ({how}"
+        f") and {found.plain_perplexity:.3f} in float32, {found.change:+.2%}; the likeliest token is the same at "
+        f"{found.same_token:.2%} of {found.positions:,} positions, logits differ by at most {found.largest_error:.2g}; "
+        f"{opened.source} of {length:,} tokens"
+    )
+
+
+def _fold(path: Path, folder: Path) -> None:
+    """Fold a model into a folder, with its tokenizer."""
+    import contextlib
+    import sys
+
+    from entropi.commands import fold
+
+    with contextlib.redirect_stdout(sys.stderr):
+        fold.run(str(path), folder)
+
+
+def _measure(
+    folder: Path,
+    wanted: Any,
+    protocol: Literal["ref2k", "cheetah"],
+    blocks: np.ndarray[Any, Any],
+    prefix: str | None,
+    *,
+    quiet: bool,
+) -> tuple[Any, Accuracy]:
+    """The settings that the text allows, and what comes out with them."""
+    from entropi.private.compute.accuracy import measure
+    from entropi.private.compute.fixed_point import select_fraction_bits
+    from entropi.private.compute.folded import load_folded
+    from entropi.private.compute.prefix import with_prefix
+    from entropi.private.compute.program import compute_on_processor
+    from entropi.private.sessions.tokenization import public_ids
+
+    compute_on_processor()
+    description, weights = load_folded(folder)
+    ids = public_ids((folder / "tokenizer.json").read_text(encoding="utf-8"), prefix) if prefix is not None else []
+    if len(ids) + blocks.shape[1] > description.positions:
+        raise UserError(
+            f"{len(ids)} tokens of the prefix and {blocks.shape[1]} more do not fit the model's "
+            f"{description.positions} positions"
+        )
+    text = blocks.tolist()
+    settings, _ = select_fraction_bits(description, with_prefix(description, weights, ids), wanted, text, choose=True)
+    del weights
+    with ProgressLine("in private", len(text)) as line:
+
+        def watch(so_far: Accuracy) -> None:
+            done = so_far.positions // blocks.shape[1]
+            line.update(done, "" if quiet else f"{so_far.same_token:.2%} the same, perplexity {so_far.change:+.2%}")
+
+        return settings, measure(folder, settings, protocol, text, ids, watch)
 
 
 COMMAND = Command(run, place=3)

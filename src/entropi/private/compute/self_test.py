@@ -13,14 +13,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.compute.description import TokenId
+from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
+
+if TYPE_CHECKING:
+    from entropi.private.compute.engine import Simulation
 
 CHEETAH_TOKENS = 8  # of the one pass with cryptography
 # What a logit may be wrong by. Right runs are wrong by 0.0015 with 18 fraction bits and by about 0.02 with 14; wrapped
@@ -100,11 +103,10 @@ def main() -> None:
 
 def compare(question: Question) -> Finding:
     """Logits under the engine against the same program's in plaintext."""
-    from entropi.private.compute.embedding import one_hot
     from entropi.private.compute.engine import Simulation
     from entropi.private.compute.folded import load_folded
     from entropi.private.compute.prefix import with_prefix
-    from entropi.private.compute.program import forward, run_plain
+    from entropi.private.compute.program import run_plain
 
     started = time.monotonic()
     settings = question.settings
@@ -120,26 +122,47 @@ def compare(question: Question) -> Finding:
         engine.hold(name, weight, SERVER)
     error, largest = 0.0, 0.0
     for tokens, plain in zip([prompt, generated[:1]], expected):
-        if settings.embedding == "public":
-            engine.hold("embedded", weights["embedding"][tokens], CLIENT)
-        else:
-            engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), CLIENT)
-        for stage in forward(
-            model,
-            len(tokens),
-            past,
-            settings.exact_softmax_as,
-            embedding=settings.embedding,
-            paired=settings.paired,
-            fraction_bits=settings.fraction_bits,
-            every_row=every_row,
-        ):
-            engine.run(stage)
-        difference = np.abs(engine.reveal("logits").astype(np.float64) - plain.reshape(-1, model.vocab_size)).max()
+        found = logits_of_pass(engine, model, settings, weights["embedding"], tokens, past, every_row=every_row)
+        difference = np.abs(found.astype(np.float64) - plain.reshape(-1, model.vocab_size)).max()
         error, largest = max(error, float(difference)), max(largest, float(np.abs(plain).max()))
         past += len(tokens)
     finite = bool(np.isfinite(error) and np.isfinite(largest))
     return Finding(error if finite else None, largest if finite else 0.0, time.monotonic() - started)
+
+
+def logits_of_pass(
+    engine: Simulation,
+    model: Description,
+    settings: Settings,
+    table: np.ndarray,
+    tokens: list[int],
+    past: int,
+    *,
+    every_row: bool,
+) -> np.ndarray:
+    """Logits of a pass over `tokens` after `past` cached ones, `(1, V)`, or `(m, V)` with `every_row`.
+
+    The engine holds the weights; `table` are the embeddings, for a client who looks its tokens up.
+    """
+    from entropi.private.compute.embedding import one_hot
+    from entropi.private.compute.program import forward
+
+    if settings.embedding == "public":
+        engine.hold("embedded", table[tokens], CLIENT)
+    else:
+        engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), CLIENT)
+    for stage in forward(
+        model,
+        len(tokens),
+        past,
+        settings.exact_softmax_as,
+        embedding=settings.embedding,
+        paired=settings.paired,
+        fraction_bits=settings.fraction_bits,
+        every_row=every_row,
+    ):
+        engine.run(stage)
+    return engine.reveal("logits")
 
 
 if __name__ == "__main__":

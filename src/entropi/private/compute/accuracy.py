@@ -1,0 +1,171 @@
+"""What private inference does to a model's answers: perplexity and likeliest tokens in fixed point, against float.
+
+The real program runs on text under REF2K, which is the engine's own arithmetic in one party, or under CHEETAH with the
+cryptography; both approximate the same functions with the same fraction bits as a session would. It is a process of its
+own, `python -m entropi.private.compute.accuracy`, because an engine's log belongs to a process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from entropi.errors import UserError
+from entropi.private.compute.description import TokenId
+from entropi.private.compute.settings import SERVER, Settings
+
+
+class Question(msgspec.Struct, forbid_unknown_fields=True):
+    """What to compute: the folded model in a folder on sequences of tokens, each behind the public prefix."""
+
+    folder: str
+    settings: Settings
+    protocol: Literal["ref2k", "cheetah"]
+    sequences: list[Annotated[list[TokenId], msgspec.Meta(min_length=2)]]
+    prefix: list[TokenId] = []
+
+
+class Compared(msgspec.Struct, forbid_unknown_fields=True):
+    """What came out for one sequence; losses in nats, summed over all tokens but the first."""
+
+    positions: int
+    plain_loss: float
+    private_loss: float
+    same: int  # positions whose likeliest token is the same
+    error: float  # largest difference of a logit
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A model in fixed point against the same model in float32.
+
+    Attributes:
+        positions: tokens after which logits were compared.
+        plain_perplexity, private_perplexity: over all tokens but the first of every sequence.
+        same_token: share of the positions at which the likeliest token is the same.
+        largest_error: of any logit.
+    """
+
+    positions: int
+    plain_perplexity: float
+    private_perplexity: float
+    same_token: float
+    largest_error: float
+
+    @property
+    def change(self) -> float:
+        """Relative change of the perplexity."""
+        return self.private_perplexity / self.plain_perplexity - 1
+
+    @classmethod
+    def of(cls, found: Sequence[Compared]) -> Accuracy:
+        positions = sum(one.positions for one in found)
+        predicted = positions - len(found)
+        return cls(
+            positions,
+            math.exp(sum(one.plain_loss for one in found) / predicted),
+            math.exp(sum(one.private_loss for one in found) / predicted),
+            sum(one.same for one in found) / positions,
+            max(one.error for one in found),
+        )
+
+
+def measure(
+    folder: Path,
+    settings: Settings,
+    protocol: Literal["ref2k", "cheetah"],
+    sequences: Sequence[Sequence[int]],
+    prefix: Sequence[int] = (),
+    watch: Callable[[Accuracy], None] = lambda so_far: None,
+) -> Accuracy:
+    """Run the program on every sequence of token ids, and compare.
+
+    Args:
+        folder: of the folded model.
+        prefix: public token ids before every sequence, computed in the clear.
+        watch: is called with what has been found so far, after every sequence.
+
+    Raises:
+        UserError: the run failed.
+    """
+    question = Question(str(folder), settings, protocol, [list(map(int, one)) for one in sequences], list(prefix))
+    found: list[Compared] = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "entropi.private.compute.accuracy"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(msgspec.json.encode(question))
+            process.stdin.close()
+            for line in process.stdout:
+                found.append(msgspec.json.decode(line, type=Compared))
+                watch(Accuracy.of(found))
+        except (BrokenPipeError, msgspec.MsgspecError):
+            process.kill()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or len(found) != len(question.sequences):
+        raise UserError(f"the run under {protocol} failed after {len(found)} of {len(question.sequences)} sequences")
+    return Accuracy.of(found)
+
+
+def main() -> None:
+    """Answer the `Question` on standard input, a line for every sequence."""
+    # SPU and its libraries may print; only what was found goes to the parent.
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+
+    from entropi.private.compute.engine import Simulation
+    from entropi.private.compute.folded import load_folded
+    from entropi.private.compute.prefix import names, with_prefix
+    from entropi.private.compute.program import run_plain
+    from entropi.private.compute.self_test import logits_of_pass
+
+    model, weights = load_folded(Path(question.folder))
+    weights = with_prefix(model, weights, question.prefix)
+    engine = Simulation(question.protocol, question.settings)
+    for name, weight in weights.items():
+        engine.hold(name, weight, SERVER)
+    past = len(question.prefix)
+    for tokens in question.sequences:
+        form = question.settings.exact_softmax_as
+        _, (plain,) = run_plain(model, weights, tokens, 1, form, exact=True, every_row=True)
+        for name in names(model) if past else ():  # a pass leaves all tokens' behind
+            engine.hold(name, weights[name], SERVER)
+        private = logits_of_pass(engine, model, question.settings, weights["embedding"], tokens, past, every_row=True)
+        found = Compared(
+            len(tokens),
+            _loss(plain, tokens),
+            _loss(private, tokens),
+            int((plain.argmax(axis=-1) == private.argmax(axis=-1)).sum()),
+            float(np.abs(plain.astype(np.float64) - private).max()),
+        )
+        answer.write(msgspec.json.encode(found) + b"\n")
+
+
+def _loss(logits: np.ndarray, tokens: list[int]) -> float:
+    """Cross-entropy in nats, summed, of the tokens that follow the rows of `(m, V)`."""
+    rows = logits[:-1].astype(np.float64)
+    rows = rows - rows.max(axis=-1, keepdims=True)
+    chosen = rows[np.arange(len(rows)), tokens[1:]]
+    return float((np.log(np.exp(rows).sum(axis=-1)) - chosen).sum())
+
+
+if __name__ == "__main__":
+    main()
