@@ -160,7 +160,7 @@ def _costs(rows: Sequence[StudyRow]) -> Table:
         "Held-out perplexity and cross-entropy, mean ± sample standard deviation over the seeds that did not "
         "diverge; nonlinear operations and FLOPs are of one forward pass of the context length, those "
         "of the feed-forward networks before and after folding. MB in private are predicted for a prompt of as "
-        "many tokens, both directions; models trained with the exact softmax are served with the quartic exponential, "
+        f"many tokens, both directions; models trained with the exact softmax are served with {_for_exact(rows)}, "
         "others with their own."
     )
     head = [
@@ -187,6 +187,15 @@ def _costs(rows: Sequence[StudyRow]) -> Table:
         for row in rows
     ]
     return Table("Perplexity and cost", note, head, cells)
+
+
+def _for_exact(rows: Sequence[StudyRow]) -> str:
+    """What predictions have in the exact softmax's place; older records do not say so, and had powers of t=8."""
+    ending = " (trained exact)"
+    labels = {row.predicted_kernel for row in rows if row.predicted_kernel.endswith(ending)}
+    words = {"quartic": "the quartic exponential"}
+    known = sorted(label.removesuffix(ending) for label in labels) or ["t=8"]
+    return " or ".join(words.get(label, f"the kernel {label}") for label in known)
 
 
 def _heads(rows: Sequence[StudyRow]) -> Table:

@@ -618,7 +618,7 @@ def starts(folded, swept, tmp_path, monkeypatch):
         assert sweep == swept  # whether it was found now or read
         return settings, []
 
-    def test(folder, settings, protocol, tokens):
+    def test(folder, settings, protocol, tokens, prefix):
         done.append((protocol, len(tokens)))
         return "passed"
 

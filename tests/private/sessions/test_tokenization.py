@@ -252,7 +252,7 @@ def a_session(prompt, max_new_tokens, positions=32, **options):
     """A client's session as far as lengths go, without a server."""
     question = generation.Generation(prompt, max_new_tokens, GREEDY, 0, generation.Watcher(), Privacy(**options))
     session = client_session.ClientSession(SimpleNamespace(name="there:1"), None, None, question)
-    session.welcome = SimpleNamespace(description=SimpleNamespace(positions=positions, vocab_size=SIZE))
+    session.welcome = SimpleNamespace(prefix=[], description=SimpleNamespace(positions=positions, vocab_size=SIZE))
     session.tokenizer = tokenizer_of_stranger(json.dumps(byte_level()), SIZE)
     question.stop_ids = session.tokenizer.ids_of(question.privacy.stop_tokens)
     question.prompt_ids = session._encode_prompt()
