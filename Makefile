@@ -50,7 +50,7 @@ versions:
 		folder=.venv-versions/$$("$$python" -c "import sys; print('%d.%d' % sys.version_info[:2])"); \
 		"$$python" -m venv $$folder && \
 		$$folder/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
-		$$folder/bin/python -m pip install --quiet --disable-pip-version-check . pytest && \
+		$$folder/bin/python -m pip install --quiet --disable-pip-version-check ".[report]" pytest && \
 		$$folder/bin/python -m pytest -p no:cacheprovider tests/test_versions.py || exit 1; \
 	done
 
