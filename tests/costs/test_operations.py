@@ -45,10 +45,16 @@ class FakeConfig:
     temperature_granularity: str = "position"
     log_length_scaling: bool = False
     leaky_slope_learned: str = "fixed"
+    query_key_norm: bool = False
+    branch_norm: bool = False
     parts: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.parts = parse_architecture(self.architecture)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
 
 
 def counted(config: FakeConfig, seq_len: int) -> dict[str, tuple[int, tuple[int, int]]]:
