@@ -168,7 +168,7 @@ OPERATIONS = {
     "scores": "attention logits: queries times keys",
     "power": "polynomial attention weights: powers of the logits",
     "max": "maximum of every row of logits, which is subtracted",
-    "exp": "the softmax kernel (1 + x/2^t)^(2^t) in place of the exponential",
+    "exp": "what stands for the exponential: the softmax kernel (1 + x/2^t)^(2^t), or the quartic exponential",
     "values": "attention weights times values, and the sum of every row of weights",
     "normalise": "the softmax's division by those sums",
     "output": "the heads' results put together: one matrix product",

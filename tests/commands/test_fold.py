@@ -31,3 +31,15 @@ def test_fold_says_what_remains(entropi: Callable[..., Done], corpus: Path, tmp_
     done = entropi("fold", tmp_path / "run", tmp_path / "out")
     assert done.status == 0
     assert "gains, biases and scalings folded away; norms and activations remain" in done.out
+
+
+def test_a_softmax_that_would_be_ignored_is_refused(entropi: Callable[..., Done], trained: Path, tmp_path: Path):
+    """A model with a softmax of its own is served with that one, whatever is asked for."""
+    pytest.importorskip("spu")
+    folded = tmp_path / "folded"
+    assert entropi("fold", trained, folded).status == 0
+    description = json.loads((folded / "folded.json").read_text()) | {"softmax": "power-3"}
+    (folded / "folded.json").write_text(json.dumps(description))
+    done = entropi("serve", folded, "--listen", "127.0.0.1:0", "--softmax", "power-2")
+    assert done.status == 2
+    assert "--softmax power-2 would be ignored: the model is trained with a softmax of its own, power-3" in done.err

@@ -15,6 +15,7 @@ import pytest
 
 from command_line import TINY, Done, assert_refused, spawn
 from entropi import record_files, records
+from entropi.errors import UserError
 from entropi.training.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -130,3 +131,17 @@ def test_the_run_alone_continues_it(entropi: Callable[..., Done], corpus: Path, 
     assert "default: 3)" in " ".join(entropi("train", "--config", run / "config.yaml", "--help").out.split())
     (run / "config.yaml").write_text("stepz: 3\n")
     assert_refused(entropi("train", run), "unknown setting stepz")
+
+
+def test_a_new_run_by_name_alone_says_that_it_is_one(
+    entropi: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A mistyped name, or a run that was interrupted before it was recorded, must not look like a continued one."""
+
+    def stop(*_: object, **__: object) -> Path:
+        raise UserError("stopped")
+
+    monkeypatch.setattr("entropi.training.run.train", stop)
+    new = f"there is no run in {tmp_path / 'run'}: this is a new one, with the default settings"
+    assert new in entropi("train", tmp_path / "run").err
+    assert "there is no run" not in entropi("train", tmp_path / "run", "--steps", "5").err

@@ -57,7 +57,7 @@ def run(
     choices: int = 8,
     round_logits: int | None = None,
     embedding: Literal["private", "public"] = "private",
-    softmax: str = USUAL_FOR_EXACT,
+    softmax: str | None = None,
     fraction_bits: int | None = None,
     self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
     canary: str | None = None,
@@ -95,8 +95,9 @@ def run(
         choices: how many tokens top_k reveals, 1 to 16
         round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
         embedding: public gives the token embeddings to every client and saves their part of the computation
-        softmax: what is evaluated for a model trained with the exact softmax: quartic, right to 0.0002, or power-1 to
-            power-8, (1 + x/2^t)^(2^t), the larger t, the more bytes and the less error; other models bring their own
+        softmax: what is evaluated for a model trained with the exact softmax: quartic (by default), right to 0.0002, or
+            power-1 to power-8, (1 + x/2^t)^(2^t), the larger t, the more bytes and the less error; other models bring
+            their own
         fraction_bits: of fixed-point numbers, 12 to 22: more precision, less range; by default chosen for the model,
             otherwise checked, and refused with the numbers if values could overflow or get lost
         self_test: before anybody is answered, compare the program's logits on a known prompt with plaintext's: ref2k in
@@ -118,9 +119,8 @@ def run(
     _log_to_standard_error(log)
     if round_logits is not None and output == "argmax":
         raise UserError("--round-logits has nothing to round with --output argmax, which reveals no logits")
-    parse_for_exact(softmax, "--softmax")
     settings = _settings(
-        exact_softmax_as=softmax,
+        exact_softmax_as=str(parse_for_exact(softmax or USUAL_FOR_EXACT, "--softmax")),
         embedding=embedding,
         output=output,
         choices=choices,
@@ -153,6 +153,7 @@ def run(
 
     with terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = _folded(path, temporary)
+        _refuse_other_softmax(folder, softmax)
         tokenizer = _tokenizer(folder, path)
         serve(
             folder,
@@ -171,6 +172,15 @@ def run(
             recheck=recheck,
             prefix=public_ids(tokenizer, prefix) if prefix is not None else (),
         )
+
+
+def _refuse_other_softmax(folder: Path, asked: str | None) -> None:
+    """Refuse a softmax that would be ignored, because the model is trained with one of its own."""
+    from entropi.private.compute.folded import load_description
+
+    own = load_description(folder).softmax
+    if asked is not None and own not in ("exact", asked):
+        raise UserError(f"--softmax {asked} would be ignored: the model is trained with a softmax of its own, {own}")
 
 
 def _log_to_standard_error(log: Literal["text", "json"]) -> None:

@@ -35,6 +35,8 @@ def run(
     if prepare_only:
         _prepare(recipe)
         return
+    if recipe == Recipe() and recipe_of_run(run) is None:  # a mistyped name, perhaps, or one interrupted too early
+        make_console().print(f"there is no run in {run}: this is a new one, with the default settings", markup=False)
     from entropi.training import distributed
     from entropi.training.run import train
 

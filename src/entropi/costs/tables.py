@@ -55,7 +55,7 @@ def _show_counts(console: Console, report: CostReport) -> None:
 
 def _show_operations(console: Console, record: PredictionRecord) -> None:
     table = Table(title=f"pass over the prompt, by operation, {record.kernel_label}", title_justify="left", box=SIMPLE)
-    for column in ("operation", "MB", "", "messages", "rounds", "computing s", "latency s"):
+    for column in ("operation", "MB", "", "messages", "rounds", "computing s", "in all s"):
         table.add_column(column, justify="left" if column in ("operation", "") else "right", no_wrap=True)
     operations = record.prompt.by_operation()
     largest = max(operation.bytes for operation in operations.values())
@@ -143,7 +143,7 @@ def _side_by_side(reports: Sequence[CostReport]) -> Table:
         ("messages", lambda one: f"{one.prediction.prompt.messages:,.0f}"),
         ("rounds", lambda one: f"{one.prediction.prompt.rounds:,.0f}"),
         ("computing s", lambda one: f"{one.prediction.prompt.seconds:,.1f}"),
-        ("latency s", lambda one: f"{one.prediction.prompt.latency:,.1f}"),
+        ("in all s", lambda one: f"{one.prediction.prompt.latency:,.1f}"),
         ("further token, MB", lambda one: _further(one.prediction)),
     )
     table.add_section()
@@ -182,7 +182,7 @@ def show_search(found: Search, text: str, seq_len: int) -> None:
         title_justify="left",
         box=SIMPLE,
     )
-    for column in ("architecture", "layers", "width", "parameters in layers", "MB", "latency s", "further token, MB"):
+    for column in ("architecture", "layers", "width", "parameters in layers", "MB", "in all s", "further token, MB"):
         table.add_column(column, justify="left" if column == "architecture" else "right")
     for one in found.fitting:
         table.add_row(

@@ -38,18 +38,32 @@ def _description(content: bytes) -> Description:
     return msgspec.convert(found, Description)
 
 
+def load_description(folder: Path) -> Description:
+    """The description of a folded model, without its weights.
+
+    Raises:
+        UserError: missing or damaged, in one line.
+    """
+    try:
+        return _description((folder / DESCRIPTION_FILE).read_bytes())
+    except OSError as error:
+        raise UserError(f"{folder} holds no folded model: {error.strerror or error}") from None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise UserError(f"the folded model in {folder} is damaged: {str(error).splitlines()[0]}") from None
+
+
 def load_folded(folder: Path) -> tuple[Description, dict[str, np.ndarray]]:
     """Description and weights of a folded model.
 
     Raises:
         UserError: missing or damaged, in one line.
     """
+    description = load_description(folder)
     try:
-        description = _description((folder / DESCRIPTION_FILE).read_bytes())
         weights = load_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise UserError(f"{folder} holds no folded model: {error.strerror or error}") from None
-    except (msgspec.MsgspecError, UnicodeError, RecursionError, SafetensorError, AttributeError) as error:
+    except (SafetensorError, AttributeError) as error:
         # AttributeError: a type of number that safetensors knows and NumPy does not
         raise UserError(f"the folded model in {folder} is damaged: {str(error).splitlines()[0]}") from None
     shapes = {name: weight.shape for name, weight in weights.items()}

@@ -116,6 +116,7 @@ def serve(
     if canary is not None:
         published = make_canary(canary, own_tokenizer(tokenizer), description, weights, settings, limits.max_new_tokens)
         log.info("the canary is %s", encode(published).decode())
+    log.info("the softmax is computed as %s", description.computed_softmax(settings.exact_softmax_as).words)
     warn_of_little_memory(limits, description)
     settings = verified_settings(
         folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck, prefix=prefix
