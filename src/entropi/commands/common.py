@@ -123,6 +123,12 @@ def _is_installed(package: str) -> bool:
     return True
 
 
+def refuse_ignored_softmax(asked: str | None, own: str, whose: str) -> None:
+    """Raise `UserError` if --softmax `asked` would be ignored, as the model `whose` is trained with another, `own`."""
+    if asked is not None and own not in ("exact", asked):
+        raise UserError(f"--softmax {asked} would be ignored: {whose} is trained with a softmax of its own, {own}")
+
+
 def read_text(path: Path, what: str) -> str:
     """The content of a file that has to be UTF-8 text.
 

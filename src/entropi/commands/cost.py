@@ -10,7 +10,15 @@ from typing import Any, Literal
 import msgspec
 
 from entropi import record_files
-from entropi.commands.common import Command, Words, check_parents, extra, print_json, secure_engine
+from entropi.commands.common import (
+    Command,
+    Words,
+    check_parents,
+    extra,
+    print_json,
+    refuse_ignored_softmax,
+    secure_engine,
+)
 from entropi.console import ProgressLine
 from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
@@ -167,10 +175,7 @@ def _option(name: str) -> str:
 def _refuse_other_softmax(shapes: Sequence[tuple[str, Shape]], asked: str | None) -> None:
     """Refuse a softmax for models that have another of their own."""
     for name, shape in shapes:
-        if asked is not None and shape.softmax not in ("exact", asked):
-            raise UserError(
-                f"--softmax {asked} would be ignored: {name} is trained with a softmax of its own, {shape.softmax}"
-            )
+        refuse_ignored_softmax(asked, shape.softmax, name)
 
 
 def _softmax(asked: str | None) -> tuple[str, str]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from entropi.commands.common import Command, print_json, read_text, secure_engine, terminated_like_interrupted
+from entropi.commands.common import (
+    Command,
+    print_json,
+    read_text,
+    refuse_ignored_softmax,
+    secure_engine,
+    terminated_like_interrupted,
+)
 from entropi.console import ProgressLine
 from entropi.errors import UserError
 from entropi.softmax import USUAL_FOR_EXACT, parse_for_exact
@@ -109,6 +116,7 @@ def _in_private(
     form = str(parse_for_exact(softmax or USUAL_FOR_EXACT, "--softmax"))
     prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
     with secure_engine():
+        from entropi.private.compute.folded import load_description
         from entropi.private.compute.settings import Settings
     from entropi.downloads import on_disk
     from entropi.training.loading import open_with_text
@@ -119,6 +127,7 @@ def _in_private(
     opened = open_with_text(path, corpus, None, sequences, length, packing, all_of_plain_text=True)
     with terminated_like_interrupted(), swept_folder("entropi-evaluate-") as temporary:
         _fold(path, temporary)
+        refuse_ignored_softmax(softmax, load_description(temporary).softmax, "the model")
         wanted = Settings(exact_softmax_as=form, embedding="public")
         settings, found = _measure(temporary, wanted, protocol or "ref2k", opened.blocks, prefix, quiet=json)
 

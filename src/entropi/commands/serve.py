@@ -15,6 +15,7 @@ from entropi.commands.common import (
     Command,
     check_parents,
     read_text,
+    refuse_ignored_softmax,
     refuse_unknown_families,
     secure_engine,
     terminated_like_interrupted,
@@ -111,6 +112,7 @@ def run(
     with secure_engine():
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.quota_stores import is_url
+        from entropi.private.compute.folded import load_description
         from entropi.private.sessions.readiness import check_surroundings
         from entropi.private.sessions.server import serve
         from entropi.private.sessions.tokenization import public_ids
@@ -153,7 +155,7 @@ def run(
 
     with terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
         folder = _folded(path, temporary)
-        _refuse_other_softmax(folder, softmax)
+        refuse_ignored_softmax(softmax, load_description(folder).softmax, "the model")
         tokenizer = _tokenizer(folder, path)
         serve(
             folder,
@@ -172,15 +174,6 @@ def run(
             recheck=recheck,
             prefix=public_ids(tokenizer, prefix) if prefix is not None else (),
         )
-
-
-def _refuse_other_softmax(folder: Path, asked: str | None) -> None:
-    """Refuse a softmax that would be ignored, because the model is trained with one of its own."""
-    from entropi.private.compute.folded import load_description
-
-    own = load_description(folder).softmax
-    if asked is not None and own not in ("exact", asked):
-        raise UserError(f"--softmax {asked} would be ignored: the model is trained with a softmax of its own, {own}")
 
 
 def _log_to_standard_error(log: Literal["text", "json"]) -> None:
