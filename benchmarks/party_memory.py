@@ -106,15 +106,15 @@ async def measure(
         peaks: dict[int, dict[str, int]] = {SERVER: {}, CLIENT: {}}
         watching = [asyncio.create_task(watch(party, peaks[rank])) for rank, party in parties.items()]
 
-        async def follow(party: Party, token: int | None) -> None:
+        async def follow(party: Party, tokens: list[int] | None) -> None:
             while (event := await party.event()) is not None:
                 if isinstance(event, Failed):
                     raise RuntimeError(event.reason)
                 if isinstance(event, Revealed):
-                    await party.proceed(token)
+                    await party.proceed(1, tokens)
 
         try:
-            await asyncio.gather(follow(parties[SERVER], None), follow(parties[CLIENT], 1))
+            await asyncio.gather(follow(parties[SERVER], None), follow(parties[CLIENT], [1]))
         finally:
             for party in parties.values():
                 await party.stop()

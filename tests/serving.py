@@ -56,7 +56,7 @@ def scratch(tmp_path_factory, served_cache):
         yield folder
 
 
-def save_model(folder, architecture="SM(t)+ScFuFFN", change=None, **options):
+def save_model(folder, architecture="SM(t)+ScFuFFN", change=None, positions=POSITIONS, **options):
     """A model with random weights and biases, which a training could have left, and a tokenizer of 300 entries."""
     corpus = folder.parent / "corpus"
     corpus.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def save_model(folder, architecture="SM(t)+ScFuFFN", change=None, **options):
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         **options,
     )
     model = EntropiForCausalLM(config).eval()

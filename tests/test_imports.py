@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "entropi"
 COMMON = {
     "activations",
     "cache",
+    "chat",
     "downloads",
     "errors",
     "console",

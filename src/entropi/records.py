@@ -328,6 +328,7 @@ class PrivateRun(Base, tag="private"):
     softmax: str  # that was evaluated, as `entropi.softmax` names it
     padding_tokens: int = 0  # put before the prompt, so that its length tells less
     prefix_tokens: int = 0  # public ones that the server put before both
+    past_tokens: int = 0  # of the conversation before this message
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)

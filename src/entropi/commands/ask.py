@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entropi import record_files, records
+from entropi import record_files
+from entropi.commands.answers import AnswerDisplay, summary
 from entropi.commands.common import (
     Command,
     Words,
@@ -17,16 +18,15 @@ from entropi.commands.common import (
     secure_engine,
     terminated_like_interrupted,
 )
-from entropi.console import ProgressLine, make_console, without_controls
 from entropi.errors import UserError
-
-ANSWER_CONTROLS = "\n\t"  # of an answer's control characters, those that belong to text; --json has all of them
 
 
 def run(
     prompt: str | None = None,
     server: str = "127.0.0.1:9000",
     max_new_tokens: int = 8,
+    chat: bool = False,
+    system_prompt: str | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     server_ca: Path | None = None,
@@ -54,6 +54,8 @@ def run(
             of this machine); it does not leave this machine in readable form
         server: HOST:PORT of an `entropi serve`
         max_new_tokens: tokens to generate
+        chat: put PROMPT into the model's chat template, so that it is answered; otherwise it is continued
+        system_prompt: what the chat begins with, as private as PROMPT; for a server without a public one
         tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
         tls_key: its private key
         server_ca: certificate of the authority that the server's certificate is from
@@ -97,6 +99,9 @@ def run(
         raise UserError(f"there is no run folder {record} to add the record to")
 
     check = None
+    chat = chat or system_prompt is not None
+    if canary and chat:
+        raise UserError("the canary's prompt is no chat: give either --canary or --chat")
     if canary:
         if prompt is not None:
             raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
@@ -107,7 +112,7 @@ def run(
     if logits is not None:
         _refuse_without_logits(server, tls)
 
-    display = _Display(quiet=json)
+    display = AnswerDisplay(quiet=json)
     with display, terminated_like_interrupted():  # nothing stays in the temporary folder
         watcher = Watcher(display.begin, display.stage, display.text, display.status)
         answer = ask(
@@ -120,6 +125,8 @@ def run(
             retries=retries,
             privacy=privacy,
             memory_gb=memory_gb,
+            chat=chat,
+            system=system_prompt,
         )
         display.finish(answer.record.new_text)
 
@@ -132,7 +139,7 @@ def run(
     if json:
         print_json(answer.record)
         return
-    display.status(_summary(answer.record))
+    display.status(summary(answer.record))
     if check is not None:
         display.status(f"the canary holds: {len(check.published.tokens)} tokens as published")
 
@@ -188,71 +195,6 @@ def _write_logits(path: Path, logits: list[Any], server: str) -> None:
         raise UserError(f"{server} reveals no logits")
     with open(path, "wb") as file:
         np.save(file, np.stack(logits))
-
-
-class _Display:
-    """Progress on standard error and the answer on standard output, as both arrive; use as a context manager.
-
-    Args:
-        quiet: standard output is for something else.
-    """
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._console = make_console()
-        self._line: ProgressLine | None = None
-        self._moved = 0  # bytes
-        self._received, self._printed = "", 0  # text, and how many characters of it are printed
-        self._finished = False
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        if self._line is not None:
-            self._line.__exit__(None, None, None)
-        if not self._quiet and (self._finished or self._received):  # after a failure, what had been received
-            print(self._received[self._printed :], flush=True)
-
-    def begin(self, total: int) -> None:
-        if self._line is None:
-            self._line = ProgressLine("private inference", total, console=self._console).__enter__()
-        else:
-            self._line.expect(total)
-
-    def stage(self, done: int, communication: records.StageCommunication) -> None:
-        assert self._line is not None
-        self._moved += communication.bytes
-        layer = f"layer {communication.layer} " if communication.layer >= 0 else ""
-        self._line.update(
-            done, f"token {communication.token + 1}, {layer}{communication.name}, {self._moved / 1e6:.1f} MB"
-        )
-
-    def text(self, piece: str) -> None:
-        self._received += without_controls(piece, ANSWER_CONTROLS)
-        if self._quiet:
-            return
-        if sys.stdout.isatty() and self._line is not None:  # there it would run into the progress bar
-            self._line.show(self._received)
-        else:
-            print(self._received[self._printed :], end="", flush=True)
-            self._printed = len(self._received)
-
-    def finish(self, answer: str) -> None:
-        """The whole answer is known."""
-        self._received, self._finished = without_controls(answer, ANSWER_CONTROLS), True
-
-    def status(self, happening: str) -> None:
-        self._console.print(without_controls(happening), markup=False)
-
-
-def _summary(run: records.PrivateRun) -> str:
-    """Bytes, messages and seconds of a private generation, in one line; an answer that nobody sees, with escapes."""
-    unseen = "" if run.new_text.strip() else f"the answer is {run.new_text!r}; "
-    return (
-        f"{unseen}{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, {run.kernel}"
-    )
 
 
 COMMAND = Command(

@@ -5,8 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
+
+from entropi.chat import FORM_FILE
 from entropi.commands.common import Command, refuse_unknown_families
 from entropi.downloads import on_disk
+from entropi.errors import UserError
 
 
 def run(model: str, output: Path) -> None:
@@ -15,12 +19,13 @@ def run(model: str, output: Path) -> None:
     Args:
         model: run folder or saved model; or another family's, which is converted first: a folder that transformers
             saved, a GGUF file, or OWNER/NAME on the hub
-        output: folder for folded.safetensors and folded.json, readable without torch
+        output: folder for folded.safetensors and folded.json, readable without torch, with tokenizer.json and, for a
+            model with a chat template, chat.json
     """
     path = on_disk(model)
     refuse_unknown_families(path)
     from entropi.model.folding import fold
-    from entropi.training.loading import check_memory_for_folding, open_model
+    from entropi.training.loading import check_memory_for_folding, open_chat_form, open_model
 
     check_memory_for_folding(path)
     loaded, tokenizer, folder = open_model(path)
@@ -30,6 +35,14 @@ def run(model: str, output: Path) -> None:
         shutil.copy(folder / "tokenizer.json", output)
     else:  # of a GGUF file
         tokenizer.save(str(output / "tokenizer.json"))
+    try:
+        form = open_chat_form(path)
+    except UserError as error:
+        form = None
+        print(f"no chat with this model: {error}")
+    (output / FORM_FILE).unlink(missing_ok=True)
+    if form is not None:
+        (output / FORM_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(form)))
 
     explicit = folded.description["explicit_ffn"]
     if not loaded.config.parts.softmax_only:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from entropi.chat import ChatForm, head_of, ids_of, load_form
 from entropi.commands import fold
 from entropi.commands.common import (
     Command,
@@ -46,6 +47,9 @@ def run(
     max_new_tokens: int = 64,
     session_seconds: float = 3600.0,
     stall_seconds: float = 600.0,
+    conversation_tokens: int = 1024,
+    conversation_seconds: float = 14_400.0,
+    idle_seconds: float = 600.0,
     memory_gb: float | None = None,
     client_sessions: int | None = None,
     client_tokens: int | None = None,
@@ -63,6 +67,8 @@ def run(
     self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
     canary: str | None = None,
     prefix_file: Path | None = None,
+    chat: bool = False,
+    system_prompt: str | None = None,
     recheck: bool = False,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
@@ -82,6 +88,10 @@ def run(
         max_new_tokens: most tokens a session may ask for
         session_seconds: time limit of a session
         stall_seconds: time limit of a session in which nothing happens
+        conversation_tokens: most tokens of a conversation (see `entropi chat`), its messages and answers together; 0
+            refuses conversations
+        conversation_seconds: time limit of a conversation, in place of --session-seconds
+        idle_seconds: time that a conversation may wait for its next message, while it keeps its place
         memory_gb: most memory of a session's process, in GB; by default what the model needs, with room; 0: no limit
         client_sessions: sessions at a time of one client certificate; no limit by default
         client_tokens: tokens within 24 hours of one client certificate; no limit by default
@@ -106,6 +116,9 @@ def run(
         canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
         prefix_file: public text that every prompt continues, a chat template's header and system prompt for example, in
             which special tokens are spelled out; it is computed once, in the clear, and clients are shown it
+        chat: make what the model's chat template begins every conversation with, its own system prompt included, the
+            public text that every prompt continues
+        system_prompt: the same with this system prompt, which is public
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
@@ -136,6 +149,9 @@ def run(
         max_new_tokens,
         session_seconds,
         stall_seconds,
+        conversation_tokens,
+        conversation_seconds,
+        idle_seconds,
         memory_gb,
         client_sessions,
         client_tokens,
@@ -144,6 +160,8 @@ def run(
     )
 
     prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
+    if prefix is not None and (chat or system_prompt is not None):
+        raise UserError("give --prefix-file, or --chat or --system-prompt, which make a prefix of the chat template")
 
     # Mistakes are told before a model is folded, which takes a while.
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
@@ -157,6 +175,7 @@ def run(
         folder = _folded(path, temporary)
         refuse_ignored_softmax(softmax, load_description(folder).softmax, "the model")
         tokenizer = _tokenizer(folder, path)
+        form, begun = _chat(folder, tokenizer, system_prompt, begins=chat or system_prompt is not None)
         serve(
             folder,
             tokenizer,
@@ -172,7 +191,8 @@ def run(
             self_tests=_SELF_TESTS[self_test],
             canary=canary,
             recheck=recheck,
-            prefix=public_ids(tokenizer, prefix) if prefix is not None else (),
+            prefix=public_ids(tokenizer, prefix) if prefix is not None else begun,
+            chat=form,
         )
 
 
@@ -209,6 +229,27 @@ def _folded(model: Path, temporary: Path) -> Path:
         return model
     fold.run(str(model), temporary)
     return temporary
+
+
+def _chat(
+    folder: Path, tokenizer: str, system_prompt: str | None, *, begins: bool
+) -> tuple[ChatForm | None, list[int]]:
+    """The chat form in a folded model's folder, and where every prompt `begins` with its first tokens, these."""
+    from entropi.private.sessions.tokenization import own_tokenizer
+    from entropi.private.wire.messages import MAX_TOKENS
+
+    form = load_form(folder)
+    if not begins:
+        return form, []
+    if form is None:
+        raise UserError("this model has no chat template, or none that is text around messages: see `entropi fold`")
+    # What clients would say before it could only stand behind it.
+    form = msgspec.structs.replace(form, system=None) if system_prompt is None else form.with_system(system_prompt)
+    encoder = own_tokenizer(tokenizer)
+    begun = ids_of(head_of(form.first), lambda text: encoder.encode(text, MAX_TOKENS))
+    if not begun:
+        raise UserError("this model's chat template begins with no special token: use --prefix-file")
+    return form, begun
 
 
 def _tokenizer(folder: Path, model: Path) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from entropi import record_files, records
+from entropi.chat import ChatForm
 from entropi.console import ProgressLine
 from entropi.costs.operations import folded_parameters, parameters
 from entropi.data.corpus import STDLIB, as_shown
@@ -24,6 +25,7 @@ from entropi.data.prepare import heldout_blocks, is_plain_text
 from entropi.data.tokenizer import end_of_text_id
 from entropi.errors import UserError, is_failure
 from entropi.machine import available_memory
+from entropi.model.chat_template import chat_form
 from entropi.model.configuration import EntropiConfig
 from entropi.model.convert import Weights
 from entropi.model.decoder import EntropiForCausalLM
@@ -89,6 +91,26 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
     return model.eval(), tokenizer, folder
 
 
+def open_chat_form(path: Path) -> ChatForm | None:
+    """What a saved model's chat template puts around messages; None where the model has no template.
+
+    Raises:
+        UserError: a template that does something else, or that cannot be read.
+    """
+    path = model_folder(path)
+    if not is_gguf(path) and not any((path / name).is_file() for name in _TEMPLATE_FILES):
+        return None
+    place, gguf = source_of(path)
+    kind = AutoTokenizer if gguf or model_type(path) != EntropiConfig.model_type else PreTrainedTokenizerFast
+    try:
+        with quiet_transformers():
+            tokenizer = kind.from_pretrained(place, local_files_only=True, trust_remote_code=False, **gguf)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"the tokenizer in {path} cannot be opened: {reason}") from None
+    return chat_form(tokenizer)
+
+
 def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     """Any causal LM that transformers saved in a folder, without running code of the folder's.
 
@@ -109,6 +131,7 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     return model.eval(), tokenizer.backend_tokenizer, int(end), begins
 
 
+_TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")  # where a folder's chat template may lie
 # Ends of names that older checkpoints have, of numbers that follow from the configuration.
 _CONSTANTS = ("inv_freq", "attn.bias", "attention.bias", "masked_bias")
 

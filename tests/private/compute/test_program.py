@@ -204,7 +204,7 @@ async def two_processes(folder, model, weights, settings, prompt, new_tokens):
             assert not isinstance(event, Failed), event
             if isinstance(event, Revealed):
                 found.append(event)
-                await client.proceed(event.tokens[0] if event.tokens else int(np.argmax(event.logits)))
+                await client.proceed(1, [event.tokens[0] if event.tokens else int(np.argmax(event.logits))])
         await asyncio.wait_for(serving, 60)
     finally:
         serving.cancel()

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("spu")
 
+from entropi.chat import ChatForm
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import Settings
 from entropi.private.wire import messages
@@ -84,14 +85,19 @@ def samples(description):
     )
     settings = Settings(output="top_k")
     job = Job(0, "0" * 32, ("unix:/a", "unix:/b"), description, settings, 3, 2, [1, 2])
-    from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64), Next()]
-    from_server = [Welcome(description, "{}", settings, "1" * 64), Queued(3), Accepted("2" * 32), Refused("no")]
+    from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64, True), Next(7)]
+    chat = ChatForm((1, "user: "), (0, "assistant: "), (0, "user: "), ((1,), ("user: ",)), True)
+    welcome = Welcome(description, "{}", settings, "1" * 64, chat=chat, conversation_tokens=64)
+    from_server = [welcome, Queued(3), Accepted("2" * 32), Refused("no")]
     events = [Linked(), StageDone(communication), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
     return (
         [(m, messages.decode_from_client) for m in from_client]
         + [(m, messages.decode_from_server) for m in from_server]
         + [(m, messages.decode_event) for m in events]
-        + [(job, lambda data: messages.decode(data, Job)), (Proceed(5), lambda data: messages.decode(data, Proceed))]
+        + [
+            (job, lambda data: messages.decode(data, Job)),
+            (Proceed(1, [5]), lambda data: messages.decode(data, Proceed)),
+        ]
     )
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from entropi.errors import UserError
 from entropi.private.compute.settings import MOST_MEMORY_GB
+from entropi.private.wire.messages import MAX_TOKENS
+
+_MAY_BE_0 = ("max_queue", "memory_gb", "conversation_tokens")
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class Limits:
         max_new_tokens: that a session may ask for.
         session_seconds: from the end of the queue on.
         stall_seconds: that may pass without any operation finished or token asked for.
+        conversation_tokens: of messages and answers together, that a conversation may have; 0 for no conversations.
+        conversation_seconds: in place of `session_seconds` for these.
+        idle_seconds: that may pass between an answer of a conversation and the next message.
         memory_gb: address space that a session's process may write to, in 10^9 bytes; None for what its model and
             length need, with room; 0 for no limit.
         client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
@@ -36,6 +42,9 @@ class Limits:
     max_new_tokens: int = 64
     session_seconds: float = 3600.0
     stall_seconds: float = 600.0
+    conversation_tokens: int = 1024
+    conversation_seconds: float = 14_400.0
+    idle_seconds: float = 600.0
     memory_gb: float | None = None
     client_sessions: int | None = None
     client_tokens: int | None = None
@@ -44,8 +53,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not (value > 0 or (name in ("max_queue", "memory_gb") and value == 0)):
-                may = "cannot be negative" if name in ("max_queue", "memory_gb") else "must be positive"
+            if value is not None and not (value > 0 or (name in _MAY_BE_0 and value == 0)):
+                may = "cannot be negative" if name in _MAY_BE_0 else "must be positive"
                 raise UserError(f"{name} is {value} but {may}")
         if self.memory_gb is not None and self.memory_gb > MOST_MEMORY_GB:
             raise UserError(f"memory_gb is {self.memory_gb} but must not be more than {MOST_MEMORY_GB:,}")
+        if self.conversation_tokens > MAX_TOKENS:
+            raise UserError(
+                f"conversation_tokens is {self.conversation_tokens} but must not be more than {MAX_TOKENS:,}"
+            )

@@ -8,9 +8,11 @@ import queue
 import threading
 from collections.abc import Iterator
 
+from entropi.errors import UserError
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import Settings, trust
 from entropi.private.sessions.client_session import generate
+from entropi.private.sessions.conversation import Conversation
 from entropi.private.sessions.generation import Answer, Generation, Watcher
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
@@ -20,6 +22,7 @@ from entropi.private.wire.channel import (
     greet,
 )
 from entropi.private.wire.messages import (
+    MAX_TOKENS,
     Canary,
     Welcome,
 )
@@ -40,7 +43,7 @@ def connect(server: str, tls: Tls | None = None) -> Connection:
 
 
 class Connection:
-    """A server that can be asked; every question is a session of its own."""
+    """A server that can be asked; every question is a session of its own, and every conversation one."""
 
     def __init__(self, server: ServerAddress, welcome: Welcome) -> None:
         self._server, self._welcome = server, welcome
@@ -65,6 +68,13 @@ class Connection:
         """A public prompt and the answer to it that the owner published; see `canary.complaint`."""
         return self._welcome.canary
 
+    def check_chat(self) -> None:
+        """Raise `UserError` unless conversations with this server are possible."""
+        if self._welcome.chat is None:
+            raise UserError(f"the model of {self._server.name} has no chat template: `entropi ask` continues text")
+        if not self._welcome.conversation_tokens:
+            raise UserError(f"{self._server.name} allows no conversations: use `entropi ask --chat`")
+
     def ask(
         self,
         prompt: str,
@@ -75,10 +85,14 @@ class Connection:
         watcher: Watcher | None = None,
         privacy: Privacy = USUAL,
         memory_gb: float | None = None,
+        chat: bool = False,
+        system: str | None = None,
     ) -> Answer:
         """Let the model continue `prompt` without showing it.
 
         Args:
+            chat: put the prompt into the model's chat template, so that it is answered rather than continued.
+            system: prompt that the chat begins with, as private as the other.
             retries: so many times a session that broke is continued in a new one, with the tokens received so far
                 as part of the prompt; each costs a pass over all of it.
             memory_gb: most memory of this side's party, in 10^9 bytes; by default what the model needs, with room;
@@ -87,9 +101,39 @@ class Connection:
         Raises:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
-        generation = Generation(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
+        generation = Generation(
+            prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, system
+        )
         generation.digest = self._welcome.digest()
         return asyncio.run(generate(self._server, generation))
+
+    def conversation(
+        self,
+        *,
+        chat: bool = True,
+        system: str | None = None,
+        max_tokens: int = MAX_TOKENS,
+        sampling: Sampling = GREEDY,
+        retries: int = 1,
+        privacy: Privacy = USUAL,
+        memory_gb: float | None = None,
+    ) -> Conversation:
+        """Messages and answers in one session, where a turn costs its own tokens only; see `Conversation`.
+
+        Raises:
+            UserError: options that have no meaning there.
+        """
+        return Conversation(
+            self._server,
+            self._welcome.digest(),
+            chat=chat,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            retries=retries,
+            privacy=privacy,
+            memory_gb=memory_gb,
+        )
 
     def stream(
         self,
@@ -145,11 +189,15 @@ def ask(
     retries: int = 0,
     privacy: Privacy = USUAL,
     memory_gb: float | None = None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> Answer:
     """`connect` and `Connection.ask` in one, over one connection.
 
     Raises:
         UserError: as for these.
     """
-    generation = Generation(prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb)
+    generation = Generation(
+        prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, system
+    )
     return asyncio.run(generate(ServerAddress.at(server, tls), generation))

@@ -6,12 +6,14 @@ import asyncio
 import itertools
 import time
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from entropi.chat import ChatForm, ids_of
 from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.compute.folded import sha256_of
@@ -75,8 +77,17 @@ async def generate(server: ServerAddress, generation: Generation) -> Answer:
     raise AssertionError
 
 
+class Turns(Protocol):
+    """What a session asks for the next message of its conversation."""
+
+    max_tokens: int  # that the conversation may have, as far as the server allows it
+
+    async def following(self) -> Generation | None:
+        """The next message, `prepare`d, once there is one; None at the end. The one before it is answered."""
+
+
 class ClientSession:
-    """As much of a generation as one connection answers."""
+    """As much of a generation as one connection answers; in a conversation, of as many as there are `turns`."""
 
     def __init__(
         self,
@@ -84,9 +95,12 @@ class ClientSession:
         http: aiohttp.ClientSession,
         socket: aiohttp.ClientWebSocketResponse,
         generation: Generation,
+        turns: Turns | None = None,
     ) -> None:
         self.server, self.where = server, server.name
-        self.http, self.socket, self.generation = http, socket, generation
+        self.http, self.socket, self.generation, self.turns = http, socket, generation, turns
+        self.read = 0  # tokens whose keys and values the session has
+        self.room = 0  # tokens that the server still lets it read or generate
         self.welcome: Welcome
         self.tokenizer: Encoder
 
@@ -102,19 +116,16 @@ class ClientSession:
 
         self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
         self._check_prefix()
-        generation.stop_ids = self.tokenizer.ids_of(generation.privacy.stop_tokens)
-        generation.prompt_ids = self._encode_prompt()
-        generation.padding = self._padding(len(generation.prompt_ids))
-
-        ids = generation.padding + generation.prompt_ids + generation.new_tokens
-        left = generation.max_new_tokens - len(generation.new_tokens)
+        self.prepare(generation)
+        ids = generation.ids
+        most = self._room(generation, len(ids))
 
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
-            await self._say(Start(len(ids), left, welcome.digest()))
+            await self._say(Start(len(ids), most, welcome.digest(), self.turns is not None))
 
             accepted = await self._wait_for_slot()
-            length = len(welcome.prefix) + len(ids) + left
+            length = len(welcome.prefix) + len(ids) + most
             memory = memory_for(welcome.description, length, generation.memory_gb)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
@@ -124,7 +135,7 @@ class ClientSession:
                         links=tunnel.links,
                         description=welcome.description,
                         settings=welcome.settings,
-                        max_new_tokens=left,
+                        max_new_tokens=most,
                         prompt_length=len(ids),
                         prompt=ids,
                         prefix_length=len(welcome.prefix),
@@ -132,11 +143,47 @@ class ClientSession:
                     ),
                     memory_bytes=memory,
                 )
-                await self._finish(party, tunnel, len(ids), left)
+                self.read, self.room = len(ids), most - 1
+                await self._finish(party, tunnel)
 
-    async def _finish(self, party: Party, tunnel: Tunnel, length: int, left: int) -> None:
+    def prepare(self, generation: Generation) -> None:
+        """Encode what is asked, and fill it up to the length that the server is to see.
+
+        Raises:
+            UserError: what this model cannot be asked.
+        """
+        generation.stop_ids = self.tokenizer.ids_of(generation.privacy.stop_tokens)
+        if (
+            generation.chat
+            and generation.privacy.stop_tokens is None
+            and (end := self._form(generation).end) is not None
+        ):
+            generation.stop_ids.append(end)
+        generation.prompt_ids = self._encode_prompt(generation)
+        generation.padding = self._padding(generation)
+
+    def has_room(self, generation: Generation) -> bool:
+        """Whether this session may still read a prepared generation and generate as much as it asks for."""
+        return len(generation.ids) - self.read + generation.left - 1 <= self.room
+
+    def _room(self, generation: Generation, length: int) -> int:
+        """Tokens to ask the server for beside the `length` first ones."""
+        if self.turns is None:
+            return generation.left
+        allowed = self.welcome.conversation_tokens
+        if not allowed:
+            raise UserError(f"{self.where} allows no conversations: use `entropi ask`")
+        most = min(allowed, self.turns.max_tokens, self._positions + 1)
+        if most - length < generation.left:
+            raise UserError(
+                f"the conversation has {length} tokens by now and may have {most}, the {generation.left} of the next "
+                "answer included: begin another"
+            )
+        return most - length
+
+    async def _finish(self, party: Party, tunnel: Tunnel) -> None:
         """Everything from the start of the party on."""
-        work = asyncio.create_task(self._generate(party, length, left))
+        work = asyncio.create_task(self._generate(party))
         watch = asyncio.create_task(self._watch_server(tunnel))
         link = asyncio.create_task(self._watch_link(tunnel))
         suspended = asyncio.create_task(party.suspended())
@@ -173,6 +220,7 @@ class ClientSession:
                 new_text=self.tokenizer.decode(generation.answer_ids),
                 padding_tokens=len(generation.padding),
                 prefix_tokens=len(self.welcome.prefix),
+                past_tokens=len(generation.history),
                 stages=generation.stages,
                 setup_seconds=generation.setup_seconds,
                 setup_bytes=generation.setup_bytes,
@@ -185,17 +233,36 @@ class ClientSession:
             generation.logits,
         )
 
-    def _encode_prompt(self) -> list[int]:
-        wanted = self.generation.max_new_tokens
+    def _encode_prompt(self, generation: Generation) -> list[int]:
+        wanted, past = generation.max_new_tokens, len(generation.history)
         most = self._positions + 1  # the last new token is not read again
-        ids = self.tokenizer.encode(self.generation.prompt, most)
+        if generation.chat:
+            ids = self._encode_message(generation, most)
+        else:
+            ids = self.tokenizer.encode(generation.prompt, most)
         self._check_known(ids)
-        if len(ids) + wanted > most:
+        if past + len(ids) + wanted > most:
+            before = f" after {past} of the conversation" if past else ""
             raise UserError(
-                f"the prompt has {len(ids)} tokens and {wanted} new ones are asked for, but this server takes at most "
-                f"{most} tokens, the new ones included"
+                f"the prompt has {len(ids)} tokens{before} and {wanted} new ones are asked for, but this server takes "
+                f"at most {most} tokens, the new ones included"
             )
         return ids
+
+    def _encode_message(self, generation: Generation, most: int) -> list[int]:
+        """Token ids of a message and of what stands around it, but for what the public prefix says already."""
+        last = generation.history[-1] if generation.history else None
+        pieces = self._form(generation).turn(generation.prompt, last, begins=not generation.history)
+        ids = ids_of(pieces, lambda text: self.tokenizer.encode(text, most))
+        prefix = self.welcome.prefix
+        said = not generation.history and ids[: len(prefix)] == prefix
+        return ids[len(prefix) :] if said else ids
+
+    def _form(self, generation: Generation) -> ChatForm:
+        form = self.welcome.chat
+        if form is None:
+            raise UserError(f"the model of {self.where} has no chat template: it continues text (ask without --chat)")
+        return form if generation.system is None else form.with_system(generation.system)
 
     @property
     def _positions(self) -> int:
@@ -222,12 +289,13 @@ class ClientSession:
             who = "--tokenizer is one" if own else f"{self.where} sent a tokenizer"
             raise UserError(f"{who} that does not belong to its model: it has a token more than the model's vocabulary")
 
-    def _padding(self, length: int) -> list[int]:
-        """What fills a prompt of this length up to the length that the server is to see."""
-        wanted, generation = -length % self.generation.privacy.pad_to, self.generation
+    def _padding(self, generation: Generation) -> list[int]:
+        """What fills a prompt up to the length that the server is to see."""
+        length = len(generation.prompt_ids)
+        wanted = -length % generation.privacy.pad_to
         if not wanted:
             return []
-        if length + wanted + generation.max_new_tokens > self._positions + 1:
+        if len(generation.history) + length + wanted + generation.max_new_tokens > self._positions + 1:
             raise UserError(
                 f"the prompt has {length} tokens, and filled up to {length + wanted} it leaves no room for "
                 f"{generation.max_new_tokens} new ones in this model"
@@ -273,11 +341,8 @@ class ClientSession:
             message = await receive(self.socket, self.where, Queued | Accepted, None)
         return message
 
-    async def _generate(self, party: Party, length: int, left: int) -> None:
-        generation, settings = self.generation, self.welcome.settings
-        generation.watcher.begin(generation.done + self._count_stages(length, left))
-        before = len(generation.new_tokens)
-
+    async def _generate(self, party: Party) -> None:
+        self._begin(self.read, set_up=True)
         try:
             event = await asyncio.wait_for(party.event(), LINK_SECONDS)
         except asyncio.TimeoutError:
@@ -288,19 +353,39 @@ class ClientSession:
                 case Linked():
                     pass
                 case StageDone(communication):
-                    communication.token += before
+                    communication.token = len(self.generation.new_tokens)
                     self._note(communication)
                 case Revealed():
-                    token = self._take(event, settings)
+                    self._take(event, self.welcome.settings)
                     self._show()
-                    if generation.is_finished:
+                    if self.generation.is_finished and not await self._is_continued():
                         return
-                    await self._say(Next())
-                    await party.proceed(token)
+                    fresh = self.generation.ids[self.read :]
+                    self.read, self.room = self.read + len(fresh), self.room - len(fresh)
+                    await self._say(Next(len(fresh)))
+                    await party.proceed(len(fresh), fresh)
                 case Failed(reason):
                     raise LostServer(f"the private computation with {self.where} failed: {reason}")
             event = await party.event()
         raise LostServer(f"the private computation with {self.where} ended early")
+
+    async def _is_continued(self) -> bool:
+        """Wait for the next message of a conversation; False where there is none."""
+        following = await self.turns.following() if self.turns is not None else None
+        if following is None:
+            return False
+        self.generation = following
+        self._begin(len(following.ids) - self.read)
+        return True
+
+    def _begin(self, fresh: int, *, set_up: bool = False) -> None:
+        """Tell the watcher how many operations are to come, the first pass being over so many tokens."""
+        model, generation = self.welcome.description, self.generation
+        total, past, new = int(set_up), len(generation.ids) - fresh, fresh
+        for _ in range(generation.left):
+            total += sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past))
+            past, new = past + new, 1
+        generation.watcher.begin(generation.done + total)
 
     def _note(self, communication: StageCommunication) -> None:
         generation = self.generation
@@ -312,7 +397,7 @@ class ClientSession:
             generation.stages.append(communication)
         generation.watcher.stage(generation.done, communication)
 
-    def _take(self, revealed: Revealed, settings: Settings) -> int:
+    def _take(self, revealed: Revealed, settings: Settings) -> None:
         """Keep what is revealed of the next token, and choose it."""
         generation, vocab_size = self.generation, self.welcome.description.vocab_size
         generation.reveal_bytes += revealed.bytes
@@ -329,7 +414,6 @@ class ClientSession:
         if logits is not None:
             generation.logits.append(logits)
         generation.new_tokens.append(token)
-        return token
 
     def _show(self) -> None:
         """Pass on what can be shown of the answer by now."""
@@ -338,15 +422,6 @@ class ClientSession:
         if generation.is_finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
             generation.watcher.text(text[len(generation.shown) :])
             generation.shown = text
-
-    def _count_stages(self, length: int, left: int) -> int:
-        """Operations of a session, set-up included, for the progress line."""
-        model, settings = self.welcome.description, self.welcome.settings
-        total, past, new = 1, 0, length
-        for _ in range(left):
-            total += sum(1 for _ in stages_of_pass(model, settings, new, past))
-            past, new = past + new, 1
-        return total
 
     async def _say(self, message: Start | Next) -> None:
         await self.socket.send_str(encode(message).decode())

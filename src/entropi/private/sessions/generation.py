@@ -46,7 +46,10 @@ class Watcher:
 
 @dataclass
 class Generation:
-    """What is asked, and what of the answer has been received, over as many sessions as it takes."""
+    """What is asked, and what of the answer has been received, over as many sessions as it takes.
+
+    In a conversation several of these, each after the tokens of the one before it, may share a session.
+    """
 
     prompt: str
     max_new_tokens: int
@@ -55,6 +58,9 @@ class Generation:
     watcher: Watcher
     privacy: Privacy = USUAL
     memory_gb: float | None = None  # most memory of this side's party: see `memory_for`
+    chat: bool = False  # the prompt is a message, around which the model's chat template puts text
+    system: str | None = None  # prompt of a conversation that begins with this message
+    history: list[int] = field(default_factory=list)  # tokens of the conversation before this message
     digest: str | None = None  # of what the server made public when the question was begun
     padding: list[int] = field(default_factory=list)  # before the prompt
     prompt_ids: list[int] = field(default_factory=list)
@@ -67,6 +73,7 @@ class Generation:
     reveal_bytes: int = 0
     done: int = 0  # operations, set-ups included
     shown: str = ""
+    stopped: bool = False  # the token that is being computed is to be the last
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -76,7 +83,21 @@ class Generation:
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         check_prompt(self.prompt)
+        if self.system is not None:
+            check_prompt(self.system)
+            if not self.chat:
+                raise UserError("a system prompt has its place in a chat only")
         self.random = np.random.default_rng(self.sampling.seed)
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far, in order, but for the server's public prefix."""
+        return self.history + self.padding + self.prompt_ids + self.new_tokens
+
+    @property
+    def left(self) -> int:
+        """New tokens that are yet to come, unless the answer ends before."""
+        return self.max_new_tokens - len(self.new_tokens)
 
     @property
     def answer_ids(self) -> list[int]:
@@ -88,4 +109,4 @@ class Generation:
     def is_finished(self) -> bool:
         """Whether the last token received was the last of all."""
         ended = bool(self.new_tokens) and self.new_tokens[-1] in self.stop_ids and not self.privacy.full_length
-        return ended or len(self.new_tokens) == self.max_new_tokens
+        return ended or not self.left or (self.stopped and bool(self.new_tokens))

@@ -67,7 +67,8 @@ def _serve_session(
             shape = prefix.shape(model, job.prefix_length)
             engine.hold(name, shape, known[name] if known is not None else None)
     fresh, count, past = job.prompt, job.prompt_length, job.prefix_length
-    for token in range(job.max_new_tokens):
+    left, number = job.max_new_tokens, 0
+    while True:
         if public:
             engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
         else:
@@ -76,12 +77,16 @@ def _serve_session(
                 tokens = one_hot(fresh, model.vocab_size, settings.paired, settings.fraction_bits)
             engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
         for stage in stages_of_pass(model, settings, count, past):
-            _emit(events, StageDone(engine.run(stage, token)))
+            _emit(events, StageDone(engine.run(stage, number)))
         _emit(events, _reveal(engine, settings))
-        past += count
-        if token + 1 < job.max_new_tokens:
-            proceed = decode(lines.get(), Proceed)
-            fresh, count = ([proceed.token] if proceed.token is not None else None), 1
+        past, number = past + count, number + 1
+        left -= 1 if number == 1 else count
+        if not left:
+            return
+        proceed = decode(lines.get(), Proceed)
+        fresh, count = proceed.tokens, proceed.count
+        if count > left:
+            raise EngineError(f"{count} more tokens were asked for, and {left} are left")
 
 
 def _reveal(engine: Engine, settings: Settings) -> Revealed:

@@ -98,9 +98,9 @@ class Party:
         """Number of the process."""
         return self._process.pid
 
-    async def proceed(self, token: int | None = None) -> None:
-        """Let the party run the pass for one more token."""
-        await self._write(encode(Proceed(token=token)))
+    async def proceed(self, count: int = 1, tokens: list[int] | None = None) -> None:
+        """Let the party run the pass for `count` more tokens; the client's is told which."""
+        await self._write(encode(Proceed(count, tokens)))
 
     async def _write(self, line: bytes) -> None:
         assert self._process.stdin is not None

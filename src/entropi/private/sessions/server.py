@@ -15,6 +15,7 @@ from typing import Literal
 from aiohttp import web
 from safetensors.numpy import save_file
 
+from entropi.chat import ChatForm
 from entropi.errors import UserError
 from entropi.private.admission.audit import Audit
 from entropi.private.admission.door import Door, cut, startups_that_fit
@@ -76,6 +77,7 @@ def serve(
     canary: str | None = None,
     recheck: bool = False,
     prefix: Sequence[int] = (),
+    chat: ChatForm | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -92,6 +94,7 @@ def serve(
         self_tests: ways in which the program is run on a known prompt first, see `self_test`.
         canary: a public prompt whose answer clients are told, so that they can ask for it.
         prefix: public token ids that every prompt continues, see `compute.prefix`.
+        chat: what stands around the messages of conversations.
         recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
@@ -133,7 +136,14 @@ def serve(
             save_file({"embedding": weights["embedding"]}, table)
         del weights
         welcome = Welcome(
-            description, tokenizer, settings, sha256_of(table) if table else None, published, list(prefix)
+            description,
+            tokenizer,
+            settings,
+            sha256_of(table) if table else None,
+            published,
+            list(prefix),
+            chat,
+            limits.conversation_tokens,
         )
         audit = Audit(counters, audit_log)
         state = ServerState(

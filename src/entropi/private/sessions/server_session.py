@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp import web
@@ -25,6 +25,7 @@ from entropi.private.wire.certificates import Peer
 from entropi.private.wire.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    Event,
     Failed,
     Hello,
     Job,
@@ -160,14 +161,7 @@ async def _talk(
     start = await receive(socket, Start, START_SECONDS)
     if start.digest != state.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
-    if start.max_new_tokens > state.limits.max_new_tokens:
-        raise Refusal(f"at most {state.limits.max_new_tokens} new tokens a session are allowed")
-    positions = state.welcome.description.positions - len(state.welcome.prefix)
-    if start.prompt_length + start.max_new_tokens - 1 > positions:
-        raise Refusal(
-            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the "
-            f"{positions} positions that the model has for them"
-        )
+    _check_length(start, state)
 
     async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
         session_log.quiet, progress.computing = False, True
@@ -175,11 +169,30 @@ async def _talk(
         began = time.monotonic()
         try:
             work = _compute(socket, usage, session_log, state, start, progress)
-            await asyncio.wait_for(work, state.limits.session_seconds)
+            limits = state.limits
+            await asyncio.wait_for(work, limits.conversation_seconds if start.conversation else limits.session_seconds)
         except asyncio.TimeoutError:
             raise SessionError("the session's time limit was reached") from None
         finally:
             state.counters.session_seconds += time.monotonic() - began
+
+
+def _check_length(start: Start, state: ServerState) -> None:
+    """Raise `Refusal` for a session of more tokens than are allowed, or than the model has positions for."""
+    limits, asked = state.limits, start.prompt_length + start.max_new_tokens
+    if start.conversation and not limits.conversation_tokens:
+        raise Refusal("conversations are not allowed")
+    if start.conversation and asked > limits.conversation_tokens:
+        raise Refusal(f"at most {limits.conversation_tokens} tokens a conversation are allowed")
+    if not start.conversation and start.max_new_tokens > limits.max_new_tokens:
+        raise Refusal(f"at most {limits.max_new_tokens} new tokens a session are allowed")
+
+    positions = state.welcome.description.positions - len(state.welcome.prefix)
+    if asked - 1 > positions:
+        raise Refusal(
+            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the "
+            f"{positions} positions that the model has for them"
+        )
 
 
 async def _compute(
@@ -221,8 +234,9 @@ async def _compute(
         tasks: list[asyncio.Task[None]] = []
         try:
             await send(socket, Accepted(session))
+            progress.idle_seconds = state.limits.idle_seconds if start.conversation else None
             work = asyncio.create_task(_watch_party(party, session_log, state, usage, progress))
-            listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start.max_new_tokens, progress))
+            listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start, progress))
             link = asyncio.create_task(_watch_link(tunnel))
             suspended = asyncio.create_task(party.suspended())
             tasks += [work, listen, link, suspended]
@@ -279,11 +293,18 @@ def _log_link(tunnel: Tunnel, session_log: SessionLog) -> None:
 
 @dataclass
 class Progress:
-    """Tokens of one session."""
+    """Passes of one session, each of which reveals a token."""
 
     asked: int = 1
     revealed: int = 0
     computing: bool = False  # it had a slot
+    idle_seconds: float | None = None  # that a conversation may wait for its next message; None for no conversation
+    more: asyncio.Event = field(default_factory=asyncio.Event)  # a further pass was asked for
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is for the client to go on."""
+        return self.revealed == self.asked
 
 
 async def _watch_party(
@@ -294,11 +315,7 @@ async def _watch_party(
 
     patience = min(LINK_SECONDS, state.limits.stall_seconds)
     while True:
-        try:
-            event = await asyncio.wait_for(party.event(), patience)
-        except asyncio.TimeoutError:
-            raise SessionError(f"nothing happened for {patience:g} s") from None
-
+        event = await _next_event(party, progress, patience)
         match event:
             case None:
                 return
@@ -323,6 +340,29 @@ async def _watch_party(
                 raise SessionError("the server's party failed")  # why may be none of the client's business
 
 
+async def _next_event(party: Party, progress: Progress, patience: float) -> Event | None:
+    """What the party reports next.
+
+    Raises:
+        SessionError: nothing for `patience` seconds, or while it is for the client to go on with a conversation, for
+            as long as that may take.
+    """
+    event = asyncio.ensure_future(party.event())
+    try:
+        if progress.waits and progress.idle_seconds is not None:
+            more = asyncio.ensure_future(progress.more.wait())
+            await asyncio.wait({event, more}, timeout=progress.idle_seconds, return_when=asyncio.FIRST_COMPLETED)
+            more.cancel()
+            if progress.waits and not event.done():
+                raise SessionError(f"nothing was asked for {progress.idle_seconds:g} s")
+        progress.more.clear()
+        return await asyncio.wait_for(event, patience)
+    except asyncio.TimeoutError:
+        raise SessionError(f"nothing happened for {patience:g} s") from None
+    finally:
+        event.cancel()
+
+
 def _printable(text: str) -> str:
     """What a stranger has written, fit for one line of a log."""
     return "".join(c for c in text[:120] if c.isprintable())
@@ -336,9 +376,10 @@ async def _watch_link(tunnel: Tunnel) -> None:
 
 
 async def _listen_to_client(
-    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, max_new_tokens: int, progress: Progress
+    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, start: Start, progress: Progress
 ) -> None:
-    """Pass on the client's `Next`s, one fewer than there are tokens, and its engine's bytes; until it leaves."""
+    """Pass on the client's `Next`s, for as many tokens as it may ask for, and its engine's bytes; until it leaves."""
+    left = start.max_new_tokens - 1
     with contextlib.suppress(ClientLeft):
         while True:
             message = await socket.receive()
@@ -350,8 +391,12 @@ async def _listen_to_client(
                 continue
             if message.type == aiohttp.WSMsgType.CLOSE and message.data == aiohttp.WSCloseCode.POLICY_VIOLATION:
                 raise SessionError(f"the client refused this side's bytes: {_printable(message.extra or '')}")
-            expect(message, Next)
-            if progress.asked == max_new_tokens:
+            following = expect(message, Next)
+            if not left:
                 raise SessionError("all tokens were asked for already")
+            if following.tokens > left or (following.tokens > 1 and not start.conversation):
+                raise SessionError(f"{following.tokens} tokens were asked for at once")
+            left -= following.tokens
             progress.asked += 1
-            await party.proceed()
+            progress.more.set()
+            await party.proceed(following.tokens)

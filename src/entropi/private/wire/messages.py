@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from entropi.chat import ChatForm
 from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import Settings
 from entropi.records import StageCommunication
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
@@ -35,15 +36,24 @@ class Hello(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Ask for a session; `digest` is the client's, of what the server made public."""
+    """Ask for a session; `digest` is the client's, of what the server made public.
+
+    In a conversation `max_new_tokens` counts the tokens of later messages too.
+    """
 
     prompt_length: TokenCount
     max_new_tokens: TokenCount
     digest: Digest
+    conversation: bool = False
 
 
 class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Run the pass for one more token; which token it is stays with the client."""
+    """Run the pass for so many more tokens: one, or in a conversation those of its next message.
+
+    Which tokens they are stays with the client.
+    """
+
+    tokens: TokenCount = 1
 
 
 FromClient: TypeAlias = Hello | Start | Next
@@ -69,6 +79,9 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     table: Digest | None = None  # SHA-256 of the file with the token embeddings, where they are public
     canary: Canary | None = None
     prefix: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)] = []  # public tokens that prompts continue
+    chat: ChatForm | None = None  # what stands around messages, for a model that is made for conversations
+    # Tokens, those of messages and answers together, that a conversation may have; 0 where there are none.
+    conversation_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""
@@ -117,9 +130,10 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Proceed(msgspec.Struct, forbid_unknown_fields=True):
-    """Run the pass for one more token; only the client's party is told which."""
+    """Run the pass for so many more tokens; only the client's party is told which."""
 
-    token: TokenId | None = None
+    count: TokenCount = 1
+    tokens: list[TokenId] | None = None
 
 
 class Linked(msgspec.Struct, tag=True):
