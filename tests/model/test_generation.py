@@ -1,5 +1,7 @@
 """Caches, masks and packed rows: however a text is cut up, its logits and entropies are those of one pass over it."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -13,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import entropi
 from entropi import EntropiForCausalLM
@@ -463,6 +466,21 @@ def test_a_cache_in_training_is_made_where_asked():
     assert model(ids).past_key_values is None
     with pytest.raises(ValueError, match="gradient checkpointing would fill the cache twice"):
         model(ids, use_cache=True)
+
+
+def test_a_cache_has_either_name_and_the_output_that_of_transformers():
+    model, ids = make_model(), tokens()
+    theirs = {field.name for field in fields(CausalLMOutputWithPast)} & {"past_key_values", "cache"}
+    expected = model(ids)
+    assert set(expected) & {"past_key_values", "cache"} == theirs
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache()
+        first = model(ids[:, :9], **{name: cache})
+        assert first[next(iter(theirs))] is cache
+        second = model(ids[:, 9:], **{name: cache})
+        torch.testing.assert_close(second.logits, expected.logits[:, 9:], **CLOSE)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 def test_outputs_as_a_tuple_and_hidden_states_by_configuration():

@@ -132,16 +132,7 @@ def run(
         from entropi.private.wire.certificates import tls_files
 
     _log_to_standard_error(log)
-    if round_logits is not None and output == "argmax":
-        raise UserError("--round-logits has nothing to round with --output argmax, which reveals no logits")
-    settings = _settings(
-        exact_softmax_as=str(parse_for_exact(softmax or USUAL_FOR_EXACT, "--softmax")),
-        embedding=embedding,
-        output=output,
-        choices=choices,
-        logit_bits=round_logits,
-        **({} if fraction_bits is None else {"fraction_bits": fraction_bits}),
-    )
+    settings = _settings(softmax, embedding, output, choices, round_logits, fraction_bits)
     limits = Limits(
         max_sessions,
         max_queue,
@@ -158,7 +149,6 @@ def run(
         max_startups,
         source_startups,
     )
-
     prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
     if prefix is not None and (chat or system_prompt is not None):
         raise UserError("give --prefix-file, or --chat or --system-prompt, which make a prefix of the chat template")
@@ -204,10 +194,28 @@ def _log_to_standard_error(log: Literal["text", "json"]) -> None:
         handler.setFormatter(JsonLines() if log == "json" else PlainLines())
 
 
-def _settings(**chosen: Any) -> Any:
+def _settings(
+    softmax: str | None,
+    embedding: str,
+    output: str,
+    choices: int,
+    round_logits: int | None,
+    fraction_bits: int | None,
+) -> Any:
     """What the server decides for every session, checked."""
     from entropi.private.compute.settings import Settings
 
+    if round_logits is not None and output == "argmax":
+        raise UserError("--round-logits has nothing to round with --output argmax, which reveals no logits")
+    chosen: dict[str, Any] = {
+        "exact_softmax_as": str(parse_for_exact(softmax or USUAL_FOR_EXACT, "--softmax")),
+        "embedding": embedding,
+        "output": output,
+        "choices": choices,
+        "logit_bits": round_logits,
+    }
+    if fraction_bits is not None:
+        chosen["fraction_bits"] = fraction_bits
     try:
         return msgspec.convert(chosen, Settings)
     except msgspec.ValidationError as error:

@@ -120,7 +120,8 @@ def mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
     inputs = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
     queries = None if inputs is None or inputs.dim() < 2 else inputs.shape[1]
-    cache = next((given[name] for name in ("past_key_values", "cache_params") if given.get(name) is not None), None)
+    caches = ("past_key_values", "cache_params", "cache")  # the last for every model from transformers 5.24 on
+    cache = next((given[name] for name in caches if given.get(name) is not None), None)
     past = None
     if cache is not None and getattr(cache, "is_compileable", False):
         with suppress(ValueError):  # of a cache without attention layers

@@ -81,7 +81,7 @@ class EntropiConfig(PreTrainedConfig):
     """
 
     model_type = "entropi"
-    keys_to_ignore_at_inference = ["past_key_values", "entropies"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "entropies"]  # noqa: RUF012
 
     architecture: str = "SM+LN+G"
     vocab_size: int = 50257
@@ -141,36 +141,50 @@ class EntropiConfig(PreTrainedConfig):
     def problems(self) -> list[str]:
         """Everything that is wrong with the values."""
         problems = []
-        try:
-            parse_architecture(self.architecture)
-        except UserError as error:
-            problems.append(str(error))
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for name in (*sizes, "intermediate_size"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        # A file may say anything, and building so many layers would take until the memory ends.
-        for name in (*sizes, "intermediate_size", "max_position_embeddings", "head_width"):
-            most = MOST_LAYERS if name == "num_hidden_layers" else MOST_WIDTH
-            if getattr(self, name) > most:
-                problems.append(f"{name} must be at most {most}, got {getattr(self, name)}")
-        if self.max_position_embeddings < 2:
-            problems.append(f"max_position_embeddings must be at least 2, got {self.max_position_embeddings}")
-        if self.head_width < 0:
-            problems.append(f"head_width must be at least 0, got {self.head_width}")
-        for name, multiple in (
-            ("hidden_size", "num_attention_heads"),
-            ("num_attention_heads", "num_key_value_heads"),
-        ):
-            if self.head_width and name == "hidden_size":
-                continue
-            if getattr(self, multiple) > 0 and getattr(self, name) % getattr(self, multiple):
-                problems.append(
-                    f"{name} {getattr(self, name)} is not a multiple of {multiple} {getattr(self, multiple)}"
-                )
+        for parse, text in ((parse_architecture, self.architecture), (parse_of_model, self.softmax)):
+            try:
+                parse(text)
+            except UserError as error:
+                problems.append(str(error))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 problems.append(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")
+        if self.activation_function not in ACT2FN:
+            problems.append(f"activation_function {self.activation_function!r} is none that transformers has")
+        if self.spectral_gain and "SNorm" not in self.architecture:
+            problems.append(f"spectral_gain is for architectures with +SNorm(..), not {self.architecture}")
+
+        return [
+            *problems,
+            *self._problems_of_sizes(),
+            *self._problems_of_numbers(),
+            *self._problems_of_rotation(),
+            *self._problems_of_branch_norm(),
+        ]
+
+    def _problems_of_sizes(self) -> list[str]:
+        problems = []
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        least = dict.fromkeys((*sizes, "intermediate_size"), 1) | {"max_position_embeddings": 2, "head_width": 0}
+        for name, smallest in least.items():
+            # A file may say anything, and building so many layers would take until the memory ends.
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST_WIDTH
+            if getattr(self, name) < smallest:
+                problems.append(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+            elif getattr(self, name) > most:
+                problems.append(f"{name} must be at most {most}, got {getattr(self, name)}")
+
+        multiples = [("num_attention_heads", "num_key_value_heads")]
+        if not self.head_width:  # otherwise heads have a width of their own
+            multiples.insert(0, ("hidden_size", "num_attention_heads"))
+        for name, part in multiples:
+            whole, parts = getattr(self, name), getattr(self, part)
+            if parts > 0 and whole % parts:
+                problems.append(f"{name} {whole} is not a multiple of {part} {parts}")
+        return problems
+
+    def _problems_of_numbers(self) -> list[str]:
+        problems = []
         for name in ("temperature_init", "layer_norm_epsilon", "rotary_base", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -178,30 +192,26 @@ class EntropiConfig(PreTrainedConfig):
             problems.append(f"temperature_init must be at least {SMALLEST_TEMPERATURE}, got {self.temperature_init}")
         if self.initializer_range is not None and not self.initializer_range > 0:
             problems.append(f"initializer_range must be positive, got {self.initializer_range}")
-        if self.activation_function not in ACT2FN:
-            problems.append(f"activation_function {self.activation_function!r} is none that transformers has")
         if not 0 <= self.embedding_dropout < 1:
             problems.append(f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
-        if self.spectral_gain and "SNorm" not in self.architecture:
-            problems.append(f"spectral_gain is for architectures with +SNorm(..), not {self.architecture}")
         if not 0 <= self.leaky_slope <= 1:
             problems.append(f"leaky_slope must be between 0 (ReLU) and 1 (the identity), got {self.leaky_slope}")
-        try:
-            parse_of_model(self.softmax)
-        except UserError as error:
-            problems.append(str(error))
+        return problems
+
+    def _problems_of_rotation(self) -> list[str]:
         if not 0 < self.rotary_fraction <= 1:
-            problems.append(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
-        elif self.position_embedding == "rotary" and self.num_attention_heads > 0:
-            turning = self.head_dim * self.rotary_fraction
-            if round(turning) % 2 or abs(turning - round(turning)) > 1e-6 or round(turning) < 2:
-                problems.append(
-                    f"rotary_fraction {self.rotary_fraction} of {self.head_dim} columns a head is {turning:g}, "
-                    "an even number is needed"
-                )
-            elif self.rotary_frequencies is not None or self.rotary_layers is not None:
-                problems += self._problems_of_frequencies()
-        return problems + self._problems_of_branch_norm()
+            return [f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}"]
+        if self.position_embedding != "rotary" or self.num_attention_heads < 1:
+            return []
+        turning = self.head_dim * self.rotary_fraction
+        if round(turning) % 2 or abs(turning - round(turning)) > 1e-6 or round(turning) < 2:
+            return [
+                f"rotary_fraction {self.rotary_fraction} of {self.head_dim} columns a head is {turning:g}, "
+                "an even number is needed"
+            ]
+        if self.rotary_frequencies is None and self.rotary_layers is None:
+            return []
+        return self._problems_of_frequencies()
 
     def _problems_of_frequencies(self) -> list[str]:
         sets, layers, count = self.rotary_frequencies or [], self.rotary_layers, self.rotary_dimensions // 2

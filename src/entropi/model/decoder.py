@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from entropi.entropy.regularizer import EntropyRegularizer
@@ -43,6 +44,9 @@ from entropi.model.visibility import (
 )
 from entropi.softmax import SoftmaxForm, parse_of_model
 
+# transformers 5.24 renamed this field of every output, and what `generate` passes: from `past_key_values` to `cache`.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
 
 @dataclass
 class EntropiOutput(ModelOutput):
@@ -52,7 +56,10 @@ class EntropiOutput(ModelOutput):
     loss: Tensor | None = None  # cross-entropy plus, while training, the entropy penalty
     logits: Tensor | None = None  # (B, T, V)
     last_hidden_state: Tensor | None = None  # (B, T, d)
-    past_key_values: Cache | None = None
+    if CACHE == "cache":  # as the installed transformers calls it
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     entropies: tuple[Tensor, ...] | None = None  # L tensors (B, H, T), nats
     cross_entropy: Tensor | None = None  # nats per token
@@ -94,7 +101,7 @@ class EntropiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EntropiBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
@@ -155,6 +162,7 @@ class EntropiModel(EntropiPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> EntropiOutput:
         """`input_ids` `(B, T)` -> last hidden state `(B, T, d)` and L row entropies `(B, H, T)`.
@@ -162,7 +170,8 @@ class EntropiModel(EntropiPreTrainedModel):
         `attention_mask` is `(B, S)`, 0 where a token, cached ones included, is padding, or a 4-D mask that is used as
         it is: boolean (True = visible) or additive. Without a mask and a cache, `position_ids` that start again within
         a row begin a new document, which sees nothing of those before it. Unless `use_cache` says otherwise, a cache is
-        made in evaluation and not in training; rows of several documents have none.
+        made in evaluation and not in training; rows of several documents have none. `past_key_values` and `cache` are
+        two names of one argument, and the output's field has the one that the installed transformers uses.
 
         Raises:
             ValueError: inputs that do not fit each other or the model, in one line.
@@ -179,17 +188,18 @@ class EntropiModel(EntropiPreTrainedModel):
             if self.config.embedding_scale != 1.0:  # rounded to the weights' dtype, as Gemma does
                 inputs_embeds = inputs_embeds * inputs_embeds.new_tensor(self.config.embedding_scale)
         batch, length = inputs_embeds.shape[:2]
-        if past_key_values is not None:
+        cache = _one_of(past_key_values, cache)
+        if cache is not None:
             shape = batch, self.config.num_key_value_heads or 0, self.config.head_dim
-            check_cache(past_key_values, len(self.blocks), shape)
-        past = cached_tokens(past_key_values)
+            check_cache(cache, len(self.blocks), shape)
+        past = cached_tokens(cache)
         check_positions(position_ids, batch, length, past, self.config.max_position_embeddings)
-        documents = packed_documents(position_ids, attention_mask, past_key_values)
-        past_key_values = self._cache(past_key_values, use_cache, documents)
+        documents = packed_documents(position_ids, attention_mask, cache)
+        cache = self._cache(cache, use_cache, documents)
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
         rows = batch, self.config.num_attention_heads, length
-        visible = visibility(rows, inputs_embeds.device, attention_mask, documents, past_key_values, past)
+        visible = visibility(rows, inputs_embeds.device, attention_mask, documents, cache, past)
 
         hidden = inputs_embeds
         if self.position_embedding is not None:
@@ -206,14 +216,14 @@ class EntropiModel(EntropiPreTrainedModel):
         for block, which in zip(self.blocks, sets):
             rotation = rotations[which] if rotations else None
             hidden_states.append(hidden)
-            hidden, entropy = block(hidden, position_ids, rotation, visible, past_key_values, self.leaky_slope)
+            hidden, entropy = block(hidden, position_ids, rotation, visible, cache, self.leaky_slope)
             entropies.append(entropy)
         hidden = self.final_norm(hidden)
         return EntropiOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=(*hidden_states, hidden) if with_states else None,
             entropies=tuple(entropies),
+            **{CACHE: cache},
         )
 
     def _cache(self, given: Cache | None, use_cache: bool | None, documents: Tensor | None) -> Cache | None:
@@ -274,6 +284,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> EntropiOutput:
         """Logits `(B, T, V)`, row entropies and, with `labels` `(B, T)` (shifted inside), the loss.
@@ -288,6 +299,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -317,9 +329,9 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             cross_entropy=cross_entropy,
             entropy_penalty=penalty,
             logits=logits if return_logits else None,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             entropies=outputs.entropies,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
@@ -332,15 +344,21 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        config: EntropiConfig, *, attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any
+        config: EntropiConfig,
+        *,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> Tensor | None:
         """What `generate` hands on with a preallocated cache: the mask of padding at a length that stays the same.
 
         A compiled forward pass is then compiled once. transformers' own would hold T x S numbers.
         """
-        if attention_mask is None:
+        given = _one_of(past_key_values, cache)
+        if attention_mask is None or given is None:
             return None
-        return whole_length(attention_mask, past_key_values.layers[0].max_cache_len)
+        return whole_length(attention_mask, given.layers[0].max_cache_len)
 
     def inference_parameters(self) -> int:
         """Number of parameters that inference needs.
@@ -417,6 +435,13 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             raise UserError(f"the checkpoint's weights do not fit its configuration: {wrong[0]} is missing or too much")
         model.tie_weights()
         return model, given.notes
+
+
+def _one_of(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache given by either of its two names."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 def _positions_to_keep(hidden: Tensor, which: int | Tensor) -> Tensor:

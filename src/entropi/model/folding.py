@@ -50,6 +50,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from entropi.errors import UserError
+from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward
 from entropi.model.shape import describe
@@ -102,6 +103,16 @@ class _FeedForward:
     branch: dict[str, Array] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """The bases that the residual stream is kept in, before every layer and after the last: lists of L + 1."""
+
+    reading: list[Array]  # B_l^-1, for matrices that read it
+    writing: list[Array]  # B_l, for those that write to it, with LayerNorm's centring where there is one
+    explicit: list[int]  # layers whose matrix M stays
+    conditions: list[float]  # of B_l
+
+
 @torch.no_grad()
 def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) -> Folded:
     """Fold a model, in float64.
@@ -112,78 +123,100 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     Raises:
         UserError: weights that are not finite.
     """
-    config = model.config
+    config, decoder = model.config, model.model
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         raise UserError(f"the model's weights are not finite, first in {broken[0]}")
-    width, layers, parts = config.hidden_size, config.num_hidden_layers, config.parts
-    eye: Array = np.eye(width)
-    centring = eye - 1.0 / width
-    # Only the final norm makes the mean of the stream superfluous; the head would read it.
-    centred = parts.norm == "layernorm" and config.final_norm
-    write = centring if centred else eye
-    blocks: list[Any] = list(model.model.blocks)
-    common_slope = None if model.model.leaky_slope is None else float(model.model.leaky_slope)
+    blocks: list[Any] = list(decoder.blocks)
+    common_slope = None if decoder.leaky_slope is None else float(decoder.leaky_slope)
     networks = [_feed_forward(copy.deepcopy(block.feed_forward).double(), common_slope) for block in blocks]
-    if parts.norm == "none":
+    with_branch = {bool(network.branch) for network in networks}
+    assert len(with_branch) <= 1  # one description holds for all layers
+    stream = _stream(config, networks, worst_condition)
+
+    embedding = _array(decoder.token_embedding.weight) * config.embedding_scale
+    weights = {"embedding": embedding @ stream.writing[0]}
+    if decoder.position_embedding is not None:
+        weights["positions"] = _array(decoder.position_embedding.weight) @ stream.writing[0]
+
+    of_distance = config.softmax_form.of_distance
+    tempered = (
+        config.parts.temperature and of_distance and any(_by_position(block.attention.temperature) for block in blocks)
+    )
+    sizes: list[Array | None] = [None] * len(blocks) if of_distance else [*_sizes_of_bases(model)]
+    for index, (block, network, size) in enumerate(zip(blocks, networks, sizes)):
+        layer = _fold_layer(index, block, network, stream, config, tempered, size)
+        weights |= {f"{index}.{name}": value for name, value in layer.items()}
+
+    weights |= _fold_head(model, stream)
+    description = describe(config, explicit_ffn=stream.explicit, temperature=tempered)
+    return Folded(description, weights, stream.conditions)
+
+
+def _stream(config: EntropiConfig, networks: Sequence[_FeedForward], worst_condition: float) -> _Stream:
+    """Bases in which the linear parts of the networks vanish, or the model's own where a norm reads the stream."""
+    eye: Array = np.eye(config.hidden_size)
+    if config.parts.norm == "none":
         bases, inverses, explicit = _bases([f.matrix for f in networks], eye, worst_condition)
     else:
-        bases = inverses = [eye] * (layers + 1)
+        bases = inverses = [eye] * (len(networks) + 1)
         explicit = [index for index, f in enumerate(networks) if f.matrix is not None]
+    # Only the final norm makes the mean of the stream superfluous; the head would read it.
+    centred = config.parts.norm == "layernorm" and config.final_norm
+    writing = [basis @ _centring(config.hidden_size) for basis in bases] if centred else bases
+    return _Stream(inverses, writing, explicit, [float(np.linalg.cond(basis)) for basis in bases])
 
-    table = _array(model.model.token_embedding.weight) * config.embedding_scale
-    weights: dict[str, Array] = {"embedding": table @ bases[0] @ write}
-    if model.model.position_embedding is not None:
-        weights["positions"] = _array(model.model.position_embedding.weight) @ bases[0] @ write
-    softmax = config.softmax_form
-    tempered = (
-        config.parts.temperature
-        and softmax.of_distance
-        and any(_by_position(block.attention.temperature) for block in blocks)
-    )
-    sizes: list[Array | None] = [None] * layers if softmax.of_distance else [*_sizes_of_bases(model)]
-    for index, (block, network) in enumerate(zip(blocks, networks)):
-        before, after = bases[index], bases[index + 1]
-        attention = copy.deepcopy(block.attention).double()
-        heads = _fold_attention(attention, block.attention_norm, tempered, sizes[index])
-        if not softmax.of_distance:
-            heads["offset"] = np.broadcast_to(
-                heads["offset"], (config.num_attention_heads, config.max_position_embeddings)
-            )
-        written = (after if config.parallel_residual else before) @ write
-        weights[f"{index}.qkv"], weights[f"{index}.qkv_bias"] = inverses[index] @ heads.pop("qkv"), heads.pop("bias")
-        weights |= {f"{index}.output": heads.pop("output") @ written}
-        bias = heads.pop("output_bias") @ written
-        weights |= {f"{index}.{name}": value for name, value in heads.items()}
 
-        offset: Array = network.offset @ after @ write
-        if network.branch:
-            weights[f"{index}.up"] = inverses[index] @ network.branch["up"]
-            weights[f"{index}.up_bias"] = network.branch["up_bias"]
-            weights[f"{index}.down"] = network.branch["down"] @ after @ write
-            weights[f"{index}.down_bias"] = offset
-        if index in explicit:
-            assert network.matrix is not None
-            weights[f"{index}.ffn"] = inverses[index] @ network.matrix @ after @ write
-            weights[f"{index}.ffn_bias"] = np.zeros(width) if network.branch else offset
-        vanished = not network.branch and index not in explicit  # then only the offset is left of the network
-        weights[f"{index}.output_bias"] = bias + offset if vanished else bias
-        if config.branch_norm:
-            for name, norm in (("output", block.branch_norm), ("down", block.feed_forward.branch_norm)):
-                for part in (f"{index}.{name}", f"{index}.{name}_bias"):
-                    weights[part] = np.concatenate([weights[part], weights[part] * _array(norm.weight)], axis=-1)
+def _centring(width: int) -> Array:
+    """The matrix that takes the mean of a row away."""
+    return np.eye(width) - 1.0 / width
 
-    table = _array(model.lm_head.weight).T
-    gain, shift = _gain(model.model.final_norm, width)
-    if config.final_norm:
-        weights["head"], weights["head_bias"] = gain[:, None] * table, shift @ table
-        if parts.norm == "none":
-            weights["centre"] = inverses[layers] @ centring
-    else:
-        weights["head"], weights["head_bias"] = inverses[layers] @ table, np.zeros(config.vocab_size)
-    activations = {index for index, f in enumerate(networks) if f.branch}
-    assert activations in (set(), set(range(layers)))
-    description = describe(config, explicit_ffn=explicit, temperature=tempered)
-    return Folded(description, weights, [float(np.linalg.cond(basis)) for basis in bases])
+
+def _fold_layer(
+    index: int,
+    block: Any,
+    network: _FeedForward,
+    stream: _Stream,
+    config: EntropiConfig,
+    tempered: bool,
+    size: Array | None,
+) -> dict[str, Array]:
+    """One layer's part of `Folded.weights`, by the names without its number."""
+    layer = _fold_attention(copy.deepcopy(block.attention).double(), block.attention_norm, tempered, size)
+    if size is not None:
+        layer["offset"] = np.broadcast_to(layer["offset"], (config.num_attention_heads, config.max_position_embeddings))
+    reading, after = stream.reading[index], stream.writing[index + 1]
+    written = after if config.parallel_residual else stream.writing[index]
+    layer["qkv"] = reading @ layer["qkv"]
+    layer["output"], layer["output_bias"] = layer["output"] @ written, layer["output_bias"] @ written
+
+    offset: Array = network.offset @ after
+    if network.branch:
+        layer["up"], layer["up_bias"] = reading @ network.branch["up"], network.branch["up_bias"]
+        layer["down"], layer["down_bias"] = network.branch["down"] @ after, offset
+    if index in stream.explicit:
+        assert network.matrix is not None
+        layer["ffn"] = reading @ network.matrix @ after
+        layer["ffn_bias"] = np.zeros(config.hidden_size) if network.branch else offset
+    elif not network.branch:  # then only the offset is left of the network
+        layer["output_bias"] = layer["output_bias"] + offset
+
+    if config.branch_norm:
+        for name, norm in (("output", block.branch_norm), ("down", block.feed_forward.branch_norm)):
+            for part in (name, f"{name}_bias"):
+                layer[part] = np.concatenate([layer[part], layer[part] * _array(norm.weight)], axis=-1)
+    return layer
+
+
+def _fold_head(model: EntropiForCausalLM, stream: _Stream) -> dict[str, Array]:
+    """Matrix and bias of the head, with what is left of the final norm."""
+    config, table = model.config, _array(model.lm_head.weight).T
+    if not config.final_norm:
+        return {"head": stream.reading[-1] @ table, "head_bias": np.zeros(config.vocab_size)}
+    gain, shift = _gain(model.model.final_norm, config.hidden_size)
+    folded = {"head": gain[:, None] * table, "head_bias": shift @ table}
+    if config.parts.norm == "none":
+        folded["centre"] = stream.reading[-1] @ _centring(config.hidden_size)
+    return folded
 
 
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 4, 512  # of random tokens
@@ -270,7 +303,7 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
     queries[0] = query * scale, query_bias * scale
     columns = [*queries, keys[0], (value, np.zeros_like(value_bias)), *keys[1:]]
     folded["qkv"] = np.concatenate([matrix for matrix, _ in columns], axis=1)
-    folded["bias"] = np.concatenate([bias for _, bias in columns])
+    folded["qkv_bias"] = np.concatenate([bias for _, bias in columns])
     folded["output"], folded["output_bias"] = output, per_head @ output + output_bias
     return folded
 

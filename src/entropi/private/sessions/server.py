@@ -7,11 +7,12 @@ import contextlib
 import gc
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from aiohttp import web
 from safetensors.numpy import save_file
 
@@ -25,6 +26,7 @@ from entropi.private.admission.monitoring import Counters, monitoring_app
 from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
+from entropi.private.compute.description import Description
 from entropi.private.compute.folded import load_folded, sha256_of
 from entropi.private.compute.prefix import names, with_prefix
 from entropi.private.compute.program import compute_on_processor
@@ -127,25 +129,10 @@ def serve(
 
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
-        table = known = None
-        if prefix:
-            known = temporary / "prefix.safetensors"
-            save_file({name: weights[name] for name in names(description)}, known)
-        if settings.embedding == "public":
-            table = temporary / "table.safetensors"
-            save_file({"embedding": weights["embedding"]}, table)
+        table, known = _public_files(temporary, description, weights, settings, prefixed=bool(prefix))
         del weights
-        welcome = Welcome(
-            description,
-            tokenizer,
-            settings,
-            sha256_of(table) if table else None,
-            published,
-            list(prefix),
-            chat,
-            limits.conversation_tokens,
-        )
-        audit = Audit(counters, audit_log)
+        table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
+        welcome = Welcome(description, tokenizer, settings, table_hash, published, list(prefix), chat, most)
         state = ServerState(
             folder=folder,
             welcome=welcome,
@@ -156,13 +143,27 @@ def serve(
             counters=counters,
             table=table,
             prefix=known,
-            audit=audit,
+            audit=Audit(counters, audit_log),
             watched=files,
             greeting=text_frames(encode(welcome)),
         )
         _run(state, address, watched)
-        audit.close()
+        state.audit.close()
     log.info("stopped")
+
+
+def _public_files(
+    folder: Path, description: Description, weights: Mapping[str, np.ndarray], settings: Settings, *, prefixed: bool
+) -> tuple[Path | None, Path | None]:
+    """Write what clients may have into `folder`: the token embeddings, and keys and values of the prefix."""
+    table = known = None
+    if prefixed:
+        known = folder / "prefix.safetensors"
+        save_file({name: weights[name] for name in names(description)}, known)
+    if settings.embedding == "public":
+        table = folder / "table.safetensors"
+        save_file({"embedding": weights["embedding"]}, table)
+    return table, known
 
 
 def _run(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:
