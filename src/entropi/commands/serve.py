@@ -63,6 +63,7 @@ def run(
     self_test: Literal["none", "ref2k", "cheetah"] = "ref2k",
     canary: str | None = None,
     prefix_file: Path | None = None,
+    calibration_text: Path | None = None,
     recheck: bool = False,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
@@ -106,6 +107,8 @@ def run(
         canary: public prompt whose answer clients are told, so that they can check what they receive (ask --canary)
         prefix_file: public text that every prompt continues, a chat template's header and system prompt for example, in
             which special tokens are spelled out; it is computed once, in the clear, and clients are shown it
+        calibration_text: file of text to find the ranges of the model's values on, of the kind that clients will send;
+            by default a page of prose, code and numbers. Up to 2,048 tokens of it are used
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
@@ -144,6 +147,7 @@ def run(
     )
 
     prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
+    calibration = read_text(calibration_text, "the calibration text") if calibration_text is not None else None
 
     # Mistakes are told before a model is folded, which takes a while.
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
@@ -173,6 +177,7 @@ def run(
             canary=canary,
             recheck=recheck,
             prefix=public_ids(tokenizer, prefix) if prefix is not None else (),
+            calibration=calibration,
         )
 
 

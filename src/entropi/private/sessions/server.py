@@ -76,6 +76,7 @@ def serve(
     canary: str | None = None,
     recheck: bool = False,
     prefix: Sequence[int] = (),
+    calibration: str | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -92,6 +93,7 @@ def serve(
         self_tests: ways in which the program is run on a known prompt first, see `self_test`.
         canary: a public prompt whose answer clients are told, so that they can ask for it.
         prefix: public token ids that every prompt continues, see `compute.prefix`.
+        calibration: text on which the model's values are looked at; None for the package's own.
         recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
@@ -119,7 +121,16 @@ def serve(
     log.info("the softmax is computed as %s", description.computed_softmax(settings.exact_softmax_as).words)
     warn_of_little_memory(limits, description)
     settings = verified_settings(
-        folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck, prefix=prefix
+        folder,
+        description,
+        weights,
+        settings,
+        choose_fraction_bits,
+        self_tests,
+        tokenizer=tokenizer,
+        recheck=recheck,
+        prefix=prefix,
+        calibration=calibration,
     )
 
     counters = Counters()
