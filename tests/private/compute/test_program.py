@@ -454,7 +454,8 @@ def test_the_largest_value_is_named_and_is_the_programs():
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
     name = max(largest, key=largest.get)
     settings, (line,) = select_fraction_bits(model, weights, Settings(exact_softmax_as="power-8"), tokens)
-    assert settings == Settings(exact_softmax_as="power-8", paired=True, largest_logit=largest["head"])
+    client_checks = dict(largest_logit=largest["head"], blank_logit=weights["head_bias"].max())
+    assert settings == Settings(exact_softmax_as="power-8", paired=True, **client_checks)
     assert line == (
         f"18 fraction bits, as given; the calibration text's largest value is {largest[name]:.3g} in {name}, and "
         "6.71e+07 would be too large"

@@ -389,7 +389,11 @@ def select_fraction_bits(
             raise UserError("; ".join([*found, advice]))
         why = "as given"
 
-    settings = msgspec.structs.replace(settings, largest_logit=ranges.largest.get("head") or None)
+    settings = msgspec.structs.replace(
+        settings,
+        largest_logit=ranges.largest["head"] or None,
+        blank_logit=None if model.final_norm == "none" else float(weights["head_bias"].max()),
+    )
     name, value = max(ranges.largest.items(), key=lambda item: item[1])
     lines = [
         f"{settings.fraction_bits} fraction bits, {why}; the calibration text's largest value is {value:.3g} in "

@@ -33,6 +33,8 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     norm_shifts: Annotated[tuple[NormShift, ...], msgspec.Meta(max_length=257)] = ()
     # What logits of the calibration text reach; far larger ones are of values that left the range of the numbers.
     largest_logit: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    # The largest logit behind a final row of zeros, which a norm makes of rows that are too large: of the head's bias.
+    blank_logit: float | None = None
     # What is evaluated for a model trained with the exact softmax: "quartic" is right to 0.0002 for 550 bytes a score;
     # of the powers (1 + x / 2^t)^(2^t) each t costs 110 and halves the error. Other models bring their own softmax.
     exact_softmax_as: SoftmaxText = USUAL_FOR_EXACT
