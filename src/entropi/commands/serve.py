@@ -69,6 +69,7 @@ def run(
     prefix_file: Path | None = None,
     chat: bool = False,
     system_prompt: str | None = None,
+    calibration_text: Path | None = None,
     recheck: bool = False,
 ) -> None:
     """Answer prompts without seeing them: the model owner's side.
@@ -119,6 +120,8 @@ def run(
         chat: make what the model's chat template begins every conversation with, its own system prompt included, the
             public text that every prompt continues
         system_prompt: the same with this system prompt, which is public
+        calibration_text: file of text to find the ranges of the model's values on, of the kind that clients will send;
+            by default a page of prose, code and numbers. Up to 2,048 tokens of it are used
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
@@ -152,6 +155,7 @@ def run(
     prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
     if prefix is not None and (chat or system_prompt is not None):
         raise UserError("give --prefix-file, or --chat or --system-prompt, which make a prefix of the chat template")
+    calibration = read_text(calibration_text, "the calibration text") if calibration_text is not None else None
 
     # Mistakes are told before a model is folded, which takes a while.
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")
@@ -183,6 +187,7 @@ def run(
             recheck=recheck,
             prefix=public_ids(tokenizer, prefix) if prefix is not None else begun,
             chat=form,
+            calibration=calibration,
         )
 
 

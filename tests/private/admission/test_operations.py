@@ -614,7 +614,7 @@ def starts(folded, swept, tmp_path, monkeypatch):
         done.append("sweep")
         return swept
 
-    def settle(model, weights, settings, *, choose, sweep):
+    def settle(model, weights, settings, sequences, *, choose, sweep):
         assert sweep == swept  # whether it was found now or read
         return settings, []
 
@@ -668,6 +668,7 @@ def test_what_was_found_of_another_model_is_not_used(starts, folded, tmp_path, m
     assert starts()[0] == "sweep"
     assert starts(settings=Settings(output="argmax"))[0] == "sweep"
     assert starts(choose_fraction_bits=True)[0] == "sweep"  # which may settle on other fraction bits
+    assert starts(calibration="def f():\n    return 1\n")[0] == "sweep"
     changed = tmp_path / "changed"
     shutil.copytree(folded, changed)
     weights = load_file(changed / "folded.safetensors")

@@ -113,7 +113,9 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     from entropi.private.compute.engine import Simulation
 
     engine = Simulation(protocol, settings)
-    options = dict(paired=settings.paired, fraction_bits=settings.fraction_bits) | options
+    options = (
+        dict(paired=settings.paired, fraction_bits=settings.fraction_bits, norm_shifts=settings.norm_shifts) | options
+    )
     for name, weight in weights.items():
         engine.hold(name, weight, 0)
     past, found, communication = 0, [], []
@@ -446,13 +448,14 @@ def test_the_largest_value_is_named_and_is_the_programs():
     model = describe(temperature=True)
     weights = random_weights(model)
     tokens = [[1, 2, 3, 4], [50, 49]]
-    largest = measure_ranges(model, weights, tokens, "power-8").largest
-    expected = max(np.abs(run_plain(model, weights, t, 1, "power-8")[1][0]).max() for t in tokens)
+    largest = measure_ranges(model, weights, tokens, "power-8", every_row=True).largest
+    expected = max(np.abs(run_plain(model, weights, t, 1, "power-8", every_row=True)[1][0]).max() for t in tokens)
     assert largest["head"] == pytest.approx(expected, rel=1e-6)
     assert {"embedding", "layer 0 scores", "layer 2 exp", "centre", "norm"} < largest.keys()
     name = max(largest, key=largest.get)
-    settings, (line,) = select_fraction_bits(model, weights, Settings(), tokens)
-    assert settings == Settings(paired=True)
+    settings, (line,) = select_fraction_bits(model, weights, Settings(exact_softmax_as="power-8"), tokens)
+    client_checks = dict(largest_logit=largest["head"], blank_logit=weights["head_bias"].max())
+    assert settings == Settings(exact_softmax_as="power-8", paired=True, **client_checks)
     assert line == (
         f"18 fraction bits, as given; the calibration text's largest value is {largest[name]:.3g} in {name}, and "
         "6.71e+07 would be too large"
@@ -464,7 +467,7 @@ def test_refuses_what_the_ring_cannot_hold_with_the_numbers(fraction_bits, limit
     settings = Settings(fraction_bits=fraction_bits)
     model = describe()
     weights = random_weights(model)
-    size = measure_ranges(model, weights, [[1, 2, 3]], "power-8").largest["head"]
+    size = measure_ranges(model, weights, [[1, 2, 3]], "power-8", every_row=True).largest["head"]
     for factor in (0.5, 2.0):
         changed = dict(weights)
         for name in ("head", "head_bias"):
@@ -503,12 +506,12 @@ def test_norms_of_small_rows_are_refused_with_the_numbers():
     weights = random_weights(model)
     assert problems(measure_ranges(model, weights, [PROMPT], "power-8"), Settings()) == []
     for name in ("embedding", "positions"):
-        weights[name] *= np.float32(0.01)
+        weights[name] *= np.float32(1e-3)
     ranges = measure_ranges(model, weights, [PROMPT], "power-8")
     state = weights["embedding"][PROMPT] + weights["positions"][: len(PROMPT)]
     smallest = (state**2).mean(axis=1).min() + 1e-8
     assert ranges.smallest_mean_square["layer 0 norm"] == pytest.approx(smallest, rel=1e-4)
-    match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 0\.000977"
+    match = rf"mean square of a row in layer 0 norm is {smallest:.3g}, .*at least 9\.54e-07"
     with pytest.raises(UserError, match=match):
         select_fraction_bits(model, weights, Settings(), [PROMPT])
 
@@ -548,13 +551,14 @@ def ranges_of(largest=1.0, typical=1.0, mean_square=1.0):
         (ranges_of(largest=2.0**34), None),
         (ranges_of(typical=2.0**-13), 18),
         (ranges_of(typical=2.0**-13.1), 19),
-        (ranges_of(mean_square=2.0**-14), 22),
-        (ranges_of(mean_square=2.0**-14.1), None),
-        (ranges_of(mean_square=2.0**15.9), 18),
-        (ranges_of(mean_square=2.0**16), 20),
-        (ranges_of(mean_square=2.0**20), None),
-        (ranges_of(largest=2.0**32, mean_square=2.0**9.9), 14),
-        (ranges_of(largest=2.0**32, mean_square=2.0**10), None),
+        (ranges_of(mean_square=2.0**-20), 18),  # of ten digits a row; its square is moved up
+        (ranges_of(mean_square=2.0**-20.1), 19),
+        (ranges_of(mean_square=2.0**-28.1), None),
+        (ranges_of(mean_square=2.0**39.9), 18),  # moved down by the most there is, 24 places
+        (ranges_of(mean_square=2.0**40), 20),
+        (ranges_of(mean_square=2.0**44), None),
+        (ranges_of(largest=2.0**32, mean_square=2.0**-12), 14),
+        (ranges_of(largest=2.0**32, mean_square=2.0**-12.1), None),
         (ranges_of(largest=2.0**24, typical=2.0**-14), None),  # below 2^24 with 19 bits
         (ranges_of(largest=2.0**23.9, typical=2.0**-14), 19),
         (ranges_of(largest=np.inf), None),
@@ -697,7 +701,7 @@ def test_canaries():
 
 def enlarged_head(model, weights, size):
     """Weights whose logits on PROMPT reach `size`."""
-    reach = measure_ranges(model, weights, [PROMPT], "power-6").largest["head"]
+    reach = measure_ranges(model, weights, [PROMPT], "power-6", every_row=True).largest["head"]
     return {**weights, **{name: weights[name] * np.float32(size / reach) for name in ("head", "head_bias")}}
 
 
@@ -760,23 +764,24 @@ def test_models_that_need_fewer_fraction_bits_are_computed_right(protocol):
         assert np.abs(nonsense["logits"][0] - expected[0]).max() > 0.1
 
 
-@pytest.mark.parametrize(("mean_square", "bits"), [(0.98 * 2.0**16, 18), (2.1 * 2.0**16, 20)])
-def test_norms_of_large_rows_are_computed_right(mean_square, bits):
-    """From 2^17 on the engine's inverse root is 0 with 18 fraction bits."""
+@pytest.mark.parametrize(("mean_square", "moved"), [(2.0**-14, 1), (2.0**-5, 0), (0.98 * 2.0**16, -1), (2.0**26, -1)])
+def test_norms_of_rows_of_any_size_are_computed_right(mean_square, moved):
+    """From 2^17 on the engine's inverse root is 0 with 18 fraction bits, and below 2^-10 it has few digits."""
     model = describe(norm="rms", layers=1, activation="relu", intermediate_size=40)
     weights = random_weights(model)
     weights["embedding"][PROMPT] /= np.sqrt(np.mean(np.square(weights["embedding"][PROMPT]), axis=1, keepdims=True))
     for name in ("embedding", "positions"):
         weights[name] *= np.float32(np.sqrt(mean_square) if name == "embedding" else 0)
     for name in ("0.output", "0.down", "0.output_bias", "0.down_bias"):
-        weights[name] *= np.float32(256)
+        weights[name] *= np.float32(np.sqrt(mean_square))
     ranges = measure_ranges(model, weights, [PROMPT], "power-6")
     assert ranges.largest_mean_square["layer 0 norm"] >= mean_square * 0.999
     settings = select_fraction_bits(model, weights, SETTINGS, [PROMPT], choose=True)[0]
-    assert settings.fraction_bits == bits
+    assert settings.fraction_bits == 18
+    assert np.sign((settings.norm_shifts or (0,))[0]) == moved
     _, (expected,) = run_plain(model, weights, PROMPT, 1, "power-6")
     (found,), _ = simulate("ref2k", model, weights, [PROMPT], settings)
     np.testing.assert_allclose(found["logits"][0], expected, atol=0.02)
-    if bits > 18:
+    if mean_square > 2.0**17:
         (nonsense,), _ = simulate("ref2k", model, weights, [PROMPT], SETTINGS)
         assert np.abs(nonsense["logits"][0] - expected).max() > 0.1

@@ -32,6 +32,11 @@ def normalise_state(state: Array, *, kind: Norm, epsilon: float) -> Array:
     return scale_rows(state, inverse_root(mean + epsilon))
 
 
+def move(state: Array, *, shift: int) -> Array:
+    """Rows times 2^`shift`; a stage of its own, or the compiler would multiply what divides them by this."""
+    return state * 2.0**shift
+
+
 def affine(state: Array, matrix: Array, bias: Array, *, rows: int | None = None) -> Array:
     """x W + b, for the last `rows` rows of x or all."""
     return times_matrix(state if rows is None else state[-rows:], matrix) + bias

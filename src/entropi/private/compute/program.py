@@ -11,7 +11,7 @@ n pairs of a query and a key it sees; V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -53,6 +53,7 @@ from entropi.private.compute.layers import (
     affine,
     likeliest,
     likeliest_few,
+    move,
     normalise_state,
     plain_and_gained,
     rounded,
@@ -89,6 +90,7 @@ def forward(
     choices: int = 1,
     logit_bits: int | None = None,
     every_row: bool = False,
+    norm_shifts: Sequence[int] = (),
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
@@ -101,6 +103,8 @@ def forward(
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
+    `norm_shifts` are those of the settings: what rows are multiplied by, as powers of two, before norms of the state.
+
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
 
         state' = state + softmax(q k^T) v output + output_bias,    q, k, v = n qkv + qkv_bias
@@ -112,7 +116,6 @@ def forward(
     """
     softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
-    normalise_rows = partial(normalise_state, kind=model.norm, epsilon=model.norm_epsilon)
     add_branch = partial(add_normalised, epsilon=model.norm_epsilon)
     yield from embedding_stages(model, new, past, embedding, paired, fraction_bits)
 
@@ -120,7 +123,7 @@ def forward(
         rows = 1 if layer == model.layers - 1 and not every_row else new
         has_ffn = layer in model.explicit_ffn or model.activation != "identity"
         if model.norm != "none":
-            yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+            yield from norm_stages(model, layer, norm_shifts, "normed")
 
         base = "state"
         if model.parallel_residual:
@@ -137,10 +140,10 @@ def forward(
 
         if not model.parallel_residual:
             if model.norm != "none" and has_ffn:
-                yield Stage("norm", layer, normalise_rows, ("state",), ("normed",))
+                yield from norm_stages(model, layer, norm_shifts, "normed")
             yield from feed_forward(model, layer, rows, read, "state")
 
-    yield from head_stages(model, output, choices, logit_bits)
+    yield from head_stages(model, output, choices, logit_bits, norm_shifts)
 
 
 def embedding_stages(
@@ -160,6 +163,17 @@ def embedding_stages(
         yield Stage("embedding", -1, unpaired, ("pairs", "raised", *position), ("state",))
     else:
         yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
+
+
+def norm_stages(model: Description, layer: int, norm_shifts: Sequence[int], result: str) -> Iterator[Stage]:
+    """Stages from "state" to its rows divided by their root mean square, of a layer or before the head (-1)."""
+    shift, read = norm_shifts[layer] if norm_shifts else 0, "state"
+    if shift:
+        yield Stage("norm", layer, partial(move, shift=shift), ("state",), ("moved",))
+        read = "moved"
+    kind = model.final_norm if layer < 0 else model.norm
+    norm = partial(normalise_state, kind=kind, epsilon=model.norm_epsilon * 4.0**shift)
+    yield Stage("norm", layer, norm, (read,), (result,))
 
 
 def attention_stages(
@@ -203,13 +217,14 @@ def attention_stages(
     yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
 
 
-def head_stages(model: Description, output: Output, choices: int, logit_bits: int | None) -> Iterator[Stage]:
+def head_stages(
+    model: Description, output: Output, choices: int, logit_bits: int | None, norm_shifts: Sequence[int]
+) -> Iterator[Stage]:
     """Stages from "state" behind the last layer to what is revealed, see `forward`."""
     if model.centre:
         yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
     if model.final_norm != "none":
-        norm = partial(normalise_state, kind=model.final_norm, epsilon=model.norm_epsilon)
-        yield Stage("norm", -1, norm, ("state",), ("state",))
+        yield from norm_stages(model, -1, norm_shifts, "state")
     yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
 
     if output == "argmax":
@@ -234,6 +249,7 @@ def stages_of_pass(model: Description, settings: Settings, new: int, past: int) 
         output=settings.output,
         choices=settings.choices,
         logit_bits=settings.logit_bits,
+        norm_shifts=settings.norm_shifts,
     )
 
 

@@ -160,6 +160,7 @@ def logits_of_pass(
         paired=settings.paired,
         fraction_bits=settings.fraction_bits,
         every_row=every_row,
+        norm_shifts=settings.norm_shifts,
     ):
         engine.run(stage)
     return engine.reveal("logits")

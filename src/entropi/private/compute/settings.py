@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -12,6 +12,9 @@ from entropi.softmax import USUAL_FOR_EXACT, parse_for_exact
 SERVER: Literal[0] = 0  # ranks of the two parties
 CLIENT: Literal[1] = 1
 MOST_MEMORY_GB = 1_000_000  # which no machine has; a system's numbers end at 2^63 bytes
+
+
+NormShift: TypeAlias = Annotated[int, msgspec.Meta(ge=-12, le=12)]
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -25,6 +28,13 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     ring_bits: Literal[64] = 64
     # More resolve smaller numbers and hold less large ones; `select_fraction_bits` chooses or checks them for a model.
     fraction_bits: Annotated[int, msgspec.Meta(ge=12, le=22)] = 18
+    # Binary places by which rows are moved before their squares are summed, by layer and last before the final norm; a
+    # norm does not change by that, and what is summed then fits the numbers. None move where this is empty.
+    norm_shifts: Annotated[tuple[NormShift, ...], msgspec.Meta(max_length=257)] = ()
+    # What logits of the calibration text reach; far larger ones are of values that left the range of the numbers.
+    largest_logit: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    # The largest logit behind a final row of zeros, which a norm makes of rows that are too large: of the head's bias.
+    blank_logit: float | None = None
     # What is evaluated for a model trained with the exact softmax: "quartic" is right to 0.0002 for 550 bytes a score;
     # of the powers (1 + x / 2^t)^(2^t) each t costs 110 and halves the error. Other models bring their own softmax.
     exact_softmax_as: SoftmaxText = USUAL_FOR_EXACT

@@ -22,6 +22,7 @@ from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.sessions.generation import Answer, Generation
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.plausibility import implausible
 from entropi.private.sessions.tokenization import (
     Encoder,
 )
@@ -402,6 +403,11 @@ class ClientSession:
         generation, vocab_size = self.generation, self.welcome.description.vocab_size
         generation.reveal_bytes += revealed.bytes
         logits = None if revealed.logits is None else np.asarray(revealed.logits)
+        if logits is not None and (why := implausible(logits, settings)):
+            raise UserError(
+                f"token {len(generation.new_tokens) + 1} from {self.where} would be nonsense: {why}. A value left the "
+                "range of its fixed-point numbers; its owner can prepare for such text with serve --calibration-text"
+            )
         if settings.output == "logits":
             assert logits is not None
             token = generation.sampling.choose(logits, generation.random)

@@ -44,14 +44,27 @@ class Findings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     passed: tuple[str, ...]
 
 
-def key_of(folder: Path, settings: Settings, choose: bool, prefix: Sequence[int] = ()) -> str:
-    """The digest of a folded model, of settings and prefix as asked for, and of all that computes with them.
+def key_of(
+    folder: Path,
+    settings: Settings,
+    choose: bool,
+    prefix: Sequence[int] = (),
+    calibration: Sequence[Sequence[int]] = (),
+) -> str:
+    """The digest of a folded model, of settings, prefix and calibration text, and of all that computes with them.
 
     With `choose` the fraction bits are the server's choice, and tests may have been passed with others than `settings`
     has.
     """
     parts = [sha256_of(folder / name) for name in (DESCRIPTION_FILE, WEIGHTS_FILE)]
-    parts += [encode(settings).decode(), str(choose), str(list(prefix)), platform.machine(), platform.python_version()]
+    parts += [
+        encode(settings).decode(),
+        str(choose),
+        str([*prefix]),
+        str([*calibration]),
+        platform.machine(),
+        platform.python_version(),
+    ]
     parts += [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
     package = Path(__file__).parents[1]
     parts += [f"{path.relative_to(package)} {sha256_of(path)}" for path in sorted(package.rglob("*.py"))]

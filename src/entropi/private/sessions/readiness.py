@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +20,15 @@ from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.compute.description import Description
 from entropi.private.compute.fixed_point import select_fraction_bits, sweep_vocabulary
+from entropi.private.compute.prefix import with_prefix
+from entropi.private.compute.program import cached_tokens
 from entropi.private.compute.self_test import self_test
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions import findings
+from entropi.private.sessions.calibration import calibration_sequences
 from entropi.private.sessions.memory import needed_memory
 from entropi.private.sessions.server_session import log
-from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer
+from entropi.private.sessions.tokenization import objections, own_tokenizer, sha256_of_tokenizer, text_ids
 from entropi.private.wire.addresses import listening, parse_address
 from entropi.private.wire.certificates import Tls
 from entropi.private.wire.messages import (
@@ -33,6 +37,8 @@ from entropi.private.wire.messages import (
 )
 from entropi.private.wire.revocation import Watched
 
+PROGRESS_SECONDS = 20.0
+PREFIXES_TRIED = 4  # each takes as long as the look at the calibration text
 SHORT_TEST_TOKENS = 8  # of the test of known answers, where an earlier start has passed the whole one
 
 
@@ -109,27 +115,36 @@ def verified_settings(
     choose: bool,
     self_tests: Sequence[Literal["ref2k", "cheetah"]],
     *,
+    tokenizer: str,
     recheck: bool,
     prefix: Sequence[int] = (),
+    calibration: str | None = None,
 ) -> Settings:
     """The settings that sessions can rely on, once the model has been looked at and its tests are passed.
 
-    Prompts continue the public `prefix`, whose keys and values stand beside the weights.
+    Prompts continue the public `prefix`, whose keys and values stand beside the weights. Values are looked at on a text
+    for `calibration`, by default the package's own, as the `tokenizer` cuts it.
 
     What an earlier start has found of the same model is not found out again, which takes minutes for a large one,
     unless `recheck` asks for it. But that was another day, and perhaps another machine with the same cache: so a few
     tokens are computed again in fixed point on every start.
     """
-    key = findings.key_of(folder, settings, choose, prefix)
+    sequences = calibration_sequences(tokenizer, description, weights, calibration)
+    key = findings.key_of(folder, settings, choose, prefix, sequences)
     known = None if recheck else findings.read(key)
     if known is None:
         log.info("looking at the values of all tokens, which takes minutes for a large model")
-        sweep, passed = sweep_vocabulary(description, weights, settings), list[str]()
+        sweep, passed = sweep_vocabulary(description, weights, settings, _progress()), list[str]()
     else:
         log.info("an earlier start has looked at the values of this model's tokens; --recheck looks again")
         sweep, passed = known.sweep, list(known.passed)
 
-    settled, reasons = select_fraction_bits(description, weights, settings, choose=choose, sweep=sweep)
+    started = time.monotonic()
+    try:
+        settled, reasons = select_fraction_bits(description, weights, settings, sequences, choose=choose, sweep=sweep)
+    except UserError as error:
+        raise UserError(f"{error}{_prefix_that_would_do(description, weights, settings, tokenizer)}") from None
+    log.info("looked at %d tokens of calibration text in %.0f s", sum(map(len, sequences)), time.monotonic() - started)
     for line in reasons:
         log.info("%s", line)
 
@@ -146,6 +161,49 @@ def verified_settings(
     if known is None or list(known.passed) != passed:
         findings.keep(findings.Findings(key, sweep, tuple(passed)))
     return settled
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Log how far the look at all tokens has come, and how long it will take, every 20 seconds and at the end."""
+    started = told = time.monotonic()
+
+    def watch(tokens: int, of: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if tokens < of and now - told < PROGRESS_SECONDS:
+            return
+        told, left = now, (now - started) * (of - tokens) / tokens
+        if tokens < of:
+            log.info("%d of %d tokens, about %.0f s more", tokens, of, left)
+        elif now - started > PROGRESS_SECONDS:
+            log.info("%d tokens looked at in %.0f s", of, now - started)
+
+    return watch
+
+
+def _prefix_that_would_do(
+    description: Description, weights: Mapping[str, np.ndarray], settings: Settings, tokenizer: str
+) -> str:
+    """What to add to a refusal: the special token behind which values would fit, computed in the clear; or nothing.
+
+    Pretrained models have massive activations in the first token, which then is no part of the secure program.
+    """
+    if cached_tokens(weights):
+        return ""
+    front, _, special = text_ids(tokenizer, "a")
+    names = own_tokenizer(tokenizer).tokenizer
+    for token in dict.fromkeys([*front, *special][:PREFIXES_TRIED]):
+        if token >= description.vocab_size or description.positions < 2:
+            continue
+        behind = with_prefix(description, weights, [token])
+        sequences = calibration_sequences(tokenizer, description, behind)
+        try:
+            select_fraction_bits(description, behind, settings, sequences, choose=True)
+        except UserError:
+            continue
+        name = without_controls(str(names.id_to_token(token)))
+        return f"; behind a public prefix of {name} they would fit: write that into a file and name it by --prefix-file"
+    return ""
 
 
 def check_prefix(prefix: Sequence[int], description: Description) -> None:

@@ -80,6 +80,7 @@ def serve(
     recheck: bool = False,
     prefix: Sequence[int] = (),
     chat: ChatForm | None = None,
+    calibration: str | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -97,6 +98,7 @@ def serve(
         canary: a public prompt whose answer clients are told, so that they can ask for it.
         prefix: public token ids that every prompt continues, see `compute.prefix`.
         chat: what stands around the messages of conversations.
+        calibration: text on which the model's values are looked at; None for the package's own.
         recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
@@ -124,7 +126,16 @@ def serve(
     log.info("the softmax is computed as %s", description.computed_softmax(settings.exact_softmax_as).words)
     warn_of_little_memory(limits, description)
     settings = verified_settings(
-        folder, description, weights, settings, choose_fraction_bits, self_tests, recheck=recheck, prefix=prefix
+        folder,
+        description,
+        weights,
+        settings,
+        choose_fraction_bits,
+        self_tests,
+        tokenizer=tokenizer,
+        recheck=recheck,
+        prefix=prefix,
+        calibration=calibration,
     )
 
     counters = Counters()

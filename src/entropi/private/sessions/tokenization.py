@@ -157,6 +157,29 @@ def public_ids(tokenizer: str, text: str) -> list[int]:
     return ids
 
 
+def text_ids(tokenizer: str, text: str) -> tuple[list[int], list[list[int]], list[int]]:
+    """A text for calibration: what the tokenizer puts in front, the ids of the text's paragraphs, all special tokens.
+
+    Args:
+        tokenizer: content of its tokenizer.json.
+
+    Raises:
+        UserError: a tokenizer that cannot encode it, or a text without tokens.
+    """
+    encoder = _load(tokenizer)
+    encoder.encode_special_tokens = False
+    with _one_line("the tokenizer cannot encode the calibration text"):
+        paragraphs = [list(encoder.encode(part, add_special_tokens=False).ids) for part in text.split("\n\n")]
+        whole = Tokenizer.from_str(json.dumps(json.loads(tokenizer) | {"truncation": None, "padding": None}))
+        begun = whole.encode("a")
+        first = begun.special_tokens_mask.index(0) if 0 in begun.special_tokens_mask else 0
+    special = [number for number, token in sorted(encoder.get_added_tokens_decoder().items()) if token.special]
+    paragraphs = [ids for ids in paragraphs if ids]
+    if not paragraphs:
+        raise UserError("the calibration text is empty")
+    return list(begun.ids[:first]), paragraphs, special
+
+
 def tokenizer_of_stranger(text: str, vocab_size: int) -> Encoder:
     """The encoder of a tokenizer.json that the other side wrote.
 
