@@ -1,7 +1,7 @@
 """Private inference between two processes: program, engine, sessions; torch is imported nowhere here.
 
-`connect`, `Tls`, `Sampling`, `Privacy` and `Watcher` are what a Python program needs to ask a server; they are imported
-when they are first used.
+`connect`, `Tls`, `Sampling`, `Privacy` and `Watcher` are what a Python program needs to ask a server, and
+`Conversation` is what it gets of one; they are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from entropi.private.sessions.client import connect
+    from entropi.private.sessions.conversation import Conversation
     from entropi.private.sessions.generation import Watcher
     from entropi.private.sessions.privacy import Privacy
     from entropi.private.sessions.sampling import Sampling
     from entropi.private.wire.certificates import Tls
 
-__all__ = ["Privacy", "Sampling", "Tls", "Watcher", "connect"]
+__all__ = ["Conversation", "Privacy", "Sampling", "Tls", "Watcher", "connect"]
 
 _HOMES = {
+    "Conversation": "entropi.private.sessions.conversation",
     "Privacy": "entropi.private.sessions.client",
     "Sampling": "entropi.private.sessions.client",
     "Tls": "entropi.private.wire.certificates",
