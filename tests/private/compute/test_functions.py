@@ -9,6 +9,7 @@ import pytest
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("spu")
+import jax
 import jax.numpy as jnp  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 
@@ -259,12 +260,23 @@ def test_gelu_stands_for_both_forms():
         assert np.abs(functions.gelu(x) - form(x)).max() < 0.0018
 
 
-@pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 4, 5], [7, 1, 16, 3], list(range(1, 34)), [5, 5, 5]])
-def test_segment_max(lengths):
+@pytest.mark.parametrize("arity", [2, 3, 4, 7, None])
+@pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 4, 5], [7, 1, 16, 3], list(range(1, 34)), [5, 5, 5], [129]])
+def test_segment_max(lengths, arity, monkeypatch):
+    """Whatever meets at a time, and with equal elements, of which one may win only."""
+    if arity is not None:
+        monkeypatch.setattr(functions, "_best_arity", lambda lengths, copies: arity)
     values = random.normal(size=(3, sum(lengths)))
+    values[1] = random.integers(-2, 2, sum(lengths))
     ends = np.cumsum(lengths)
     expected = np.stack([values[:, e - n : e].max(axis=1) for e, n in zip(ends, lengths)], axis=1)
-    np.testing.assert_array_equal(functions.segment_max(jnp.asarray(values), np.array(lengths)), expected.astype("f"))
+    found = jax.jit(lambda x: functions.segment_max(x, np.array(lengths)))(jnp.asarray(values, jnp.float32))
+    np.testing.assert_array_equal(found, expected.astype("f"))
+
+
+def test_few_elements_meet_in_groups_and_many_in_pairs():
+    assert functions._best_arity(np.array([129]), 9) > 3
+    assert functions._best_arity(np.arange(1, 129), 9) == 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (17, 64))])
