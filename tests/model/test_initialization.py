@@ -145,7 +145,6 @@ def test_an_unknown_initialization_is_refused():
         EntropiConfig(initialization="xavier")
 
 
-@pytest.mark.slow
 def test_a_resumed_run_has_the_weights_it_began_with(tmp_path):
     """Resuming builds a new model and loads a checkpoint: at a learning rate of nearly 0 the start is still there."""
     corpus = tmp_path / "corpus"
