@@ -15,6 +15,9 @@ LOCKING := --quiet --generate-hashes --python-version 3.11 --python-platform x86
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 # A worker a core, each taking whole files, in the order that tests/conftest.py gives them.
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder
+# Tests of two parties wait a part of their time, for a timeout or for each other: one worker more than cores has work then.
+CORES = $(shell getconf _NPROCESSORS_ONLN)
+WORKERS_THAT_WAIT = -n $$(($(CORES) + 1)) --dist loadfile --no-loadscope-reorder
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/entropi/__init__.py)
 
 .PHONY: demo test check coverage versions docs install format clean tools lock sbom wheel
@@ -23,7 +26,7 @@ demo: install
 	$(BIN)/entropi demo
 
 test: check docs tools
-	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu" $(WORKERS)
+	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu" $(WORKERS_THAT_WAIT)
 
 # Style, spelling, types, fast tests: minutes on two idle cores, and several times as long beside other work.
 check: install

@@ -58,6 +58,17 @@ def test_help_of_the_whole(entropi: Callable[..., Done]):
         assert re.search(rf"^    {name} +\S", done.out, re.M)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_parser_of_one_command_reads_it_as_that_of_all(name: str):
+    """The others have no arguments there, which take longer to make than all else that a short command does."""
+    one, every = (
+        next(action for action in parser._actions if isinstance(action.choices, dict)).choices
+        for parser in (cli.build_parser(name), cli.build_parser())
+    )
+    assert one[name].format_help() == every[name].format_help()
+    assert {len(parser._actions) for other, parser in one.items() if other != name} == {1}  # --help
+
+
 def test_version(entropi: Callable[..., Done]):
     assert entropi("--version").out == f"entropi {cli.__version__}\n"
 

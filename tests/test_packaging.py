@@ -229,6 +229,7 @@ def test_the_manifest_starts_servers_that_share_quotas():
         assert selector in (label, {"matchLabels": label})
 
 
+@pytest.mark.slow
 @with_tools
 def test_the_manifest_follows_the_schemas_of_kubernetes():
     words = [TOOLS / "kubernetes-validate", "--strict", DEPLOY / "kubernetes.yaml"]

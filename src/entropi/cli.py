@@ -54,10 +54,11 @@ def _not_finite(match: re.Match[str]) -> str:
     return f"--{match[1].replace('_', '-')}: expected a finite number, got {match[2]}"
 
 
-def build_parser(defaults: Any = None) -> ArgumentParser:
+def build_parser(only: str | None = None, defaults: Any = None) -> ArgumentParser:
     """The parser of all commands, made from their signatures, docstrings and declarations.
 
-    `defaults` are settings that take the place of their dataclass's own.
+    With `only` the others have no arguments: making these takes longer than reading a command line. `defaults` are
+    settings that take the place of their dataclass's own.
     """
     parser = _Parser(
         prog="entropi",
@@ -68,13 +69,15 @@ def build_parser(defaults: Any = None) -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, command in COMMANDS.items():
         doc = parse_docstring(command.function.__doc__ or "")
-        helps = {p.arg_name: p.description for p in doc.params}
-        subcommands.add_subcommand(name, _parser_of(command, doc, helps, defaults), help=doc.short_description)
+        parser_of_command = _Parser(description=doc.short_description)
+        if only in (None, name):
+            _add_arguments(parser_of_command, command, doc, defaults)
+        subcommands.add_subcommand(name, parser_of_command, help=doc.short_description)
     return parser
 
 
-def _parser_of(command: Command, doc: Docstring, helps: dict[str, str | None], defaults: Any) -> ArgumentParser:
-    parser = _Parser(description=doc.short_description)
+def _add_arguments(parser: ArgumentParser, command: Command, doc: Docstring, defaults: Any) -> None:
+    helps = {p.arg_name: p.description for p in doc.params}
     declared = set(command.words)
 
     for flag, kind in command.function.__annotations__.items():
@@ -96,20 +99,19 @@ def _parser_of(command: Command, doc: Docstring, helps: dict[str, str | None], d
         parser.add_class_arguments(settings.kind, as_group=False)
         if defaults is not None:
             parser.set_defaults(dataclasses.asdict(defaults))
-    return parser
 
 
 def _parse(given: list[str]) -> tuple[Command, dict[str, Any]]:
     """The command that was called, and the values of its arguments."""
-    named = _settings_file(given)
-    parsed = build_parser(named).parse_args(given)
+    named, called = _settings_file(given), next((word for word in given if word in COMMANDS), given[0])
+    parsed = build_parser(called, named).parse_args(given)
     command, values = COMMANDS[parsed.command], parsed[parsed.command].as_dict()
     settings = command.settings
     if settings is None:
         return command, values
 
     if named is None and (kept := settings.kept(values)) is not None:
-        values = build_parser(kept).parse_args(given)[parsed.command].as_dict()
+        values = build_parser(called, kept).parse_args(given)[parsed.command].as_dict()
     fields = {field.name: values.pop(field.name) for field in dataclasses.fields(settings.kind)}
     del values["config"]
     return command, {**values, settings.argument: settings.kind(**fields)}

@@ -313,6 +313,7 @@ def assert_fit_for(rows):
         assert row["products"] == ("none" if row["dtype"] == "fp32" else {90: "wgmma", 80: "mma"}[row["arch"]]), row
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path):
     rows = compiled(tmp_path, arch=[90], dtype=["bf16"], width=[64], iterations=[0], first=[1])
     assert [row["kernel"] for row in rows] == ["forward", "backward query", "backward key"]

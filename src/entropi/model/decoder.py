@@ -183,10 +183,12 @@ class EntropiModel(EntropiPreTrainedModel):
                 "attention weights are never held: the output has their entropies, and "
                 "entropi.record_entropy(model, keep_patterns=True) says where the heads look"
             )
+
         if inputs_embeds is None:
             inputs_embeds = self.token_embedding(input_ids)
             if self.config.embedding_scale != 1.0:  # rounded to the weights' dtype, as Gemma does
                 inputs_embeds = inputs_embeds * inputs_embeds.new_tensor(self.config.embedding_scale)
+
         batch, length = inputs_embeds.shape[:2]
         cache = _one_of(past_key_values, cache)
         if cache is not None:
@@ -196,6 +198,7 @@ class EntropiModel(EntropiPreTrainedModel):
         check_positions(position_ids, batch, length, past, self.config.max_position_embeddings)
         documents = packed_documents(position_ids, attention_mask, cache)
         cache = self._cache(cache, use_cache, documents)
+
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
         rows = batch, self.config.num_attention_heads, length
@@ -205,12 +208,14 @@ class EntropiModel(EntropiPreTrainedModel):
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position_ids)
         hidden = functional.dropout(hidden, self.config.embedding_dropout, self.training)
+
         rotations: list[tuple[Tensor, Tensor]] = []
         if self.position_embedding is None:
             rotations = rotary_sets(self.config, position_ids, hidden.dtype)
         sets = self.config.rotary_layers or [0] * len(self.blocks)
         if self.training and self.config.parts.weight_norm == "spectral":
             iterate_spectral_norms(self)
+
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         entropies, hidden_states = [], []
         for block, which in zip(self.blocks, sets):
@@ -218,6 +223,7 @@ class EntropiModel(EntropiPreTrainedModel):
             hidden_states.append(hidden)
             hidden, entropy = block(hidden, position_ids, rotation, visible, cache, self.leaky_slope)
             entropies.append(entropy)
+
         hidden = self.final_norm(hidden)
         return EntropiOutput(
             last_hidden_state=hidden,
@@ -306,6 +312,7 @@ class EntropiForCausalLM(EntropiPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             return_dict=True,
         )
+
         logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = cross_entropy = penalty = None
         if labels is not None:

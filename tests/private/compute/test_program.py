@@ -131,7 +131,7 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     return found, communication
 
 
-QUICK = {"polynomial", "llama"}  # the rest is slow
+QUICK = {"llama"}  # the rest is slow
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""Losses of runs, and what came of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from entropi.errors import UserError
+from entropi.records import (
+    Evaluation,
+    TrainingStep,
+)
+from entropi.report.figures.drawing import DASHES, PALETTE, short_name, styled
+from entropi.report.figures.entropy import stacked_quarters
+
+
+@styled
+def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[float, float] | None = None) -> Figure:
+    """Share of heads in each quarter of M by the regulariser's margin gamma, and what it does to perplexity (Fig. 7).
+
+    `shares` maps gamma to the four shares between 0 and 1 that a diagnosis holds.
+    """
+    if not shares:
+        raise UserError("a sweep over gamma needs at least one run")
+    margins = sorted(shares)
+    known = {margin: value for margin, value in (perplexity or {}).items() if math.isfinite(value)}
+    figure = Figure(figsize=(9.2 if known else 6.4, 3.8), layout=ConstrainedLayoutEngine(wspace=0.06))
+    axes, *more = figure.subplots(1, 2 if known else 1, squeeze=False, width_ratios=(1.6, 1) if known else None)[0]
+    stacked_quarters(axes, [shares[margin] for margin in margins], upright=True, unit="")
+
+    axes.set_xticks(np.arange(len(margins)), [f"{margin:g}" for margin in margins])
+    axes.set_xlabel("margin γ (share of E_max)")
+    axes.set_ylabel("share of heads (%)")
+    axes.set_ylim(0, 100)
+    for beside in more:
+        beside.plot(list(known), list(known.values()), "o", color=PALETTE[0])
+        beside.plot(sorted(known), [known[margin] for margin in sorted(known)], color=PALETTE[0], linewidth=1)
+        beside.set_xticks(sorted(known), [f"{margin:g}" for margin in sorted(known)])
+        beside.set_xlabel("margin γ (share of E_max)")
+        beside.set_ylabel("held-out perplexity")
+        beside.grid(axis="y")
+    return figure
+
+
+@styled
+def perplexity_by_row(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Held-out perplexity of every run of a study, a ring a seed, and the mean of each row (Tables 2, 3, 5 and 6)."""
+    figure = Figure(figsize=(7.2, 1.3 + 0.36 * max(len(values), 1)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(values.values()):
+        finite = [value for value in row if math.isfinite(value)]
+        rings: dict[str, Any] = dict(markersize=5, markerfacecolor="none", markeredgecolor=PALETTE[0])
+        axes.plot(finite, [place] * len(finite), linestyle="none", marker="o", **rings)
+        if finite:
+            axes.plot(np.mean(finite), place, "o", markersize=6, color=PALETTE[1])
+    axes.set_yticks(np.arange(len(values)), [short_name(name) for name in values])
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel("held-out perplexity")
+    axes.tick_params(axis="y", length=0)
+    axes.grid()
+    axes.set_axisbelow(True)
+    return figure
+
+
+@styled
+def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping[str, Sequence[Evaluation]]) -> Figure:
+    """Cross-entropy in nats per token over steps: a line for training, points for held-out text, by run."""
+    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.grid(axis="y")
+    names = list(dict.fromkeys([*runs, *evaluations]))
+    drawn: list[float] = []
+    for index, name in enumerate(names):
+        colour = PALETTE[index % len(PALETTE)]
+        dash = DASHES[index // len(PALETTE) % len(DASHES)]
+        prefix = short_name(name) + ", " if len(names) > 1 else ""
+        taken, held_out = runs.get(name, ()), evaluations.get(name, ())
+        if taken:
+            losses = [step.cross_entropy for step in taken]
+            marker = "." if len(losses) == 1 else ""
+            axes.plot(
+                [step.step for step in taken],
+                losses,
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                linewidth=1.1,
+                alpha=0.75,
+                label=f"{prefix}training",
+            )
+            drawn += losses
+        if held_out:
+            losses = [evaluation.cross_entropy for evaluation in held_out]
+            axes.plot(
+                [evaluation.step for evaluation in held_out],
+                losses,
+                color=colour if len(names) > 1 else PALETTE[1],
+                linestyle="none",
+                marker="o",
+                markersize=4.5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                label=f"{prefix}held out",
+            )
+            drawn += losses
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    if not any(map(math.isfinite, drawn)):
+        axes.text(0.5, 0.5, "no finite value is recorded", transform=axes.transAxes, ha="center")
+    elif len(names) > 3:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        figure.set_size_inches(9.2, max(3.8, 0.8 + 0.36 * len(names)))
+    else:
+        axes.legend(fontsize=8.5)
+    return figure
