@@ -69,8 +69,17 @@ def build_parser(defaults: Any = None) -> ArgumentParser:
     for name, command in COMMANDS.items():
         doc = parse_docstring(command.function.__doc__ or "")
         helps = {p.arg_name: p.description for p in doc.params}
-        subcommands.add_subcommand(name, _parser_of(command, doc, helps, defaults), help=doc.short_description)
+        of_command = _parser_of(command, doc, helps, defaults)
+        subcommands.add_subcommand(name, of_command, help=doc.short_description)
+        of_command.prog, of_command.usage = f"entropi {name}", f"entropi {name} {_usage(of_command)}[options]"
     return parser
+
+
+def _usage(parser: ArgumentParser) -> str:
+    """The arguments of a command that are no options, as its line of usage shows them."""
+    positional = [action for action in parser._actions if not action.option_strings and action.nargs != 0]
+    marks = {"?": "[{}] ", "+": "{} [{} ...] "}
+    return "".join(marks.get(str(action.nargs), "{} ").replace("{}", action.dest.upper()) for action in positional)
 
 
 def _parser_of(command: Command, doc: Docstring, helps: dict[str, str | None], defaults: Any) -> ArgumentParser:
