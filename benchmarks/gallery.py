@@ -55,7 +55,9 @@ def _heads(folder: str) -> Callable[[Runs], Figure]:
     def draw(runs: Runs) -> Figure:
         found = runs[folder].diagnosis
         assert found is not None
-        return figures.entropy_heatmap(found.entropy, found.max_possible, runs[folder].name)
+        return figures.entropy_heatmap(
+            found.entropy, found.max_possible, runs[folder].name, context_length=found.context_length
+        )
 
     return draw
 

@@ -50,6 +50,14 @@ def test_help_of_every_command(entropi: Callable[..., Done], name: str):
     assert "<class" not in done.out
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [("train", "RUN [options]"), ("ask", "[PROMPT] [options]"), ("report", "RUNS [RUNS ...] [options]")],
+)
+def test_usage_names_the_command(entropi: Callable[..., Done], name: str, usage: str):
+    assert entropi(name, "--help").out.splitlines()[0] == f"usage: entropi {name} {usage}"
+
+
 def test_help_of_the_whole(entropi: Callable[..., Done]):
     done = entropi("--help")
     assert done.status == 0
@@ -114,10 +122,16 @@ def test_no_command():
         (["cost", "--heads", "5"], ["hidden_size 768 is no multiple of 5 heads"]),
         (["cost", "--network", "fast"], ["'fast' is no network: write lan, wan, or a rate and a round trip"]),
         (["cost", "--budget", "2"], ["'2' is no budget: write bytes such as 2GB"]),
-        (["cost", "--architecture", "./none/config.json"], ["none/config.json holds no config.json: No such file"]),
+        (["cost", "--architecture", "./none/config.json"], ["there is no file or folder none/config.json"]),
+        (["cost", "--architecture", "none.gguf"], ["there is no file or folder none.gguf"]),
+        (["cost", "--architecture", "./none/of/these"], ["there is no file or folder none/of/these"]),
+        (
+            ["cost", "--softmax", "power-9"],
+            ["--softmax must be quartic, power-1 to power-8 or polynomial-1 to polynomial-8, got 'power-9'"],
+        ),
+        (["cost", "--prefix-tokens", "1", "--seq-len", "0"], ["seq_len is 0"]),
         (["cost", "--compare", "SM", "LSTM"], ["unknown architecture 'LSTM'"]),
         (["cost", "--calibration", "nowhere.json"], ["nowhere.json: No such file"]),
-        (["cost", "--softmax", "power-9"], ["softmax must be quartic or power-1 to power-8", "got 'power-9'"]),
         (["cost", "--softmax", "exact"], ["--softmax exact has no private counterpart"]),
         (["cost", "--compare", "SM", "SM+R", "--budget", "2GB"], ["--compare and --budget exclude each other"]),
         (["cost", "--budget", "2GB", "--layers", "3"], ["--layers would be ignored: --budget searches"]),

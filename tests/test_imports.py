@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "entropi"
 
 COMMON = {
     "activations",
+    "bounds",
     "cache",
     "chat",
     "downloads",

@@ -73,7 +73,16 @@ def build_parser(only: str | None = None, defaults: Any = None) -> ArgumentParse
         if only in (None, name):
             _add_arguments(parser_of_command, command, doc, defaults)
         subcommands.add_subcommand(name, parser_of_command, help=doc.short_description)
+        usage = f"entropi {name} {_usage(parser_of_command)}[options]"
+        parser_of_command.prog, parser_of_command.usage = f"entropi {name}", usage
     return parser
+
+
+def _usage(parser: ArgumentParser) -> str:
+    """The arguments of a command that are no options, as its line of usage shows them."""
+    positional = [action for action in parser._actions if not action.option_strings and action.nargs != 0]
+    marks = {"?": "[{}] ", "+": "{} [{} ...] "}
+    return "".join(marks.get(str(action.nargs), "{} ").replace("{}", action.dest.upper()) for action in positional)
 
 
 def _add_arguments(parser: ArgumentParser, command: Command, doc: Docstring, defaults: Any) -> None:

@@ -170,6 +170,15 @@ def parse_for_exact(text: str, name: str = "softmax") -> SoftmaxForm:
     return _parsed(text, name, {name: kind.most_in_models for name, kind in KINDS.items() if kind.stands_for_exact})
 
 
+def parse_in_private(text: str, name: str = "softmax") -> SoftmaxForm:
+    """The form that private inference is to evaluate, whatever the model was trained with.
+
+    Raises:
+        UserError: no such form, or the exact softmax; says what is possible, and that it is the setting `name`.
+    """
+    return _parsed(text, name, {name: kind.most_in_models for name, kind in KINDS.items() if name != "exact"})
+
+
 def from_former(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with `softmax` in the place of the two settings that older files have for it.
 

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from command_line import Done
+from command_line import Done, assert_refused
 from cost_shapes import LLAMA_7B, SMALL, run_folder, written
 from entropi import record_files, records
 from entropi.cli import main
@@ -187,6 +187,26 @@ def test_every_prediction_names_its_kernel(capsys: pytest.CaptureFixture[str]):
         assert part in shown
 
 
+def test_a_short_model_is_priced_at_its_own_length(tmp_path: Path, entropi: Callable[..., Done]):
+    """The usual prompt is of 128 tokens, which not every model takes."""
+    pytest.importorskip("matplotlib")
+    own = run_folder(tmp_path / "own", 20.0, "SM+LN+R")
+    config = own / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 48}))
+
+    def length(*words: object) -> int:
+        return int(json.loads(entropi("cost", "--architecture", own, *words, "--json").out)["prediction"]["seq_len"])
+
+    assert length() == 48
+    assert length("--prefix-tokens", 40) == 8
+    assert length("--seq-len", 16) == 16
+    assert_refused(entropi("cost", "--architecture", own, "--seq-len", 49), "seq_len is 49, but has to be 1 to 48")
+    room = entropi("cost", "--architecture", own, "--prefix-tokens", 48)
+    assert_refused(room, f"--prefix-tokens 48 leaves no room for a prompt in the 48 tokens that {own} takes")
+    both = entropi("cost", "--architecture", own, "--prefix-tokens", 40, "--seq-len", 9)
+    assert_refused(both, "--prefix-tokens 40 and --seq-len 9 are together more than the 48 tokens")
+
+
 def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     own = run_folder(tmp_path / "own", 20.0, "SM+LN+R")
@@ -305,6 +325,10 @@ def test_a_budget_that_nothing_keeps_tells_the_cheapest(entropi: Callable[..., D
     done = entropi("cost", "--budget", "1s", "--seq-len", "16")
     assert done.status == 0
     assert "nothing that was searched answers a prompt of 16 tokens within 1s; the cheapest is SM" in done.out
+    assert (
+        "searched: SM+LN+G, SM+LN+R, SM+R, SM(t)+ScFuFFN with heads of 64 columns, widths 64 and layers 2, 3"
+        in done.out
+    )
     found = json.loads(entropi("cost", "--budget", "1s", "--seq-len", "16", "--json").out)
     assert found["fitting"] == []
     seconds = sum(one["latency"] for one in found["cheapest"]["prompt"]["operations"])

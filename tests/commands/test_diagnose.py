@@ -332,7 +332,7 @@ def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> 
 @pytest.mark.parametrize(
     ("damage", "words", "part"),
     [
-        (lambda f: (f / "tokenizer.json").unlink(), [], "the tokenizer in"),
+        (lambda f: (f / "tokenizer.json").unlink(), [], "holds no tokenizer: tokenizer.json is missing"),
         (lambda f: (f / "model.safetensors").unlink(), [], "model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"{}"), [], "cannot be opened"),
         (lambda f: edited(f, "config.json", lambda c: c.update(n_layer=5)), [], "is missing"),

@@ -146,9 +146,38 @@ def test_evaluate_in_private_behind_a_prefix(entropi: Callable[..., Done], train
     assert "do not fit the model's 16 positions" in done.err
 
 
+def test_private_evaluation_refuses_a_softmax_that_would_be_ignored(
+    entropi: Callable[..., Done], model: Path, corpus: Path
+):
+    """Only an exact softmax has something stand for it; and the length is by default at most what the model takes."""
+    pytest.importorskip("spu")
+    config = model / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"softmax": "power-2"}))
+    options = ("--private", "--corpus", corpus, "--positions", "20", "--json")
+    refused = entropi("evaluate", model, *options, "--softmax", "power-3")
+    assert (refused.status, refused.out) == (2, "")
+    assert "--softmax power-3 would be ignored: the model is trained with a softmax of its own, power-2" in refused.err
+    done = entropi("evaluate", model, *options)
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["positions"] == 32  # two sequences of 16 tokens
+
+
+def test_the_whole_text_for_a_model_that_was_not_trained_on_it(
+    entropi: Callable[..., Done], trained: Path, corpus: Path
+):
+    def text(*options: str) -> tuple[str, int]:
+        found = json.loads(entropi("evaluate", trained / "model", "--corpus", corpus, "--json", *options).out)
+        return found["text"].partition(",")[0], found["tokens"]
+
+    (part, few), (all_of_it, many) = text(), text("--whole")
+    assert (part, all_of_it) == (f"held-out text of {corpus.name}", corpus.name)
+    assert many > 5 * few
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--whole"], "--whole needs --corpus with a text file or a folder of texts"),
         (["--positions", "5"], "--positions would be ignored without --private"),
         (["--private", "--positions", "0"], "--positions is 0, at least 1 is needed"),
         (["--private", "--positions", "5", "--sequences", "2"], "--positions and --sequences exclude each other"),

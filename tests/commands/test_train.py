@@ -64,7 +64,7 @@ def test_help_shows_the_defaults_of_the_recipe_file(entropi: Callable[..., Done]
 def test_another_recipe_is_refused_with_its_differences(entropi: Callable[..., Done], trained: Path, corpus: Path):
     assert_refused(
         entropi("train", trained, "--corpus", corpus, *TINY, "--seed", "5", "--steps", "4"),
-        "differs in steps (3 there, 4 here), seed (0 there, 5 here); choose another folder",
+        "differs in steps (3 there, 4 here), seed (0 there, 5 here); choose another folder: a run cannot be given more",
     )
 
 

@@ -608,15 +608,33 @@ def test_regularizer_refuses_another_models_entropies():
 
 
 def test_diagnosis_counts_quarters_of_the_largest_entropy():
-    found = diagnose(torch.tensor([[4.0, 3.0], [2.0, 0.5]]), context_length=128)
-    assert found.max_observed == 4.0
+    found = diagnose(torch.tensor([[3.8, 3.0], [2.0, 0.5]]), context_length=128)
+    assert found.max_observed == pytest.approx(3.8)
     assert found.max_possible == pytest.approx(math.log(128))
+    assert found.max_causal == pytest.approx(sum(math.log(i + 1) for i in range(128)) / 128)
     assert found.quartile_shares == (0.25, 0.0, 0.25, 0.5)
     assert found.overloaded == [(0, 0), (0, 1)]
     assert found.collapsed == [(1, 1)]
     assert "overload: 50%" in found.verdict
     assert "collapse: 25%" in found.verdict
     assert "layer 1" in found.verdict
+    assert "1 of 4 heads attend almost evenly (from 90% of what a causal mask allows)" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("entropy", "causal", "said"),
+    [
+        (3.8, True, "4 of 4 heads attend almost evenly (from 90% of what a causal mask allows)"),
+        (1.94, True, "M, the largest entropy, is 50% of what a causal mask allows: no head attends almost evenly"),
+        (3.8, False, "M, the largest entropy, is 78% of log T: no head attends almost evenly"),
+        (4.8, True, "4 of 4 heads attend almost evenly (from 90% of log T)"),  # more than a causal mask allows
+    ],
+)
+def test_heads_that_are_alike_attend_evenly_only_near_the_largest_possible_entropy(entropy, causal, said):
+    found = diagnose(torch.full((2, 2), entropy), context_length=128, causal=causal)
+    assert found.quartile_shares[3] == 1.0  # the paper's count is the same
+    assert said in found.verdict
+    assert found.verdict.startswith("Entropic overload") == ("no head" not in said)
 
 
 def test_diagnosis_of_a_well_behaved_model():
@@ -646,7 +664,7 @@ def test_diagnosis_calls_layers_by_the_model_s_numbers():
     assert found.layers == [1, 3]
     assert found.overloaded == [(1, 0), (1, 1), (3, 0)]
     assert found.collapsed == [(3, 1)]
-    assert "top quarter, in layers 1 and 3, both that have attention;" in found.verdict
+    assert "top quarter of M, in layers 1 and 3, both that have attention;" in found.verdict
     assert "bottom quarter, in layer 3;" in found.verdict
     rows = torch.ones(9, 2)
     assert "in every layer;" in diagnose(rows).verdict

@@ -71,7 +71,7 @@ def test_hover_tells_everything_of_a_head(page: Path) -> None:
             "Layer 2, head 3",
             f"entropy {entropy:.3f} nats",
             f"{100 * entropy / math.log(page_tests.CONTEXT):.0f} % of log T",
-            f"{100 * entropy / page_tests.figures.causal_maximum(page_tests.CONTEXT):.0f} % of what a causal mask",
+            f"{100 * entropy / page_tests.causal_maximum(page_tests.CONTEXT):.0f} % of what a causal mask",
             "third quarter of M",
             "looks 13.0 tokens back on average (even attention: 32.2)",
             "first token 13 %, previous 25 %, itself 6 % of the weight",

@@ -24,6 +24,7 @@ from matplotlib import image as png
 from rich.text import Text
 
 from entropi import record_files
+from entropi.bounds import causal_maximum
 from entropi.errors import UserError
 from entropi.record_files import RECORDS_FILE, encode
 from entropi.records import (
@@ -78,7 +79,7 @@ def renamed(name: str) -> RunStarted:
 
 
 def some_entropy(progress: float = 1.0) -> list[list[float]]:
-    ceiling = figures.causal_maximum(CONTEXT)
+    ceiling = causal_maximum(CONTEXT)
     falls = np.linspace(0.0, 0.95, LAYERS)[:, None] * np.linspace(0.6, 1.0, HEADS)[None]
     return (ceiling * (1 - progress * falls)).tolist()
 
@@ -362,7 +363,12 @@ def test_every_figure_shows_something(tmp_path: Path) -> None:
 
 
 def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
+    marked = figures.entropy_heatmap([[0.0, 1.0]], math.log(128), context_length=128)
+    (line,) = marked.axes[1].get_lines()
+    assert line.get_ydata()[0] == pytest.approx(causal_maximum(128))
+    assert "causal maximum, 3.88" in marked.axes[1].get_ylabel()
     figure = figures.entropy_heatmap([[0.0, 1.0, 2.0], [3.0, 4.0, 4.5]], 4.85)
+    assert not figure.axes[1].get_lines()
     axes = figure.axes[0]
     assert axes.images[0].get_array().shape == (2, 3)
     assert axes.images[0].get_clim() == (0.0, 4.85)
@@ -481,7 +487,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
 
 
 def test_causal_maximum() -> None:
-    assert figures.causal_maximum(128) == pytest.approx(sum(math.log(i + 1) for i in range(128)) / 128)
+    assert causal_maximum(128) == pytest.approx(sum(math.log(i + 1) for i in range(128)) / 128)
 
 
 def test_communication_sums() -> None:

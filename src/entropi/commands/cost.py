@@ -24,13 +24,15 @@ from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
-from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_for_exact, parse_of_model
+from entropi.softmax import USUAL_FOR_EXACT, parse_in_private
+
+USUAL_LENGTH = 128  # tokens of the prompt, unless told otherwise
 
 
 def run(
     architecture: str | None = None,
     compare: list[str] | None = None,
-    seq_len: int = 128,
+    seq_len: int | None = None,
     prefix_tokens: int = 0,
     layers: int | None = None,
     heads: int | None = None,
@@ -58,9 +60,9 @@ def run(
 
     Args:
         architecture: one of the paper's names, SM(t)+ScFuFFN by default; or what brings its own sizes: the config.json
-            of an entropi model or of a family that can be converted, its folder, a GGUF file, or hf://OWNER/NAME
+            of an entropi model or of a family that can be converted, its folder, a GGUF file, or OWNER/NAME on the hub
         compare: several of these side by side
-        seq_len: tokens of the prompt, T
+        seq_len: tokens of the prompt, T; by default 128, and fewer for a model that takes fewer
         prefix_tokens: public tokens that the prompt continues, computed in the clear (serve --prefix-file)
         layers: number of layers, L; 12 by default
         heads: attention heads a layer, H; 12 by default
@@ -114,7 +116,7 @@ def run(
     words = [str(run) for run in runs] if runs else compare or [architecture or "SM(t)+ScFuFFN"]
     for_exact, trained_with = _softmax(softmax)
     _refuse_ignored(words, list(asked), trained_with, searching=budget is not None)
-    base = _base(asked, prefix_tokens + seq_len, trained_with)
+    base = _base(asked, prefix_tokens + (seq_len or USUAL_LENGTH), trained_with)
 
     network_chosen = parse_network(network)
     chosen = prices.shipped(protocol) if calibration is None else _read_prices(calibration, protocol)
@@ -131,11 +133,12 @@ def run(
     if runs:
         _place_runs(runs, seq_len, costs, softmax, picture, json=json)
     elif budget is not None:
-        _search(budget, base, seq_len, costs, json=json)
+        _search(budget, base, seq_len or USUAL_LENGTH, costs, json=json)
     else:
         shapes = [_shape_of(word, base) for word in words]
         _refuse_other_softmax(shapes, softmax)
-        _report(shapes, seq_len, costs, picture, recorded if record else None, comparing=bool(compare), json=json)
+        length = _length(seq_len, prefix_tokens, shapes)
+        _report(shapes, length, costs, picture, recorded if record else None, comparing=bool(compare), json=json)
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -149,7 +152,8 @@ def _refuse_several(modes: Mapping[str, object]) -> None:
 
 def _brings_its_own(model: str) -> bool:
     """Whether a word names a model with sizes of its own, and not an architecture."""
-    return Path(model).exists() or model.endswith(".json") or model.startswith((SCHEME, ".", "/"))
+    path = Path(model)
+    return path.exists() or path.suffix in (".json", ".gguf") or "/" in model or model.startswith(".")
 
 
 def _refuse_ignored(models: Sequence[str], sizes: Sequence[str], trained_with: str, *, searching: bool) -> None:
@@ -168,6 +172,22 @@ def _refuse_ignored(models: Sequence[str], sizes: Sequence[str], trained_with: s
         )
 
 
+def _length(asked: int | None, prefix_tokens: int, shapes: Sequence[tuple[str, Shape]]) -> int:
+    """Tokens of the prompt: as asked, and else the usual number, or fewer where a model takes fewer.
+
+    Raises:
+        UserError: a model that does not take so many after the prefix.
+    """
+    name, shape = min(shapes, key=lambda named: named[1].max_position_embeddings)
+    left = shape.max_position_embeddings - prefix_tokens
+    takes = f"the {shape.max_position_embeddings:,} tokens that {name} takes"
+    if left < 1:
+        raise UserError(f"--prefix-tokens {prefix_tokens:,} leaves no room for a prompt in {takes}")
+    if asked is not None and prefix_tokens > 0 and asked > left:
+        raise UserError(f"--prefix-tokens {prefix_tokens:,} and --seq-len {asked:,} are together more than {takes}")
+    return min(USUAL_LENGTH, left) if asked is None else asked
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -182,12 +202,10 @@ def _softmax(asked: str | None) -> tuple[str, str]:
     """What stands for the exact softmax in private, and what architectures by name are trained with."""
     if asked is None:
         return USUAL_FOR_EXACT, "exact"
-    form = SoftmaxForm.parse(asked)
-    if form.exact:
+    if asked == "exact":
         raise UserError("--softmax exact has no private counterpart: say what stands for it, such as quartic")
-    if form.stands_for_exact:
-        return str(parse_for_exact(asked)), "exact"
-    return USUAL_FOR_EXACT, str(parse_of_model(asked))
+    form = parse_in_private(asked, "--softmax")
+    return (str(form), "exact") if form.stands_for_exact else (USUAL_FOR_EXACT, str(form))
 
 
 def _base(asked: Mapping[str, Any], positions: int, trained_with: str) -> Shape:
@@ -209,7 +227,7 @@ def _shape_of(model: str, otherwise: Shape) -> tuple[str, Shape]:
     if model.startswith(SCHEME):
         return name_of(model), read_shape(on_disk(model, CONFIGURATION))
     if _brings_its_own(model):
-        return model, read_shape(Path(model))
+        return model, read_shape(on_disk(model, CONFIGURATION))
     return model, replace(otherwise, architecture=split_training_name(model)[0])
 
 
@@ -309,7 +327,7 @@ def _measured(runs: Sequence[Path], softmax: str | None) -> dict[str, tuple[Shap
 
 
 def _place_runs(
-    runs: Sequence[Path], seq_len: int, costs: Any, softmax: str | None, picture: Path | None, *, json: bool
+    runs: Sequence[Path], seq_len: int | None, costs: Any, softmax: str | None, picture: Path | None, *, json: bool
 ) -> None:
     """Predicted cost of runs against their measured perplexity."""
     from entropi.costs.placement import place
@@ -318,7 +336,8 @@ def _place_runs(
         from entropi.report import figures
 
         measured = _measured(runs, softmax)
-    placed = place(measured, seq_len, costs)
+    shapes = [(name, shape) for name, (shape, _) in measured.items()]
+    placed = place(measured, _length(seq_len, costs.options.prefix_tokens, shapes), costs)
     points = {name: (one.megabytes, one.perplexity) for name, one in placed.items()}
     best = figures.frontier(points)
     if picture is not None:

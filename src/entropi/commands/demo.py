@@ -85,7 +85,10 @@ def _train_and_diagnose(name: str, recipe: Recipe, run: Path) -> None:
 
     train(recipe, run)
     found = last(run, records.DiagnosisRecord)
-    figures.write_figure(figures.entropy_heatmap(found.entropy, found.max_possible, name), run / "entropy.png")
+    figures.write_figure(
+        figures.entropy_heatmap(found.entropy, found.max_possible, name, context_length=found.context_length),
+        run / "entropy.png",
+    )
     perplexity = last(run, records.Evaluation).perplexity
     make_console().print(f"{name}: perplexity {perplexity:.1f}. {found.verdict}", markup=False)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from entropi import records
+from entropi.bounds import causal_maximum
 from entropi.commands.common import Command, check_parents, extra, print_json
 from entropi.console import ProgressLine, make_console
 
@@ -30,7 +31,8 @@ def run(
         corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
             a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         batch_size: sequences at a time
-        softmax: exact, or power-1 to power-8, which private inference evaluates; by default the model's own
+        softmax: exact, power-1 to power-8 or polynomial-1 to polynomial-8, which private inference evaluates; by
+            default the model's own
         sequences: how many to use; by default all, and 32 for models that are not entropi's
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024
@@ -54,7 +56,7 @@ def run(
     result = evaluate_heldout(opened, batch_size, entropies=True)
     found = diagnose_heldout(result, blocks.shape[1], opened.source)
     found.model, found.parameters = type(loaded).__name__, loaded.num_parameters()
-    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name, found.layers)
+    figure = figures.entropy_heatmap(found.entropy, found.max_possible, name, found.layers, found.context_length)
     figures.write_figure(figure, picture)
     with (
         failures_in_one_line(opened, "diagnosed"),
@@ -83,6 +85,7 @@ def _print_json(
 ) -> None:
     """All that was computed: the diagnosis, the evaluation, and under "attention" where the heads look."""
     more = {
+        "max_causal": causal_maximum(found.context_length),
         "corpus": corpus,
         "cross_entropy": evaluation.cross_entropy,
         "perplexity": evaluation.perplexity,
@@ -105,8 +108,12 @@ def _print(found: records.DiagnosisRecord, pattern: records.AttentionPattern) ->
         console.print("mean entropy of every head in nats, by layer (+ overloaded, - collapsed)", *lines, sep="\n")
 
     print(f"measured on {found.source} of {found.context_length:,} tokens")
+    print(
+        f"the largest, M, is {found.max_observed:.3f} nats; a causal mask over {found.context_length:,} tokens allows "
+        f"{causal_maximum(found.context_length):.3f}, log T is {found.max_possible:.3f}"
+    )
     shares = " / ".join(f"{share:.0%}" for share in found.quartile_shares)
-    print(f"quartile shares of the largest entropy {found.max_observed:.3f} nats: {shares}")
+    print(f"heads by quarter of M, lowest first: {shares}")
     print(found.verdict)
     print(pattern_in_words(pattern))
 

@@ -38,6 +38,7 @@ def run(
     protocol: Literal["ref2k", "cheetah"] | None = None,
     positions: int | None = None,
     prefix_file: Path | None = None,
+    whole: bool = False,
     json: bool = False,
 ) -> None:
     """Perplexity of a model on text that it was not trained on.
@@ -50,8 +51,9 @@ def run(
         packing: cut sequences from one stream of all documents, or from each document; by default as the model of a run
             folder was trained, and else from a stream
         batch_size: sequences at a time
-        softmax: exact, or power-1 to power-8, the (1 + x/2^t)^(2^t) that private inference evaluates; by default what
-            the model was trained with
+        softmax: exact; power-1 to power-8, the (1 + x/2^t)^(2^t) that private inference evaluates, or polynomial-1 to
+            polynomial-8; by default what the model was trained with. With --private what stands for an exact one:
+            quartic, by default, or power-1 to power-8
         sequences: how many to use; by default all, and for models that are not entropi's 32 of a data set
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024
@@ -59,9 +61,11 @@ def run(
             the likeliest token is the same; the model is folded first, and softmax is what stands for an exact one
         protocol: of --private: ref2k, the engine's arithmetic in one party, by default; or cheetah, with the
             cryptography, in simulation, many times slower
-        positions: of --private: how many tokens are compared at least, 1024 by default, in sequences of 128 if
-            context_length does not say otherwise
+        positions: of --private: how many tokens are compared at least, 1024 by default, in sequences of 128, or what
+            the model takes, if context_length does not say otherwise
         prefix_file: of --private: public text before every sequence, see entropi serve
+        whole: all of a text file or folder, not its held-out part, for a model of entropi too: right for one that was
+            not trained on it, such as a converted one
         json: print one JSON object
     """
     from entropi.downloads import on_disk
@@ -71,10 +75,15 @@ def run(
     if ignored := [name for name, value in only_private.items() if value is not None and not private]:
         raise UserError(f"{' and '.join(ignored)} would be ignored without --private")
     if private:
-        _in_private(model, corpus, packing, softmax, sequences, context_length, protocol, positions, prefix_file, json)
+        _in_private(
+            model, corpus, packing, softmax, sequences, context_length, protocol, positions, prefix_file, whole, json
+        )
         return
 
-    opened = open_with_text(on_disk(model), corpus, softmax, sequences, context_length, packing, all_of_plain_text=True)
+    path = on_disk(model)
+    opened = open_with_text(
+        path, corpus, softmax, sequences, context_length, packing, all_of_plain_text=True, whole=whole
+    )
     result = evaluate_heldout(opened, batch_size, entropies=False)
 
     length = opened.blocks.shape[1]
@@ -106,6 +115,7 @@ def _in_private(
     protocol: Literal["ref2k", "cheetah"] | None,
     positions: int | None,
     prefix_file: Path | None,
+    whole: bool,
     json: bool,
 ) -> None:
     """`--private`; arguments as for `run`."""
@@ -121,10 +131,20 @@ def _in_private(
     from entropi.downloads import on_disk
     from entropi.training.loading import open_with_text
 
-    path, length = on_disk(model), context_length or LENGTH
-    if sequences is None:
-        sequences = -(-(positions or POSITIONS) // length)
-    opened = open_with_text(path, corpus, None, sequences, length, packing, all_of_plain_text=True)
+    path = on_disk(model)
+    opened = open_with_text(
+        path,
+        corpus,
+        None,
+        sequences,
+        context_length,
+        packing,
+        all_of_plain_text=True,
+        whole=whole,
+        usual_length=LENGTH,
+        tokens=positions or POSITIONS,
+    )
+    length = opened.blocks.shape[1]
     with terminated_like_interrupted(), swept_folder("entropi-evaluate-") as temporary:
         _fold(path, temporary)
         refuse_ignored_softmax(softmax, load_description(temporary).softmax, "the model")

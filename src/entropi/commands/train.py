@@ -72,7 +72,8 @@ def _live(report_to: Literal["tensorboard", "trackio", "wandb"], recipe: Recipe)
 
     def draw(entropy: records.Matrix) -> Any:
         top = math.log(recipe.context_length)  # the scale of reports
-        return figures.to_pixels(figures.entropy_heatmap(entropy, top, recipe.architecture))
+        figure = figures.entropy_heatmap(entropy, top, recipe.architecture, context_length=recipe.context_length)
+        return figures.to_pixels(figure)
 
     return Live(report_to, draw)
 

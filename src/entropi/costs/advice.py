@@ -115,15 +115,16 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         yield words, replace(shape, temperature_granularity="head"), options
 
     if shape.softmax_form.of_distance:
-        words = "training with squares of logits as attention weights (polynomial, t=1)"
+        words = "training with squares of logits as attention weights (polynomial-1)"
         yield words, replace(shape, softmax="polynomial-1"), options
         served = SoftmaxForm.parse(options.exact_softmax_as) if shape.softmax_form.exact else shape.softmax_form
         if served.kind == "quartic" or (served.kind == "power" and served.iterations > 2):
-            words = f"training with the softmax kernel t=2 in place of {served.words}"
+            words = f"training with the softmax kernel t=2 (power-2) in place of the {served.words}"
             yield words, replace(shape, softmax="power-2"), options
 
     if options.embedding == "private":
         yield "a public token table", shape, replace(options, embedding="public")
     if shape.num_key_value_heads == shape.num_attention_heads and shape.num_attention_heads % 4 == 0:
         fewer = shape.num_attention_heads // 4
-        yield f"{fewer} heads of keys and values for all queries", replace(shape, num_key_value_heads=fewer), options
+        words = f"{fewer} head{'s' if fewer > 1 else ''} of keys and values for all queries"
+        yield words, replace(shape, num_key_value_heads=fewer), options

@@ -15,7 +15,7 @@ from entropi.records import PredictionRecord
 SEARCHED = ("SM+LN+G", "SM+LN+R", "SM+R", "SM(t)+ScFuFFN")
 WIDTHS = (256, 384, 512, 768, 1024, 1536)
 DEPTHS = (2, 3, 4, 6, 8, 12, 16, 18, 24, 36, 48)
-_HEAD = 64
+HEAD = 64  # columns of an attention head
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def search(
             architecture=architecture,
             hidden_size=width,
             intermediate_size=4 * width,
-            num_attention_heads=width // _HEAD,
-            num_key_value_heads=width // _HEAD,
+            num_attention_heads=width // HEAD,
+            num_key_value_heads=width // HEAD,
         )
         shallowest, deepest = _deepest(budget, base, seq_len, costs)
         if deepest is not None:

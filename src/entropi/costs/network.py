@@ -37,5 +37,6 @@ def parse_network(text: str) -> Network:
     except ValueError:
         rate = 0.0
     if match is None or rate <= 0:
-        raise UserError(f"{text!r} is no network: write lan, wan, or a rate and a round trip such as 300Mbps,20ms")
+        presets = ", ".join(NETWORKS)
+        raise UserError(f"{text!r} is no network: write {presets}, or a rate and a round trip such as 300Mbps,20ms")
     return Network(text, rate * {"M": 1e6, "G": 1e9}[match.group(2)], delay / 2000)

@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from entropi.costs import advice
+from entropi.costs import advice, budget
 from entropi.costs.budget import Candidate, Search
 from entropi.costs.report import CostReport
 from entropi.records import OPERATIONS, OperationCost, PredictionRecord
@@ -30,7 +30,7 @@ def show(report: CostReport) -> None:
     if report.changes:
         console.print(f"\n{_dominant(report)}. What would help, all sizes as they are:")
         for change in report.changes:
-            console.print(f"  {change.words} would save {_size(change.saved_bytes)} and {change.saved_latency:,.0f} s")
+            console.print(f"  {change.words} would save {_size(change.saved_bytes)} and {change.saved_latency:,.1f} s")
         if report.size_options is not None:
             architecture = report.counts.architecture
             console.print(f"Another architecture at these sizes: --compare '{architecture}' NAME {report.size_options}")
@@ -44,9 +44,9 @@ def _show_counts(console: Console, report: CostReport) -> None:
     )
     for operation in counts.nonlinear:
         rows, columns = operation.shape
-        console.print(f"  {operation.operation:10} {operation.count:4} x R^({rows} x {columns})")
-    console.print(f"  FLOPs      FFN {counts.ffn_flops / 1e9:.1f} G, attention {counts.attention_flops / 1e9:.1f} G")
-    console.print(f"  folded     FFN {report.folded.ffn_flops / 1e9:.1f} G, what private inference computes\n")
+        console.print(f"  {operation.operation:12} {operation.count:4} x R^({rows} x {columns})")
+    console.print(f"  FLOPs        FFN {_flops(counts.ffn_flops)}, attention {_flops(counts.attention_flops)}")
+    console.print(f"  folded       FFN {_flops(report.folded.ffn_flops)}, what private inference computes\n")
     console.print(f"{record.protocol}: {record.trust}")
     console.print(
         f"{record.network}; {record.embedding} token table; {record.kernel}; prices of {record.calibrated_on}\n"
@@ -173,6 +173,7 @@ def show_search(found: Search, text: str, seq_len: int) -> None:
             f"nothing that was searched answers a prompt of {seq_len} tokens within {text}; "
             f"the cheapest is {_in_words(found.cheapest)}"
         )
+        console.print(_searched())
         return
     table = Table(
         title=(
@@ -195,6 +196,14 @@ def show_search(found: Search, text: str, seq_len: int) -> None:
             _further(one.prediction),
         )
     console.print(table)
+    console.print(_searched())
+
+
+def _searched() -> str:
+    """What a search tries, in a sentence."""
+    widths, depths = (", ".join(map(str, sizes)) for sizes in (budget.WIDTHS, budget.DEPTHS))
+    names = ", ".join(budget.SEARCHED)
+    return f"searched: {names} with heads of {budget.HEAD} columns, widths {widths} and layers {depths}"
 
 
 def _in_words(one: Candidate) -> str:
@@ -207,6 +216,10 @@ def _in_words(one: Candidate) -> str:
 
 def _further(prediction: PredictionRecord) -> str:
     return "" if prediction.further is None else f"{prediction.further.bytes / 1e6:,.1f}"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e9:.1f} G" if count >= 1e8 or not count else f"{count / 1e6:.1f} M"
 
 
 def _size(count: float) -> str:

@@ -79,8 +79,8 @@ class Prepared:
         """What is trained on and what is held out, in words."""
         train, heldout = self.packed.train_tokens, self.packed.heldout_tokens
         return (
-            f"training on {_texts(self.corpus.train_documents)} ({train:,} tokens); held out "
-            f"{_texts(self.corpus.heldout_documents)} ({heldout:,} tokens, {heldout / (train + heldout):.1%} of all)"
+            f"training on {train:,} tokens of {_texts(self.corpus.train_documents)}; held out {heldout:,} tokens of "
+            f"{_texts(self.corpus.heldout_documents)} ({heldout / (train + heldout):.1%} of all)"
         )
 
 

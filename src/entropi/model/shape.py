@@ -179,6 +179,8 @@ def read_shape(path: Path) -> Shape:
     Raises:
         UserError: no such file, not JSON, another family, or an option that private inference does not have.
     """
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}")
     if is_gguf(path):
         return shape_of(configuration_of(path))
     file = next((p for p in (path / "config.json", path / "model" / "config.json") if p.is_file()), path)

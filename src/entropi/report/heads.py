@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entropi import records
+from entropi.bounds import causal_maximum
 from entropi.report import figures
 from entropi.report.folder import LOOKS, Run, frames
 from entropi.report.formatting import even_distance, even_share
@@ -30,7 +31,7 @@ def explorer(runs: Sequence[Run], moments: int) -> dict[str, Any]:
             {
                 "name": run.name,
                 "maximum": math.log(context) if context else None,
-                "ceiling": figures.causal_maximum(context) if context else None,
+                "ceiling": causal_maximum(context) if context else None,
                 "frames": [
                     {
                         "label": frame.label,

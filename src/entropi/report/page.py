@@ -19,6 +19,7 @@ import jinja2
 import markupsafe
 
 from entropi import record_files
+from entropi.bounds import causal_maximum
 from entropi.errors import UserError
 from entropi.records import CountRecord, DiagnosisRecord, Evaluation, Record
 from entropi.report import figures
@@ -158,7 +159,7 @@ def _layerwise(run: Run, dpi: float) -> Panel | None:
     alt = f"Mean entropy of each layer of {run.name} from step {first.step:,} to {last.step:,}; at the end {ends} nats."
     note = "Mean over the heads of a layer on training batches."
     if context is not None and context > 1:
-        ceiling = figures.causal_maximum(context)
+        ceiling = causal_maximum(context)
         note += f" Dashed: {ceiling:.2f} nats, the most that a causal mask over {context:,} tokens allows."
     return _panel(title, figures.layerwise_entropy(run.snapshots, context), alt, note, dpi)
 
@@ -380,6 +381,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = (number, rounded, size, duration, percent, heads, quote, visible, sentence, pattern_in_words, counted)
+    environment.filters["causal_maximum"] = causal_maximum
     environment.filters.update({function.__name__: function for function in filters})
     return environment
 
@@ -387,6 +389,7 @@ def _environment() -> jinja2.Environment:
 def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
     explored = explorer(runs, moments)
     top = scale_top(runs)
+    contexts = sorted({context for run in runs if (context := run.context_length)})
     several = len(runs) > 1
     private_runs = [run for run in runs if run.private is not None]
     parts: dict[str, Any] = {
@@ -433,6 +436,7 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
             paper=PAPER,
             labels=[found[-1].label if (found := frames(run)) else "" for run in runs],
             top=top,
+            ceilings=[(context, causal_maximum(context)) for context in contexts],
             dense=MAX_CELLS_WITH_NUMBERS,
             script=markupsafe.Markup(script),
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),

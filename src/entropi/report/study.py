@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from entropi import record_files, records
+from entropi.bounds import causal_maximum
 from entropi.errors import UserError
 from entropi.records import EntropySnapshot, Spread, StudyClaim, StudyRow, StudyRun, TrainingStep
 from entropi.report import figures
@@ -344,8 +345,9 @@ def _drawings_of(row: StudyRow, top: float) -> list[Drawing]:
     slug = re.sub(r"[^A-Za-z0-9+().,=_-]+", "-", row.name.replace(", ", ","))
     drawings = []
     if row.entropy:
-        figure = figures.entropy_heatmap(row.entropy, top, row.name)
-        note = "Held-out text, mean over seeds (Fig. 3)."
+        figure = figures.entropy_heatmap(row.entropy, top, row.name, context_length=row.context_length)
+        ceiling = causal_maximum(row.context_length)
+        note = f"Held-out text, mean over seeds (Fig. 3). A causal mask allows at most {ceiling:.2f} nats."
         drawings.append(Drawing(f"Heads of {row.name}", f"heads-{slug}", figure, note))
 
     if row.layer_entropy:

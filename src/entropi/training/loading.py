@@ -39,6 +39,8 @@ MODEL_FOLDER = "model"  # of a run folder
 FOREIGN_SEQUENCES = 32
 FOREIGN_CONTEXT = 1024
 MOST_FOREIGN_LAYERS = 1024
+# Any of these is a tokenizer that transformers can open.
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
 MAX_LOGITS = 2**28  # numbers held at a time, a gigabyte
 
 
@@ -147,6 +149,8 @@ def _open_foreign(path: Path, *, strict: bool = False) -> tuple[PreTrainedModel,
     place, gguf = source_of(path)
     if not gguf:
         _check_depth(path)
+        if path.is_dir() and not any(found for name in TOKENIZER_FILES for found in path.glob(name)):
+            raise UserError(f"{path} holds no tokenizer: {TOKENIZER_FILES[0]} is missing; save the model's own there")
     options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False, **gguf)
     opened: list[Any] = []
     for part in ("tokenizer", "model"):
@@ -316,6 +320,9 @@ def open_with_text(
     packing: Literal["stream", "document"] | None = None,
     *,
     all_of_plain_text: bool = False,
+    whole: bool = False,
+    usual_length: int | None = None,
+    tokens: int | None = None,
 ) -> Opened:
     """A model, and blocks `(N, T)` of `corpus`, made with its own tokenizer.
 
@@ -330,6 +337,9 @@ def open_with_text(
         context_length: T; by default as many tokens as the model takes, of models that are not ours at most 1024.
         packing: by default that of a run folder's training, and else a stream.
         all_of_plain_text: of a text file or folder all blocks by default, whatever the model.
+        whole: of a text file or folder all text, for a model of ours too, which must not have been trained on it.
+        usual_length: T by default, where the model takes as many tokens.
+        tokens: where no number of sequences is given, as many as have so many tokens.
 
     Raises:
         UserError: no such model or corpus, what the model cannot take, or a token that it has no embedding for.
@@ -342,8 +352,10 @@ def open_with_text(
     of_the_run = corpus is None and recipe is not None
     if corpus is None:
         corpus = recipe.corpus if recipe is not None else STDLIB
-    plain = not opened.ours and is_plain_text(corpus)
-    length = context_length or opened.usual
+    if whole and not is_plain_text(corpus):
+        raise UserError(f"--whole needs --corpus with a text file or a folder of texts, not {corpus}")
+    plain = (whole or not opened.ours) and is_plain_text(corpus)
+    length = context_length or min(usual_length or opened.usual, opened.longest)
     if length > opened.longest:
         raise UserError(f"context_length is {length}, the model takes {opened.longest} tokens at most")
 
@@ -362,6 +374,8 @@ def open_with_text(
             f"{named} is shorter than one block of {length} tokens: give more text or a smaller --context-length"
         )
 
+    if tokens is not None and sequences is None:
+        sequences = -(-tokens // length)
     most = sequences or (len(cut) if opened.ours or (plain and all_of_plain_text) else FOREIGN_SEQUENCES)
     # Models with a token that begins every text expect it, and many heads rest on it.
     blocks = np.insert(cut[:most], 0, opened.end, axis=1) if opened.begins else cut[:most]
@@ -471,6 +485,7 @@ def failures_in_one_line(opened: Opened, purpose: str) -> Iterator[None]:
         if opened.ours or isinstance(error, UserError):
             raise
         name, reason = type(opened.model).__name__, " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason.removeprefix(f"{name} cannot be recorded: ")  # what cannot be recorded cannot be diagnosed
         raise UserError(f"{name} cannot be {purpose}: {reason}") from None
 
 

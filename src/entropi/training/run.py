@@ -90,7 +90,11 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
     recipe = check_folder(recipe, folder)
     model_folder = folder / MODEL_FOLDER
     if model_folder.exists():
-        console.print(f"{folder} holds the finished run of this recipe; nothing to do.", markup=False)
+        console.print(
+            f"{folder} holds the finished run of this recipe: nothing to do. It cannot go on with more steps, as they "
+            "belong to its learning rates: train anew in another folder.",
+            markup=False,
+        )
         return model_folder
 
     check_precision(recipe)

@@ -49,9 +49,11 @@ def check_folder(recipe: Recipe, folder: Path) -> Recipe:
         if config.exists():
             existing = load_recipe(config)
             if differing := differences(recipe, existing):
+                longer = any(text.startswith("steps ") for text in differing)
+                why = ": a run cannot be given more steps, as its learning rates depend on their number" * longer
                 raise UserError(
-                    f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; "
-                    "choose another folder"
+                    f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}; choose another "
+                    f"folder{why}"
                 )
             recipe = existing
         elif folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):

@@ -9,7 +9,6 @@ import pytest
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("spu")
-import jax
 import jax.numpy as jnp  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 

@@ -78,6 +78,13 @@ async def generate(server: ServerAddress, generation: Generation) -> Answer:
     raise AssertionError
 
 
+def _in_words(welcome: Welcome) -> str:
+    """What the server would compute with the client, for people: architecture, softmax and precision."""
+    settings = welcome.settings
+    form = welcome.description.computed_softmax(settings.exact_softmax_as)
+    return f"{welcome.description.architecture} with the {form.words} and {settings.fraction_bits} fraction bits"
+
+
 class Turns(Protocol):
     """What a session asks for the next message of its conversation."""
 
@@ -111,6 +118,8 @@ class ClientSession:
         welcome = self.welcome = await welcome_from(self.socket, self.where)
         if generation.digest not in (None, welcome.digest()):
             raise UserError(f"{self.where} serves another model than when the question was begun")
+        if generation.digest is None:
+            generation.watcher.status(f"{self.where} proposes {_in_words(welcome)}")
         generation.digest = welcome.digest()
         if generation.sampling.temperature and welcome.settings.output == "argmax":
             raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")

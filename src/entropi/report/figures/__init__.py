@@ -23,7 +23,6 @@ from entropi.report.figures.drawing import (
 )
 from entropi.report.figures.entropy import (
     QUARTERS,
-    causal_maximum,
     entropy_by_position,
     entropy_heatmap,
     grid,
@@ -42,7 +41,6 @@ __all__ = [
     "MISSING",
     "QUARTERS",
     "bytes_per_operation",
-    "causal_maximum",
     "colour_scale",
     "entropy_by_position",
     "entropy_heatmap",

@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from entropi.bounds import causal_maximum
 from entropi.errors import UserError
 from entropi.records import (
     AttentionPattern,
@@ -42,11 +43,6 @@ def mean_over_heads(values: Sequence[Sequence[float]]) -> np.ndarray:
     return np.ma.masked_invalid(grid(values, ragged=True)).mean(axis=1).filled(np.nan)
 
 
-def causal_maximum(context_length: int) -> float:
-    """The largest mean row entropy under a causal mask, (1/T) sum_i log i, in nats; below E_max = log T."""
-    return math.lgamma(context_length + 1) / context_length
-
-
 def _numbers(rows: int, layers: Sequence[int] | None) -> FuncFormatter:
     """The labels of an axis with a place a row: the layers' own numbers."""
     numbers = layers or range(rows)
@@ -61,10 +57,12 @@ def _cells(
     label: str,
     numbers: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
+    mark: float | None = None,
 ) -> None:
     """A heatmap with layers downwards and heads to the right, and numbers where they fit.
 
-    `numbers` are those of the layers, `widths` how many heads each has, where they differ.
+    `numbers` are those of the layers, `widths` how many heads each has, where they differ. `mark` is a value that gets
+    a line across the colour scale.
     """
     layers, heads = values.shape
     widths = widths or [heads] * layers
@@ -94,7 +92,9 @@ def _cells(
             ink = "white" if finite and is_dark(cmap(image.norm(value))) else "black"
             text = f"{value:.2f}" if finite else "n/a"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
-    axes.figure.colorbar(image, ax=axes, label=label, pad=0.02)
+    bar = axes.figure.colorbar(image, ax=axes, label=label, pad=0.02)
+    if mark is not None:
+        bar.ax.axhline(mark, color="black", linewidth=1.5)
 
 
 def _heatmap_height(layers: int) -> float:
@@ -103,11 +103,16 @@ def _heatmap_height(layers: int) -> float:
 
 @styled
 def entropy_heatmap(
-    entropy: Sequence[Sequence[float]], max_possible: float, title: str = "", layers: Sequence[int] | None = None
+    entropy: Sequence[Sequence[float]],
+    max_possible: float,
+    title: str = "",
+    layers: Sequence[int] | None = None,
+    context_length: int | None = None,
 ) -> Figure:
     """Mean entropy of every head, `(L, H)` in nats, on the fixed scale 0 to `max_possible` (Fig. 3).
 
-    Rows may differ in length. `layers` are the model's numbers of the rows' layers, by default 0 to L-1.
+    Rows may differ in length. `layers` are the model's numbers of the rows' layers, by default 0 to L-1. With a context
+    length the largest mean that a causal mask allows is marked on the scale, which no causal head exceeds.
     """
     values = grid(entropy, "entropy", ragged=True)
     if not (math.isfinite(max_possible) and max_possible > 0):
@@ -115,7 +120,9 @@ def entropy_heatmap(
     figure = Figure(figsize=(max(6.0, 1.6 + 0.5 * min(values.shape[1], 16)), _heatmap_height(len(values))))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    _cells(axes, values, 0.0, max_possible, "mean entropy (nats)", layers, [len(row) for row in entropy])
+    ceiling = causal_maximum(context_length) if context_length is not None and context_length > 1 else None
+    label = "mean entropy (nats)" + (f"\nline: causal maximum, {ceiling:.2f}" if ceiling is not None else "")
+    _cells(axes, values, 0.0, max_possible, label, layers, [len(row) for row in entropy], ceiling)
     axes.set_title(short_name(title))
     return figure
 
