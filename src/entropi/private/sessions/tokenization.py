@@ -26,7 +26,7 @@ from entropi.errors import UserError, is_failure
 MAX_PROMPT = 1 << 20  # characters; encoding takes about 200 bytes of memory for each
 MAX_TOKEN = 256  # characters of an entry; GPT-4's and Llama's longest have 128
 # What tokenizers call the token that ends a text. These end an answer unless the client names others.
-ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
+ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 # Splitting patterns of published byte-level tokenizers: GPT-4 and Llama 3, Qwen 2. GPT-2's is ByteLevel's own.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
