@@ -183,6 +183,8 @@ def test_the_whole_text_for_a_model_that_was_not_trained_on_it(
         (["--private", "--positions", "5", "--sequences", "2"], "--positions and --sequences exclude each other"),
         (["--private", "--softmax", "exact"], "--softmax must be quartic or power-1 to power-8"),
         (["--private", "--prefix-file", "/nowhere"], "/nowhere"),
+        (["--private", "--calibration-text", "/nowhere"], "cannot read the calibration text /nowhere"),
+        (["--calibration-text", "/nowhere"], "--calibration-text would be ignored without --private"),
         (["--private", "--context-length", "9999"], "context_length is 9999, the model takes"),
     ],
 )

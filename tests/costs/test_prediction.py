@@ -156,3 +156,11 @@ def test_transfers_run_out_where_the_engine_s_did():
     assert extended(("compare", "select"), 4096, 140) == [45, 106]
     assert extended(("compare", "select"), 4096, 70) == [27, 34]
     assert extended(("truncate",), 1_048_576, 25) == [5, 24]
+
+
+@pytest.mark.parametrize(("shift", "calls"), [(3, []), (-3, ["truncate"])])
+def test_rows_move_up_before_a_norm_for_nothing_and_down_by_a_truncation(shift, calls):
+    model = Description(**{**FIELDS, "norm": "rms"})
+    moving = [s for s in forward(model, 4, 0, "quartic", norm_shifts=[0, shift, 0, 0]) if s.outputs == ("moved",)]
+    assert {stage.layer for stage in moving} == {1}
+    assert [call.kind for call in trace_calls(moving[0], {"state": Value((4, 24))})] == calls

@@ -149,6 +149,33 @@ def test_the_cost_of_a_model_by_name(hub, entropi):
 
 
 @pytest.mark.slow
+def test_a_gguf_file_by_name(hub, entropi, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("spu")
+    writer = gguf.GGUFWriter(tmp_path / "hub/models/somebody/tiny-gpt2/tiny.gguf", "llama")
+    writer.add_context_length(16)
+    writer.add_block_count(2)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(12)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_tensor("token_embd.weight", np.zeros((3, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = entropi("cost", "--architecture", "hf://somebody/tiny-gpt2/tiny.gguf", "--seq-len", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prediction"]["layers"] == 2
+    fetched = [line for line in hub.log if "/resolve/" in line]
+    assert fetched
+    assert all("tiny.gguf" in line for line in fetched)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

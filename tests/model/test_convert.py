@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from checkpoints import CASES, GPT2, GROUPED, LLAMA3, SIZES, VOCABULARY, configuration, random_model, saved
@@ -232,6 +233,8 @@ def test_a_folder_is_converted_with_all_that_belongs_to_it(entropi, surroundings
     generation = json.loads((target / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["bos_token_id"]) == ([2, 7], 1)
     assert generation["stop_strings"] == ["END"]
+    assert entropi("fold", target, tmp_path / "folded").status == 0
+    assert json.loads((tmp_path / "folded" / "folded.json").read_text())["end_of_text"] == [2, 7]
     assert "m['content']" in (target / "chat_template.jinja").read_text()
 
 
@@ -261,6 +264,21 @@ def test_texts_end_as_the_checkpoint_says(entropi, surroundings, folder, corpus,
     assert done.status == 0, done.err
     model, tokenizer, _ = loading.open_model(tmp_path / "ours")
     assert loading._end_of_text(model, tokenizer) == 2
+
+
+def test_texts_begin_as_the_checkpoint_says(entropi, surroundings, folder, corpus, tmp_path):
+    assert entropi("convert", folder, tmp_path / "plain").status == 0
+    begun = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begun.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    begun.save(str(folder / "tokenizer.json"))
+    assert entropi("convert", folder, tmp_path / "begun").status == 0
+    plain, found = (
+        loading.open_with_text(tmp_path / name, str(corpus), None, 2, 9).blocks for name in ("plain", "begun")
+    )
+    assert found.shape == plain.shape
+    assert (found[:, 0] == 1).all()
+    assert found[0, 1:].tolist() == plain[0, :8].tolist()
+    assert 1 not in plain[:, 0]
 
 
 @pytest.mark.parametrize("name", ["Gemma 3", "Qwen2", "Qwen3", "GPT-NeoX"])

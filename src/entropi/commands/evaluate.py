@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,28 @@ if TYPE_CHECKING:
 POSITIONS, LENGTH = 1024, 128  # that --private compares, and tokens a sequence, by default
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Which text, and how much of it; as for `run`."""
+
+    corpus: str | None
+    packing: Literal["stream", "document"] | None
+    sequences: int | None
+    context_length: int | None
+    whole: bool
+
+
+@dataclass(frozen=True)
+class _Private:
+    """What `--private` alone has; as for `run`."""
+
+    softmax: str | None
+    protocol: Literal["ref2k", "cheetah"] | None
+    positions: int | None
+    prefix_file: Path | None
+    calibration_text: Path | None
+
+
 def run(
     model: str,
     corpus: str | None = None,
@@ -39,6 +62,7 @@ def run(
     positions: int | None = None,
     prefix_file: Path | None = None,
     whole: bool = False,
+    calibration_text: Path | None = None,
     json: bool = False,
 ) -> None:
     """Perplexity of a model on text that it was not trained on.
@@ -64,6 +88,8 @@ def run(
         positions: of --private: how many tokens are compared at least, 1024 by default, in sequences of 128, or what
             the model takes, if context_length does not say otherwise
         prefix_file: of --private: public text before every sequence, see entropi serve
+        calibration_text: of --private: text to choose the fixed-point numbers for, besides what is compared, see
+            entropi serve
         whole: all of a text file or folder, not its held-out part, for a model of entropi too: right for one that was
             not trained on it, such as a converted one
         json: print one JSON object
@@ -71,13 +97,17 @@ def run(
     from entropi.downloads import on_disk
     from entropi.training.loading import evaluate_heldout, open_with_text
 
-    only_private = {"--protocol": protocol, "--positions": positions, "--prefix-file": prefix_file}
+    only_private = {
+        "--protocol": protocol,
+        "--positions": positions,
+        "--prefix-file": prefix_file,
+        "--calibration-text": calibration_text,
+    }
     if ignored := [name for name, value in only_private.items() if value is not None and not private]:
         raise UserError(f"{' and '.join(ignored)} would be ignored without --private")
     if private:
-        _in_private(
-            model, corpus, packing, softmax, sequences, context_length, protocol, positions, prefix_file, whole, json
-        )
+        options = _Private(softmax, protocol, positions, prefix_file, calibration_text)
+        _in_private(model, _Text(corpus, packing, sequences, context_length, whole), options, json)
         return
 
     path = on_disk(model)
@@ -105,51 +135,44 @@ def run(
     )
 
 
-def _in_private(
-    model: str,
-    corpus: str | None,
-    packing: Literal["stream", "document"] | None,
-    softmax: str | None,
-    sequences: int | None,
-    context_length: int | None,
-    protocol: Literal["ref2k", "cheetah"] | None,
-    positions: int | None,
-    prefix_file: Path | None,
-    whole: bool,
-    json: bool,
-) -> None:
+def _in_private(model: str, text: _Text, options: _Private, json: bool) -> None:
     """`--private`; arguments as for `run`."""
-    if positions is not None and sequences is not None:
+    if options.positions is not None and text.sequences is not None:
         raise UserError("--positions and --sequences exclude each other")
-    if positions is not None and positions < 1:
-        raise UserError(f"--positions is {positions}, at least 1 is needed")
-    form = str(parse_for_exact(softmax or USUAL_FOR_EXACT, "--softmax"))
-    prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
+    if options.positions is not None and options.positions < 1:
+        raise UserError(f"--positions is {options.positions}, at least 1 is needed")
+    form = str(parse_for_exact(options.softmax or USUAL_FOR_EXACT, "--softmax"))
+    prefix = read_text(options.prefix_file, "the prefix") if options.prefix_file is not None else None
+    calibration = None
+    if options.calibration_text is not None:
+        calibration = read_text(options.calibration_text, "the calibration text")
     with secure_engine():
         from entropi.private.compute.folded import load_description
         from entropi.private.compute.settings import Settings
     from entropi.downloads import on_disk
     from entropi.training.loading import open_with_text
 
-    path = on_disk(model)
+    path, protocol = on_disk(model), options.protocol or "ref2k"
     opened = open_with_text(
         path,
-        corpus,
+        text.corpus,
         None,
-        sequences,
-        context_length,
-        packing,
+        text.sequences,
+        text.context_length,
+        text.packing,
         all_of_plain_text=True,
-        whole=whole,
+        whole=text.whole,
         usual_length=LENGTH,
-        tokens=positions or POSITIONS,
+        tokens=options.positions or POSITIONS,
     )
-    length = opened.blocks.shape[1]
+    blocks, corpus, source = opened.blocks, opened.corpus, opened.source
+    length = blocks.shape[1]
+    del opened  # gigabytes, of which the private run needs as many again
     with terminated_like_interrupted(), swept_folder("entropi-evaluate-") as temporary:
         _fold(path, temporary)
-        refuse_ignored_softmax(softmax, load_description(temporary).softmax, "the model")
+        refuse_ignored_softmax(options.softmax, load_description(temporary).softmax, "the model")
         wanted = Settings(exact_softmax_as=form, embedding="public")
-        settings, found = _measure(temporary, wanted, protocol or "ref2k", opened.blocks, prefix, quiet=json)
+        settings, found = _measure(temporary, wanted, protocol, blocks, prefix, calibration, quiet=json)
 
     if json:
         print_json(
@@ -160,19 +183,19 @@ def _in_private(
                 "same_token": found.same_token,
                 "largest_error": found.largest_error,
                 "positions": found.positions,
-                "protocol": protocol or "ref2k",
+                "protocol": protocol,
                 "fraction_bits": settings.fraction_bits,
-                "corpus": opened.corpus,
-                "text": opened.source,
+                "corpus": corpus,
+                "text": source,
             }
         )
         return
-    how = f"{protocol or 'ref2k'}, {settings.fraction_bits} fraction bits"
+    how = f"{protocol}, {settings.fraction_bits} fraction bits"
     print(
         f"perplexity {found.private_perplexity:.3f} in private ({how}"
         f") and {found.plain_perplexity:.3f} in float32, {found.change:+.2%}; the likeliest token is the same at "
         f"{found.same_token:.2%} of {found.positions:,} positions, logits differ by at most {found.largest_error:.2g}; "
-        f"{opened.source} of {length:,} tokens"
+        f"{source} of {length:,} tokens"
     )
 
 
@@ -193,6 +216,7 @@ def _measure(
     protocol: Literal["ref2k", "cheetah"],
     blocks: np.ndarray[Any, Any],
     prefix: str | None,
+    calibration: str | None,
     *,
     quiet: bool,
 ) -> tuple[Any, Accuracy]:
@@ -202,18 +226,22 @@ def _measure(
     from entropi.private.compute.folded import load_folded
     from entropi.private.compute.prefix import with_prefix
     from entropi.private.compute.program import compute_on_processor
+    from entropi.private.sessions.calibration import calibration_sequences
     from entropi.private.sessions.tokenization import public_ids
 
     compute_on_processor()
     description, weights = load_folded(folder)
-    ids = public_ids((folder / "tokenizer.json").read_text(encoding="utf-8"), prefix) if prefix is not None else []
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    ids = public_ids(tokenizer, prefix) if prefix is not None else []
     if len(ids) + blocks.shape[1] > description.positions:
         raise UserError(
             f"{len(ids)} tokens of the prefix and {blocks.shape[1]} more do not fit the model's "
             f"{description.positions} positions"
         )
-    text = blocks.tolist()
-    settings, _ = select_fraction_bits(description, with_prefix(description, weights, ids), wanted, text, choose=True)
+    text, behind = blocks.tolist(), with_prefix(description, weights, ids)
+    looked_at = [*text, *calibration_sequences(tokenizer, description, behind, calibration)]
+    settings, _ = select_fraction_bits(description, behind, wanted, looked_at, choose=True)
+    del behind
     del weights
     with ProgressLine("in private", len(text)) as line:
 

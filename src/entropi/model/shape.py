@@ -62,7 +62,7 @@ class Shape:
     log_length_scaling: bool = False
     leaky_slope_learned: str = "fixed"
     layer_norm_epsilon: float = 1e-5
-    eos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ def describe(config: Any, *, explicit_ffn: list[int], temperature: bool) -> dict
         "explicit_ffn": explicit_ffn,
         "final_norm": "rms" if config.final_norm else "none",
         "centre": config.final_norm and parts.norm == "none",
-        "end_of_text": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
+        "end_of_text": config.eos_token_id,
     }
 
 

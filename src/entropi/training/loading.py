@@ -211,6 +211,8 @@ def open_converted(path: Path) -> Converted:
     model, more = EntropiForCausalLM.from_weights(values, weights)
     if generation is not None:
         model.generation_config = generation
+        if generation.eos_token_id is not None:  # chat models have more than their configuration names
+            model.config.eos_token_id = generation.eos_token_id
     return Converted(model.eval(), tokenizer, notes + more)
 
 
@@ -402,14 +404,21 @@ def _open_any(path: Path, softmax: str | None) -> _AnyModel:
         model, tokenizer, _ = open_model(path)
         if softmax is not None:
             model.set_softmax(softmax)
-        longest = model.config.max_position_embeddings
-        return _AnyModel(model, tokenizer, _end_of_text(model, tokenizer), False, longest, longest, True)
+        longest, first = model.config.max_position_embeddings, _beginning(tokenizer)
+        end = _end_of_text(model, tokenizer) if first is None else first
+        return _AnyModel(model, tokenizer, end, first is not None, longest, longest, True)
 
     if softmax is not None:
         raise UserError("softmax is for models of entropi: others have the exact one")
     foreign, tokenizer, end, begins = open_causal_lm(path)
     longest = getattr(foreign.config.get_text_config(), "max_position_embeddings", None) or FOREIGN_CONTEXT
     return _AnyModel(foreign, tokenizer, end, begins, longest, min(longest, FOREIGN_CONTEXT), False)
+
+
+def _beginning(tokenizer: Tokenizer) -> int | None:
+    """The token that a converted model's tokenizer puts in front of every text; ours put none there."""
+    encoded = tokenizer.encode("a")
+    return encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else None
 
 
 def _end_of_text(model: EntropiForCausalLM, tokenizer: Tokenizer) -> int:

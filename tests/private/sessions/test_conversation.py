@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("spu")
-import msgspec
 
 from entropi import cli
-from entropi.chat import ids_of, load_form
+from entropi.chat import ChatForm, ids_of, load_form
 from entropi.commands import chat
 from entropi.errors import UserError
 from entropi.private import Privacy, Watcher, connect
@@ -289,10 +288,9 @@ def test_options_that_have_no_meaning_in_a_conversation(running):
 
 
 def test_folding_keeps_the_form(talking):
-    assert msgspec.to_builtins(talking.form) == {
-        "first": ["user: "],
-        "answer": [0, "assistant: "],
-        "following": [0, "user: "],
-        "system": [["system: "], [0, "user: "]],
-        "trimmed": False,
-    }
+    assert talking.form == ChatForm(
+        first=("user: ",),
+        answer=(0, "assistant: "),
+        following=(0, "user: "),
+        system=(("system: ",), (0, "user: ")),
+    )

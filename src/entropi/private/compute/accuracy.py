@@ -8,9 +8,6 @@ own, `python -m entropi.private.compute.accuracy`, because an engine's log belon
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ import numpy as np
 
 from entropi.errors import UserError
 from entropi.private.compute.description import TokenId
+from entropi.private.compute.process import answer_one, answers
 from entropi.private.compute.settings import SERVER, Settings
 
 
@@ -72,11 +70,19 @@ class Accuracy:
         predicted = positions - len(found)
         return cls(
             positions,
-            math.exp(sum(one.plain_loss for one in found) / predicted),
-            math.exp(sum(one.private_loss for one in found) / predicted),
+            _perplexity(sum(one.plain_loss for one in found) / predicted),
+            _perplexity(sum(one.private_loss for one in found) / predicted),
             sum(one.same for one in found) / positions,
             max(one.error for one in found),
         )
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), infinite where no float holds it: numbers that wrapped may give logits of any size."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def measure(
@@ -99,38 +105,25 @@ def measure(
     """
     question = Question(str(folder), settings, protocol, [list(map(int, one)) for one in sequences], list(prefix))
     found: list[Compared] = []
-    with subprocess.Popen(
-        [sys.executable, "-m", "entropi.private.compute.accuracy"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(msgspec.json.encode(question))
-            process.stdin.close()
-            for line in process.stdout:
-                found.append(msgspec.json.decode(line, type=Compared))
-                watch(Accuracy.of(found))
-        except (BrokenPipeError, msgspec.MsgspecError):
-            process.kill()
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode or len(found) != len(question.sequences):
-        raise UserError(f"the run under {protocol} failed after {len(found)} of {len(question.sequences)} sequences")
+    failed = f"the run under {protocol} failed"
+    try:
+        for one in answers("entropi.private.compute.accuracy", question, Compared, failed):
+            found.append(one)
+            watch(Accuracy.of(found))
+    except UserError:
+        raise UserError(f"{failed} after {len(found)} of {len(question.sequences)} sequences") from None
+    if len(found) != len(question.sequences):
+        raise UserError(f"{failed} after {len(found)} of {len(question.sequences)} sequences")
     return Accuracy.of(found)
 
 
 def main() -> None:
     """Answer the `Question` on standard input, a line for every sequence."""
-    # SPU and its libraries may print; only what was found goes to the parent.
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    answer_one(Question, compare)
 
+
+def compare(question: Question, say: Callable[[Compared], None]) -> None:
+    """Say of every sequence what comes out in private and in float32."""
     from entropi.private.compute.engine import Simulation
     from entropi.private.compute.folded import load_folded
     from entropi.private.compute.prefix import names, with_prefix
@@ -156,7 +149,7 @@ def main() -> None:
             int((plain.argmax(axis=-1) == private.argmax(axis=-1)).sum()),
             float(np.abs(plain.astype(np.float64) - private).max()),
         )
-        answer.write(msgspec.json.encode(found) + b"\n")
+        say(found)
 
 
 def _loss(logits: np.ndarray, tokens: list[int]) -> float:

@@ -53,7 +53,9 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     explicit_ffn: Annotated[list[int], msgspec.Meta(max_length=256)]  # layers with a linear map in the FFN's place
     final_norm: Norm
     centre: bool  # a matrix multiplies the state before the final norm or the head
-    end_of_text: Annotated[int, msgspec.Meta(ge=0)] | None = None  # the token id that ends an answer
+    # The token ids that end an answer: one, or several, as chat models have. Clients do not ask: an end that a server
+    # chooses would tell it which tokens an answer has.
+    end_of_text: TokenId | Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
     log_length: bool = False  # q is scaled by log(n) / log(positions), n the keys that its row sees
     head_width: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0  # 0: hidden_size / heads
     query_key_norm: bool = False  # rows of q and k are divided by their root mean square, before they rotate

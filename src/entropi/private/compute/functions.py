@@ -119,9 +119,9 @@ def segment_max(packed: Array, lengths: np.ndarray) -> Array:
     """Largest element of every segment of `packed` `(..., sum(lengths))`, `(..., len(lengths))`.
 
     A tournament of all segments at once. Of many elements two meet at a time: about one comparison (98 bytes) an
-    element, ceil(log2(longest)) times 21 rounds. Of few, whose bytes are little beside what rounds take, several meet at
-    a time, all against all, as `_best_arity` weighs it: 83 rounds instead of 147 for 128 elements. Segments of different
-    length cost what they hold, where a padded rectangle would cost twice for a causal triangle.
+    element, ceil(log2(longest)) times 21 rounds. Of few, whose bytes are little beside what rounds take, several meet
+    at a time, all against all, as `_best_arity` weighs it: 83 rounds instead of 147 for 128 elements. Segments of
+    different length cost what they hold, where a padded rectangle would cost twice for a causal triangle.
     """
     lengths = np.asarray(lengths)
     arity = _best_arity(lengths, int(np.prod(packed.shape[:-1])))

@@ -7,9 +7,6 @@ party; CHEETAH runs the cryptography too, both parties as threads. It is a proce
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ import numpy as np
 
 from entropi.errors import UserError
 from entropi.private.compute.description import Description, TokenId
+from entropi.private.compute.process import answer_one, answers
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 
 if TYPE_CHECKING:
@@ -67,17 +65,12 @@ def self_test(
     if protocol == "cheetah":
         tokens = tokens[:CHEETAH_TOKENS]
     name = {"ref2k": "fixed point", "cheetah": "the cryptographic protocol"}[protocol]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "entropi.private.compute.self_test"],
-            input=msgspec.json.encode(Question(str(folder), settings, protocol, tokens, list(prefix))),
-            capture_output=True,
-            timeout=PATIENCE_SECONDS,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
-        found = msgspec.json.decode(done.stdout, type=Finding)
-    except (subprocess.TimeoutExpired, msgspec.MsgspecError, UnicodeError):
-        raise UserError(f"the test of known answers in {name} failed to run") from None
+    failed = f"the test of known answers in {name} failed to run"
+    question = Question(str(folder), settings, protocol, tokens, list(prefix))
+    said = list(answers("entropi.private.compute.self_test", question, Finding, failed, PATIENCE_SECONDS))
+    if len(said) != 1:
+        raise UserError(failed)
+    found = said[0]
     bound = TOLERANCE + RELATIVE_TOLERANCE * found.largest
     if found.error is None or not found.error < bound:
         wrong = "not even finite" if found.error is None else f"wrong by {found.error:.2g}"
@@ -93,12 +86,7 @@ def self_test(
 
 def main() -> None:
     """Answer the `Question` on standard input with a `Finding` on standard output."""
-    # SPU and its libraries may print; only the finding goes to the parent.
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-    answer.write(msgspec.json.encode(compare(question)))
-    answer.close()
+    answer_one(Question, lambda question, say: say(compare(question)))
 
 
 def compare(question: Question) -> Finding:

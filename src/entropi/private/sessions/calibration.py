@@ -49,7 +49,7 @@ def calibration_sequences(
     between = [token for token in special if token < model.vocab_size]
     ids = list[int]()
     for place, paragraph in enumerate(paragraphs):
-        ids += [*([between[place % len(between)]] if place and between else []), *paragraph]
+        ids += [*([between[(place - 1) % len(between)]] if place and between else []), *paragraph]
     ids = [token for token in ids if token < model.vocab_size]  # a tokenizer may have more than the model
 
     step = max(length - len(front), 1)

@@ -1,0 +1,81 @@
+"""The text on which a model's values are looked at, as its tokenizer cuts it."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from entropi.errors import UserError
+from entropi.private.compute.fixed_point import CALIBRATION_LENGTH
+from entropi.private.compute.prefix import with_prefix
+from entropi.private.sessions.calibration import PLAIN_LENGTH, calibration_sequences, usual_text
+from private_reference import describe, random_weights
+
+SPECIAL = ["<begin>", "<turn>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    trained.train_from_iterator([usual_text()], trainer)
+    trained.decoder = decoders.ByteLevel()
+    return trained
+
+
+def begun(tokenizer):
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.post_processor = processors.TemplateProcessing("<begin> $A", special_tokens=[("<begin>", 0)])
+    return changed
+
+
+def model_of(positions):
+    model = describe(vocab_size=270, positions=positions, position_embedding="rotary", rotary_dimensions=6)
+    return model, random_weights(model)
+
+
+def test_special_tokens_stand_between_the_paragraphs(tokenizer):
+    model, weights = model_of(4096)
+    sequences = calibration_sequences(tokenizer.to_str(), model, weights)
+    *text, largest = sequences
+    ids = [token for part in text for token in part]
+    assert all(len(one) <= CALIBRATION_LENGTH for one in sequences)
+    assert largest[0] == np.abs(weights["embedding"]).max(axis=1).argmax()
+    plain = tokenizer.decode([token for token in ids if token > 1], skip_special_tokens=False)
+    assert usual_text().replace("\n\n", "").startswith(plain[:1000])
+    places = [place for place, token in enumerate(ids) if token < 2]
+    assert [ids[place] for place in places] == [n % 2 for n in range(len(places))]
+    assert places[0] == len(tokenizer.encode(usual_text().split("\n\n")[0]).ids)
+
+
+def test_the_tokenizers_beginning_stands_in_front_and_once_not(tokenizer):
+    model, weights = model_of(4096)
+    first, *_, plain = calibration_sequences(begun(tokenizer).to_str(), model, weights)
+    assert first[0] == 0
+    assert plain == first[1 : PLAIN_LENGTH + 1]
+    behind = calibration_sequences(begun(tokenizer).to_str(), model, with_prefix(model, weights, [0, 1]))
+    assert behind == calibration_sequences(tokenizer.to_str(), model, weights)
+
+
+def test_sequences_fit_the_positions_that_are_left(tokenizer):
+    model, weights = model_of(24)
+    for prefix in ([], [0, 1, 1]):
+        found = calibration_sequences(
+            begun(tokenizer).to_str(), model, with_prefix(model, weights, prefix), "a b " * 99
+        )
+        assert {len(one) for one in found} <= set(range(1, 25 - len(prefix)))
+
+
+def test_every_learned_position_is_looked_at(tokenizer):
+    model = describe(vocab_size=270, positions=700)
+    assert max(map(len, calibration_sequences(tokenizer.to_str(), model, random_weights(model)))) == 700
+
+
+def test_texts_that_are_none_are_refused(tokenizer):
+    model, weights = model_of(24)
+    with pytest.raises(UserError, match="the calibration text is empty"):
+        calibration_sequences(tokenizer.to_str(), model, weights, "\n\n")
