@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import subprocess
 import sys
 import threading
@@ -408,7 +409,7 @@ def test_an_attention_module_that_does_not_attend_by_the_interface_is_refused():
 def test_arguments_that_are_not_understood_are_refused_by_name(name):
     """Of families whose eager attention takes them; ignored, they would give other entropies without a word."""
     module = build(LLAMA, attn_implementation="entropi").model.layers[0].self_attn
-    family = type(module).forward.__globals__
+    family = inspect.unwrap(type(module).forward).__globals__
     own = family["eager_attention_forward"]
     q = torch.randn(1, 4, 5, 8)
     if name == "sinks":
