@@ -384,3 +384,15 @@ def test_pickled_weights_are_refused(
     status, _, err = diagnose(folder)
     assert status == 2
     assert "model.safetensors" in err
+
+
+def test_a_model_that_cannot_be_recorded_is_named_once() -> None:
+    from types import SimpleNamespace
+
+    from entropi.errors import UserError
+    from entropi.training.loading import failures_in_one_line
+
+    opened: Any = SimpleNamespace(ours=False, model=torch.nn.Identity())
+    with pytest.raises(UserError) as caught, failures_in_one_line(opened, "diagnosed"):
+        raise ValueError("Identity cannot be recorded: it computes attention itself")
+    assert str(caught.value) == "Identity cannot be diagnosed: it computes attention itself"

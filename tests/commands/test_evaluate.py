@@ -177,7 +177,8 @@ def test_the_whole_text_for_a_model_that_was_not_trained_on_it(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--whole"], "--whole needs --corpus with a text file or a folder of texts"),
+        (["--whole"], "--whole needs --corpus with another text: the run was trained on its own"),
+        (["--whole", "--corpus", "stdlib"], "--whole needs --corpus with a text file or a folder of texts, not stdlib"),
         (["--positions", "5"], "--positions would be ignored without --private"),
         (["--private", "--positions", "0"], "--positions is 0, at least 1 is needed"),
         (["--private", "--positions", "5", "--sequences", "2"], "--positions and --sequences exclude each other"),

@@ -555,6 +555,11 @@ def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
     page = report([folder(tmp_path / "bare", [])], tmp_path / "report.html")
     assert [tag["id"] for tag in page.all("h2")] == ["summary"]
     assert "Nothing is recorded in this folder yet." in page.text
+    begun = [record for record in training() if isinstance(record, TrainingStep)]
+    training_only = report([folder(tmp_path / "begun", [started, *begun])], tmp_path / "begun.html")
+    assert "it has not been evaluated on held-out text" in training_only.text
+    for absent in ("Nothing is recorded", "Every head", "overloaded", "Entropy and training"):
+        assert absent not in training_only.text
     assert not page.all("img")
     assert "None" not in page.text
 

@@ -110,7 +110,8 @@ class Run:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to say of its results."""
-        return not (self.evaluation or self.diagnosis or self.pattern or self.private or self.skipped)
+        said = self.evaluation or self.diagnosis or self.pattern or self.private or self.skipped
+        return not (said or self.steps or self.snapshots)
 
     @property
     def skipped_reasons(self) -> list[tuple[str, int]]:

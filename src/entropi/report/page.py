@@ -408,12 +408,13 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
         "sweep": _sweep(runs, dpi),
     }
 
-    trained = any(run.started for run in runs)
+    trained = any(run.started or run.steps for run in runs)
+    entropies = any(run.diagnosis or run.snapshots for run in runs)
     sections = {
         "summary": "Summary",
         "heads": "Every head" if any(parts["cells"]) else "",
         "comparison": ("Comparison" if several else "In numbers") if parts["columns"] else "",
-        "runs": ("Entropy and training" if trained else "Entropy")
+        "runs": ("Entropy and training" if entropies and trained else "Training" if trained else "Entropy")
         if trained or any(run.diagnosis for run in runs) or any(parts["panels"])
         else "",
         "private": "Private inference" if private_runs else "",

@@ -354,6 +354,8 @@ def open_with_text(
     of_the_run = corpus is None and recipe is not None
     if corpus is None:
         corpus = recipe.corpus if recipe is not None else STDLIB
+    if whole and of_the_run:
+        raise UserError("--whole needs --corpus with another text: the run was trained on its own")
     if whole and not is_plain_text(corpus):
         raise UserError(f"--whole needs --corpus with a text file or a folder of texts, not {corpus}")
     plain = (whole or not opened.ours) and is_plain_text(corpus)
