@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 CHEETAH_TOKENS = 8  # of the one pass with cryptography
 # What a logit may be wrong by, in itself and as a share of the largest. Right runs of small models are wrong by 0.0015
-# with 18 fraction bits and by about 0.02 with 14; of SmolLM2's 30 layers by 0.11 at the worst of six million logits that
-# reach about 25. Wrapped numbers are wrong by whole logits.
+# with 18 fraction bits and by about 0.02 with 14; of SmolLM2's 30 layers by 0.11 at the worst of six million logits, of
+# up to about 25. Wrapped numbers are wrong by whole logits.
 TOLERANCE, RELATIVE_TOLERANCE = 0.1, 5e-3
 PATIENCE_SECONDS = 3600
 
