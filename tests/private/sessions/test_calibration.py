@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from entropi.errors import UserError
-from entropi.private.compute.fixed_point import CALIBRATION_LENGTH
+from entropi.private.compute.description import Description
+from entropi.private.compute.fixed_point import CALIBRATION_LENGTH, measure_ranges, problems, select_fraction_bits
 from entropi.private.compute.prefix import with_prefix
 from entropi.private.compute.settings import Settings
 from entropi.private.sessions.calibration import PLAIN_LENGTH, calibration_sequences, usual_text
@@ -114,3 +115,23 @@ def test_texts_that_are_none_are_refused(tokenizer):
     model, weights = model_of(24)
     with pytest.raises(UserError, match="the calibration text is empty"):
         calibration_sequences(tokenizer.to_str(), model, weights, "\n\n")
+
+
+@pytest.mark.slow
+def test_massive_activations_of_a_pretrained_model_fit(smollm2):
+    """SmolLM2's first token, whatever it is, has rows a thousand times larger than others from layer 12 on."""
+    from entropi.model.decoder import EntropiForCausalLM
+    from entropi.model.folding import fold
+
+    theirs, tokenizer = smollm2
+    folded = fold(EntropiForCausalLM.from_transformers(theirs))
+    model = msgspec.convert(folded.description, Description)
+    weights = {name: weight.astype(np.float32) for name, weight in folded.weights.items()}
+    text = tokenizer.backend_tokenizer.to_str()
+    sequences = [one[:128] for one in calibration_sequences(text, model, weights)]
+    ranges = measure_ranges(model, weights, sequences, "quartic")
+    assert ranges.largest_mean_square["layer 12 norm"] > 2.0**17  # of which the engine's inverse root is 0
+    assert problems(ranges, Settings())
+    settings, _ = select_fraction_bits(model, weights, Settings(), sequences, choose=True)
+    assert settings.fraction_bits == 18
+    assert settings.norm_shifts[0] > 0 > settings.norm_shifts[12]
