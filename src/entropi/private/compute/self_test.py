@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from entropi.private.compute.engine import Simulation
 
 CHEETAH_TOKENS = 8  # of the one pass with cryptography
-# What a logit may be wrong by. Right runs are wrong by 0.0015 with 18 fraction bits and by about 0.02 with 14; wrapped
-# numbers are wrong by whole logits.
-TOLERANCE, RELATIVE_TOLERANCE = 0.1, 1e-3
+# What a logit may be wrong by, in itself and as a share of the largest. Right runs of small models are wrong by 0.0015
+# with 18 fraction bits and by about 0.02 with 14; of SmolLM2's 30 layers by 0.11 at the worst of six million logits, of
+# up to about 25. Wrapped numbers are wrong by whole logits.
+TOLERANCE, RELATIVE_TOLERANCE = 0.1, 5e-3
 PATIENCE_SECONDS = 3600
 
 
