@@ -239,6 +239,24 @@ def test_prompts_that_no_tokenizer_is_to_see(prompt, complaint):
         client.ask("127.0.0.1:1", prompt, 1)  # before anybody is asked
 
 
+def test_a_vocabulary_may_lack_bytes_that_text_does_not_have():
+    """As those of pretrained models do; what cannot be encoded is not sent."""
+    file = byte_level()
+    for letter in (*tokenization._BYTES_UTF8_LACKS, *tokenization._CONTROLS):
+        del file["model"]["vocab"][letter]
+    ids = {name: number for number, name in enumerate(file["model"]["vocab"])}
+    file["model"]["vocab"] = ids
+    encoder = tokenizer_of_stranger(json.dumps(file), SIZE)
+    for text in ("tab\t, line\r\n", "é 你好 🙂", "\x7f"):
+        assert encoder.decode(encoder.encode(text, 99)) == text
+    for text in ("bell \x07", "plane 5: \U00050000"):
+        with pytest.raises(UserError, match="would change this prompt"):
+            encoder.encode(text, 99)
+    del ids["Ċ"]
+    with pytest.raises(UserError, match="1 bytes of text have no token"):
+        tokenizer_of_stranger(json.dumps(file), SIZE)
+
+
 def test_a_text_that_cannot_fit_is_not_encoded():
     encoder = tokenizer_of_stranger(json.dumps(byte_level()), SIZE)
     with pytest.raises(UserError, match="more than 33 tokens of this model can hold"):
@@ -254,29 +272,30 @@ def a_session(prompt, max_new_tokens, positions=32, **options):
     session = client_session.ClientSession(SimpleNamespace(name="there:1"), None, None, question)
     session.welcome = SimpleNamespace(prefix=[], description=SimpleNamespace(positions=positions, vocab_size=SIZE))
     session.tokenizer = tokenizer_of_stranger(json.dumps(byte_level()), SIZE)
-    question.stop_ids = session.tokenizer.ids_of(question.privacy.stop_tokens)
-    question.prompt_ids = session._encode_prompt()
+    session.prepare(question)
     return session
 
 
 def test_prompts_are_filled_up_to_lengths_that_tell_less():
     lengths = set()
     for letters in range(1, 25):
-        session = a_session("x" * letters, 1, pad_to=8)
-        padding = session._padding(letters)
+        padding = a_session("x" * letters, 1, pad_to=8).generation.padding
         assert set(padding) <= {0}
         lengths.add(len(padding) + letters)
     assert lengths == {8, 16, 24}
-    assert a_session("xx", 1)._padding(2) == []
-    public = a_session("xx", 1, pad_to=16, pad_text="public.")
-    fill = public.tokenizer.encode("public.", 99)
-    assert public._padding(2) == fill + fill  # fourteen
-    assert public._padding(9) == fill
-    assert public._padding(10) == fill[1:]
-    assert public._padding(1) == fill[-1:] + fill + fill
-    assert a_session("x" * 30, 1, pad_to=15)._padding(30) == []
+    assert a_session("xx", 1).generation.padding == []
+    fill = a_session("xx", 1).tokenizer.encode("public.", 99)
+
+    def filling(letters):
+        return a_session("x" * letters, 1, pad_to=16, pad_text="public.").generation.padding
+
+    assert filling(2) == fill + fill  # fourteen
+    assert filling(9) == fill
+    assert filling(10) == fill[1:]
+    assert filling(1) == fill[-1:] + fill + fill
+    assert a_session("x" * 30, 1, pad_to=15).generation.padding == []
     with pytest.raises(UserError, match="filled up to 32 it leaves no room for 2 new ones"):
-        a_session("x" * 30, 2, pad_to=8)._padding(30)
+        a_session("x" * 30, 2, pad_to=8)
 
 
 def test_the_client_says_which_tokens_end_an_answer():

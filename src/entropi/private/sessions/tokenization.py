@@ -32,6 +32,11 @@ ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, _CONTRACTIONS + r"\p{N}" + _REST)
+# What the bytes are called that a byte-level vocabulary may lack, as pretrained ones do that were learnt on text: those
+# that UTF-8 never uses or only for planes without characters, and control characters. A prompt with one is refused,
+# like any that would change.
+_BYTES_UTF8_LACKS = frozenset(map(chr, (0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))))
+_CONTROLS = frozenset(chr(256 + byte) for byte in range(0x20) if chr(byte) not in "\t\n\r")
 _standard_error = threading.Lock()
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
@@ -219,11 +224,11 @@ def objections(text: str, vocab_size: int) -> list[str]:
         alphabet = {f"<0x{byte:02X}>" for byte in range(256)}
         forms = _sentencepiece_forms(file)
     else:
-        alphabet = set(ByteLevel.alphabet())
+        alphabet = set(ByteLevel.alphabet()) - _BYTES_UTF8_LACKS - _CONTROLS
         forms = _byte_level_forms(file)
     found += forms
     if missing := alphabet - model.vocab.keys():
-        found.append(f"{len(missing)} of 256 bytes have no token")
+        found.append(f"{len(missing)} bytes of text have no token")
     ids = dict(model.vocab)
     for token in file.added_tokens:
         if ids.setdefault(token.content, token.id) != token.id:
