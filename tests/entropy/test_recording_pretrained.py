@@ -5,7 +5,7 @@ import torch
 
 import entropi
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.pretrained]
 QUESTION, OTHER = "The capital of France is", "The sun rises in the east and sets in"
 
 

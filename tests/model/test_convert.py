@@ -376,6 +376,7 @@ def test_gguf_files_that_cannot_be_used_say_why(entropi, surroundings, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.pretrained
 @torch.no_grad()
 def test_smollm2_from_its_gguf_file(smollm2, smollm2_file, entropi, surroundings, tmp_path):
     """Real weights: the logits of transformers' model, and the answer."""

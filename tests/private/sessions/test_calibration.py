@@ -118,6 +118,7 @@ def test_texts_that_are_none_are_refused(tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.pretrained
 def test_massive_activations_of_a_pretrained_model_fit(smollm2):
     """SmolLM2's first token, whatever it is, has rows a thousand times larger than others from layer 12 on."""
     from entropi.model.decoder import EntropiForCausalLM
