@@ -1,4 +1,4 @@
-"""A pretrained model from its file to the answer that private inference gives: the whole way but for the cryptography."""
+"""A pretrained model from its file to the answer that private inference gives: all but the cryptography."""
 
 import pytest
 
