@@ -514,7 +514,7 @@ def test_commands_of_the_page_parse_and_what_it_links_exists():
     found = [
         match for block in blocks for match in re.findall(r"^(?:.*/bin/)?entropi (.*)$", block, flags=re.MULTILINE)
     ]
-    assert {shlex.split(words)[0] for words in found} == {"certificates", "fold", "serve", "ask"}
+    assert {shlex.split(words)[0] for words in found} == {"certificates", "fold", "serve", "ask", "chat"}
     for words in found:
         cli.build_parser().parse_args(cli._with_underscores(shlex.split(words)))
     for page in ("deploy.md", "security.md"):
