@@ -102,7 +102,7 @@ OPERATIONS = {
         0,
     ),
     "inverse_root of much": (functions.inverse_root, log_uniform(0, 12, 200), lambda x: x**-0.5, 8 * RESOLUTION, 0),
-    "inverse_root of few": (functions.inverse_root, log_uniform(-5, 15, 13), lambda x: x**-0.5, 8 * RESOLUTION, 2e-4),
+    "inverse_root of few": (functions.inverse_root, log_uniform(0, 15, 13), lambda x: x**-0.5, 8 * RESOLUTION, 1e-6),
     "gelu": (functions.gelu, uniform(-12, 12, 400), exact_gelu, 0.0018, 1e-5),
     "gelu, many": (functions.gelu, uniform(-12, 12, 8000), exact_gelu, 0.0018, 1e-5),
     "silu": (functions.silu, uniform(-2.5, 2.5, 400), lambda x: x / (1 + np.exp(-x)), 0.0024, 1e-5),
