@@ -362,6 +362,9 @@ def test_compiled_without_graph_breaks(options):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # opcheck looks there
 def test_the_operator_is_registered_correctly():
     (query, key, value), *_ = make(20, 20, 8)
     inputs = [x.requires_grad_() for x in (query, key, value)]
