@@ -46,10 +46,12 @@ EVERY_SEVENTH_OF_MANY_IS_FAST = {
 # Files that take minutes, the longest first. Workers begin with them, so that none is left with one at the end.
 LONGEST = (
     "private/sessions/test_two_party.py",
+    "private/sessions/test_conversation.py",
     "private/sessions/test_deploy.py",
     "private/admission/test_floods.py",
     "private/admission/test_operations.py",
     "entropy/test_families.py",
+    "private/test_pretrained.py",
     "training/test_study.py",
     "training/test_distributed.py",
     "test_tutorial.py",

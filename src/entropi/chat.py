@@ -45,6 +45,12 @@ class ChatForm(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """The id of the token that ends an answer, if a special token does."""
         return next((piece for piece in self.following if isinstance(piece, int)), None)
 
+    @property
+    def special(self) -> set[int]:
+        """Ids of all special tokens in it."""
+        parts = (self.first, self.answer, self.following, *(self.system or ()))
+        return {piece for pieces in parts for piece in pieces if isinstance(piece, int)}
+
     def with_system(self, prompt: str) -> ChatForm:
         """The form of conversations that begin with this system prompt.
 

@@ -10,6 +10,7 @@ pytest.importorskip("spu")
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers import decoders as decoding
 
+from entropi.chat import ChatForm
 from entropi.errors import UserError
 from entropi.private.sessions import client, client_session, generation, tokenization
 from entropi.private.sessions.privacy import Privacy
@@ -296,6 +297,17 @@ def test_prompts_are_filled_up_to_lengths_that_tell_less():
     assert a_session("x" * 30, 1, pad_to=15).generation.padding == []
     with pytest.raises(UserError, match="filled up to 32 it leaves no room for 2 new ones"):
         a_session("x" * 30, 2, pad_to=8)
+
+
+def test_an_answer_does_not_end_at_a_word_that_a_server_names():
+    session = a_session("x", 4)
+    session.generation.chat = True
+    session.welcome.chat = ChatForm(first=("user: ",), answer=(0, "assistant: "), following=(0, "user: "))
+    session.prepare(session.generation)
+    assert session.generation.stop_ids == [0, 0]
+    session.welcome.chat = ChatForm(first=("user: ",), answer=(0, "assistant: "), following=(257, "user: "))
+    with pytest.raises(UserError, match="special tokens that its tokenizer does not have"):
+        session.prepare(session.generation)
 
 
 def test_the_client_says_which_tokens_end_an_answer():

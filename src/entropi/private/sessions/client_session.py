@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -62,13 +63,23 @@ RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one
 
 
 async def generate(server: ServerAddress, generation: Generation) -> Answer:
+    """The answer to one question, in as many sessions as it may take."""
     started = time.monotonic()
+
+    async def ask() -> Answer:
+        async with open_channel(server) as (http, socket):
+            session = ClientSession(server, http, socket, generation)
+            await session.run()
+            return session.answer(time.monotonic() - started)
+
+    return await with_retries(generation, ask)
+
+
+async def with_retries(generation: Generation, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    """What `ask` returns, which is called again, as often as the generation says, where a session broke."""
     for attempt in itertools.count():
         try:
-            async with open_channel(server) as (http, socket):
-                session = ClientSession(server, http, socket, generation)
-                await session.run()
-                return session.answer(time.monotonic() - started)
+            return await ask()
         except (LostServer, RefusedByServer) as error:
             # Another server may still count the session that broke as under way, or be just starting.
             if attempt == generation.retries or (isinstance(error, RefusedByServer) and attempt == 0):
@@ -272,6 +283,9 @@ class ClientSession:
         form = self.welcome.chat
         if form is None:
             raise UserError(f"the model of {self.where} has no chat template: it continues text (ask without --chat)")
+        # Of a word of answers, an end would tell the server where that word is.
+        if not form.special <= self.tokenizer.special_ids():
+            raise UserError(f"{self.where} sent a chat template with special tokens that its tokenizer does not have")
         return form if generation.system is None else form.with_system(generation.system)
 
     @property

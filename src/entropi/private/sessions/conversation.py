@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import time
 from types import TracebackType
@@ -16,7 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from entropi.errors import UserError
-from entropi.private.sessions.client_session import RETRY_SECONDS, ClientSession
+from entropi.private.sessions.client_session import ClientSession, with_retries
 from entropi.private.sessions.generation import Answer, Generation, Watcher
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
@@ -141,21 +140,17 @@ class Conversation:
 
     async def _answer(self, generation: Generation) -> Answer:
         started = time.monotonic()
-        for attempt in itertools.count():
+
+        async def ask() -> Answer:
             try:
                 await self._ask(generation)
-                assert self._session is not None
-                return self._session.answer(time.monotonic() - started)
-            except (LostServer, RefusedByServer) as error:
-                await self._end()
-                if attempt == self._retries or (isinstance(error, RefusedByServer) and attempt == 0):
-                    raise
-                generation.watcher.status(f"{error}; retry {attempt + 1} of {self._retries}")
-                await asyncio.sleep(RETRY_SECONDS * 2**attempt)
-            except asyncio.CancelledError:  # somebody does not want this answer, which the session would go on with
-                await self._end()
+            except (LostServer, RefusedByServer, asyncio.CancelledError):
+                await self._end()  # also where nobody wants this answer, which the session would go on with
                 raise
-        raise AssertionError
+            assert self._session is not None
+            return self._session.answer(time.monotonic() - started)
+
+        return await with_retries(generation, ask)
 
     async def _ask(self, generation: Generation) -> None:
         """Have a generation answered by the session, or by a new one where there is none or where it has no room."""

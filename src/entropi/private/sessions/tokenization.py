@@ -108,6 +108,10 @@ class Encoder:
         with _one_line("the tokenizer cannot decode the answer"):
             return str(self.tokenizer.decode(ids))
 
+    def special_ids(self) -> set[int]:
+        """Ids of the tokens that no text becomes, and that are not shown."""
+        return {number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+
     def ids_of(self, names: tuple[str, ...] | None) -> list[int]:
         """Ids of tokens by name; of those that end a text, as far as they exist, for None.
 
