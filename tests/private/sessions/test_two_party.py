@@ -262,8 +262,8 @@ def test_meter_names_every_operation_and_agrees_with_the_wire(listened, running,
         print(f"metered {metered}, on the wire {wire}: {1 - metered / wire:.3%} more")
         assert 0.95 * wire < metered < wire
 
-    # A comparison costs about 98 bytes, and two choices that follow from it 32: the row maxima of so short a prompt's pass
-    # are that for every pair of a row's logits.
+    # A comparison costs about 98 bytes, and two choices that follow from it 32: the row maxima of so short a prompt's
+    # pass are that for every pair of a row's logits.
     length = len(record.prompt_tokens)
     maxima = next(s.bytes for s in record.stages if s.name == "max" and s.token == 0)
     assert 50 < maxima / (description.heads * (length + 1) * length * (length - 1) / 6) < 200
