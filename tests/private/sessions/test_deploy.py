@@ -608,9 +608,7 @@ def test_a_server_may_reveal_the_likeliest_tokens_only(reticent, model, scratch)
     happened, stages = [], []
     watcher = Watcher(begin=stages.append, stage=lambda done, _: stages.append(done), status=happened.append)
     answer = alike.ask(PROMPT, 2, watcher=watcher, sampling=Sampling(1.0, seed=3))
-    assert "proposes SM" in happened[0]
-    assert "fraction bits" in happened[0]
-    assert happened[1:] == ["fetching the public token embeddings"]
+    assert happened == ["fetching the public token embeddings"]
     assert stages == [len(stages) - 1, *range(1, len(stages))]  # as many operations as were announced
     ids, random = list(answer.record.prompt_tokens), np.random.default_rng(3)
     for revealed, token in zip(answer.logits, answer.record.new_tokens, strict=True):
@@ -845,9 +843,8 @@ def test_an_answer_is_continued_after_the_line_was_cut(secured, authority, model
         assert np.abs(row - plain_logits(model[1], ids)).max() < TOLERANCE
         ids.append(token)
     assert len(answer.record.new_tokens) == 3
-    assert len(happened) == 2
-    assert "proposes SM" in happened[0]
-    assert "retry 1 of 1" in happened[1]
+    assert len(happened) == 1
+    assert "retry 1 of 1" in happened[0]
     assert "".join(pieces) == answer.record.new_text
     assert sorted({stage.token for stage in answer.record.stages}) == [0, 1, 2]
 

@@ -321,7 +321,9 @@ def test_tokens_are_looked_up_in_pairs(running, model, length):
     prompt = tokenizer.decode(ids)
     assert tokenizer.encode(prompt).ids == ids
     server = client.connect(running.address())
-    assert server.settings == Settings(paired=True)
+    assert server.settings.largest_logit > 0  # what it found of its model
+    found = dict(largest_logit=None, blank_logit=None)
+    assert msgspec.structs.replace(server.settings, **found) == Settings(paired=True)
     begun, done = [], []
     answer = server.ask(prompt, 2, watcher=Watcher(begun.append, lambda number, communication: done.append(number)))
     for logits, token in zip(answer.logits, answer.record.new_tokens, strict=True):
