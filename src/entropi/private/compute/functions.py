@@ -316,7 +316,7 @@ def inverse_root(x: Array) -> Array:
 
 
 def _inverse_root_by_lines(x: Array) -> Array:
-    """1 / sqrt(x) for the same x, relative error 0.0004, 25 KB a number: 27 rounds where the engine's own takes 45.
+    """1 / sqrt(x) for the same x, relative error 0.0004, 21 KB a number: 29 rounds where the engine's own takes 45.
 
     All comparisons with the ends of `_LINES` segments are made at once. The power of four that takes x into [1, 4)
     and the line that is nearest to the inverse root there come of them.
@@ -332,10 +332,10 @@ def _inverse_root_by_lines(x: Array) -> Array:
     table = table.reshape(3, -1, *[1] * x.ndim).astype(x.dtype)
     edges = (4.0 ** powers[:, None] * low).reshape(-1, *[1] * x.ndim)[1:].astype(x.dtype)
 
-    # Steps from one entry to the next; entries by themselves, as their differences would be rounded, and add up.
-    entries = np.stack([table[:, :-1], table[:, 1:]]) * np.ones(x.shape, x.dtype)
-    own, after = jnp.where(x[None] < edges, entries, 0.0).sum(axis=2)
-    scaling, offset, slopes = table[:, -1] + (own - after)
+    # All entries from the number's own on, less all behind it: a sum of steps would add up their roundings.
+    entries = np.concatenate([table[:, :-1], table[:, 1:]]).reshape(6, -1)
+    sums = jnp.tensordot(entries, jnp.where(x[None] < edges, 1.0, 0.0), axes=1)
+    scaling, offset, slopes = table[:, -1] + (sums[:3] - sums[3:])
     return offset - slopes * (x * scaling)
 
 
