@@ -102,7 +102,6 @@ OPERATIONS = {
         0,
     ),
     "inverse_root of much": (functions.inverse_root, log_uniform(0, 12, 200), lambda x: x**-0.5, 8 * RESOLUTION, 0),
-    "inverse_root of few": (functions.inverse_root, log_uniform(0, 15, 13), lambda x: x**-0.5, 8 * RESOLUTION, 1e-6),
     "gelu": (functions.gelu, uniform(-12, 12, 400), exact_gelu, 0.0018, 1e-5),
     "gelu, many": (functions.gelu, uniform(-12, 12, 8000), exact_gelu, 0.0018, 1e-5),
     "silu": (functions.silu, uniform(-2.5, 2.5, 400), lambda x: x / (1 + np.exp(-x)), 0.0024, 1e-5),
@@ -192,7 +191,7 @@ def test_operation_in_plaintext(name):
     with jax.experimental.enable_x64():
         result = jax.jit(function)(jnp.asarray(operand, jnp.float64))  # by itself each operation takes as long
     np.testing.assert_allclose(result, definition(operand.astype(np.float64)), atol=max(absolute, 1e-9), rtol=relative)
-    if not (name.startswith(("gelu", "silu", "exp by")) or "reciprocal" in name or "of few" in name):
+    if not (name.startswith(("gelu", "silu", "exp by")) or "reciprocal" in name):
         np.testing.assert_allclose(result, definition(operand.astype(np.float64)), rtol=1e-9, atol=1e-12)
 
 

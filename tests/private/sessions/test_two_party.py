@@ -314,8 +314,8 @@ def embedding_stages(record):
 
 
 def without_findings(settings):
-    """What a server was told of its settings, without what it found of its model's logits."""
-    return msgspec.structs.replace(settings, largest_logit=None, blank_logit=None)
+    """What a server was told of its settings, without what it found of its model."""
+    return msgspec.structs.replace(settings, norm_shifts=(), largest_logit=None, blank_logit=None)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])

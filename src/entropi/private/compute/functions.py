@@ -8,7 +8,6 @@ with public whole numbers are free; a product with another public number costs 3
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -301,61 +300,13 @@ def _goldschmidt(x: Array, guess: Array, wrong: Array, largest: float) -> Array:
     return guess + guess * wrong
 
 
-_LINES = 16  # for a factor of four: relative error 0.0004
-_FEW_ROOTS = 13  # where bytes of lines are less than what the rounds saved are worth
-
-
 def inverse_root(x: Array) -> Array:
     """1 / sqrt(x) for x in [2^-10, 2^16), error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 2,530 bytes.
 
-    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x: see `fixed_point`. Few
-    numbers begin with `_inverse_root_by_lines`.
+    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x: see `fixed_point`.
     """
-    guess = _root_of_few.bind(x, jaxpr=_lines_for(x.shape)) if x.size <= _FEW_ROOTS else jax.lax.rsqrt(x)
+    guess = jax.lax.rsqrt(x)
     return guess * (1.5 - (x * guess) * (0.5 * guess))
-
-
-def _inverse_root_by_lines(x: Array) -> Array:
-    """1 / sqrt(x) for the same x, relative error 0.0004, 21 KB a number: 29 rounds where the engine's own takes 45.
-
-    All comparisons with the ends of `_LINES` segments are made at once. The power of four that takes x into [1, 4)
-    and the line that is nearest to the inverse root there come of them.
-    """
-    powers = np.arange(-5, 8)  # x = 4^power y, y in [1, 4)
-    ends = np.geomspace(1.0, 4.0, _LINES + 1)
-    low, high = ends[:-1], ends[1:]
-    # The line b (m - y) whose largest relative error, at both ends and at y = m / 3, is smallest.
-    middle = low + np.sqrt(low * high) + high
-    slope = 2 / (np.sqrt(low) * (middle - low) + np.sqrt(middle / 3) * 2 * middle / 3)
-    scale = 2.0 ** -powers[:, None]
-    table = np.stack([np.broadcast_to(scale**2, (13, _LINES)), scale * slope * middle, scale * slope])
-    table = table.reshape(3, -1, *[1] * x.ndim).astype(x.dtype)
-    edges = (4.0 ** powers[:, None] * low).reshape(-1, *[1] * x.ndim)[1:].astype(x.dtype)
-
-    # All entries from the number's own on, less all behind it: a sum of steps would add up their roundings.
-    entries = np.concatenate([table[:, :-1], table[:, 1:]]).reshape(6, -1)
-    sums = jnp.tensordot(entries, jnp.where(x[None] < edges, 1.0, 0.0), axes=1)
-    scaling, offset, slopes = table[:, -1] + (sums[:3] - sums[3:])
-    return offset - slopes * (x * scaling)
-
-
-@functools.cache
-def _lines_for(shape: tuple[int, ...]) -> Any:
-    """What the secure engine computes of so many numbers, from which its price follows."""
-    return jax.make_jaxpr(_inverse_root_by_lines)(jax.ShapeDtypeStruct(shape, np.float32))
-
-
-# Lines for the secure engine, and the root itself in plaintext, as the engine's own is there: what a row of any size
-# becomes has to be known before it is moved to where lines are right.
-_root_of_few = Primitive("inverse_root_of_few")
-_root_of_few.def_impl(lambda x, jaxpr: jax.lax.rsqrt(x))
-_root_of_few.def_abstract_eval(lambda x, jaxpr: ShapedArray(x.shape, x.dtype))
-mlir.register_lowering(_root_of_few, mlir.lower_fun(lambda x, jaxpr: jax.lax.rsqrt(x), multiple_results=False))
-mlir.register_lowering(
-    _root_of_few,
-    mlir.lower_fun(lambda x, jaxpr: _inverse_root_by_lines(x), multiple_results=False),
-    platform="interpreter",
-)
 
 
 # GELU(x) = relu(x) - g(|x|), g(a) = a P(N > a) falls to nothing beyond _GELU_END. With u = max(_GELU_END - a, 0) the
