@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from entropi import records
 from entropi.console import ProgressLine, make_console, without_controls
+from entropi.errors import UserError
 
 ANSWER_CONTROLS = "\n\t"  # of an answer's control characters, those that belong to text; --json has all of them
 
@@ -64,6 +66,12 @@ class AnswerDisplay:
 
     def status(self, happening: str) -> None:
         self._console.print(without_controls(happening), markup=False)
+
+
+def check_run_folder(record: Path | None) -> None:
+    """Raise `UserError` for a run folder to record answers in that is not there."""
+    if record is not None and not record.is_dir():
+        raise UserError(f"there is no run folder {record} to add the record to")
 
 
 def summary(run: records.PrivateRun) -> str:

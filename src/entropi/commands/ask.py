@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from entropi import record_files
-from entropi.commands.answers import AnswerDisplay, summary
+from entropi.commands.answers import AnswerDisplay, check_run_folder, summary
 from entropi.commands.common import (
     Command,
     Words,
     check_parents,
     print_json,
-    read_text,
+    read_given,
     secure_engine,
     terminated_like_interrupted,
 )
@@ -90,13 +90,11 @@ def run(
 
         engine_version()  # the engine itself runs in a process of its own
     sampling = Sampling(temperature, top_k, seed)
-    own = read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
-    filling = read_text(pad_with, "the filling") if pad_with is not None else None
+    own, filling = read_given(tokenizer, "the tokenizer"), read_given(pad_with, "the filling")
     privacy = Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, full_length, no_prefix)
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     check_parents(logits)
-    if record is not None and not record.is_dir():
-        raise UserError(f"there is no run folder {record} to add the record to")
+    check_run_folder(record)
 
     check = None
     chat = chat or system_prompt is not None

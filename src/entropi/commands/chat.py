@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any
 
 from entropi import record_files
-from entropi.commands.answers import ANSWER_CONTROLS, AnswerDisplay, summary
-from entropi.commands.common import Command, Words, read_text, secure_engine, terminated_like_interrupted
+from entropi.commands.answers import ANSWER_CONTROLS, AnswerDisplay, check_run_folder, summary
+from entropi.commands.common import Command, Words, read_given, secure_engine, terminated_like_interrupted
 from entropi.console import make_console, without_controls
 from entropi.errors import UserError
 
@@ -75,8 +75,7 @@ def run(
         from entropi.private.wire.versions import engine_version
 
         engine_version()  # the engine itself runs in a process of its own
-    own = read_text(tokenizer, "the tokenizer") if tokenizer is not None else None
-    filling = read_text(pad_with, "the filling") if pad_with is not None else None
+    own, filling = read_given(tokenizer, "the tokenizer"), read_given(pad_with, "the filling")
     options: dict[str, Any] = dict(
         system=system_prompt,
         max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
@@ -87,8 +86,7 @@ def run(
     )
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}, at least 1 is needed")
-    if record is not None and not record.is_dir():
-        raise UserError(f"there is no run folder {record} to add the record to")
+    check_run_folder(record)
 
     connection = connect(server, tls_files(tls_cert, tls_key, server_ca, "--server-ca"))
     connection.check_chat()

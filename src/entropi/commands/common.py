@@ -141,6 +141,11 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def read_given(path: Path | None, what: str) -> str | None:
+    """`read_text` of a file that may be left out; None then."""
+    return None if path is None else read_text(path, what)
+
+
 def check_parents(*paths: Path | None) -> None:
     """Refuse, before long work, files to write whose folders do not exist, or that are folders.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from entropi.commands.common import (
     Command,
     print_json,
-    read_text,
+    read_given,
     refuse_ignored_softmax,
     secure_engine,
     terminated_like_interrupted,
@@ -142,10 +142,8 @@ def _in_private(model: str, text: _Text, options: _Private, json: bool) -> None:
     if options.positions is not None and options.positions < 1:
         raise UserError(f"--positions is {options.positions}, at least 1 is needed")
     form = str(parse_for_exact(options.softmax or USUAL_FOR_EXACT, "--softmax"))
-    prefix = read_text(options.prefix_file, "the prefix") if options.prefix_file is not None else None
-    calibration = None
-    if options.calibration_text is not None:
-        calibration = read_text(options.calibration_text, "the calibration text")
+    prefix = read_given(options.prefix_file, "the prefix")
+    calibration = read_given(options.calibration_text, "the calibration text")
     with secure_engine():
         from entropi.private.compute.folded import load_description
         from entropi.private.compute.settings import Settings

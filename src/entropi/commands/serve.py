@@ -15,7 +15,7 @@ from entropi.commands import fold
 from entropi.commands.common import (
     Command,
     check_parents,
-    read_text,
+    read_given,
     refuse_ignored_softmax,
     refuse_unknown_families,
     secure_engine,
@@ -152,10 +152,10 @@ def run(
         max_startups,
         source_startups,
     )
-    prefix = read_text(prefix_file, "the prefix") if prefix_file is not None else None
+    prefix = read_given(prefix_file, "the prefix")
     if prefix is not None and (chat or system_prompt is not None):
         raise UserError("give --prefix-file, or --chat or --system-prompt, which make a prefix of the chat template")
-    calibration = read_text(calibration_text, "the calibration text") if calibration_text is not None else None
+    calibration = read_given(calibration_text, "the calibration text")
 
     # Mistakes are told before a model is folded, which takes a while.
     tls = tls_files(tls_cert, tls_key, clients_ca, "--clients-ca")

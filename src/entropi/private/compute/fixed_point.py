@@ -21,7 +21,7 @@ from entropi.errors import UserError
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.embedding import pair_limit
 from entropi.private.compute.program import Stage, cached_tokens, run_plain
-from entropi.private.compute.settings import Settings
+from entropi.private.compute.settings import MOST_SHIFT, Settings
 
 # What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
 LEAST_FRACTION_BITS, MOST_FRACTION_BITS = 14, 22
@@ -35,7 +35,6 @@ _TYPICAL_BITS = 5
 SQUARE_HEADROOM = HEADROOM**2
 # Where a norm's smallest row has a mean square below the first, rows are moved up until it reaches the second.
 _FAINT, _CLEAR = 2.0**-6, 2.0**-3
-MOST_SHIFT = 12  # of `Settings.norm_shifts`
 CALIBRATION_LENGTH = 512  # tokens of a sequence of calibration text
 SWEEP_LENGTH = 128  # tokens a sequence, where every token of the vocabulary is looked at once
 # Bounds the look at every token; GPT-2 small's 50,257 need 1.2e13: nine minutes of two cores with other work.

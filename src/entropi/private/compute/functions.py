@@ -144,7 +144,7 @@ def _best_arity(lengths: np.ndarray, copies: int) -> int:
     def price(arity: int) -> float:
         total, left = 0.0, lengths
         while left.max() > 1:
-            sizes = _group_sizes(left, arity).astype(np.int64)
+            sizes = _group_sizes(left, arity)
             pairs = copies * int((sizes * (sizes - 1) // 2).sum())
             chain = 1 if arity == 2 else int(sizes.max()) - 1
             selects = pairs if arity == 2 else 2 * pairs
@@ -158,7 +158,9 @@ def _best_arity(lengths: np.ndarray, copies: int) -> int:
 
 def _group_sizes(lengths: np.ndarray, most: int) -> np.ndarray:
     """Sizes of the groups of up to `most` elements, as equal as they can be, that segments are divided into."""
-    return np.concatenate([np.diff(np.linspace(0, n, -(-n // most) + 1).astype(int)) for n in lengths])
+    groups = -(-lengths // most)
+    place = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)  # of a group in its segment
+    return np.repeat(lengths // groups, groups) + (place < np.repeat(lengths % groups, groups))
 
 
 def _largest_of_pairs(packed: Array, sizes: np.ndarray) -> Array:

@@ -14,7 +14,8 @@ CLIENT: Literal[1] = 1
 MOST_MEMORY_GB = 1_000_000  # which no machine has; a system's numbers end at 2^63 bytes
 
 
-NormShift: TypeAlias = Annotated[int, msgspec.Meta(ge=-12, le=12)]
+MOST_SHIFT = 12  # of `Settings.norm_shifts`
+NormShift: TypeAlias = Annotated[int, msgspec.Meta(ge=-MOST_SHIFT, le=MOST_SHIFT)]
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
