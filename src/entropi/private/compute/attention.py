@@ -15,6 +15,7 @@ from jax import Array
 
 from entropi.private.compute.description import MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.functions import (
+    bilinear,
     inverse_root,
     power,
     product_bytes,
@@ -30,8 +31,10 @@ from entropi.private.compute.layers import plain_and_gained
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
-def project(state: Array, matrix: Array, bias: Array, *, model: Description, rows: int) -> tuple[Array, ...]:
-    """`(m, d)` -> q `(H, r, k)`, k and v `(G, m, k)`; one wide product where every row's query is needed.
+def project(
+    state: Array, matrix: Array, bias: Array, *, model: Description, rows: int, wide: bool = False
+) -> tuple[Array, ...]:
+    """`(m, d)` -> q `(H, r, k)`, k and v `(G, m, k)`; one wide product where every row's query is needed, or if `wide`.
 
     Where queries and keys are normalised also their rows without the norms' gains, `(H r + G m, k)`. Columns of
     `matrix` are queries, plain queries, keys, values and plain keys.
@@ -42,9 +45,9 @@ def project(state: Array, matrix: Array, bias: Array, *, model: Description, row
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0], -1, model.head_size).transpose(1, 0, 2)
 
-    if rows == state.shape[0]:
+    if rows == state.shape[0] or wide:
         joint = times_matrix(state, matrix) + bias
-        query, rest = joint[:, :asking], joint[:, asking:]
+        query, rest = joint[-rows:, :asking], joint[:, asking:]
     else:
         query = state[-rows:] @ matrix[:, :asking] + bias[:asking]
         rest = times_matrix(state, matrix[:, asking:]) + bias[asking:]
@@ -84,9 +87,10 @@ def project_and_place(
     rows: int,
     past: int,
     frequencies: Sequence[float],
+    wide: bool = False,
 ) -> tuple[Array, ...]:
     """Both at once, where nothing is between them."""
-    placed = project(state, matrix, bias, model=model, rows=rows)
+    placed = project(state, matrix, bias, model=model, rows=rows, wide=wide)
     return place(*placed, *cached, frequencies=frequencies, past=past)
 
 
@@ -122,6 +126,7 @@ def visible(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
+@bilinear
 def scores(query: Array, key: Array) -> Array:
     """`(H, n)` logits of the visible pairs.
 
@@ -152,7 +157,7 @@ def block_rows(blocks: Array) -> Array:
     """Blocks `(G, a, b)` on the diagonal of `(G a, G b)`, zeros elsewhere; public, so that nothing is sent."""
     groups, high, wide = blocks.shape
     where = np.eye(groups, dtype=bool)[:, None, :, None]
-    return jnp.where(where, blocks[:, :, None, :], 0.0).reshape(groups * high, groups * wide)
+    return jnp.where(where, blocks[:, :, None, :], jnp.zeros((), blocks.dtype)).reshape(groups * high, groups * wide)
 
 
 def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
@@ -175,19 +180,31 @@ def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: in
 
 def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, Array]:
     """Packed weights `(H, n)` and v `(G, s, k)` -> unnormalised heads `(H, r, k)` and row sums `(H, r)`."""
-    heads, (groups, keys, width) = weights.shape[0], value.shape
+    totals = as_rectangle(weights, rows, value.shape[1]).sum(axis=-1)
+    return mix(weights, value, rows=rows), totals
+
+
+def as_rectangle(weights: Array, rows: int, keys: int) -> Array:
+    """Packed weights `(H, n)` as `(H, r, s)`, zero where nothing is seen."""
+    heads = weights.shape[0]
     row, column = visible(rows, keys)
     where = np.full((rows, keys), len(row))  # one entry past the end holds the zero of the future
     where[row, column] = np.arange(len(row))
     padded = jnp.concatenate([weights, jnp.zeros((heads, 1), weights.dtype)], axis=1)
+    return padded[:, where.reshape(-1)].reshape(heads, rows, keys)
+
+
+@partial(bilinear, static_argnames=("rows",))
+def mix(weights: Array, value: Array, *, rows: int) -> Array:
+    """Packed weights `(H, n)` times v `(G, s, k)`: `(H, r, k)`, before any division."""
+    heads, (groups, keys, width) = weights.shape[0], value.shape
     shared = heads // groups * rows
-    matrix = padded[:, where.reshape(-1)].reshape(groups, shared, keys)
-    totals = matrix.sum(axis=-1).reshape(heads, rows)
+    matrix = as_rectangle(weights, rows, keys).reshape(groups, shared, keys)
     if product_bytes(shared, groups * keys, groups * width) < groups * product_bytes(shared, keys, width):
         # All heads side by side in one product, as in `scores`: their values on the diagonal.
         joint = matrix.transpose(1, 0, 2).reshape(shared, groups * keys) @ block_rows(value)
-        return joint.reshape(shared, groups, width).transpose(1, 0, 2).reshape(heads, rows, width), totals
-    return (matrix @ value).reshape(heads, rows, width), totals
+        return joint.reshape(shared, groups, width).transpose(1, 0, 2).reshape(heads, rows, width)
+    return (matrix @ value).reshape(heads, rows, width)
 
 
 def normalise(heads: Array, totals: Array, *, keys: int) -> Array:

@@ -25,6 +25,7 @@ from spu.utils import frontend
 
 from entropi.private.compute.program import Comparable, Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.compute.shares import numbers_of, share_of
 from entropi.records import StageCommunication
 
 # One party may compute locally for minutes while the other waits; a dead peer is noticed on the control channel.
@@ -114,6 +115,51 @@ class Engine:
         theirs.share_chunks = chunks
         value = self._io.reconstruct([theirs, share])
         return np.asarray(value), sum(len(chunk) for chunk in chunks)
+
+    def hold_whole(self, name: str, shape: tuple[int, ...], value: np.ndarray | None) -> None:
+        """Hold private whole numbers modulo 2^64, as `hold` does real ones; for stages that are traced with x64."""
+        owner = self.rank if value is not None else 1 - self.rank
+        array = np.zeros(shape, np.int64) if value is None else np.ascontiguousarray(value).view(np.int64)
+        shares = self._io.make_shares(array, libspu.Visibility.VIS_SECRET, owner)
+        self._runtime.set_var(name, shares[self.rank])
+        self._tracer.shapes[name] = jax.ShapeDtypeStruct(shape, np.int64)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """This party's share of a value, `uint64`: both parties' sum is the value, 2^`fraction_bits` times, modulo 2^64."""
+        return numbers_of(self._runtime.get_var(name), self.rank)
+
+    def set_numbers(self, name: str, numbers: np.ndarray) -> None:
+        """Hold a secret real value of which these are this party's share."""
+        self._runtime.set_var(name, share_of(numbers))
+        self._tracer.shapes[name] = jax.ShapeDtypeStruct(numbers.shape, np.float32)
+
+    def drop(self, name: str) -> None:
+        """Forget a value."""
+        self._runtime.del_var(name)
+        del self._tracer.shapes[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a value."""
+        shape: tuple[int, ...] = self._tracer.shapes[name].shape
+        return shape
+
+    def send(self, content: bytes) -> None:
+        """Send the other party some bytes."""
+        self._link.send(1 - self.rank, content)
+
+    def receive(self, size: int) -> bytes:
+        """What the other party sent, which has to have this size.
+
+        Raises:
+            EngineError: another size, or the other party is gone.
+        """
+        try:
+            content: bytes = self._link.recv(1 - self.rank)
+        except RuntimeError as error:
+            raise EngineError(one_line(error, "nothing came from the other party")) from None
+        if len(content) != size:
+            raise EngineError(f"the other party sent {len(content)} bytes, expected {size}")
+        return content
 
     def close(self) -> None:
         """Leave the link once the other party has received everything."""

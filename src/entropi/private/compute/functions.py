@@ -9,7 +9,8 @@ with public whole numbers are free; a product with another public number costs 3
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,21 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# Bilinear functions of secret values, which can be prepared before these are known: see `preparation.cutting`.
+BILINEAR: set[str] = set()
+
+
+def bilinear(function: Function, **options: Any) -> Function:
+    """`function`, as one operation in every trace, found there by its name: products of its two operands, or of one.
+
+    It is linear in each operand, and moves nothing else: the rest of the product is local on shares.
+    """
+    BILINEAR.add(function.__name__)
+    result: Function = jax.jit(function, **options)
+    return result
+
 
 CIPHERTEXT = 8192  # numbers in one ciphertext
 _SENT_BYTES, _ANSWER_BYTES = 175_000, 262_000  # of a matrix product's ciphertexts, measured
@@ -36,6 +52,7 @@ def product_bytes(rows: int, inner: int, columns: int) -> int:
     return 2 * (sent * _SENT_BYTES + -(-rows * columns // CIPHERTEXT) * _ANSWER_BYTES)
 
 
+@bilinear
 def times_matrix(x: Array, matrix: Array) -> Array:
     """`(n, d)` times the server's `(d, m)`, in pieces of 128 rows or more that fit its memory.
 
@@ -87,6 +104,7 @@ mlir.register_lowering(
 )
 
 
+@bilinear
 def square(x: Array) -> Array:
     """x^2 for |x| < 2^12, error 2^-16 (1 + |x|); 110 bytes where x * x costs 168. Few numbers: x * x, 240 bytes.
 
@@ -108,6 +126,12 @@ def in_full_ciphertexts(function: Callable[[Array], Array], x: Array) -> Array:
         return function(x)
     parts = [function(flat[:-rest]), function(flat[-rest:])]
     return jnp.concatenate(parts).reshape(x.shape)
+
+
+@bilinear
+def times(x: Array, y: Array) -> Array:
+    """x y, number by number; 168 bytes."""
+    return x * y
 
 
 def relu(x: Array) -> Array:
@@ -364,6 +388,7 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1.0 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+@partial(bilinear, static_argnames=("private",))
 def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
     """Row i of `x` `(..., n, d)` times `factor` `(..., n)`, which one party knows if `private`.
 
@@ -382,7 +407,7 @@ def scale_rows(x: Array, factor: Array, *, private: bool = False) -> Array:
     blocks = x.reshape(-1, block, width)
     factors = factor.reshape(-1, block)
     # Chosen by a public mask, the server's factors stay the server's, and its product with them costs half.
-    diagonal = jnp.where(np.eye(block, dtype=bool), factors[..., None], 0.0)
+    diagonal = jnp.where(np.eye(block, dtype=bool), factors[..., None], jnp.zeros((), factors.dtype))
     return (diagonal @ blocks).reshape(x.shape)
 
 
@@ -396,6 +421,7 @@ def shared(x: Array, other: Array) -> Array:
     return joint[np.arange(x.size)].reshape(x.shape)
 
 
+@bilinear
 def sums_of_squares(x: Array) -> Array:
     """Sum of squares of every row, `(n, d)` -> `(n,)`, error 2^-18 whatever d.
 

@@ -19,6 +19,7 @@ from entropi.private.compute.functions import (
     silu_exact,
     square,
     sums_of_squares,
+    times,
     times_matrix,
     top_k,
 )
@@ -69,13 +70,13 @@ def add_normalised(plain: Array, gained: Array, base: Array, *, epsilon: float) 
 def bilinear(hidden: Array) -> Array:
     """Left half times right half, elementwise."""
     width = hidden.shape[1] // 2
-    return hidden[:, :width] * hidden[:, width:]
+    return times(hidden[:, :width], hidden[:, width:])
 
 
 def swiglu(hidden: Array) -> Array:
     """SiLU of the left half times the right half, elementwise (Llama)."""
     width = hidden.shape[1] // 2
-    return silu(hidden[:, :width]) * hidden[:, width:]
+    return times(silu(hidden[:, :width]), hidden[:, width:])
 
 
 def swiglu_exact(hidden: Array) -> Array:
@@ -87,7 +88,7 @@ def swiglu_exact(hidden: Array) -> Array:
 def geglu(hidden: Array) -> Array:
     """GELU of the left half times the right half, elementwise (Gemma)."""
     width = hidden.shape[1] // 2
-    return gelu(hidden[:, :width]) * hidden[:, width:]
+    return times(gelu(hidden[:, :width]), hidden[:, width:])
 
 
 def geglu_exact(hidden: Array) -> Array:

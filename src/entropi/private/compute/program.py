@@ -91,6 +91,7 @@ def forward(
     logit_bits: int | None = None,
     every_row: bool = False,
     norm_shifts: Sequence[int] = (),
+    prepared: bool = False,
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
@@ -103,6 +104,7 @@ def forward(
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
+    With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more.
     `norm_shifts` are those of the settings: what rows are multiplied by, as powers of two, before norms of the state.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -130,7 +132,7 @@ def forward(
             yield from feed_forward(model, layer, rows, read, "base")
             base = "base" if has_ffn else "state"
 
-        yield from attention_stages(model, layer, rows, new, past, softmax, read)
+        yield from attention_stages(model, layer, rows, new, past, softmax, read, prepared)
         weights = (f"{layer}.output", f"{layer}.output_bias")
         if model.branch_norm:
             yield Stage("output", layer, merge_before_norm, ("heads", *weights), ("plain", "gained"))
@@ -177,21 +179,21 @@ def norm_stages(model: Description, layer: int, norm_shifts: Sequence[int], resu
 
 
 def attention_stages(
-    model: Description, layer: int, rows: int, new: int, past: int, softmax: SoftmaxForm, read: str
+    model: Description, layer: int, rows: int, new: int, past: int, softmax: SoftmaxForm, read: str, prepared: bool = False
 ) -> Iterator[Stage]:
     """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
     w, keys = f"{layer}.", past + new
     cached = (w + "k", w + "v") if past else ()
     weights, where = (read, w + "qkv", w + "qkv_bias"), dict[str, Any](frequencies=model.frequencies(layer), past=past)
     if model.query_key_norm:
-        projection = partial(project, model=model, rows=rows)
+        projection = partial(project, model=model, rows=rows, wide=prepared)
         yield Stage("qkv", layer, projection, weights, ("q", "new_k", "new_v", "plain"))
         norm = partial(normalise_heads, epsilon=model.norm_epsilon)
         yield Stage("norm", layer, norm, ("plain", "q", "new_k"), ("q", "new_k"))
         placing = partial(place, **where)
         yield Stage("qkv", layer, placing, ("q", "new_k", "new_v", *cached), ("q", w + "k", w + "v"))
     else:
-        projection = partial(project_and_place, model=model, rows=rows, **where)
+        projection = partial(project_and_place, model=model, rows=rows, wide=prepared, **where)
         yield Stage("qkv", layer, projection, (*weights, *cached), ("q", w + "k", w + "v"))
 
     if model.temperature:
@@ -236,7 +238,9 @@ def head_stages(
         yield Stage("round", -1, partial(rounded, bits=logit_bits), (result,), (result,))
 
 
-def stages_of_pass(model: Description, settings: Settings, new: int, past: int) -> Iterator[Stage]:
+def stages_of_pass(
+    model: Description, settings: Settings, new: int, past: int, *, every_row: bool = False, prepared: bool = False
+) -> Iterator[Stage]:
     """`forward` as these settings have it: what both parties run, and what the client counts."""
     return forward(
         model,
@@ -249,7 +253,9 @@ def stages_of_pass(model: Description, settings: Settings, new: int, past: int) 
         output=settings.output,
         choices=settings.choices,
         logit_bits=settings.logit_bits,
+        every_row=every_row,
         norm_shifts=settings.norm_shifts,
+        prepared=prepared,
     )
 
 

@@ -1,0 +1,50 @@
+"""One party's share of a value: what is in SPU's form of it, and made anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from spu import libspu
+
+_ADDITIVE = "cheetah.AShr<FM64>"  # numbers whose sum over both parties is the value, modulo 2^64
+_PRIVATE = "Priv2k<FM64,"  # and the rank of the party that knows the value; the other one holds anything
+
+
+def numbers_of(share: Any, rank: int) -> NDArray[np.uint64]:
+    """What party `rank` holds of a value: the sum of both parties' numbers is the value, modulo 2^64.
+
+    Raises:
+        ValueError: a share of another form.
+    """
+    meta = libspu.ValueMeta()
+    meta.ParseFromString(share.meta)
+    shape, storage = tuple(meta.shape.dims), meta.storage_type
+    if storage.startswith(_PRIVATE) and storage != f"{_PRIVATE}{rank}>":
+        return np.zeros(shape, np.uint64)
+    if storage != _ADDITIVE and not storage.startswith(_PRIVATE):
+        raise ValueError(f"a share is stored as {storage}")
+
+    content = np.empty(int(np.prod(shape, dtype=np.int64)), "<u8")
+    room = content.view(np.uint8)
+    for part in share.share_chunks:
+        chunk = libspu.ValueChunk()
+        chunk.ParseFromString(part)
+        piece = np.frombuffer(chunk.content, np.uint8)
+        room[chunk.chunk_offset : chunk.chunk_offset + len(piece)] = piece
+    return content.astype(np.uint64, copy=False).reshape(shape)
+
+
+def share_of(numbers: NDArray[np.uint64]) -> Any:
+    """A share of fixed-point numbers, secret from both parties, whose part is `numbers`."""
+    meta = libspu.ValueMeta()
+    meta.data_type, meta.visibility = libspu.DataType.DT_F32, libspu.Visibility.VIS_SECRET
+    meta.shape, meta.storage_type = list(numbers.shape), _ADDITIVE
+
+    chunk = libspu.ValueChunk()
+    chunk.content = np.ascontiguousarray(numbers, "<u8").tobytes()
+    chunk.total_bytes, chunk.chunk_offset = len(chunk.content), 0
+    share = libspu.Share()
+    share.meta, share.share_chunks = meta.SerializeToString(), [chunk.SerializeToString()]
+    return share

@@ -1,0 +1,87 @@
+"""The bilinear functions that can be prepared, modulo 2^64, and which random numbers one session of them takes.
+
+Notation as in `compute.program`. A session of T tokens, whichever passes it comes in, takes
+
+- of a product with the server's matrix W `(d, m)`: R `(T, d)`, which the client draws, and shares of R W; its row t
+  is for the token at position t;
+- of scores: shares of A `(H, T, k)` and B `(G, T, k)`, and of their products, packed as `attention.scores` packs pairs;
+- of mixed values: shares of A `(H, T (T + 1) / 2)`, packed, and B `(G, T, k)`, and of their products `(H, T, k)`;
+- of what is multiplied number by number: shares of as many random numbers and of their products.
+
+Keys and values are masked by row t of B as their token is, in all passes: they are opened once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from entropi.private.compute.attention import visible
+from entropi.private.preparation.cutting import Product
+from entropi.private.preparation.ring import Ring
+
+# Who masks what: of two shared operands both parties open both; of a square its one; of a server's matrix or factors
+# the client alone draws the mask, and the server alone sees the other operand under it.
+Masking: TypeAlias = Literal["pair", "self", "server"]
+
+
+def packed_size(rows: int) -> int:
+    """Pairs of a row and a key it sees, of the first `rows` tokens."""
+    return rows * (rows + 1) // 2
+
+
+def _scores(query: Ring, key: Ring) -> Ring:
+    """`(H, r, k)`, `(G, s, k)` -> packed `(H, n)`."""
+    (heads, rows, width), (groups, keys, _) = query.shape, key.shape
+    joint = query.reshape(groups, -1, width) @ key.transpose(0, 2, 1)
+    row, column = visible(rows, keys)
+    return joint.reshape(heads, rows * keys)[:, row * keys + column]
+
+
+def _mix(weights: Ring, value: Ring) -> Ring:
+    """Packed `(H, n)`, `(G, s, k)` -> `(H, r, k)`."""
+    (heads, pairs), (groups, keys, width) = weights.shape, value.shape
+    rows = _rows(pairs, keys)
+    row, column = visible(rows, keys)
+    matrix = np.zeros((heads, rows, keys), np.uint64)
+    matrix[:, row, column] = weights
+    return (matrix.reshape(groups, -1, keys) @ value).reshape(heads, rows, width)
+
+
+def _rows(pairs: int, keys: int) -> int:
+    """How many rows, the last of them seeing `keys`, have so many pairs."""
+    return next(rows for rows in range(1, keys + 1) if packed_size(keys) - packed_size(keys - rows) == pairs)
+
+
+def bilinear(kind: str, x: Ring, y: Ring) -> Ring:
+    """What a product of this kind is of two operands, modulo 2^64; a square's, and a sum of squares', are of two, too."""
+    if kind == "times_matrix":
+        return x @ y
+    if kind == "scores":
+        return _scores(x, y)
+    if kind == "mix":
+        return _mix(x, y)
+    if kind == "scale_rows":
+        return x * y[..., None]
+    if kind == "sums_of_squares":
+        result: Ring = (x * y).sum(axis=-1, dtype=np.uint64)
+        return result
+    assert kind in ("times", "square"), kind
+    return x * y
+
+
+def masking(product: Product, of_server: set[str]) -> Masking:
+    """Who masks the operands of a product, of which those named `of_server` are the server's."""
+    if len(product.operands) == 1:
+        return "self"
+    return "server" if product.operands[1] in of_server else "pair"
+
+
+def pool_of(product: Product) -> str | None:
+    """The pool from which a product takes what it needs, None if it has a place of its own."""
+    if product.kind in ("square", "times"):
+        return product.kind
+    if product.kind in ("scale_rows", "sums_of_squares"):
+        return f"{product.kind} {product.shapes[0][-1]}"
+    return None
