@@ -308,6 +308,13 @@ class StageCommunication(msgspec.Struct, kw_only=True):
         return self.sent_messages + self.received_messages
 
 
+def combined(parts: Sequence[StageCommunication]) -> StageCommunication:
+    """What parts of one operation cost together, under the name of the first."""
+    first = parts[0]
+    sums = ("seconds", "sent_bytes", "received_bytes", "sent_messages", "received_messages")
+    return msgspec.structs.replace(first, **{name: sum(getattr(part, name) for part in parts) for name in sums})
+
+
 class PrivateRun(Base, tag="private"):
     """One private generation as the client saw it. The prompt is the client's own and stays on its side."""
 

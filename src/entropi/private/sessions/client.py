@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from entropi.errors import UserError
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import Settings, trust
+from entropi.private.preparation.store import Store
 from entropi.private.sessions.client_session import generate
 from entropi.private.sessions.conversation import Conversation
 from entropi.private.sessions.generation import Answer, Generation, Watcher
@@ -87,12 +88,14 @@ class Connection:
         memory_gb: float | None = None,
         chat: bool = False,
         system: str | None = None,
+        store: Store | None = None,
     ) -> Answer:
         """Let the model continue `prompt` without showing it.
 
         Args:
             chat: put the prompt into the model's chat template, so that it is answered rather than continued.
             system: prompt that the chat begins with, as private as the other.
+            store: of prepared material; used where the server has its half of it.
             retries: so many times a session that broke is continued in a new one, with the tokens received so far
                 as part of the prompt; each costs a pass over all of it.
             memory_gb: most memory of this side's party, in 10^9 bytes; by default what the model needs, with room;
@@ -102,7 +105,7 @@ class Connection:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
         generation = Generation(
-            prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, system
+            prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, store, system
         )
         generation.digest = self._welcome.digest()
         return asyncio.run(generate(self._server, generation))
@@ -191,6 +194,7 @@ def ask(
     memory_gb: float | None = None,
     chat: bool = False,
     system: str | None = None,
+    store: Store | None = None,
 ) -> Answer:
     """`connect` and `Connection.ask` in one, over one connection.
 
@@ -198,6 +202,6 @@ def ask(
         UserError: as for these.
     """
     generation = Generation(
-        prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, system
+        prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, store, system
     )
     return asyncio.run(generate(ServerAddress.at(server, tls), generation))

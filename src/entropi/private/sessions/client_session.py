@@ -22,7 +22,10 @@ from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.sessions.generation import Answer, Generation
 from entropi.private.sessions.memory import memory_for, unread_for
+from entropi.private.preparation.ring import Ring
+from entropi.private.sessions.material import Material
 from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
 from entropi.private.sessions.plausibility import implausible
 from entropi.private.sessions.tokenization import (
     Encoder,
@@ -57,8 +60,6 @@ from entropi.private.wire.tunnel import LinkBroken, Tunnel
 from entropi.records import PrivateRun, StageCommunication
 from entropi.temporary import swept_folder
 
-LINK_SECONDS = 60
-GRACE_SECONDS = 3.0  # for a party to say why its link broke
 RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one
 
 
@@ -105,7 +106,7 @@ class Turns(Protocol):
         """The next message, `prepare`d, once there is one; None at the end. The one before it is answered."""
 
 
-class ClientSession:
+class ClientSession(PartySession):
     """As much of a generation as one connection answers; in a conversation, of as many as there are `turns`."""
 
     def __init__(
@@ -116,8 +117,8 @@ class ClientSession:
         generation: Generation,
         turns: Turns | None = None,
     ) -> None:
-        self.server, self.where = server, server.name
-        self.http, self.socket, self.generation, self.turns = http, socket, generation, turns
+        super().__init__(server, socket, generation.watcher.status)
+        self.http, self.generation, self.turns = http, generation, turns
         self.read = 0  # tokens whose keys and values the session has
         self.room = 0  # tokens that the server still lets it read or generate
         self.welcome: Welcome
@@ -143,11 +144,14 @@ class ClientSession:
 
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
-            await self._say(Start(len(ids), most, welcome.digest(), self.turns is not None))
-
-            accepted = await self._wait_for_slot()
             length = len(welcome.prefix) + len(ids) + most
-            memory = memory_for(welcome.description, length, generation.memory_gb)
+            ticket = await self._ticket(length - 1)
+            await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
+
+            accepted = await self.wait_for_slot()
+            taken = await self._material(ticket, length - 1, accepted)
+            kept = sum(array.nbytes for array in taken.values()) if taken is not None else 0
+            memory = memory_for(welcome.description, length, generation.memory_gb, kept)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
@@ -162,10 +166,31 @@ class ClientSession:
                         prefix_length=len(welcome.prefix),
                         table=str(table) if table is not None else None,
                     ),
-                    memory_bytes=memory,
+                    memory,
+                    taken,
                 )
+                del taken
                 self.read, self.room = len(ids), most - 1
-                await self._finish(party, tunnel)
+                await self.finish(party, tunnel, self._generate(party))
+
+    async def _ticket(self, tokens: int) -> str | None:
+        """Prepared material to offer the server for so many tokens, if there is any."""
+        if self.generation.store is None:
+            return None
+        self.material = Material(self.generation.store, self.welcome)
+        return await self.material.fitting(tokens, self.where)
+
+    async def _material(self, ticket: str | None, tokens: int, accepted: Accepted) -> dict[str, Ring] | None:
+        """This side's half of the ticket, if the server has taken its own."""
+        if ticket is None:
+            if accepted.prepared:
+                raise UserError(f"{self.where} does not follow the protocol")
+            return None
+        if accepted.prepared:
+            return await self.material.take(ticket, tokens, self.where)
+        await self.material.discard(ticket)
+        self.status(f"{self.where} does not have the other half of what was prepared: going on without")
+        return None
 
     def prepare(self, generation: Generation) -> None:
         """Encode what is asked, and fill it up to the length that the server is to see.
@@ -201,31 +226,6 @@ class ClientSession:
                 "answer included: begin another"
             )
         return most - length
-
-    async def _finish(self, party: Party, tunnel: Tunnel) -> None:
-        """Everything from the start of the party on."""
-        work = asyncio.create_task(self._generate(party))
-        watch = asyncio.create_task(self._watch_server(tunnel))
-        link = asyncio.create_task(self._watch_link(tunnel))
-        suspended = asyncio.create_task(party.suspended())
-        tasks = {work, watch, link, suspended}
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() or work.exception() is not None:
-                # The server's own words say more about a failure than the broken link they follow from.
-                await asyncio.wait({watch}, timeout=LAST_WORDS_SECONDS)
-                if watch.done():
-                    watch.result()
-            if suspended.done():  # the server's slot is not ours for as long as nothing happens here
-                raise UserError("this side's private computation was stopped by somebody")
-            if not work.done():
-                link.result()
-            work.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await party.stop()
 
     def answer(self, seconds: float) -> Answer:
         """What was received, `seconds` after the question was begun."""
@@ -357,14 +357,6 @@ class ClientSession:
             raise UserError(f"{self.where} sent token embeddings that do not belong to its model")
         return path
 
-    async def _wait_for_slot(self) -> Accepted:
-        message = await receive(self.socket, self.where, Queued | Accepted, HANDSHAKE_SECONDS)
-        while isinstance(message, Queued):
-            before = f", {message.ahead} before this one" if message.ahead else ""
-            self.generation.watcher.status(f"{self.where} is busy; waiting in its queue{before}")
-            message = await receive(self.socket, self.where, Queued | Accepted, None)
-        return message
-
     async def _generate(self, party: Party) -> None:
         self._begin(self.read, set_up=True)
         try:
@@ -386,7 +378,7 @@ class ClientSession:
                         return
                     fresh = self.generation.ids[self.read :]
                     self.read, self.room = self.read + len(fresh), self.room - len(fresh)
-                    await self._say(Next(len(fresh)))
+                    await self.say(Next(len(fresh)))
                     await party.proceed(len(fresh), fresh)
                 case Failed(reason):
                     raise LostServer(f"the private computation with {self.where} failed: {reason}")
@@ -451,30 +443,3 @@ class ClientSession:
         if generation.is_finished or not text.endswith("\ufffd"):  # half of a character waits for its other bytes
             generation.watcher.text(text[len(generation.shown) :])
             generation.shown = text
-
-    async def _say(self, message: Start | Next) -> None:
-        await self.socket.send_str(encode(message).decode())
-
-    async def _watch_server(self, tunnel: Tunnel) -> None:
-        """Carry the engines' link; any control message ends the session."""
-        while True:
-            message = await self.socket.receive()
-            if message.type != aiohttp.WSMsgType.BINARY:
-                break
-            try:
-                await tunnel.receive(message.data)
-            except LinkBroken as error:  # not to be tried again; the server is told why
-                await self.socket.close(code=aiohttp.WSCloseCode.POLICY_VIOLATION, message=str(error)[:120].encode())
-                raise UserError(f"{self.where} does not follow the protocol: {error}") from None
-        if message.type == aiohttp.WSMsgType.TEXT:
-            refused = decode(message.data, self.where)
-            if isinstance(refused, Refused):
-                raise LostServer(f"{self.where} ended the session: {without_controls(refused.reason)}")
-            raise UserError(f"{self.where} does not follow the protocol")
-        raise LostServer(f"{self.where} went away in the middle of the session")
-
-    async def _watch_link(self, tunnel: Tunnel) -> None:
-        """Raise once the engines' link is broken although nobody has finished."""
-        await tunnel.broken()
-        await asyncio.sleep(GRACE_SECONDS)
-        raise LostServer(f"the engines' link with {self.where} broke")

@@ -9,6 +9,7 @@ import numpy as np
 
 from entropi.errors import UserError
 from entropi.private.compute.settings import MOST_MEMORY_GB
+from entropi.private.preparation.store import Store
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import Sampling
 from entropi.private.sessions.tokenization import (
@@ -59,6 +60,7 @@ class Generation:
     privacy: Privacy = USUAL
     memory_gb: float | None = None  # most memory of this side's party: see `memory_for`
     chat: bool = False  # the prompt is a message, around which the model's chat template puts text
+    store: Store | None = None  # of prepared material, which is used if the server has its half
     system: str | None = None  # prompt of a conversation that begins with this message
     history: list[int] = field(default_factory=list)  # tokens of the conversation before this message
     digest: str | None = None  # of what the server made public when the question was begun

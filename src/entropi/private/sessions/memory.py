@@ -12,19 +12,23 @@ from entropi.private.wire.link_frames import DEFAULT_UNREAD
 MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need must not fail for it
 
 
-def memory_for(model: Description, tokens: int, memory_gb: float | None) -> int | None:
+def memory_for(
+    model: Description, tokens: int, memory_gb: float | None, material: int = 0, *, prepares: bool = False
+) -> int | None:
     """Bytes that a party's process may write to: the limit asked for, or else what a session needs, twice.
 
     Args:
         tokens: prompt and answer together.
         memory_gb: in 10^9 bytes; None for the prediction, 0 for no limit.
+        material: bytes of what was prepared for the session.
+        prepares: it prepares for another one.
     """
     if memory_gb is not None:
         return int(memory_gb * 1e9) or None
-    return int(MEMORY_ROOM * needed_memory(model, tokens))
+    return int(MEMORY_ROOM * (needed_memory(model, tokens, prepares=prepares) + 2 * material))
 
 
-def needed_memory(model: Description, tokens: int) -> int:
+def needed_memory(model: Description, tokens: int, *, prepares: bool = False) -> int:
     """Bytes that a party of a session with so many tokens, prompt and answer together, is predicted to write to.
 
     It lies above `VmData`, which the limit counts, of both parties of ten shapes (benchmarks/results/party_memory.md).
@@ -35,8 +39,10 @@ def needed_memory(model: Description, tokens: int) -> int:
     shapes = model.weight_shapes()
     weights = sum(math.prod(shape) for shape in shapes.values())
     # Multiplications of the largest product; larger ones are computed in pieces (`times_matrix`, `times_table`).
-    rows, once = min(tokens, 128), ("embedding", "positions", "head")  # the head has one row
+    # The head has one row, but where it is prepared for all.
+    rows, once = min(tokens, 128), ("embedding", "positions", *(() if prepares else ("head",)))
     largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
+    largest = min(largest, POLYNOMIALS * CIPHERTEXT) if prepares else largest
     table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
     wide = max(model.intermediate_size, 3 * max(model.hidden_size, model.query_size))
     values = tokens * max(model.heads * tokens, wide) + model.vocab_size

@@ -9,18 +9,37 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Mapping
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from safetensors.numpy import load
+from safetensors.numpy import load, save_file
 
 from entropi.private.compute import prefix
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.program import stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.preparation.dealing import deal
+from entropi.private.preparation.material import Material, needs
+from entropi.private.preparation.online import PreparedPasses
+from entropi.private.preparation.parts import parts_for
+from entropi.private.preparation.ring import encode
 from entropi.private.sessions.engine_link import open_link
-from entropi.private.wire.messages import Event, Failed, Job, Linked, Proceed, Revealed, StageDone, decode, encode
+from entropi.private.wire import messages
+from entropi.private.wire.messages import (
+    Event,
+    Failed,
+    Job,
+    Linked,
+    PartDone,
+    Proceed,
+    Revealed,
+    StageDone,
+    decode,
+    part_file,
+)
+from entropi.records import combined
 
 
 def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO) -> int:
@@ -35,7 +54,11 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
         job = decode(line, Job)
         engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
         _emit(events, Linked())
-        _serve_session(engine, job, files, lines, events)
+        _warm_up(engine, events)
+        if job.prepare_tokens:
+            _prepare(engine, job, files, events)
+        else:
+            _serve_session(engine, job, files, lines, events)
         engine.close()
     except EngineError as error:
         _emit(events, Failed(reason=str(error)))
@@ -51,7 +74,6 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
 def _serve_session(
     engine: Engine, job: Job, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO
 ) -> None:
-    _warm_up(engine, events)
     model, settings = job.description, job.settings
     public = settings.embedding == "public"
     weights = load(files["weights"]) if "weights" in files else None
@@ -66,6 +88,7 @@ def _serve_session(
         for name in prefix.names(model):
             shape = prefix.shape(model, job.prefix_length)
             engine.hold(name, shape, known[name] if known is not None else None)
+    prepared = _prepared_passes(engine, job, files, weights) if job.material is not None else None
     fresh, count, past = job.prompt, job.prompt_length, job.prefix_length
     left, number = job.max_new_tokens, 0
     while True:
@@ -76,8 +99,12 @@ def _serve_session(
             if fresh is not None:
                 tokens = one_hot(fresh, model.vocab_size, settings.paired, settings.fraction_bits)
             engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
-        for stage in stages_of_pass(model, settings, count, past):
-            _emit(events, StageDone(engine.run(stage, number)))
+        for stage in stages_of_pass(model, settings, count, past, prepared=prepared is not None):
+            if prepared is None:
+                done = engine.run(stage, number)
+            else:
+                done = combined(list(prepared.run(stage, number, past + count)))
+            _emit(events, StageDone(done))
         _emit(events, _reveal(engine, settings))
         past, number = past + count, number + 1
         left -= 1 if number == 1 else count
@@ -87,6 +114,36 @@ def _serve_session(
         fresh, count = proceed.tokens, proceed.count
         if count > left:
             raise EngineError(f"{count} more tokens were asked for, and {left} are left")
+
+
+def _prepared_passes(
+    engine: Engine, job: Job, files: Mapping[str, bytes], weights: Mapping[str, np.ndarray] | None
+) -> PreparedPasses:
+    """What runs stages with the material of this session, which exists here alone by now."""
+    bits = job.settings.fraction_bits
+    matrices: dict[str, np.ndarray | None] = {}
+    for need in needs(job.description, job.settings, 1):
+        if need.matrix is not None:
+            matrices[need.matrix] = encode(weights[need.matrix], bits) if weights is not None else None
+    return PreparedPasses(engine, Material(load(files["material"])), bits, matrices)
+
+
+def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: BinaryIO) -> None:
+    """Compute material in step with the other party, and hand every part of it to the parent as it is done."""
+    weights = load(files["weights"]) if "weights" in files else None
+    folder = Path(job.links[job.rank].removeprefix("unix:")).parent
+    for number, need in enumerate(parts_for(job.description, job.settings, job.prepare_tokens)):
+        if number < job.first_part:
+            continue
+        matrix = None
+        if need.matrix is not None and weights is not None:
+            matrix = encode(weights[need.matrix], job.settings.fraction_bits)
+        pieces, costs = zip(*deal(engine, need, matrix))
+        axis = -1 if need.matrix is not None else 0
+        names = list(pieces[0])
+        arrays = {name: np.concatenate([piece[name] for piece in pieces if name in piece], axis) for name in names}
+        save_file(arrays, folder / part_file(number))
+        _emit(events, PartDone(number, combined(costs)))
 
 
 def _reveal(engine: Engine, settings: Settings) -> Revealed:
@@ -114,4 +171,4 @@ def _warm_up(engine: Engine, events: BinaryIO) -> None:
 
 
 def _emit(events: BinaryIO, event: Event) -> None:
-    events.write(encode(event) + b"\n")
+    events.write(messages.encode(event) + b"\n")

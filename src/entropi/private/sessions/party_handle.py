@@ -7,7 +7,13 @@ import contextlib
 import os
 import resource
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import msgspec
+import numpy as np
+from safetensors.numpy import save
 
 from entropi.private.sessions.confinement import summary
 from entropi.private.sessions.memory import needed_memory
@@ -52,6 +58,18 @@ async def confinement() -> str:
         return "unknown"
 
 
+def _nameless(arrays: Mapping[str, np.ndarray]) -> int:
+    """Descriptor of a safetensors file in memory, where the system has such files, or else of one that is deleted."""
+    if hasattr(os, "memfd_create"):
+        held = os.memfd_create("entropi-material")
+    else:
+        held, name = tempfile.mkstemp(prefix="entropi-material-")
+        os.unlink(name)
+    with open(held, "wb", closefd=False) as file:
+        file.write(save(dict(arrays)))
+    return held
+
+
 def _too_little_memory(job: Job, memory_bytes: int | None) -> str:
     """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
     needed = needed_memory(job.description, job.prefix_length + job.prompt_length + job.max_new_tokens)
@@ -71,14 +89,31 @@ class Party:
         self._too_little = too_little  # memory, if it is; said of every failure, for each may come from that
 
     @classmethod
-    async def start(cls, job: Job, memory_bytes: int | None = None) -> Party:
-        """Start the process, with a limit to the memory it may write to, and hand it its job by pipe."""
+    async def start(
+        cls, job: Job, memory_bytes: int | None = None, material: Mapping[str, np.ndarray] | None = None
+    ) -> Party:
+        """Start the process, with a limit to the memory it may write to, and hand it its job by pipe.
+
+        Prepared `material` is handed over in a file without a name, of which nothing is left when the processes end.
+        """
+        held = None if material is None else await asyncio.to_thread(_nameless, material)
+        try:
+            if held is not None:
+                job = msgspec.structs.replace(job, material=f"/dev/fd/{held}")
+            return await cls._start(job, memory_bytes, () if held is None else (held,))
+        finally:
+            if held is not None:
+                os.close(held)
+
+    @classmethod
+    async def _start(cls, job: Job, memory_bytes: int | None, files: tuple[int, ...]) -> Party:
         process = await asyncio.create_subprocess_exec(
             *PARTY_COMMAND,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             limit=_LINE_LIMIT,
+            pass_fds=files,
             start_new_session=True,  # Ctrl-C is for the parent alone, which then ends its party
             env=_environment(),
         )

@@ -31,7 +31,8 @@ def main() -> int:
     line, begun = _first_line()
     try:
         job = json.loads(line)
-        files = {name: Path(job[name]).read_bytes() for name in ("weights", "prefix", "table") if job.get(name)}
+        names = ("weights", "prefix", "table", "material")
+        files = {name: Path(job[name]).read_bytes() for name in names if job.get(name)}
         folder = Path(job["links"][job["rank"]].removeprefix("unix:")).parent
         confine(folder)
     except Exception as error:  # the parent's user reads one line, wherever it comes from

@@ -27,11 +27,13 @@ from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
 from entropi.private.compute.description import Description
-from entropi.private.compute.folded import load_folded, sha256_of
+from entropi.private.compute.folded import WEIGHTS_FILE, load_folded, sha256_of
 from entropi.private.compute.prefix import names, with_prefix
 from entropi.private.compute.program import compute_on_processor
 from entropi.private.compute.settings import Settings
+from entropi.private.preparation.store import Store
 from entropi.private.sessions.canary import make_canary
+from entropi.private.sessions.material import Material
 from entropi.private.sessions.party_handle import confinement
 from entropi.private.sessions.readiness import (
     check_prefix,
@@ -81,6 +83,7 @@ def serve(
     prefix: Sequence[int] = (),
     chat: ChatForm | None = None,
     calibration: str | None = None,
+    material: Store | None = None,
 ) -> None:
     """Answer clients until SIGINT or SIGTERM.
 
@@ -99,6 +102,7 @@ def serve(
         prefix: public token ids that every prompt continues, see `compute.prefix`.
         chat: what stands around the messages of conversations.
         calibration: text on which the model's values are looked at; None for the package's own.
+        material: where prepared material is kept; None to prepare nothing.
         recheck: look at all tokens and run the whole tests although an earlier start has done so with this model.
 
     Raises:
@@ -144,8 +148,10 @@ def serve(
         del weights
         table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
         welcome = Welcome(description, tokenizer, settings, table_hash, published, list(prefix), chat, most)
+        weights_hash = sha256_of(folder / WEIGHTS_FILE) if material is not None else None
         state = ServerState(
             folder=folder,
+            material=Material(material, welcome, weights_hash) if material is not None else None,
             welcome=welcome,
             digest=welcome.digest(),
             limits=limits,

@@ -8,9 +8,14 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
+
+from entropi.errors import UserError
 
 from entropi.private.admission.door import HANDSHAKE_SECONDS, Guest, cut
 from entropi.private.admission.logs import SessionLog
@@ -18,6 +23,8 @@ from entropi.private.admission.monitoring import Ending
 from entropi.private.admission.quotas import Usage
 from entropi.private.compute.folded import WEIGHTS_FILE
 from entropi.private.compute.settings import SERVER
+from entropi.private.preparation.ring import Ring
+from entropi.private.sessions.material import Growing
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.server_state import ServerState
@@ -31,6 +38,9 @@ from entropi.private.wire.messages import (
     Job,
     Linked,
     Next,
+    PartDone,
+    Prepare,
+    Prepared,
     Refused,
     Revealed,
     StageDone,
@@ -153,24 +163,29 @@ async def _talk(
     progress: Progress,
 ) -> None:
     """Handshake, then the session itself once there is room for it."""
-    hello = await receive(socket, Hello, HANDSHAKE_SECONDS)
+    hello = await receive(socket, Hello, timeout=HANDSHAKE_SECONDS)
     if hello.version != PROTOCOL_VERSION or hello.engine != engine_version():
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
 
     await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
-    start = await receive(socket, Start, START_SECONDS)
+    start: Start | Prepare = await receive(socket, Start, Prepare, timeout=START_SECONDS)
     if start.digest != state.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
-    _check_length(start, state)
+    asks = isinstance(start, Start)
+    _check_length(start, state) if asks else _check_preparing(start, state)
 
-    async with state.quota.session(name, start.max_new_tokens) as usage, state.slots.slot(socket, guest.admitted()):
+    async with (
+        state.quota.session(name, start.max_new_tokens if asks else 0) as usage,
+        state.slots.slot(socket, guest.admitted()),
+    ):
         session_log.quiet, progress.computing = False, True
-        state.counters.prompt_tokens += start.prompt_length
-        began = time.monotonic()
+        state.counters.prompt_tokens += start.prompt_length if asks else 0
+        began, limits = time.monotonic(), state.limits
         try:
-            work = _compute(socket, usage, session_log, state, start, progress)
-            limits = state.limits
-            await asyncio.wait_for(work, limits.conversation_seconds if start.conversation else limits.session_seconds)
+            session = Session(socket, name, usage, session_log, state, progress)
+            work = session.answer(start) if asks else session.prepare(start)
+            long = not asks or start.conversation
+            await asyncio.wait_for(work, limits.conversation_seconds if long else limits.session_seconds)
         except asyncio.TimeoutError:
             raise SessionError("the session's time limit was reached") from None
         finally:
@@ -195,60 +210,125 @@ def _check_length(start: Start, state: ServerState) -> None:
         )
 
 
-async def _compute(
-    socket: web.WebSocketResponse,
-    usage: Usage,
-    session_log: SessionLog,
-    state: ServerState,
-    start: Start,
-    progress: Progress,
-) -> None:
-    """One pass for the prompt and one for every `Next`."""
-    session, welcome = secrets.token_hex(16), state.welcome
-    length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
-    memory = memory_for(welcome.description, length, state.limits.memory_gb)
+def _check_preparing(request: Prepare, state: ServerState) -> None:
+    """Raise `Refusal` for material that nobody could use, or where none is kept."""
+    if state.material is None:
+        raise Refusal("this server prepares nothing: it was started without --material")
+    if request.tokens > (positions := state.welcome.description.positions):
+        raise Refusal(f"material for {request.tokens} tokens was asked for, and the model has {positions} positions")
 
-    async def carry(message: bytes) -> None:
+
+@dataclass(frozen=True)
+class Session:
+    """One client's session, from its slot on."""
+
+    socket: web.WebSocketResponse
+    client: str  # name in its certificate
+    usage: Usage
+    log: SessionLog
+    state: ServerState
+    progress: Progress
+
+    async def answer(self, start: Start) -> None:
+        """One pass for the prompt and one for every `Next`."""
+        welcome, limits = self.state.welcome, self.state.limits
+        length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
+        taken = await self._take(start, length - 1)
+        kept = sum(array.nbytes for array in taken.values()) if taken is not None else 0
+        job = self._job(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length)
+        self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
+        memory = memory_for(welcome.description, length, limits.memory_gb, kept)
+        accepted = Accepted(job.session, prepared=taken is not None)
+        await self._compute(job, memory, accepted, start.max_new_tokens - 1, start.conversation, material=taken)
+
+    async def prepare(self, request: Prepare) -> None:
+        """Compute a ticket's material, or what is missing of it."""
+        assert self.state.material is not None
         try:
-            await leave_in_time(socket.send_bytes(message))
-        except ClientLeft:
-            raise ConnectionResetError from None  # the link is broken, as where the connection is
+            growing = await self.state.material.grow(request.ticket, request.tokens, self.client)
+            done = min(await growing.done(), request.parts)
+            await growing.go_back(done)
+        except UserError as error:
+            raise Refusal(str(error)) from None
+        self.log.info("preparing %d tokens, from part %d of %d on", request.tokens, done, growing.total)
+        job = self._job(prepare_tokens=request.tokens, first_part=done)
+        memory = memory_for(self.state.welcome.description, request.tokens, self.state.limits.memory_gb, prepares=True)
+        await self._compute(job, memory, Accepted(job.session, parts=done), 0, False, growing=growing)
 
-    async with Tunnel(SERVER, session, carry, unread_for(memory)) as tunnel:
-        party = await Party.start(
-            Job(
-                rank=SERVER,
-                session=session,
-                links=tunnel.links,
-                description=welcome.description,
-                settings=welcome.settings,
-                max_new_tokens=start.max_new_tokens,
-                prompt_length=start.prompt_length,
-                weights=str(state.folder / WEIGHTS_FILE),
-                prefix_length=len(welcome.prefix),
-                prefix=str(state.prefix) if state.prefix is not None else None,
-            ),
-            memory_bytes=memory,
+    async def _take(self, start: Start, tokens: int) -> dict[str, Ring] | None:
+        """This side's half of the ticket that the client offers; None where there is none, and the client is told."""
+        if start.ticket is None or self.state.material is None:
+            return None
+        try:
+            return await self.state.material.take(start.ticket, tokens, self.client)
+        except UserError as error:
+            self.log.info("without prepared material: %s", error)
+            return None
+
+    def _job(self, **what: Any) -> Job:
+        welcome, state = self.state.welcome, self.state
+        return Job(
+            rank=SERVER,
+            session=secrets.token_hex(16),
+            links=("", ""),
+            description=welcome.description,
+            settings=welcome.settings,
+            weights=str(state.folder / WEIGHTS_FILE),
+            prefix_length=len(welcome.prefix),
+            prefix=str(state.prefix) if state.prefix is not None else None,
+            **what,
         )
 
-        tasks: list[asyncio.Task[None]] = []
-        try:
-            await send(socket, Accepted(session))
-            progress.idle_seconds = state.limits.idle_seconds if start.conversation else None
-            work = asyncio.create_task(_watch_party(party, session_log, state, usage, progress))
-            listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, start, progress))
-            link = asyncio.create_task(_watch_link(tunnel))
-            suspended = asyncio.create_task(party.suspended())
-            tasks += [work, listen, link, suspended]
-            await _end_of_session(work, listen, link, suspended, session_log)
-            if progress.revealed < progress.asked:
-                raise ClientLeft("the client left in the middle of a pass")
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await party.stop()
-            _log_link(tunnel, session_log)
+    async def _compute(
+        self,
+        job: Job,
+        memory: int | None,
+        accepted: Accepted,
+        left: int,
+        conversation: bool,
+        *,
+        material: dict[str, Ring] | None = None,
+        growing: Growing | None = None,
+    ) -> None:
+        """Run this side's party, carry its engine's link, until both sides are done."""
+        socket, progress = self.socket, self.progress
+
+        async def carry(message: bytes) -> None:
+            try:
+                await leave_in_time(socket.send_bytes(message))
+            except ClientLeft:
+                raise ConnectionResetError from None  # the link is broken, as where the connection is
+
+        async with Tunnel(SERVER, job.session, carry, unread_for(memory)) as tunnel:
+            party = await Party.start(msgspec.structs.replace(job, links=tunnel.links), memory, material)
+            del material
+
+            async def watch() -> None:
+                await _watch_party(party, self.log, self.state, self.usage, progress, tunnel.folder, growing)
+                if growing is not None:
+                    await growing.finish()
+                    progress.revealed = progress.asked
+                    await send(socket, Prepared())
+
+            tasks: list[asyncio.Task[None]] = []
+            try:
+                await send(socket, accepted)
+                work = asyncio.create_task(watch())
+                listen = asyncio.create_task(
+                    _listen_to_client(socket, party, tunnel, left, progress, conversation=conversation)
+                )
+                link = asyncio.create_task(_watch_link(tunnel))
+                suspended = asyncio.create_task(party.suspended())
+                tasks += [work, listen, link, suspended]
+                await _end_of_session(work, listen, link, suspended, self.log)
+                if progress.revealed < progress.asked:
+                    raise ClientLeft("the client left in the middle of a pass")
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await party.stop()
+                _log_link(tunnel, self.log)
 
 
 async def _end_of_session(
@@ -308,9 +388,15 @@ class Progress:
 
 
 async def _watch_party(
-    party: Party, session_log: SessionLog, state: ServerState, usage: Usage, progress: Progress
+    party: Party,
+    session_log: SessionLog,
+    state: ServerState,
+    usage: Usage,
+    progress: Progress,
+    folder: Path,
+    growing: Growing | None,
 ) -> None:
-    """Log what the party reports, until it has finished."""
+    """Log what the party reports, and keep the parts of material that it leaves in `folder`, until it has finished."""
     sent = received = 0
 
     patience = min(LINK_SECONDS, state.limits.stall_seconds)
@@ -321,7 +407,10 @@ async def _watch_party(
                 return
             case Linked():
                 patience = state.limits.stall_seconds
-            case StageDone(communication):
+            case StageDone(communication) | PartDone(communication=communication):
+                if isinstance(event, PartDone):
+                    assert growing is not None
+                    await growing.add(event.number, folder)
                 sent, received = sent + communication.sent_bytes, received + communication.received_bytes
                 state.counters.sent_bytes += communication.sent_bytes
                 state.counters.received_bytes += communication.received_bytes
@@ -376,10 +465,9 @@ async def _watch_link(tunnel: Tunnel) -> None:
 
 
 async def _listen_to_client(
-    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, start: Start, progress: Progress
+    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, left: int, progress: Progress, *, conversation: bool
 ) -> None:
-    """Pass on the client's `Next`s, for as many tokens as it may ask for, and its engine's bytes; until it leaves."""
-    left = start.max_new_tokens - 1
+    """Pass on the client's `Next`s, for `left` tokens that it may ask for, and its engine's bytes; until it leaves."""
     with contextlib.suppress(ClientLeft):
         while True:
             message = await socket.receive()
@@ -394,7 +482,7 @@ async def _listen_to_client(
             following = expect(message, Next)
             if not left:
                 raise SessionError("all tokens were asked for already")
-            if following.tokens > left or (following.tokens > 1 and not start.conversation):
+            if following.tokens > left or (following.tokens > 1 and not conversation):
                 raise SessionError(f"{following.tokens} tokens were asked for at once")
             left -= following.tokens
             progress.asked += 1

@@ -13,6 +13,7 @@ from entropi.private.admission.limits import Limits
 from entropi.private.admission.monitoring import Counters
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
+from entropi.private.sessions.material import Material
 from entropi.private.wire.certificates import Peer
 from entropi.private.wire.messages import (
     Welcome,
@@ -34,6 +35,7 @@ class ServerState:
     table: Path | None  # the token embeddings, where they are public
     prefix: Path | None  # keys and values of the public prefix, where there is one
     audit: Audit
+    material: Material | None  # what was prepared, where that is allowed
     watched: Watched | None  # certificates and what is revoked; None without TLS
     greeting: tuple[bytes, ...] = ()  # the welcome as it goes over every connection
     sockets: dict[web.WebSocketResponse, Peer | None] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import Settings
 from entropi.records import StageCommunication
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
@@ -23,6 +23,7 @@ Address = Annotated[str, msgspec.Meta(max_length=120)]
 SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+PartCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
 
 # Control channel, client to server: text messages of a WebSocket. Its binary messages are the engines' (`tunnel`).
@@ -38,13 +39,27 @@ class Hello(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Ask for a session; `digest` is the client's, of what the server made public.
 
-    In a conversation `max_new_tokens` counts the tokens of later messages too.
+    In a conversation `max_new_tokens` counts the tokens of later messages too. `ticket` names prepared material that
+    the client has its half of.
     """
 
     prompt_length: TokenCount
     max_new_tokens: TokenCount
     digest: Digest
     conversation: bool = False
+    ticket: SessionId | None = None
+
+
+class Prepare(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Ask for a session that prepares material for a later one of at most `tokens` tokens, the public prefix included.
+
+    `ticket` is the material's name; the client has the first `parts` parts of it already.
+    """
+
+    tokens: TokenCount
+    digest: Digest
+    ticket: SessionId
+    parts: PartCount = 0
 
 
 class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -56,7 +71,7 @@ class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     tokens: TokenCount = 1
 
 
-FromClient: TypeAlias = Hello | Start | Next
+FromClient: TypeAlias = Hello | Start | Prepare | Next
 
 
 # Control channel, server to client.
@@ -95,9 +110,19 @@ class Queued(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Accepted(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """The session begins; `session` marks the engines' messages."""
+    """The session begins; `session` marks the engines' messages.
+
+    `prepared` if the server has taken its half of the ticket that was offered; where material is prepared, `parts` are
+    those that both sides have.
+    """
 
     session: SessionId
+    prepared: bool = False
+    parts: PartCount = 0
+
+
+class Prepared(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """The server has its half of the material, on the disk."""
 
 
 class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -106,7 +131,7 @@ class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     reason: Text
 
 
-FromServer: TypeAlias = Welcome | Queued | Accepted | Refused
+FromServer: TypeAlias = Welcome | Queued | Accepted | Prepared | Refused
 
 
 # Between a process and the party it started, over pipes.
@@ -120,13 +145,16 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     links: tuple[Address, Address]  # of the engines, by rank, as this one is to know them
     description: Description
     settings: Settings
-    max_new_tokens: TokenCount
-    prompt_length: TokenCount
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # 0 where material is prepared
+    prompt_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     prompt: list[TokenId] | None = None  # the client's
     weights: str | None = None  # the server's: path of the safetensors file
     prefix_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     prefix: str | None = None  # the server's: path of a safetensors file with the public prefix's keys and values
     table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
+    material: str | None = None  # path of a safetensors file with this side's half of what was prepared
+    prepare_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # to prepare for; 0 to answer a prompt
+    first_part: PartCount = 0  # of what is to be prepared
 
 
 class Proceed(msgspec.Struct, forbid_unknown_fields=True):
@@ -146,6 +174,13 @@ class StageDone(msgspec.Struct, tag=True):
     communication: StageCommunication
 
 
+class PartDone(msgspec.Struct, tag=True):
+    """One part of the material lies beside the engine's socket, in the file `part_file` names."""
+
+    number: int
+    communication: StageCommunication
+
+
 class Revealed(msgspec.Struct, tag=True):
     """The client's party holds the logits of the next token; the server's has sent its shares of them."""
 
@@ -160,9 +195,15 @@ class Failed(msgspec.Struct, tag=True):
     reason: str
 
 
-Event: TypeAlias = Linked | StageDone | Revealed | Failed
+Event: TypeAlias = Linked | StageDone | PartDone | Revealed | Failed
 
 M = TypeVar("M")
+
+
+def part_file(number: int) -> str:
+    """Name of the file in which a party hands a part of the material to its parent."""
+    return f"part-{number}"
+
 
 _event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 _client_decoder: msgspec.json.Decoder[FromClient] = msgspec.json.Decoder(FromClient)

@@ -17,6 +17,7 @@ from entropi.private.wire.messages import (
     FromServer,
     Hello,
     Next,
+    Prepare,
     Start,
     decode_from_client,
     encode,
@@ -87,19 +88,19 @@ async def leave_in_time(sending: Awaitable[object], seconds: float = SEND_SECOND
         raise ClientLeft(f"the client took nothing for {seconds:g} s") from None
 
 
-M = TypeVar("M", Hello, Start, Next)
+M = TypeVar("M", bound=Hello | Start | Prepare | Next)
 
 
-async def receive(socket: web.WebSocketResponse, kind: type[M], timeout: float) -> M:
-    """The next message, which must be of `kind`."""
+async def receive(socket: web.WebSocketResponse, *kinds: type[M], timeout: float) -> M:
+    """The next message, which must be of one of `kinds`."""
     try:
-        return expect(await asyncio.wait_for(socket.receive(), timeout), kind)
+        return expect(await asyncio.wait_for(socket.receive(), timeout), *kinds)
     except asyncio.TimeoutError:
-        raise Refusal(f"no {kind.__name__} message within {timeout} s") from None
+        raise Refusal(f"no {kinds[0].__name__} message within {timeout} s") from None
 
 
-def expect(message: aiohttp.WSMessage, kind: type[M]) -> M:
-    """A control message, which must be of `kind`."""
+def expect(message: aiohttp.WSMessage, *kinds: type[M]) -> M:
+    """A control message, which must be of one of `kinds`."""
     if message.type == aiohttp.WSMsgType.BINARY:
         raise Refusal("that message is not of this protocol")
     if message.type != aiohttp.WSMsgType.TEXT:
@@ -110,8 +111,8 @@ def expect(message: aiohttp.WSMessage, kind: type[M]) -> M:
         decoded = decode_from_client(message.data)
     except BadMessage:
         raise Refusal("that message is not of this protocol") from None
-    if not isinstance(decoded, kind):
-        raise Refusal(f"expected a {kind.__name__} message")
+    if not isinstance(decoded, kinds):
+        raise Refusal(f"expected a {kinds[0].__name__} message")
     return decoded
 
 

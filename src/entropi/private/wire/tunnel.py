@@ -63,8 +63,13 @@ class Tunnel:
         self._server = await asyncio.start_unix_server(self._accept, self._path("tunnel"), limit=_READ_LIMIT)
         return self
 
+    @property
+    def folder(self) -> Path:
+        """That of the sockets, the only one that this side's party may write to."""
+        return Path(self._folder.name)
+
     def _path(self, name: str) -> Path:
-        return Path(self._folder.name) / name
+        return self.folder / name
 
     @property
     def links(self) -> tuple[str, str]:

@@ -1,0 +1,58 @@
+"""The material of a session in parts, as it is prepared, kept and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from entropi.private.compute.description import Description
+from entropi.private.compute.settings import CLIENT, Settings
+from entropi.private.preparation.material import Need, needs, pool_of_need
+from entropi.private.preparation.ring import Ring
+
+PART_NUMBERS = 1 << 20  # of a pool, in one part: what is lost when preparing is interrupted
+
+
+def parts_for(model: Description, settings: Settings, tokens: int) -> list[Need]:
+    """What a session of at most `tokens` tokens takes, see `needs`; large pools in several parts."""
+    return [part for need in needs(model, settings, tokens) for part in _split(need)]
+
+
+def _split(need: Need) -> list[Need]:
+    if not pool_of_need(need):
+        return [need]
+    total, each = need.shapes[0][0], int(np.prod(need.shapes[0][1:], dtype=np.int64))
+    most = max(PART_NUMBERS // each, 1)
+    sizes = [min(most, total - start) for start in range(0, total, most)]
+    return [
+        replace(
+            need,
+            shapes=((size, *need.shapes[0][1:]), (size, *need.shapes[1][1:])),
+            result=(size, *need.result[1:]),
+        )
+        for size in sizes
+    ]
+
+
+def kept_bytes(parts: Sequence[Need], rank: Literal[0, 1]) -> int:
+    """Bytes of the arrays that the party `rank` keeps of these parts."""
+    numbers = 0
+    for part in parts:
+        numbers += int(np.prod(part.result, dtype=np.int64))
+        if part.masking != "server" or rank == CLIENT:
+            numbers += int(np.prod(part.shapes[0], dtype=np.int64))
+        if part.masking == "pair":
+            numbers += int(np.prod(part.shapes[1], dtype=np.int64))
+    return 8 * numbers
+
+
+def joined(parts: Sequence[Mapping[str, Ring]]) -> dict[str, Ring]:
+    """Arrays of parts in their order, those of one pool put together."""
+    found: dict[str, list[Ring]] = {}
+    for part in parts:
+        for name, array in part.items():
+            found.setdefault(name, []).append(array)
+    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in found.items()}

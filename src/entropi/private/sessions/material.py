@@ -1,0 +1,109 @@
+"""Prepared material as the sessions of one model use it: whose it is, and calls that do not block the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+from entropi.errors import UserError
+from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.parts import joined, kept_bytes, parts_for
+from entropi.private.preparation.ring import Ring
+from entropi.private.preparation.store import Growth, Store
+from entropi.private.preparation.tickets import Binding
+from entropi.private.wire.messages import Welcome, encode, part_file
+
+
+class Material:
+    """One side's store, for sessions of the model that `welcome` describes.
+
+    Args:
+        weights: at the server the SHA-256 of the model's weights, which the welcome does not tell.
+    """
+
+    def __init__(self, store: Store, welcome: Welcome, weights: str | None = None) -> None:
+        self._store, self._welcome = store, welcome
+        self._rank = CLIENT if weights is None else SERVER
+        self._model = hashlib.sha256(f"{welcome.digest()} {weights}".encode()).hexdigest()
+        self._settings = hashlib.sha256(encode(welcome.settings)).hexdigest()
+
+    def _binding(self, tokens: int, peer: str) -> Binding:
+        return Binding(
+            model=self._model,
+            settings=self._settings,
+            own="",
+            peer=peer,
+            side="client" if self._rank == CLIENT else "server",
+            tokens=tokens,
+        )
+
+    async def grow(self, ticket: str, tokens: int, peer: str) -> Growing:
+        """Begin to prepare a ticket for sessions of up to `tokens` tokens, or go on with it (`UserError`)."""
+
+        def begin() -> Growing:
+            parts = parts_for(self._welcome.description, self._welcome.settings, tokens)
+            growth = self._store.grow(
+                bytes.fromhex(ticket), self._binding(tokens, peer), kept_bytes(parts, self._rank)
+            )
+            return Growing(growth, len(parts))
+
+        return await asyncio.to_thread(begin)
+
+    async def unfinished(self, tokens: int, peer: str) -> str | None:
+        """A ticket that was begun for so many tokens."""
+        found = await asyncio.to_thread(self._store.oldest_growing, self._binding(tokens, peer))
+        return None if found is None else found.hex()
+
+    async def fitting(self, tokens: int, peer: str) -> str | None:
+        """The smallest ticket that holds material for a session of so many tokens."""
+        found = await asyncio.to_thread(self._store.smallest_ready, self._binding(tokens, peer))
+        return None if found is None else found.hex()
+
+    async def take(self, ticket: str, tokens: int, peer: str) -> dict[str, Ring]:
+        """The material of a ticket, which from then on is nowhere else (`UserError`)."""
+        parts = await asyncio.to_thread(self._store.take, bytes.fromhex(ticket), self._binding(tokens, peer))
+        return joined([parts[name] for name in sorted(parts)])
+
+    async def discard(self, ticket: str) -> None:
+        """Destroy a ticket whose other half is gone."""
+        await asyncio.to_thread(self._store.discard, bytes.fromhex(ticket))
+
+
+class Growing:
+    """A ticket while its parts are computed, in their order."""
+
+    def __init__(self, growth: Growth, total: int) -> None:
+        self._growth, self.total = growth, total
+
+    async def done(self) -> int:
+        """How many parts are there, from the first on without a gap."""
+        parts = await asyncio.to_thread(self._growth.parts)
+        return next(number for number in range(len(parts) + 1) if _name(number) not in parts)
+
+    async def go_back(self, done: int) -> None:
+        """Destroy all but the first parts: the other side has only so many."""
+        await asyncio.to_thread(self._growth.keep, [_name(number) for number in range(done)])
+
+    async def add(self, number: int, folder: Path) -> None:
+        """Keep what the party has left in `folder`, on the disk once this returns."""
+
+        def keep() -> None:
+            path = folder / part_file(number)
+            self._growth.add(_name(number), load_file(path))
+            os.unlink(path)
+
+        await asyncio.to_thread(keep)
+
+    async def finish(self) -> None:
+        """All parts are there."""
+        if await self.done() != self.total:
+            raise UserError("material is missing at the end of its preparation")
+        await asyncio.to_thread(self._growth.finish)
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}"

@@ -1,0 +1,106 @@
+"""The client's side of preparing: computing, before any prompt, what makes later sessions fast."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from entropi.errors import UserError
+from entropi.private.compute.settings import CLIENT
+from entropi.private.preparation.store import Store
+from entropi.private.sessions.material import Growing, Material
+from entropi.private.sessions.memory import memory_for, unread_for
+from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
+from entropi.private.wire.certificates import Tls
+from entropi.private.wire.channel import LostServer, ServerAddress, open_channel, welcome_from
+from entropi.private.wire.messages import Failed, Job, Linked, PartDone, Prepare, StageDone
+from entropi.private.wire.tunnel import Tunnel
+from entropi.records import StageCommunication
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a caller may want to see: how many parts there are and are there already, each part, what else happens."""
+
+    begin: Callable[[int, int], None] = field(default=lambda total, done: None)
+    part: Callable[[int, StageCommunication], None] = field(default=lambda done, communication: None)
+    status: Callable[[str], None] = field(default=lambda line: None)
+
+
+def prepare(
+    server: str,
+    tokens: int,
+    store: Store,
+    watcher: Watcher | None = None,
+    *,
+    tls: Tls | None = None,
+    memory_gb: float | None = None,
+) -> str:
+    """Prepare one session of at most `tokens` tokens, prompt and answer together; the ticket's id.
+
+    What an earlier call began for so many tokens is gone on with.
+
+    Raises:
+        UserError: a refusal, no room, a server or link that dies; what is prepared by then is kept.
+    """
+    return asyncio.run(_prepare(ServerAddress.at(server, tls), tokens, store, watcher or Watcher(), memory_gb))
+
+
+async def _prepare(
+    server: ServerAddress, tokens: int, store: Store, watcher: Watcher, memory_gb: float | None
+) -> str:
+    async with open_channel(server) as (_, socket):
+        welcome = await welcome_from(socket, server.name)
+        length = tokens + len(welcome.prefix)
+        if length > welcome.description.positions:
+            most = welcome.description.positions - len(welcome.prefix)
+            raise UserError(f"material for {tokens} tokens was asked for, and {server.name} takes at most {most}")
+        material = Material(store, welcome)
+        ticket = await material.unfinished(length, server.name) or secrets.token_hex(16)
+        growing = await material.grow(ticket, length, server.name)
+        session = PartySession(server, socket, watcher.status)
+        await session.say(Prepare(length, welcome.digest(), ticket, await growing.done()))
+
+        accepted = await session.wait_for_slot()
+        await growing.go_back(accepted.parts)
+        watcher.begin(growing.total, accepted.parts)
+        memory = memory_for(welcome.description, length, memory_gb, prepares=True)
+        async with Tunnel(CLIENT, accepted.session, socket.send_bytes, unread_for(memory)) as tunnel:
+            job = Job(
+                rank=CLIENT,
+                session=accepted.session,
+                links=tunnel.links,
+                description=welcome.description,
+                settings=welcome.settings,
+                prefix_length=len(welcome.prefix),
+                prepare_tokens=length,
+                first_part=accepted.parts,
+            )
+            party = await Party.start(job, memory)
+            await session.finish(party, tunnel, _follow(session, party, tunnel, growing, watcher))
+    return ticket
+
+
+async def _follow(
+    session: PartySession, party: Party, tunnel: Tunnel, growing: Growing, watcher: Watcher
+) -> None:
+    """Keep the parts that this side's party has computed; at the end, wait until the server has its own."""
+    try:
+        event = await asyncio.wait_for(party.event(), LINK_SECONDS)
+    except asyncio.TimeoutError:
+        raise LostServer(f"no engine link with {session.where} within {LINK_SECONDS} s") from None
+    while event is not None:
+        match event:
+            case PartDone(number, communication):
+                await growing.add(number, tunnel.folder)
+                watcher.part(number + 1, communication)
+            case Failed(reason):
+                raise LostServer(f"preparing with {session.where} failed: {reason}")
+            case Linked() | StageDone():
+                pass
+        event = await party.event()
+    await session.kept.wait()  # the server's half first: what this side offers, it has
+    await growing.finish()
