@@ -6,6 +6,7 @@ layers differ in their number of heads, rows differ in length. `record_files` re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -336,6 +337,9 @@ class PrivateRun(Base, tag="private"):
     padding_tokens: int = 0  # put before the prompt, so that its length tells less
     prefix_tokens: int = 0  # public ones that the server put before both
     past_tokens: int = 0  # of the conversation before this message
+    # What had been prepared for this run's sessions took so much before, both directions; not in `bytes` and `seconds`.
+    prepared_bytes: int = 0
+    prepared_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)

@@ -76,8 +76,10 @@ def check_run_folder(record: Path | None) -> None:
 
 def summary(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line; an answer that nobody sees, with escapes."""
+    before = f", prepared before with {run.prepared_bytes / 1e6:.1f} MB in {run.prepared_seconds:.0f} s"
+    before = before if run.prepared_bytes else ""
     unseen = "" if run.new_text.strip() else f"the answer is {run.new_text!r}; "
     return (
         f"{unseen}{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, {run.kernel}"
+        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, {run.kernel}{before}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ def run(
     no_prefix: bool = False,
     canary: bool = False,
     retries: int = 0,
+    material: Path | None = None,
+    no_prepared: bool = False,
     memory_gb: float | None = None,
     json: bool = False,
     record: Path | None = None,
@@ -75,12 +78,15 @@ def run(
         no_prefix: refuse a server that puts a public text before every prompt; otherwise that text is shown
         canary: ask the public prompt that the server names, and compare the answer with the one it published
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
+        material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
+        no_prepared: compute everything now, and keep what was prepared
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
         logits: .npy file for the logits (tokens, V)
     """
     with secure_engine():
+        from entropi.private.preparation.store import existing
         from entropi.private.sessions.client import ask
         from entropi.private.sessions.generation import Watcher
         from entropi.private.sessions.privacy import Privacy
@@ -111,7 +117,8 @@ def run(
         _refuse_without_logits(server, tls)
 
     display = AnswerDisplay(quiet=json)
-    with display, terminated_like_interrupted():  # nothing stays in the temporary folder
+    kept = contextlib.nullcontext() if no_prepared else existing(material)
+    with kept as store, display, terminated_like_interrupted():  # nothing stays in the temporary folder
         watcher = Watcher(display.begin, display.stage, display.text, display.status)
         answer = ask(
             server,
@@ -125,6 +132,7 @@ def run(
             memory_gb=memory_gb,
             chat=chat,
             system=system_prompt,
+            store=store,
         )
         display.finish(answer.record.new_text)
 

@@ -28,4 +28,4 @@ def run(folder: Path, server: list[str], client: list[str], revoke: list[str], d
 
 
 _NAMES = Words("NAME", default=[])
-COMMAND = Command(run, place=11, words={"server": _NAMES, "client": _NAMES, "revoke": _NAMES})
+COMMAND = Command(run, place=12, words={"server": _NAMES, "client": _NAMES, "revoke": _NAMES})

@@ -37,6 +37,8 @@ def run(
     stop: list[str] | None = None,
     no_prefix: bool = False,
     retries: int = 1,
+    material: Path | None = None,
+    no_prepared: bool = False,
     memory_gb: float | None = None,
     record: Path | None = None,
 ) -> None:
@@ -63,10 +65,13 @@ def run(
         stop: names of the tokens that end an answer; by default those that usually do, and the chat template's
         no_prefix: refuse a server that puts a public text before every conversation; otherwise that text is shown
         retries: how often a broken session is continued in a new one, which reads the conversation again
+        material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
+        no_prepared: compute everything now, and keep what was prepared
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         record: run folder to add the answers' records to, for its report
     """
     with secure_engine():
+        from entropi.private.preparation.store import existing
         from entropi.private.sessions.client import connect
         from entropi.private.sessions.privacy import Privacy
         from entropi.private.sessions.sampling import Sampling
@@ -93,7 +98,8 @@ def run(
     console = make_console()
     console.print(f"{connection.trust}.\n{_HELP}.", markup=False)
 
-    with terminated_like_interrupted():
+    with contextlib.nullcontext() if no_prepared else existing(material) as store, terminated_like_interrupted():
+        options["store"] = store
         said: list[tuple[str, str]] = []
         conversation = connection.conversation(**options)
         try:
@@ -168,4 +174,4 @@ def _interrupted_at_a_token(conversation: Any, display: AnswerDisplay) -> Iterat
         signal.signal(signal.SIGINT, before)
 
 
-COMMAND = Command(run, place=10, words={"stop": Words("TOKEN", default=None)})
+COMMAND = Command(run, place=11, words={"stop": Words("TOKEN", default=None)})

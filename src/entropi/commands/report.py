@@ -25,4 +25,4 @@ def run(runs: list[Path], output: Path | None = None) -> None:
     print(f"report in {path}")
 
 
-COMMAND = Command(run, place=13, words={"runs": Words(kind=Path, positional=True)})
+COMMAND = Command(run, place=14, words={"runs": Words(kind=Path, positional=True)})

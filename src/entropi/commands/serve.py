@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -58,6 +59,10 @@ def run(
     revoked: Path | None = None,
     audit_log: Path | None = None,
     quota_store: str | None = None,
+    material: Path | None = None,
+    material_gb: float = 50.0,
+    client_material_gb: float = 10.0,
+    material_days: float = 7.0,
     output: Literal["logits", "top_k", "argmax"] = "logits",
     choices: int = 8,
     round_logits: int | None = None,
@@ -103,6 +108,10 @@ def run(
         audit_log: file to add one JSON object to for every refusal and session; by default they go to the log
         quota_store: file, or redis://HOST:PORT/NUMBER for several servers, that keeps what clients use of their two
             limits; by default entropi/quotas.sqlite in the user's state folder
+        material: folder for what clients prepare (see `entropi prepare`), as secret as keys; without it nothing is
+        material_gb: most of it, in GB
+        client_material_gb: most of it for one client
+        material_days: after which it is destroyed, used or not, up to 30
         output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
         choices: how many tokens top_k reveals, 1 to 16
         round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
@@ -129,6 +138,7 @@ def run(
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.quota_stores import is_url
         from entropi.private.compute.folded import load_description
+        from entropi.private.preparation.store import DAY_SECONDS, Quota, Store
         from entropi.private.sessions.readiness import check_surroundings
         from entropi.private.sessions.server import serve
         from entropi.private.sessions.tokenization import public_ids
@@ -165,7 +175,11 @@ def run(
     path = on_disk(model)
     refuse_unknown_families(path)
 
-    with terminated_like_interrupted(), swept_folder("entropi-serve-") as temporary:
+    kept: contextlib.AbstractContextManager[Store | None] = contextlib.nullcontext()
+    if material is not None:
+        quota = Quota(size=int(material_gb * 1e9), peer_size=int(client_material_gb * 1e9))
+        kept = Store(material, expires=material_days * DAY_SECONDS, quota=quota)
+    with terminated_like_interrupted(), kept as store, swept_folder("entropi-serve-") as temporary:
         folder = _folded(path, temporary)
         refuse_ignored_softmax(softmax, load_description(folder).softmax, "the model")
         tokenizer = _tokenizer(folder, path)
@@ -188,6 +202,7 @@ def run(
             prefix=public_ids(tokenizer, prefix) if prefix is not None else begun,
             chat=form,
             calibration=calibration,
+            material=store,
         )
 
 

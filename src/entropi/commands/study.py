@@ -42,4 +42,4 @@ def run(file: Path, folder: Path | None = None, parallel: int = 0, json: bool = 
     print(f"page in {page}")
 
 
-COMMAND = Command(run, place=12)
+COMMAND = Command(run, place=13)

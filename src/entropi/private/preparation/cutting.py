@@ -77,7 +77,9 @@ def _renamed(step: Step, stage: Stage, names: dict[str, str]) -> Step:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(program: Comparable, shapes: tuple[Shape, ...], fraction_bits: int) -> tuple[tuple[Step, ...], tuple[Shape, ...]]:
+def _cut(
+    program: Comparable, shapes: tuple[Shape, ...], fraction_bits: int
+) -> tuple[tuple[Step, ...], tuple[Shape, ...]]:
     """Steps over values "in 0", "out 0" and others; cut once for every function and shapes, which layers share."""
     closed = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
     jaxpr = closed.jaxpr

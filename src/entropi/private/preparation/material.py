@@ -119,7 +119,9 @@ class Material:
             return self._cut(name, slice(first, keys), None, slice(first, keys))
         tokens = (slice(None), slice(first, keys))
         seen, packed = (slice(None), slice(keys)), (slice(None), pairs)
-        return self._cut(name, tokens, seen, packed) if product.kind == "scores" else self._cut(name, packed, seen, tokens)
+        return (
+            self._cut(name, tokens, seen, packed) if product.kind == "scores" else self._cut(name, packed, seen, tokens)
+        )
 
     def _of_pool(self, name: str, product: Product) -> Masks:
         first = product.shapes[0]
@@ -139,7 +141,9 @@ class Material:
             raise MaterialUsedUp(f"nothing was prepared for {name}")
         if first < self._used.get(name, 0):
             raise MaterialUsedUp(f"what was prepared for {name} would be used twice")
-        room = result.shape[1] if result.ndim == 3 else len(result) if result.ndim == 1 or " " not in name else len(result)
+        room = (
+            result.shape[1] if result.ndim == 3 else len(result) if result.ndim == 1 or " " not in name else len(result)
+        )
         if " " not in name and result.ndim == 2 and name.endswith(".scores"):
             room = int(((8 * result.shape[1] + 1) ** 0.5 - 1) / 2)
         if end > room:

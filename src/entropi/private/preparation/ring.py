@@ -41,7 +41,9 @@ def times_small(x: Ring, matrix: NDArray[np.signedinteger]) -> Ring:
     for start in range(0, inner, step):
         piece = x[:, start : start + step]
         digits = (piece[None] >> shifts[:, None, None]) & np.uint64(2**_LIMB_BITS - 1)
-        products = digits.reshape(_LIMBS * rows, -1).astype(np.float64) @ matrix[start : start + step].astype(np.float64)
+        products = digits.reshape(_LIMBS * rows, -1).astype(np.float64) @ matrix[start : start + step].astype(
+            np.float64
+        )
         whole = products.astype(np.int64).view(np.uint64).reshape(_LIMBS, rows, -1)
         total += (whole << shifts[:, None, None]).sum(axis=0, dtype=np.uint64)
     return total

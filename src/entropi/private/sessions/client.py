@@ -120,6 +120,7 @@ class Connection:
         retries: int = 1,
         privacy: Privacy = USUAL,
         memory_gb: float | None = None,
+        store: Store | None = None,
     ) -> Conversation:
         """Messages and answers in one session, where a turn costs its own tokens only; see `Conversation`.
 
@@ -136,6 +137,7 @@ class Connection:
             retries=retries,
             privacy=privacy,
             memory_gb=memory_gb,
+            store=store,
         )
 
     def stream(

@@ -21,9 +21,8 @@ from entropi.private.compute.folded import sha256_of
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.sessions.generation import Answer, Generation
+from entropi.private.sessions.material import Material, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
-from entropi.private.preparation.ring import Ring
-from entropi.private.sessions.material import Material
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
 from entropi.private.sessions.plausibility import implausible
@@ -32,13 +31,10 @@ from entropi.private.sessions.tokenization import (
 )
 from entropi.private.wire.channel import (
     HANDSHAKE_SECONDS,
-    LAST_WORDS_SECONDS,
     LostServer,
     RefusedByServer,
     ServerAddress,
-    decode,
     open_channel,
-    receive,
     welcome_from,
 )
 from entropi.private.wire.messages import (
@@ -48,15 +44,12 @@ from entropi.private.wire.messages import (
     Job,
     Linked,
     Next,
-    Queued,
-    Refused,
     Revealed,
     StageDone,
     Start,
     Welcome,
-    encode,
 )
-from entropi.private.wire.tunnel import LinkBroken, Tunnel
+from entropi.private.wire.tunnel import Tunnel
 from entropi.records import PrivateRun, StageCommunication
 from entropi.temporary import swept_folder
 
@@ -144,14 +137,13 @@ class ClientSession(PartySession):
 
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
+            ticket, most = await self._ticket(len(welcome.prefix) + len(ids), most)
             length = len(welcome.prefix) + len(ids) + most
-            ticket = await self._ticket(length - 1)
             await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
 
             accepted = await self.wait_for_slot()
             taken = await self._material(ticket, length - 1, accepted)
-            kept = sum(array.nbytes for array in taken.values()) if taken is not None else 0
-            memory = memory_for(welcome.description, length, generation.memory_gb, kept)
+            memory = memory_for(welcome.description, length, generation.memory_gb, taken.size if taken else 0)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
@@ -167,27 +159,39 @@ class ClientSession(PartySession):
                         table=str(table) if table is not None else None,
                     ),
                     memory,
-                    taken,
+                    taken.arrays if taken is not None else None,
                 )
                 del taken
                 self.read, self.room = len(ids), most - 1
                 await self.finish(party, tunnel, self._generate(party))
 
-    async def _ticket(self, tokens: int) -> str | None:
-        """Prepared material to offer the server for so many tokens, if there is any."""
-        if self.generation.store is None:
-            return None
-        self.material = Material(self.generation.store, self.welcome)
-        return await self.material.fitting(tokens, self.where)
+    async def _ticket(self, known: int, most: int) -> tuple[str | None, int]:
+        """Prepared material to offer the server, if there is any, and how many tokens may follow the `known` ones.
 
-    async def _material(self, ticket: str | None, tokens: int, accepted: Accepted) -> dict[str, Ring] | None:
+        A conversation takes the largest there is for its next answer, and has as many tokens.
+        """
+        if self.generation.store is None:
+            return None, most
+        self.material = Material(self.generation.store, self.welcome)
+        talks = self.turns is not None
+        needed = known + (self.generation.left if talks else most) - 1
+        found = await self.material.fitting(needed, self.where, largest=talks)
+        if found is None:
+            return None, most
+        ticket, tokens = found
+        return ticket, min(most, tokens - known + 1)
+
+    async def _material(self, ticket: str | None, tokens: int, accepted: Accepted) -> Taken | None:
         """This side's half of the ticket, if the server has taken its own."""
         if ticket is None:
             if accepted.prepared:
                 raise UserError(f"{self.where} does not follow the protocol")
             return None
         if accepted.prepared:
-            return await self.material.take(ticket, tokens, self.where)
+            taken = await self.material.take(ticket, tokens, self.where)
+            self.generation.prepared_bytes += taken.moved
+            self.generation.prepared_seconds += taken.seconds
+            return taken
         await self.material.discard(ticket)
         self.status(f"{self.where} does not have the other half of what was prepared: going on without")
         return None
@@ -242,6 +246,8 @@ class ClientSession(PartySession):
                 padding_tokens=len(generation.padding),
                 prefix_tokens=len(self.welcome.prefix),
                 past_tokens=len(generation.history),
+                prepared_bytes=generation.prepared_bytes,
+                prepared_seconds=generation.prepared_seconds,
                 stages=generation.stages,
                 setup_seconds=generation.setup_seconds,
                 setup_bytes=generation.setup_bytes,

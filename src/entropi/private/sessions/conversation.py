@@ -17,6 +17,7 @@ import numpy as np
 from entropi.errors import UserError
 from entropi.private.sessions.client_session import ClientSession, with_retries
 from entropi.private.sessions.generation import Answer, Generation, Watcher
+from entropi.private.preparation.store import Store
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
 from entropi.private.wire.channel import LostServer, RefusedByServer, ServerAddress, open_channel
@@ -53,6 +54,7 @@ class Conversation:
         retries: int = 1,
         privacy: Privacy = USUAL,
         memory_gb: float | None = None,
+        store: Store | None = None,
     ) -> None:
         if privacy.full_length:
             raise UserError("full_length has no place in a conversation: what follows an answer's end would be read on")
@@ -63,6 +65,7 @@ class Conversation:
         self.max_tokens = max_tokens
         self._server, self._digest, self._chat, self._system = server, digest, chat, system
         self._sampling, self._retries, self._privacy, self._memory_gb = sampling, retries, privacy, memory_gb
+        self._store = store
         self._random = np.random.default_rng(sampling.seed)  # of all answers
         self._history: list[int] = []
         self._generation: Generation | None = None  # that is being answered
@@ -97,6 +100,7 @@ class Conversation:
             chat=self._chat,
             system=self._system,
             history=self.tokens,
+            store=self._store,
         )
         generation.random = self._random
         self._generation = generation

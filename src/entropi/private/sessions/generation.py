@@ -73,6 +73,8 @@ class Generation:
     setup_seconds: float = 0.0
     setup_bytes: int = 0
     reveal_bytes: int = 0
+    prepared_bytes: int = 0  # exchanged before, when the material that is used was prepared
+    prepared_seconds: float = 0.0
     done: int = 0  # operations, set-ups included
     shown: str = ""
     stopped: bool = False  # the token that is being computed is to be the last

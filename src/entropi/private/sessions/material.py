@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import load_file
 
 from entropi.errors import UserError
 from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.growth import Growth
 from entropi.private.preparation.parts import joined, kept_bytes, parts_for
 from entropi.private.preparation.ring import Ring
-from entropi.private.preparation.store import Growth, Store
+from entropi.private.preparation.store import Store
 from entropi.private.preparation.tickets import Binding
 from entropi.private.wire.messages import Welcome, encode, part_file
+from entropi.records import StageCommunication
+
+_COST, _COST_BYTES = "cost", 16  # of a part: two numbers among its arrays
 
 
 class Material:
@@ -47,7 +53,9 @@ class Material:
         def begin() -> Growing:
             parts = parts_for(self._welcome.description, self._welcome.settings, tokens)
             growth = self._store.grow(
-                bytes.fromhex(ticket), self._binding(tokens, peer), kept_bytes(parts, self._rank)
+                bytes.fromhex(ticket),
+                self._binding(tokens, peer),
+                kept_bytes(parts, self._rank) + _COST_BYTES * len(parts),
             )
             return Growing(growth, len(parts))
 
@@ -58,19 +66,41 @@ class Material:
         found = await asyncio.to_thread(self._store.oldest_growing, self._binding(tokens, peer))
         return None if found is None else found.hex()
 
-    async def fitting(self, tokens: int, peer: str) -> str | None:
-        """The smallest ticket that holds material for a session of so many tokens."""
-        found = await asyncio.to_thread(self._store.smallest_ready, self._binding(tokens, peer))
-        return None if found is None else found.hex()
+    async def fitting(self, tokens: int, peer: str, *, largest: bool = False) -> tuple[str, int] | None:
+        """The smallest ticket, or the largest, with material for a session of so many tokens, and its own number."""
+        found = await asyncio.to_thread(self._store.ready, self._binding(tokens, peer))
+        if not found:
+            return None
+        most, ticket = found[-1 if largest else 0]
+        return ticket.hex(), most
 
-    async def take(self, ticket: str, tokens: int, peer: str) -> dict[str, Ring]:
+    async def take(self, ticket: str, tokens: int, peer: str) -> Taken:
         """The material of a ticket, which from then on is nowhere else (`UserError`)."""
-        parts = await asyncio.to_thread(self._store.take, bytes.fromhex(ticket), self._binding(tokens, peer))
-        return joined([parts[name] for name in sorted(parts)])
+
+        def taken() -> Taken:
+            parts = self._store.take(bytes.fromhex(ticket), self._binding(tokens, peer))
+            costs = np.array([parts[name].pop(_COST) for name in sorted(parts)]).sum(axis=0)
+            return Taken(joined([parts[name] for name in sorted(parts)]), int(costs[0]), float(costs[1]) / 1e3)
+
+        return await asyncio.to_thread(taken)
 
     async def discard(self, ticket: str) -> None:
         """Destroy a ticket whose other half is gone."""
         await asyncio.to_thread(self._store.discard, bytes.fromhex(ticket))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The material of one session, and what preparing it took: bytes both ways, and seconds of this side's party."""
+
+    arrays: dict[str, Ring]
+    moved: int
+    seconds: float
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory."""
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 class Growing:
@@ -88,12 +118,13 @@ class Growing:
         """Destroy all but the first parts: the other side has only so many."""
         await asyncio.to_thread(self._growth.keep, [_name(number) for number in range(done)])
 
-    async def add(self, number: int, folder: Path) -> None:
+    async def add(self, number: int, folder: Path, cost: StageCommunication) -> None:
         """Keep what the party has left in `folder`, on the disk once this returns."""
 
         def keep() -> None:
             path = folder / part_file(number)
-            self._growth.add(_name(number), load_file(path))
+            told = np.array([cost.bytes, round(cost.seconds * 1e3)], np.uint64)
+            self._growth.add(_name(number), {**load_file(path), _COST: told})
             os.unlink(path)
 
         await asyncio.to_thread(keep)

@@ -81,10 +81,10 @@ class PartySession:
         """Carry the engines' link; any control message but that the server keeps its half ends the session."""
         while True:
             message = await self.socket.receive()
-            if message.type == aiohttp.WSMsgType.TEXT and not self.kept.is_set():
-                if isinstance(decode(message.data, self.where), Prepared):
-                    self.kept.set()
-                    continue
+            text = message.type == aiohttp.WSMsgType.TEXT
+            if text and isinstance(decode(message.data, self.where), Prepared):
+                self.kept.set()
+                continue
             if message.type != aiohttp.WSMsgType.BINARY:
                 break
             try:

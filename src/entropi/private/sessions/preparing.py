@@ -49,9 +49,7 @@ def prepare(
     return asyncio.run(_prepare(ServerAddress.at(server, tls), tokens, store, watcher or Watcher(), memory_gb))
 
 
-async def _prepare(
-    server: ServerAddress, tokens: int, store: Store, watcher: Watcher, memory_gb: float | None
-) -> str:
+async def _prepare(server: ServerAddress, tokens: int, store: Store, watcher: Watcher, memory_gb: float | None) -> str:
     async with open_channel(server) as (_, socket):
         welcome = await welcome_from(socket, server.name)
         length = tokens + len(welcome.prefix)
@@ -84,9 +82,7 @@ async def _prepare(
     return ticket
 
 
-async def _follow(
-    session: PartySession, party: Party, tunnel: Tunnel, growing: Growing, watcher: Watcher
-) -> None:
+async def _follow(session: PartySession, party: Party, tunnel: Tunnel, growing: Growing, watcher: Watcher) -> None:
     """Keep the parts that this side's party has computed; at the end, wait until the server has its own."""
     try:
         event = await asyncio.wait_for(party.event(), LINK_SECONDS)
@@ -95,7 +91,7 @@ async def _follow(
     while event is not None:
         match event:
             case PartDone(number, communication):
-                await growing.add(number, tunnel.folder)
+                await growing.add(number, tunnel.folder, communication)
                 watcher.part(number + 1, communication)
             case Failed(reason):
                 raise LostServer(f"preparing with {session.where} failed: {reason}")

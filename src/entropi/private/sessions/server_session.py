@@ -16,7 +16,6 @@ import msgspec
 from aiohttp import web
 
 from entropi.errors import UserError
-
 from entropi.private.admission.door import HANDSHAKE_SECONDS, Guest, cut
 from entropi.private.admission.logs import SessionLog
 from entropi.private.admission.monitoring import Ending
@@ -24,7 +23,7 @@ from entropi.private.admission.quotas import Usage
 from entropi.private.compute.folded import WEIGHTS_FILE
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.ring import Ring
-from entropi.private.sessions.material import Growing
+from entropi.private.sessions.material import Growing, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.server_state import ServerState
@@ -171,21 +170,26 @@ async def _talk(
     start: Start | Prepare = await receive(socket, Start, Prepare, timeout=START_SECONDS)
     if start.digest != state.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
-    asks = isinstance(start, Start)
-    _check_length(start, state) if asks else _check_preparing(start, state)
+    if isinstance(start, Start):
+        _check_length(start, state)
+    else:
+        _check_preparing(start, state)
+    new_tokens, prompt_length = (start.max_new_tokens, start.prompt_length) if isinstance(start, Start) else (0, 0)
 
     async with (
-        state.quota.session(name, start.max_new_tokens if asks else 0) as usage,
+        state.quota.session(name, new_tokens) as usage,
         state.slots.slot(socket, guest.admitted()),
     ):
         session_log.quiet, progress.computing = False, True
-        state.counters.prompt_tokens += start.prompt_length if asks else 0
+        state.counters.prompt_tokens += prompt_length
         began, limits = time.monotonic(), state.limits
         try:
             session = Session(socket, name, usage, session_log, state, progress)
-            work = session.answer(start) if asks else session.prepare(start)
-            long = not asks or start.conversation
-            await asyncio.wait_for(work, limits.conversation_seconds if long else limits.session_seconds)
+            if isinstance(start, Start):
+                work, short = session.answer(start), not start.conversation
+            else:
+                work, short = session.prepare(start), False
+            await asyncio.wait_for(work, limits.session_seconds if short else limits.conversation_seconds)
         except asyncio.TimeoutError:
             raise SessionError("the session's time limit was reached") from None
         finally:
@@ -234,12 +238,18 @@ class Session:
         welcome, limits = self.state.welcome, self.state.limits
         length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
         taken = await self._take(start, length - 1)
-        kept = sum(array.nbytes for array in taken.values()) if taken is not None else 0
         job = self._job(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length)
         self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
-        memory = memory_for(welcome.description, length, limits.memory_gb, kept)
+        memory = memory_for(welcome.description, length, limits.memory_gb, taken.size if taken is not None else 0)
         accepted = Accepted(job.session, prepared=taken is not None)
-        await self._compute(job, memory, accepted, start.max_new_tokens - 1, start.conversation, material=taken)
+        await self._compute(
+            job,
+            memory,
+            accepted,
+            start.max_new_tokens - 1,
+            start.conversation,
+            material=taken.arrays if taken is not None else None,
+        )
 
     async def prepare(self, request: Prepare) -> None:
         """Compute a ticket's material, or what is missing of it."""
@@ -255,7 +265,7 @@ class Session:
         memory = memory_for(self.state.welcome.description, request.tokens, self.state.limits.memory_gb, prepares=True)
         await self._compute(job, memory, Accepted(job.session, parts=done), 0, False, growing=growing)
 
-    async def _take(self, start: Start, tokens: int) -> dict[str, Ring] | None:
+    async def _take(self, start: Start, tokens: int) -> Taken | None:
         """This side's half of the ticket that the client offers; None where there is none, and the client is told."""
         if start.ticket is None or self.state.material is None:
             return None
@@ -410,7 +420,7 @@ async def _watch_party(
             case StageDone(communication) | PartDone(communication=communication):
                 if isinstance(event, PartDone):
                     assert growing is not None
-                    await growing.add(event.number, folder)
+                    await growing.add(event.number, folder, communication)
                 sent, received = sent + communication.sent_bytes, received + communication.received_bytes
                 state.counters.sent_bytes += communication.sent_bytes
                 state.counters.received_bytes += communication.received_bytes

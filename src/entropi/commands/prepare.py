@@ -1,0 +1,122 @@
+"""`entropi prepare`: computing what does not depend on the prompt, before there is one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entropi.commands.common import Command, secure_engine, terminated_like_interrupted
+from entropi.console import ProgressLine, make_console, without_controls
+from entropi.errors import UserError
+from entropi.records import StageCommunication
+
+if TYPE_CHECKING:
+    from entropi.private.preparation.store import Store
+
+
+def run(
+    server: str = "127.0.0.1:9000",
+    tokens: int = 192,
+    sessions: int = 1,
+    material: Path | None = None,
+    expires_days: float = 7.0,
+    list: bool = False,
+    delete: str | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    server_ca: Path | None = None,
+    memory_gb: float | None = None,
+) -> None:
+    """Compute, before there is a prompt, what makes its answer fast: products of random numbers.
+
+    Both sides keep their half of it, this one in a folder, for one session each, which `entropi ask` uses by itself and
+    which is destroyed then. Whoever interrupts this goes on with the same command.
+
+    Args:
+        server: HOST:PORT of an `entropi serve --material`
+        tokens: most tokens of a session, prompt and answer together
+        sessions: so many sessions are prepared, one after another
+        material: folder to keep it in, as secret as keys; by default entropi/material in the user's state folder
+        expires_days: after which it is destroyed, used or not, up to 30
+        list: show what is kept, and nothing else
+        delete: destroy what is kept: all, expired, or what a ticket's name in --list begins with, several with commas
+        tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
+        tls_key: its private key
+        server_ca: certificate of the authority that the server's certificate is from
+        memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
+    """
+    from entropi.private.preparation.store import DAY_SECONDS, Store, default_folder
+
+    if tokens < 1 or sessions < 1:
+        raise UserError("--tokens and --sessions must be at least 1")
+    folder = material or default_folder()
+    if (list or delete is not None) and not folder.is_dir():
+        raise UserError(f"nothing was prepared: there is no folder {folder}")
+    with Store(folder, expires=expires_days * DAY_SECONDS) as store:
+        if delete is not None:
+            which = delete if delete in ("all", "expired") else delete.split(",")
+            print(f"{store.delete(which)} destroyed")
+            return
+        if list:
+            _show(store)
+            return
+
+        with secure_engine():
+            from entropi.private.sessions import preparing
+            from entropi.private.wire.certificates import tls_files
+        tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
+        for number in range(sessions):
+            started = time.monotonic()
+            display = _Display(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
+            with display, terminated_like_interrupted():
+                watcher = preparing.Watcher(display.begin, display.part, display.status)
+                ticket = preparing.prepare(server, tokens, store, watcher, tls=tls, memory_gb=memory_gb)
+            kept = next((entry for entry in store.entries() if entry.ticket.hex() == ticket), None)
+            size = f", {kept.size / 1e6:.1f} MB kept here" if kept is not None else ""
+            print(
+                f"{ticket[:8]}: a session of up to {tokens} tokens; {display.moved / 1e6:.1f} MB were sent and "
+                f"received in {time.monotonic() - started:.0f} s{size}",
+                flush=True,
+            )
+
+
+def _show(store: Store) -> None:
+    entries = store.entries()
+    print(f"{len(entries)} sessions prepared, {sum(entry.size for entry in entries) / 1e6:.1f} MB")
+    for entry in entries:
+        days = (entry.expires - time.time()) / 86_400
+        left = f"expires in {days:.1f} days" if days > 0 else "expired"
+        state = "ready" if entry.state == "ready" else "begun"
+        print(f"{entry.name}  {state}  {entry.tokens} tokens  {entry.size / 1e6:.1f} MB  {entry.peer or '-'}  {left}")
+
+
+class _Display:
+    """Progress on standard error; use as a context manager."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._console, self.moved = title, make_console(), 0
+        self._line: ProgressLine | None = None
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._line is not None:
+            self._line.__exit__(None, None, None)
+
+    def begin(self, total: int, done: int) -> None:
+        self._line = ProgressLine(self._title, total, console=self._console).__enter__()
+        if done:
+            self.status(f"going on after {done} of {total} parts")
+
+    def part(self, done: int, communication: StageCommunication) -> None:
+        assert self._line is not None
+        self.moved += communication.bytes
+        self._line.update(done, f"{communication.name}, {self.moved / 1e6:.1f} MB")
+
+    def status(self, happening: str) -> None:
+        self._console.print(without_controls(happening), markup=False)
+
+
+COMMAND = Command(run, place=10)

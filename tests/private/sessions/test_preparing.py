@@ -1,0 +1,237 @@
+"""Preparing, between two processes: what it saves, that it is used once, and what happens when a side fails."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("spu")
+
+from entropi.errors import UserError
+from entropi.private import Watcher
+from entropi.private.preparation.store import Store
+from entropi.private.sessions import client, preparing
+from serving import (
+    PROMPT,
+    Server,
+    command,
+    folded,
+    model,
+    no_parties_left,
+    plain_logits,
+    save_model,
+    scratch,
+    served_cache,
+    wait_for,
+)
+
+__all__ = ["folded", "model", "scratch", "served_cache"]  # fixtures
+pytestmark = [
+    pytest.mark.two_party,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
+]
+TOLERANCE = 0.05
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def running(folded, scratch, tmp_path_factory):
+    """A server, and the folder where it keeps its halves."""
+    base = tmp_path_factory.mktemp("server")
+    server = Server(folded, base / "log", "--embedding", "public", "--material", base / "material")
+    yield SimpleNamespace(server=server, address=server.address(), material=base / "material")
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "material") as store:
+        yield store
+
+
+def ready(folder):
+    with Store(folder) as store:
+        return [entry.ticket for entry in store.entries() if entry.state == "ready"]
+
+
+def files_under(folder):
+    return [
+        path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 4096 and "index" not in path.name
+    ]
+
+
+def ask(address, store, tokens=3, **options):
+    said = []
+    answer = client.ask(address, PROMPT, tokens, Watcher(status=said.append), store=store, **options)
+    return answer, said
+
+
+def right(answer, model, prompt_ids):
+    for number, logits in enumerate(answer.logits):
+        expected = plain_logits(model[1], prompt_ids + answer.record.new_tokens[:number])
+        np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    return True
+
+
+def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, store, scratch):
+    prompt_ids = model[2].encode(PROMPT).ids
+    parts = []
+    ticket = preparing.prepare(running.address, TOKENS, store, preparing.Watcher(part=lambda n, c: parts.append(c)))
+    assert [entry.ticket.hex() for entry in store.entries()] == [ticket]
+    assert bytes.fromhex(ticket) in ready(running.material)
+
+    fast, said = ask(running.address, store)
+    assert right(fast, model, prompt_ids)
+    assert not any("going on without" in line for line in said)
+    assert not store.entries() and bytes.fromhex(ticket) not in ready(running.material)
+    assert not files_under(running.material)
+    record = fast.record
+    assert record.prepared_bytes == sum(part.bytes for part in parts) > 1e6
+
+    slow, _ = ask(running.address, store)
+    assert right(slow, model, prompt_ids)
+    assert slow.record.prepared_bytes == 0
+    moved, before = (sum(stage.bytes for stage in run.record.stages) for run in (fast, slow))
+    assert moved < before / 20
+    assert [stage.name for stage in record.stages] == [stage.name for stage in slow.record.stages]
+    assert no_parties_left(scratch)
+
+
+def test_what_is_too_small_is_kept(running, store):
+    preparing.prepare(running.address, 2, store)
+    answer, _ = ask(running.address, store, 1)
+    assert answer.record.prepared_bytes == 0
+    assert len(store.entries()) == 1
+
+
+def test_an_interrupted_preparation_is_gone_on_with(running, model, tmp_path, scratch):
+    folder = tmp_path / "material"
+    words = command("prepare", "--server", running.address, "--tokens", TOKENS, "--material", folder)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: process.poll() is not None or len(list(folder.rglob("*"))) > 6)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert no_parties_left(scratch)
+
+    begun = []
+    with Store(folder) as store:
+        (entry,) = store.entries()
+        assert entry.state == "growing"
+        watcher = preparing.Watcher(begin=lambda total, done: begun.append((total, done)))
+        assert preparing.prepare(running.address, TOKENS, store, watcher) == entry.ticket.hex()
+        assert 0 < begun[0][1] < begun[0][0]
+        answer, _ = ask(running.address, store)
+        assert answer.record.prepared_bytes
+        assert right(answer, model, model[2].encode(PROMPT).ids)
+
+
+def test_a_client_that_dies_in_the_middle_loses_its_material(running, store, scratch, tmp_path):
+    ticket = bytes.fromhex(preparing.prepare(running.address, TOKENS, store))
+    words = command(
+        "ask", PROMPT, "--server", running.address, "--max-new-tokens", 6, "--material", tmp_path / "material"
+    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: not store.entries())
+    process.kill()
+    process.wait()
+    assert no_parties_left(scratch)
+    assert ticket not in ready(running.material)
+    assert not files_under(tmp_path / "material") and not files_under(running.material)
+    with pytest.raises(UserError, match="taken already"):
+        store.take(ticket, _binding(store, ticket))
+
+
+def _binding(store, ticket):
+    from entropi.private.preparation.tickets import known
+
+    with store._index.transaction() as index:
+        return known(index, ticket).binding
+
+
+def test_without_the_servers_half_everything_is_computed_as_ever(running, model, store):
+    ticket = preparing.prepare(running.address, TOKENS, store)
+    with Store(running.material) as theirs:
+        assert theirs.delete([ticket]) == 1
+    answer, said = ask(running.address, store)
+    assert right(answer, model, model[2].encode(PROMPT).ids)
+    assert answer.record.prepared_bytes == 0
+    assert any("going on without" in line for line in said)
+    assert not store.entries()
+
+
+def test_material_of_other_weights_is_not_used(running, model, store, tmp_path, folded, scratch):
+    """Same description, another model: only the server can tell."""
+    from entropi import cli
+
+    preparing.prepare(running.address, TOKENS, store)
+    other = tmp_path / "models" / "other"
+
+    def change(changed):
+        changed.model.blocks[0].attention.output.weight.mul_(1.5) if hasattr(changed.model, "blocks") else None
+        for parameter in changed.parameters():
+            parameter.mul_(1.01)
+
+    save_model(other, change=change)
+    assert cli.main(["fold", str(other), str(tmp_path / "folded")]) == 0
+    running.server.process.send_signal(signal.SIGSTOP)
+    try:
+        second = Server(tmp_path / "folded", tmp_path / "log", "--embedding", "private", "--material", running.material)
+        try:
+            answer, _ = ask(second.address(), store)
+            assert answer.record.prepared_bytes == 0
+        finally:
+            second.process.kill()
+            second.process.wait()
+    finally:
+        running.server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("options", [("--embedding", "private"), ("--embedding", "public", "--output", "top_k")])
+def test_other_servers(folded, model, scratch, tmp_path, options):
+    """A private token table and a public prefix; fewer logits; and a server that prepares nothing."""
+    public = tmp_path / "prefix.txt"
+    public.write_text("the secret garden lies ")
+    more = ("--prefix-file", public, "--material", tmp_path / "theirs")
+    server = Server(folded, tmp_path / "log", *options, *more)
+    try:
+        with Store(tmp_path / "ours") as store:
+            preparing.prepare(server.address(), TOKENS, store)
+            answer, _ = ask(server.address(), store)
+            assert answer.record.prepared_bytes and not store.entries()
+            if "top_k" not in options:
+                ids = model[2].encode(public.read_text()).ids + model[2].encode(PROMPT).ids
+                assert right(answer, model, ids)
+            else:
+                ids = model[2].encode(public.read_text()).ids + model[2].encode(PROMPT).ids
+                expected = plain_logits(model[1], ids)
+                np.testing.assert_allclose(np.sort(answer.logits[0])[::-1], np.sort(expected)[::-1][:8], atol=TOLERANCE)
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_what_cannot_be_prepared(running, folded, scratch, store, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="takes at most 32"):
+        preparing.prepare(running.address, 33, store)
+    with pytest.raises(UserError, match="cannot reach a server"):
+        preparing.prepare("127.0.0.1:9", 4, store)
+
+    none = Server(folded, tmp_path / "log", "--embedding", "public")
+    small = Server(
+        folded, tmp_path / "small", "--embedding", "public", "--material", tmp_path / "m", "--material-gb", "1e-5"
+    )
+    try:
+        with pytest.raises(UserError, match="prepares nothing: it was started without --material"):
+            preparing.prepare(none.address(), 4, store)
+        with pytest.raises(UserError, match="no room for the material of 4 tokens"):
+            preparing.prepare(small.address(), 4, store)
+    finally:
+        for server in (none, small):
+            server.process.kill()
+            server.process.wait()
+    assert os.path.isdir(tmp_path / "material")
