@@ -1,7 +1,7 @@
 """Private inference between two processes: program, engine, sessions; torch is imported nowhere here.
 
 `connect`, `Tls`, `Sampling`, `Privacy` and `Watcher` are what a Python program needs to ask a server, and
-`Conversation` is what it gets of one; they are imported when they are first used.
+`Conversation` is what it gets of one; `prepare` and `Store` make answers fast. They are imported when first used.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from entropi.private.preparation.store import Store
     from entropi.private.sessions.client import connect
     from entropi.private.sessions.conversation import Conversation
     from entropi.private.sessions.generation import Watcher
+    from entropi.private.sessions.preparing import prepare
     from entropi.private.sessions.privacy import Privacy
     from entropi.private.sessions.sampling import Sampling
     from entropi.private.wire.certificates import Tls
 
-__all__ = ["Conversation", "Privacy", "Sampling", "Tls", "Watcher", "connect"]
+__all__ = ["Conversation", "Privacy", "Sampling", "Store", "Tls", "Watcher", "connect", "prepare"]
 
 _HOMES = {
     "Conversation": "entropi.private.sessions.conversation",
     "Privacy": "entropi.private.sessions.client",
     "Sampling": "entropi.private.sessions.client",
+    "Store": "entropi.private.preparation.store",
     "Tls": "entropi.private.wire.certificates",
     "Watcher": "entropi.private.sessions.client",
     "connect": "entropi.private.sessions.client",
+    "prepare": "entropi.private.sessions.preparing",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("spu")
 
 from entropi.errors import UserError
-from entropi.private import Watcher
+from entropi.private import Watcher, connect
 from entropi.private.preparation.store import Store
 from entropi.private.sessions import client, preparing
 from serving import (
@@ -141,6 +141,7 @@ def test_a_client_that_dies_in_the_middle_loses_its_material(running, store, scr
     process.wait()
     assert no_parties_left(scratch)
     assert ticket not in ready(running.material)
+    store.sweep()  # what the next command does first
     assert not files_under(tmp_path / "material") and not files_under(running.material)
     with pytest.raises(UserError, match="taken already"):
         store.take(ticket, _binding(store, ticket))
@@ -151,6 +152,21 @@ def _binding(store, ticket):
 
     with store._index.transaction() as index:
         return known(index, ticket).binding
+
+
+def test_a_conversation_takes_the_largest(running, model, store):
+    """And has as many tokens as that was prepared for."""
+    small, large = (bytes.fromhex(preparing.prepare(running.address, tokens, store)) for tokens in (8, 16))
+    with connect(running.address).conversation(chat=False, store=store) as conversation:
+        first = conversation.say(PROMPT, 2)
+        assert [entry.ticket for entry in store.entries()] == [small]
+        assert first.record.prepared_bytes
+        second = conversation.say(" the garden", 2)
+        assert second.record.prepared_bytes == 0  # the session is the same
+    assert len({ticket for ticket in (small, large) if ticket in ready(running.material)}) == 1
+    before = model[2].encode(PROMPT).ids
+    assert right(first, model, before)
+    assert right(second, model, second.record.prompt_tokens and conversation.tokens[: -len(second.record.new_tokens)])
 
 
 def test_without_the_servers_half_everything_is_computed_as_ever(running, model, store):
