@@ -169,7 +169,8 @@ def test_a_server_with_a_prefix(model, folded, scratch, capfd, tmp_path):
         what = (
             f"{server.address()} puts a public text of {len(prefix)} tokens before every prompt: {public.read_text()!r}"
         )
-        assert said[1:] == [what] and " proposes " in said[0]
+        assert " proposes " in said[0]
+        assert said[1:] == [what]
         for number, logits in enumerate(answer.logits):
             expected = plain_logits(model[1], prefix + prompt + answer.record.new_tokens[:number])
             np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
