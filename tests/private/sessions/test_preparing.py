@@ -88,7 +88,8 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     fast, said = ask(running.address, store)
     assert right(fast, model, prompt_ids)
     assert not any("going on without" in line for line in said)
-    assert not store.entries() and bytes.fromhex(ticket) not in ready(running.material)
+    assert not store.entries()
+    assert bytes.fromhex(ticket) not in ready(running.material)
     assert not files_under(running.material)
     record = fast.record
     assert record.prepared_bytes == sum(part.bytes for part in parts) > 1e6
@@ -142,7 +143,8 @@ def test_a_client_that_dies_in_the_middle_loses_its_material(running, store, scr
     assert no_parties_left(scratch)
     assert ticket not in ready(running.material)
     store.sweep()  # what the next command does first
-    assert not files_under(tmp_path / "material") and not files_under(running.material)
+    assert not files_under(tmp_path / "material")
+    assert not files_under(running.material)
     with pytest.raises(UserError, match="taken already"):
         store.take(ticket, _binding(store, ticket))
 
@@ -218,7 +220,8 @@ def test_other_servers(folded, model, scratch, tmp_path, options):
         with Store(tmp_path / "ours") as store:
             preparing.prepare(server.address(), TOKENS, store)
             answer, _ = ask(server.address(), store)
-            assert answer.record.prepared_bytes and not store.entries()
+            assert answer.record.prepared_bytes
+            assert not store.entries()
             if "top_k" not in options:
                 ids = model[2].encode(public.read_text()).ids + model[2].encode(PROMPT).ids
                 assert right(answer, model, ids)

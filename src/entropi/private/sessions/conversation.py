@@ -15,9 +15,9 @@ from types import TracebackType
 import numpy as np
 
 from entropi.errors import UserError
+from entropi.private.preparation.store import Store
 from entropi.private.sessions.client_session import ClientSession, with_retries
 from entropi.private.sessions.generation import Answer, Generation, Watcher
-from entropi.private.preparation.store import Store
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
 from entropi.private.wire.channel import LostServer, RefusedByServer, ServerAddress, open_channel
