@@ -7,6 +7,8 @@ goes too.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +42,9 @@ from entropi.private.wire.messages import (
     part_file,
 )
 from entropi.records import combined
+
+
+PREPARING_NICENESS = 10
 
 
 def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO) -> int:
@@ -129,7 +134,12 @@ def _prepared_passes(
 
 
 def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: BinaryIO) -> None:
-    """Compute material in step with the other party, and hand every part of it to the parent as it is done."""
+    """Compute material in step with the other party, and hand every part of it to the parent as it is done.
+
+    At low priority: those who wait for an answer come first.
+    """
+    with contextlib.suppress(OSError):
+        os.nice(PREPARING_NICENESS)
     weights = load(files["weights"]) if "weights" in files else None
     folder = Path(job.links[job.rank].removeprefix("unix:")).parent
     for number, need in enumerate(parts_for(job.description, job.settings, job.prepare_tokens)):

@@ -156,6 +156,7 @@ def serve(
             digest=welcome.digest(),
             limits=limits,
             slots=Slots(limits, counters),
+            preparing=Slots(replace(limits, max_sessions=1), counters),
             quota=Quota(limits, open_store(quota_store, limits)),
             counters=counters,
             table=table,

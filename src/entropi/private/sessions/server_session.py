@@ -172,13 +172,14 @@ async def _talk(
         raise Refusal("the description of the model that reached the client is not the server's")
     if isinstance(start, Start):
         _check_length(start, state)
+        slots, new_tokens, prompt_length = state.slots, start.max_new_tokens, start.prompt_length
     else:
         _check_preparing(start, state)
-    new_tokens, prompt_length = (start.max_new_tokens, start.prompt_length) if isinstance(start, Start) else (0, 0)
+        slots, new_tokens, prompt_length = state.preparing, 0, 0
 
     async with (
         state.quota.session(name, new_tokens) as usage,
-        state.slots.slot(socket, guest.admitted()),
+        slots.slot(socket, guest.admitted()),
     ):
         session_log.quiet, progress.computing = False, True
         state.counters.prompt_tokens += prompt_length

@@ -30,6 +30,7 @@ class ServerState:
     digest: str
     limits: Limits
     slots: Slots
+    preparing: Slots  # of sessions that prepare, one at a time beside the others
     quota: Quota
     counters: Counters
     table: Path | None  # the token embeddings, where they are public
