@@ -6,6 +6,8 @@ writes to a log on the disk before it would send anything.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import random
@@ -30,6 +32,7 @@ from entropi.private.preparation.tickets import Binding
 PARTS = ("scores", "values")
 WORDS = 700  # of each part
 SIZE = 8 * WORDS * len(PARTS)
+PR_SET_PDEATHSIG = 1
 OFFERS = 3  # tickets that may be ready at once
 
 
@@ -37,6 +40,15 @@ def binding(side: str = "client", **changes: Any) -> Binding:
     own, peer = ("alice", "server") if side == "client" else ("server", "alice")
     fields = {"model": "m", "settings": "s", "own": own, "peer": peer, "side": side, "tokens": 8}
     return Binding(**{**fields, **changes})
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """Why a store refuses; "" if it does not."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def words(ticket: bytes, side: str, part: str) -> np.ndarray:
@@ -76,7 +88,7 @@ def take_and_log(store: Store, ticket: bytes, side: str, log: Path) -> None:
 
 
 def handed_out(log: Path) -> list[tuple[bytes, str]]:
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []  # a line is written at once
     return [(bytes.fromhex(line.split()[0]), line.split()[1]) for line in lines]
 
 
@@ -104,20 +116,14 @@ def check(folder: Path, side: str, log: Path) -> None:
         assert not list((folder / store_module.MATERIAL).iterdir())
 
 
-def refusal(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def fork(work: Callable[[], Any]) -> int:
     """A process that does the work and ends with status 0, or says what failed."""
     if process := os.fork():
         return process
     status = 1
     try:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody is left if a test is cut off
         work()
         status = 0
     except BaseException:
@@ -148,13 +154,10 @@ def serve(folder: Path) -> None:
         listening.listen()
         while True:
             connection, _ = listening.accept()
-            with connection, connection.makefile("rw") as lines:
-                try:
-                    for line in lines:
-                        lines.write(answer(store, folder, *line.split()) + "\n")
-                        lines.flush()
-                except ConnectionError:
-                    pass
+            with contextlib.suppress(ConnectionError), connection, connection.makefile("rw") as lines:
+                for line in lines:
+                    lines.write(answer(store, folder, *line.split()) + "\n")
+                    lines.flush()
 
 
 def answer(store: Store, folder: Path, what: str, name: str) -> str:
@@ -206,25 +209,34 @@ def one_session(store: Store, folder: Path, lines: Any) -> None:
             take_and_log(store, ready, "client", folder / "client.log")
 
 
+def wait_for_sessions(folder: Path, more: int) -> None:
+    """Until the client, which takes last, has taken so many more tickets."""
+    log, until = folder / "client.log", time.monotonic() + 120
+    least = len(handed_out(log)) + more
+    while len(handed_out(log)) < least:
+        assert time.monotonic() < until, "they take nothing any more"
+        time.sleep(0.001)
+
+
 def kills(folder: Path, times: int) -> None:
     chance = random.Random(7)
     sides = {"server": lambda: serve(folder), "client": lambda: ask(folder)}
     running = {side: fork(work) for side, work in sides.items()}
-    for _ in range(times):
-        time.sleep(chance.uniform(0, 0.1))
+    for turn in range(times):
+        if turn % 3:  # else also while they start and clean up
+            wait_for_sessions(folder, 1)
+        time.sleep(chance.uniform(0, 0.03))
         for side in chance.choice((["server"], ["client"], ["server", "client"])):
             killed(running[side])
             running[side] = fork(sides[side])
-    wanted = {side: len(handed_out(folder / f"{side}.log")) + 3 for side in sides}
-    until = time.monotonic() + 120
-    while any(len(handed_out(folder / f"{side}.log")) < least for side, least in wanted.items()):
-        assert time.monotonic() < until, "they take nothing any more"
-        time.sleep(0.01)
+    wait_for_sessions(folder, 5)
     for process in running.values():
         killed(process)
     for side in sides:
         check(folder / side, side, folder / f"{side}.log")
-    print(*(len(handed_out(folder / f"{side}.log")) for side in sides))
+    client, server = ({ticket for ticket, _ in handed_out(folder / f"{side}.log")} for side in ("client", "server"))
+    assert client <= server  # as it asks first
+    print(len(client))
 
 
 # --- One side, killed at every line -----------------------------------------------------------------------------------

@@ -318,7 +318,9 @@ class Store:
 
     def _is_whole(self, index: sqlite3.Connection, ticket: bytes) -> bool:
         """Whether all files are as they were written; also removes those that a crash left unfinished."""
-        path, parts = self._path(ticket), parts_of(index, ticket)
+        path, row, parts = self._path(ticket), known(index, ticket), parts_of(index, ticket)
+        if row.state == "ready" and digest_of(parts) != row.digest:
+            return False
         if not (path.is_dir() and all(is_unchanged(path, file) for file in parts.values())):
             return False
         if (held := hold(path, alone=True)) is not None:  # nobody is writing
