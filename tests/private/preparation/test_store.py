@@ -22,13 +22,13 @@ import msgspec
 import numpy as np
 import pytest
 
+import store_walkers
 from entropi.errors import UserError
 from entropi.private.preparation import index as index_module
 from entropi.private.preparation import store as store_module
 from entropi.private.preparation.store import DAY_SECONDS, REMEMBERED_SECONDS, Quota, Store
 from entropi.private.preparation.tickets import digest_of, parts_of
-from private.preparation import walkers
-from private.preparation.walkers import PARTS, SIZE, add_missing, binding, digest, expected, prepare, refusal, words
+from store_walkers import PARTS, SIZE, add_missing, binding, digest, expected, prepare, refusal, words
 
 ONE, TWO, THREE, FOUR = (bytes([number]) * 16 for number in range(1, 5))
 INDEX = index_module.FILE
@@ -190,6 +190,8 @@ def test_discarded_and_deleted_tickets_are_gone_and_remembered(store, tmp_path):
 
     store.discard(ONE)
     store.discard(b"never met before")
+    assert "another party" in refusal(lambda: store.discard(TWO, binding(peer="mallory")))
+    assert store.entries()[0].ticket == TWO
     assert "was destroyed" in refusal(lambda: store.take(ONE, binding()))
     assert "no ticket begins" in refusal(lambda: store.delete(["0101"]))
     assert "no ticket begins" in refusal(lambda: store.delete([TWO.hex(), "77"]))
@@ -219,6 +221,46 @@ def test_who_still_writes_for_a_destroyed_ticket_leaves_nothing(store, tmp_path,
     assert "was destroyed" in refusal(lambda: growth.add(PARTS[1], {"a": words(ONE, "client", PARTS[1])}))
     assert written
     assert list((tmp_path / "store" / store_module.MATERIAL).iterdir()) == []
+
+
+def test_all_is_on_the_disk_before_anything_is_returned(store, tmp_path, monkeypatch):
+    """What a power failure would leave cannot be tried here, but the order of what is written can be seen."""
+    events = []
+
+    def seen(module: Any, function: str, name: Callable[..., str]) -> None:
+        called = getattr(module, function)
+
+        def call(*words: Any, **options: Any) -> Any:
+            events.append(f"{function} {name(*words)}")
+            return called(*words, **options)
+
+        monkeypatch.setattr(module, function, call)
+
+    prepare(store, TWO)
+    growth = store.grow(ONE, binding(), SIZE)
+    seen(os, "fsync", lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+    seen(os, "unlink", lambda path, **_: Path(path).name)
+    seen(os, "rmdir", lambda path, **_: Path(path).name)
+    seen(store_module, "read_part", lambda folder, part: part.name)
+    seen(store._index, "transaction", str)  # which returns when SQLite has done the same
+    assert store._index._connection.execute("PRAGMA synchronous").fetchone() == (3,)
+    assert store._index._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+    growth.add(PARTS[0], {"a": words(ONE, "client", PARTS[0])})
+    (name,) = (path.name for path in files_in(tmp_path / "store") if path.parent.name == ONE.hex())
+    assert events == ["transaction ", f"fsync {name}", f"fsync {ONE.hex()}", "transaction "]
+    events.clear()
+    one, two = (file.name for file in parts_of(store._index._connection, TWO).values())
+    store.take(TWO, binding())
+    assert events == [
+        "transaction ",
+        "fsync store",
+        *(f"read_part {name}" for name in (one, two)),
+        *(f"unlink {name}" for name in (one, two)),
+        f"fsync {TWO.hex()}",
+        f"rmdir {TWO.hex()}",
+        "fsync material",
+    ]
 
 
 # --- Time and room ----------------------------------------------------------------------------------------------------
@@ -587,7 +629,7 @@ def test_the_other_side_refuses_what_a_file_system_that_was_set_back_has_again(b
 
 
 def walk(what: str, folder: Path, number: int) -> str:
-    command = [sys.executable, walkers.__file__, what, str(folder), str(number)]
+    command = [sys.executable, store_walkers.__file__, what, str(folder), str(number)]
     source = str(Path(store_module.__file__).parents[3])
     done = subprocess.run(
         command,

@@ -12,9 +12,9 @@ matters, keep the store on a disk encrypted under a key that can be destroyed, o
 What no store can see by itself: a file system or virtual machine set back to an earlier state as a whole. The other
 side remembers what it took and refuses, so that one side may be set back, and never both.
 
-Every method blocks: all wait for the index, for which other processes compete, and `add`, `take`, `discard`, `delete`
-and `sweep` also for files. An event loop calls them in threads, which may be several at once. A store that is open must
-not be taken through a fork.
+Every method blocks, those of `Growth` as well: all wait for the index, for which other processes compete, and most for
+files, `add` and `take` as long as it takes to write or read them. An event loop calls them in threads, which may be
+several at once. A store that is open must not be taken through a fork.
 """
 
 from __future__ import annotations
@@ -110,7 +110,11 @@ class Store:
         private_folder(self._folder)
         private_folder(self._material)
         self._index = Index(self._folder, self._destroy_everything)
-        self.sweep()
+        try:
+            self.sweep()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Store:
         return self
@@ -219,16 +223,20 @@ class Store:
                 os.close(held)
         remove_folder(self._path(ticket))
 
-    def discard(self, ticket: bytes) -> None:
-        """Destroy a ticket if it is there, whoever it is for."""
+    def discard(self, ticket: bytes, binding: Binding | None = None) -> None:
+        """Destroy a ticket if it is there, and if it is for this binding, where one is given."""
         with self._index.transaction() as index:
-            if (row := find(index, ticket)) is not None and row.state in LIVE:
+            row = find(index, ticket)
+            if row is not None and binding is not None:
+                must_fit(ticket, row, binding)
+            if row is not None and row.state in LIVE:
                 self._bury(index, ticket, "destroyed")
         with self._index.plainly():
             remove_folder(self._path(ticket))
 
     def room_for(self, size: int, peer: str) -> int:
         """How many further tickets of so many bytes may be kept for a peer, by quota and by what the disk has free."""
+        self.sweep()
         with self._index.transaction() as index:
             return max(0, min(self._rooms(index, size, peer))[0])
 

@@ -1,6 +1,6 @@
-"""Processes that prepare and take material and are killed meanwhile; started by `test_store.py` as a program.
+"""Processes that prepare and take one-time material and are killed meanwhile.
 
-They are forked by a process without threads, so that a new one costs nothing. What each side gets out of its store it
+Tests of the store start this file as a program. The processes are forked by a process without threads, so that a new one costs nothing. What each side gets out of its store it
 writes to a log on the disk before it would send anything.
 """
 
