@@ -1,7 +1,7 @@
 """Processes that prepare and take one-time material and are killed meanwhile.
 
-Tests of the store start this file as a program. The processes are forked by a process without threads, so that a new one costs nothing. What each side gets out of its store it
-writes to a log on the disk before it would send anything.
+Tests of the store start this file as a program. The processes are forked by one without threads, so that a new one
+costs nothing. What each side gets out of its store it writes to a log on the disk before it would send anything.
 """
 
 from __future__ import annotations
