@@ -197,6 +197,8 @@ def test_discarded_and_deleted_tickets_are_gone_and_remembered(store, tmp_path):
     assert "no ticket begins" in refusal(lambda: store.delete([TWO.hex(), "77"]))
     assert "several tickets begin" in refusal(lambda: store.delete(["0"]))
     assert store.delete(["0202", TWO.hex()]) == 1
+    with pytest.raises(ValueError, match="as a list"):
+        store.delete("0202")
     assert store.delete("expired") == 0
     assert store.delete("all") == 2
     assert store.delete("all") == 0

@@ -264,6 +264,8 @@ class Store:
         """Destroy tickets by the beginnings of their ids, or all, or those that have expired; returns how many."""
         entries, now = self.entries(), self._clock()
         if isinstance(which, str):
+            if which not in ("all", "expired"):
+                raise ValueError("beginnings of ids come as a list")
             chosen = {entry.ticket for entry in entries if which == "all" or entry.expires <= now}
         else:
             chosen = {only(entries, beginning) for beginning in which}
