@@ -13,7 +13,8 @@ ROOMS: dict[str, set[str]] = {  # and what each may import, the lowest first
     "compute": set(),
     "wire": {"compute"},
     "admission": {"compute", "wire"},
-    "sessions": {"compute", "wire", "admission"},
+    "preparation": {"compute"},
+    "sessions": {"compute", "wire", "admission", "preparation"},
 }
 JAX_FREE = {"description", "settings"}  # all that `wire` and `admission` may import of `compute`
 FOREIGN: dict[str, set[str]] = {  # packages that only these may import
@@ -84,6 +85,8 @@ def test_imports_go_one_way(path: Path):
         ("wire", "import jax.numpy"),
         ("wire", "from entropi.private import admission"),
         ("admission", "from entropi.private.sessions.party import run"),
+        ("preparation", "from entropi.private.wire import messages"),
+        ("preparation", "import asyncio"),
         ("sessions", "from .. import wire"),
     ],
 )

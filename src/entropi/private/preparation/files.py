@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -107,8 +108,10 @@ def read_part(folder: int, part: PartFile) -> Arrays | None:
     """The arrays of a file; None if it is not there as it was written."""
     try:
         descriptor = os.open(part.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # nothing, or a link
+            return None
+        raise
     with open(descriptor, "rb") as file:
         if not _is(part, os.fstat(descriptor)):
             return None

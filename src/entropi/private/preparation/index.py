@@ -47,6 +47,7 @@ class Index:
     def __init__(self, folder: Path, damaged: Callable[[], None]) -> None:
         self._folder, self._path = folder, folder / FILE
         self._mutex = threading.Lock()  # whose holder alone uses the connection
+        self._held: int | None
         with self.plainly():
             self._held, self._connection = self._open(damaged)
 
@@ -54,7 +55,9 @@ class Index:
         """Let go of the file and the folder."""
         with self._mutex:
             self._connection.close()
-            os.close(self._held)
+            if self._held is not None:
+                os.close(self._held)
+            self._held = None
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:

@@ -12,9 +12,9 @@ matters, keep the store on a disk encrypted under a key that can be destroyed, o
 What no store can see by itself: a file system or virtual machine set back to an earlier state as a whole. The other
 side remembers what it took and refuses, so that one side may be set back, and never both.
 
-Every method blocks: all wait for the index, for which other processes compete, and `add`, `take`, `discard`, `delete`
-and `sweep` also for files. An event loop calls them in threads, which may be several at once. A store that is open must
-not be taken through a fork.
+Every method blocks, those of `Growth` as well: all wait for the index, for which other processes compete, and most for
+files, `add` and `take` as long as it takes to write or read them. An event loop calls them in threads, which may be
+several at once. A store that is open must not be taken through a fork.
 """
 
 from __future__ import annotations
@@ -110,7 +110,11 @@ class Store:
         private_folder(self._folder)
         private_folder(self._material)
         self._index = Index(self._folder, self._destroy_everything)
-        self.sweep()
+        try:
+            self.sweep()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Store:
         return self
@@ -160,9 +164,9 @@ class Store:
         query = "SELECT id, binding FROM tickets WHERE peer = ? AND state = 'ready' AND expires > ? ORDER BY made, id"
         with self._index.transaction() as index:
             rows = index.execute(query, (binding.peer, self._clock())).fetchall()
-        found = [(msgspec.json.decode(text, type=Binding), ticket) for ticket, text in rows]
+        found = [(msgspec.json.decode(text, type=Binding), bytes(ticket)) for ticket, text in rows]
         fitting = [
-            (other.tokens, bytes(ticket))
+            (other.tokens, ticket)
             for other, ticket in found
             if other.tokens >= binding.tokens and msgspec.structs.replace(other, tokens=binding.tokens) == binding
         ]
@@ -228,16 +232,20 @@ class Store:
                 os.close(held)
         remove_folder(self._path(ticket))
 
-    def discard(self, ticket: bytes) -> None:
-        """Destroy a ticket if it is there, whoever it is for."""
+    def discard(self, ticket: bytes, binding: Binding | None = None) -> None:
+        """Destroy a ticket if it is there, and if it is for this binding, where one is given."""
         with self._index.transaction() as index:
-            if (row := find(index, ticket)) is not None and row.state in LIVE:
+            row = find(index, ticket)
+            if row is not None and binding is not None:
+                must_fit(ticket, row, binding)
+            if row is not None and row.state in LIVE:
                 self._bury(index, ticket, "destroyed")
         with self._index.plainly():
             remove_folder(self._path(ticket))
 
     def room_for(self, size: int, peer: str) -> int:
         """How many further tickets of so many bytes may be kept for a peer, by quota and by what the disk has free."""
+        self.sweep()
         with self._index.transaction() as index:
             return max(0, min(self._rooms(index, size, peer))[0])
 
@@ -265,6 +273,8 @@ class Store:
         """Destroy tickets by the beginnings of their ids, or all, or those that have expired; returns how many."""
         entries, now = self.entries(), self._clock()
         if isinstance(which, str):
+            if which not in ("all", "expired"):
+                raise ValueError("beginnings of ids come as a list")
             chosen = {entry.ticket for entry in entries if which == "all" or entry.expires <= now}
         else:
             chosen = {only(entries, beginning) for beginning in which}
@@ -327,7 +337,9 @@ class Store:
 
     def _is_whole(self, index: sqlite3.Connection, ticket: bytes) -> bool:
         """Whether all files are as they were written; also removes those that a crash left unfinished."""
-        path, parts = self._path(ticket), parts_of(index, ticket)
+        path, row, parts = self._path(ticket), known(index, ticket), parts_of(index, ticket)
+        if row.state == "ready" and digest_of(parts) != row.digest:
+            return False
         if not (path.is_dir() and all(is_unchanged(path, file) for file in parts.values())):
             return False
         if (held := hold(path, alone=True)) is not None:  # nobody is writing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from entropi.private.preparation.tickets import Binding
 from entropi.private.wire.messages import Welcome, encode, part_file
 from entropi.records import StageCommunication
 
+SWEEP_SECONDS = 600.0
+log = logging.getLogger("entropi.server")
 _COST, _COST_BYTES = "cost", 16  # of a part: two numbers among its arrays
 
 
@@ -83,6 +86,15 @@ class Material:
             return Taken(joined([parts[name] for name in sorted(parts)]), int(costs[0]), float(costs[1]) / 1e3)
 
         return await asyncio.to_thread(taken)
+
+    async def sweep(self) -> None:
+        """Destroy what has expired, again and again."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await asyncio.to_thread(self._store.sweep)
+            except UserError as error:
+                log.error("expired material could not be destroyed: %s", error)
 
     async def discard(self, ticket: str) -> None:
         """Destroy a ticket whose other half is gone."""

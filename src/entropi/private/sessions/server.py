@@ -210,7 +210,10 @@ async def _serve(state: ServerState, address: tuple[str, int], metrics: tuple[st
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(state.quota.close)
         await state.quota.check()
-        for task in (loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))):
+        tasks = [loop.create_task(state.audit.keep()), loop.create_task(_watch_files(state, again))]
+        if state.material is not None:
+            tasks.append(loop.create_task(state.material.sweep()))
+        for task in tasks:
             closing.callback(task.cancel)
 
         entrance = Door(state.watched, state.limits.max_startups, state.limits.source_startups, state.audit)
