@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/entropi demo
 
 test: check docs tools
-	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu" $(WORKERS_THAT_WAIT)
+	$(BIN)/python -m pytest -m "(slow or two_party) and not gpu" $(WORKERS_THAT_WAIT) --durations=100 --durations-min=10
 
 # Style, spelling, types, fast tests: minutes on two idle cores, and several times as long beside other work.
 check: install

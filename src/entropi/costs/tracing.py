@@ -116,7 +116,7 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
     name, result = equation.primitive.name, equation.outvars[0].aval
     size = int(np.prod(result.shape, dtype=np.int64))
     known = _together(operands)
-    if name in _LOCAL or size == 0:
+    if name in _LOCAL or size == 0 or (name == "xor" and "public" in operands):
         return
     if name == "select_n":
         if operands[0] == "shared":

@@ -200,6 +200,8 @@ def _largest_of_groups(packed: Array, sizes: np.ndarray) -> Array:
     """The largest element of every group: all pairs are compared at once, and who loses any becomes 0.
 
     Of equal elements the first one wins, so that exactly one is left, and the group's sum is its largest element.
+    Compiling takes longer than computing here, and every pass has shapes of its own: so all elements' fights are
+    gathered once, and a step that all of them have is one operation.
     """
     first, size = np.repeat(np.cumsum(sizes) - sizes, sizes), np.repeat(sizes, sizes)
     entry = np.arange(len(first))
@@ -207,21 +209,23 @@ def _largest_of_groups(packed: Array, sizes: np.ndarray) -> Array:
     pairs = [(i, i + step) for step in range(1, sizes.max()) for i in entry[offset + step < size]]
     number = {pair: place for place, pair in enumerate(pairs)}
     left, right = np.array(pairs).T
-    loses = packed[..., left] < packed[..., right]  # the left one
+    loses = packed[..., left] < packed[..., right]  # the left one; where it does not, the right one does
 
-    left_over = packed
-    for step in range(1, sizes.max()):
-        fights = entry[size > step]
-        other = first[fights] + (offset[fights] + step) % size[fights]
-        fight = [number[min(pair), max(pair)] for pair in zip(fights, other)]
-        ours = left_over[..., fights]
-        beaten = jnp.where(loses[..., fight], ours, 0.0)  # of the left ones, and what is left of the right ones
-        is_left = np.flatnonzero(fights < other)
-        pool = jnp.concatenate([left_over, beaten, ours[..., is_left] - beaten[..., is_left]], -1)
-        place = entry.copy()
-        place[fights] = len(entry) + np.arange(len(fights))
-        place[fights[is_left]] = len(entry) + len(fights) + np.arange(len(is_left))
-        left_over = pool[..., place]
+    steps = [entry[size > step] for step in range(1, sizes.max())]  # who fights
+    others = [first[who] + (offset[who] + step) % size[who] for step, who in enumerate(steps, 1)]
+    fights = [number[min(pair), max(pair)] for who, other in zip(steps, others) for pair in zip(who, other)]
+    beaten = loses[..., np.array(fights)] ^ np.concatenate([who > other for who, other in zip(steps, others)])
+    left_over, done = packed, 0
+    for who in steps:
+        lost = beaten[..., done : done + len(who)]
+        done += len(who)
+        if len(who) == len(entry):
+            left_over = jnp.where(lost, 0.0, left_over)
+        else:
+            pool = jnp.concatenate([left_over, jnp.where(lost, 0.0, left_over[..., who])], -1)
+            place = entry.copy()
+            place[who] = len(entry) + np.arange(len(who))
+            left_over = pool[..., place]
 
     padded = jnp.concatenate([left_over, jnp.zeros((*packed.shape[:-1], 1), packed.dtype)], -1)
     starts, places = np.cumsum(sizes) - sizes, np.arange(sizes.max())
