@@ -179,7 +179,14 @@ def norm_stages(model: Description, layer: int, norm_shifts: Sequence[int], resu
 
 
 def attention_stages(
-    model: Description, layer: int, rows: int, new: int, past: int, softmax: SoftmaxForm, read: str, prepared: bool = False
+    model: Description,
+    layer: int,
+    rows: int,
+    new: int,
+    past: int,
+    softmax: SoftmaxForm,
+    read: str,
+    prepared: bool = False,
 ) -> Iterator[Stage]:
     """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
     w, keys = f"{layer}.", past + new
