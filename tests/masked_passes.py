@@ -45,15 +45,12 @@ class RecordedPasses(PreparedPasses):
         return super()._finished(product, masks, opened, layer)
 
 
-def run_passes(engine, passes, material, model, settings, weights, messages, watch=lambda number: None):
-    """Logits after each pass over some tokens, at the party of `engine`, whose `weights` are None at the client.
+def run_passes(engine, passes, material, model, settings, whole, past):
+    """Logits after each pass, and what was opened, at the party of `engine`; the client knows `passes`' rows.
 
-    The public table is `passes`' own: rows, or one-hot rows of a private one. A prefix stands among the weights.
+    `whole` are the server's matrices as whole numbers; `past` is the length of a prefix, which the server holds.
     """
-    matrices = {need.name for need in needs(model, settings, model.positions) if need.matrix}
-    whole = {name: encode(weights[name], settings.fraction_bits) if weights else None for name in matrices}
-    recorded = RecordedPasses(engine, material, settings.fraction_bits, whole)
-    past, found = engine.prefix, []
+    recorded, found = RecordedPasses(engine, material, settings.fraction_bits, whole), []
     for number, (count, name, rows) in enumerate(passes):
         engine.hold(name, rows.shape, rows if engine.rank == CLIENT else None)
         for stage in stages_of_pass(model, settings, count, past, prepared=True):
@@ -61,7 +58,6 @@ def run_passes(engine, passes, material, model, settings, weights, messages, wat
                 pass
         past += count
         found.append(engine.reveal_to_client("logits")[0])
-        watch(number)
     return found, recorded.opened
 
 
@@ -90,8 +86,6 @@ def plain_passes(passes, model, settings, weights):
 
 class IdealEngine:
     """One of two parties; `pair` makes both."""
-
-    prefix = 0
 
     @classmethod
     def pair(cls, fraction_bits, random):
@@ -195,16 +189,16 @@ class Session:
         engines = IdealEngine.pair(settings.fraction_bits, random)
         client_rows = list(inputs_of_passes(passes, model, settings, weights["embedding"]))
         results, failures = {}, []
+        matrices = [need.name for need in needs(model, settings, model.positions) if need.matrix]
 
         def party(engine):
             server = engine.rank == SERVER
             for name, weight in weights.items():
                 engine.hold(name, weight.shape, weight if server else None)
-            engine.prefix = cached_tokens(weights)
+            whole = {name: encode(weights[name], settings.fraction_bits) if server else None for name in matrices}
+            material, past = materials[engine.rank], cached_tokens(weights)
             try:
-                results[engine.rank] = run_passes(
-                    engine, client_rows, materials[engine.rank], model, settings, weights if server else None, []
-                )
+                results[engine.rank] = run_passes(engine, client_rows, material, model, settings, whole, past)
             except BaseException as error:
                 failures.append(error)
                 engine.barrier.abort()
@@ -215,7 +209,9 @@ class Session:
         for thread in threads:
             thread.join()
         if failures:
-            raise next((error for error in failures if not isinstance(error, threading.BrokenBarrierError)), failures[0])
+            raise next(
+                (error for error in failures if not isinstance(error, threading.BrokenBarrierError)), failures[0]
+            )
         self.logits = results[CLIENT][0]
         self.opened = results[SERVER][1]  # the server sees all of them
         self.sent = [engine.sent for engine in engines]
@@ -227,4 +223,3 @@ def ideal_session(model, settings, weights, passes, tokens, seed=0):
     wanted, arrays = ideal_material(model, settings, weights, tokens, random)
     materials = [Material(wanted, one) for one in arrays]
     return Session(model, settings, weights, passes, materials, random), arrays
-

@@ -6,8 +6,11 @@ import pytest
 pytest.importorskip("jax")
 
 from entropi.private.compute.prefix import with_prefix
+from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.preparation.cutting import cut
 from entropi.private.preparation.material import Material, MaterialUsedUp, array_name, needs
+from entropi.private.preparation.products import multiply
 from masked_passes import Session, chi_square, ideal_material, ideal_session, plain_passes, smallest_gap
 from private_reference import VARIANTS, describe, random_weights
 
@@ -34,7 +37,7 @@ def test_logits_are_the_unprepared_programs(variant):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_private_table(paired):
-    model, settings = describe(), Settings(embedding="private", paired=paired, fraction_bits=16)
+    model, settings = describe(), Settings(embedding="private", paired=paired, fraction_bits=18)
     weights = random_weights(model)
     passes = [[5], [2]] if paired else PASSES[:2]  # in plaintext pairs cannot be separated
     session, _ = ideal_session(model, settings, weights, passes, TOKENS)
@@ -106,7 +109,7 @@ def test_what_is_sent_and_opened_is_uniform(spread):
 
 
 def test_without_masks_what_is_opened_is_not_uniform(spread):
-    """So the test before would see it; shares by themselves are uniform, but for what one party knows."""
+    """So the test before would see it; the ideal engine's shares by themselves are uniform."""
     weights, passes, dealt, _ = spread
     wanted, arrays = dealt[0]
     plain = [{name: np.zeros_like(array) for name, array in one.items()} for one in arrays]
@@ -114,8 +117,6 @@ def test_without_masks_what_is_opened_is_not_uniform(spread):
     compare(session, SPREAD, SETTINGS, weights, passes)
     joint = np.concatenate([part.reshape(-1) for part in session.opened])
     assert chi_square((joint >> np.uint64(56)).astype(np.uint8)) > 100 * ENOUGH
-    sent = np.concatenate([part.reshape(-1) for part in session.sent[CLIENT]])
-    assert chi_square((sent >> np.uint64(56)).astype(np.uint8)) > ENOUGH  # rows of the public table
 
 
 def test_no_mask_hides_two_values(spread):
@@ -192,9 +193,6 @@ def numbered(wanted):
 
 
 def products_of(model, sizes, prefix=0):
-    from entropi.private.compute.program import stages_of_pass
-    from entropi.private.preparation.cutting import cut
-
     past = prefix
     shapes = {**model.weight_shapes()}
     for layer in range(model.layers if prefix else 0):
@@ -214,7 +212,7 @@ def test_every_number_is_handed_out_once(variant, sizes, prefix):
     """But those of keys and values, which are opened once and stay: their new rows are handed out once."""
     model = SPREAD if variant == "spread" else describe(**VARIANTS[variant])
     wanted = needs(model, SETTINGS, prefix + sum(sizes))
-    material, seen = Material(wanted, numbered(wanted)), [np.zeros(0, np.uint64)]
+    material, seen, totals = Material(wanted, numbered(wanted)), [], prefix + np.cumsum(sizes)
     for product, layer, keys in products_of(model, sizes, prefix):
         masks = material.masks(product, layer, keys)
         assert masks.a.shape == product.shapes[0]
@@ -222,10 +220,8 @@ def test_every_number_is_handed_out_once(variant, sizes, prefix):
         b = masks.b
         if product.kind in ("scores", "mix"):
             assert b.shape == product.shapes[1]
-            new = sizes[0] + prefix if keys == sizes[0] + prefix else next(
-                rows for rows in range(1, keys) if keys - rows in np.cumsum([prefix, *sizes])
-            )  # fmt: skip
-            b = b[:, keys - new :]
+            opened = max((one for one in totals if one < keys), default=0)
+            b = b[:, opened:]
         seen += [part.reshape(-1) for part in (masks.a, b, masks.c) if part is not None]
     numbers = np.concatenate(seen)
     assert len(np.unique(numbers)) == len(numbers) > 0
@@ -236,17 +232,19 @@ def test_masks_belong_together():
     model = describe(**VARIANTS["qwen3"])
     random = np.random.default_rng(4)
     wanted, _ = ideal_material(model, SETTINGS, random_weights(model), 6, random)
-    from entropi.private.preparation.products import multiply
-
-    arrays = {}
+    arrays, matrices = {}, {}
     for need in wanted:
         a, b = (random.integers(0, 2**64, shape, dtype=np.uint64) for shape in need.shapes)
         b = a if need.masking == "self" else b
-        arrays |= {array_name(need.name, which): part for which, part in zip("abc", (a, b, multiply(need.kind, a, b)))}
+        own = dict(a=a, b=b, c=multiply(need.kind, a, b))
+        if need.masking == "server":
+            matrices[need.name] = own.pop("b")
+        arrays |= {array_name(need.name, which): part for which, part in own.items()}
     material = Material(wanted, arrays)
     for product, layer, keys in products_of(model, [3, 1, 2]):
         masks = material.masks(product, layer, keys)
-        np.testing.assert_array_equal(multiply(product.kind, masks.a, masks.b), masks.c)
+        b = matrices[product.operands[1]] if product.kind == "times_matrix" else masks.b
+        np.testing.assert_array_equal(multiply(product.kind, masks.a, b), masks.c)
 
 
 def test_asking_twice_or_for_too_much_is_refused():
@@ -268,13 +266,13 @@ def test_asking_twice_or_for_too_much_is_refused():
 def test_a_refused_product_uses_nothing_up():
     wanted = needs(SPREAD, SETTINGS, 6)
     material = Material(wanted, numbered(wanted))
-    large, small = (next(products_of(SPREAD, [size])) for size in (7, 6))
+    large, small = (next(products_of(SPREAD, [size])) for size in (5, 2))
     assert large[0].kind == "sums_of_squares"
-    rows = next(need.rows for need in wanted if need.kind == "sums_of_squares")
-    for _ in range(rows // 7):
+    assert next(need.rows for need in wanted if need.kind == "sums_of_squares") == 8 * 5 + 2
+    for _ in range(8):
         material.masks(*large)
-    for _ in range(2):
-        with pytest.raises(MaterialUsedUp):
-            material.masks(*large)
-    assert rows % 7 < 7
-    assert small[0].shapes[0][0] == 6
+    with pytest.raises(MaterialUsedUp, match="42 were prepared, 45 are needed"):
+        material.masks(*large)
+    material.masks(*small)
+    with pytest.raises(MaterialUsedUp):
+        material.masks(*small)
