@@ -209,9 +209,8 @@ class Session:
         for thread in threads:
             thread.join()
         if failures:
-            raise next(
-                (error for error in failures if not isinstance(error, threading.BrokenBarrierError)), failures[0]
-            )
+            first = [error for error in failures if not isinstance(error, threading.BrokenBarrierError)]
+            raise [*first, *failures][0]
         self.logits = results[CLIENT][0]
         self.opened = results[SERVER][1]  # the server sees all of them
         self.sent = [engine.sent for engine in engines]

@@ -252,9 +252,13 @@ def test_asking_twice_or_for_too_much_is_refused():
     for product, layer, keys in products_of(SPREAD, [4]):
         material = Material(wanted, numbered(wanted))
         material.masks(product, layer, keys)
+
+        def until_it_is_empty(ask=(product, layer, keys), material=material):
+            for _ in range(1000):
+                material.masks(*ask)
+
         with pytest.raises(MaterialUsedUp):
-            for _ in range(1000):  # until a pool is empty
-                material.masks(product, layer, keys)
+            until_it_is_empty()
     for product, layer, keys in products_of(SPREAD, [7]):
         if product.kind in ("times_matrix", "scores", "mix"):
             with pytest.raises(MaterialUsedUp, match="6 were prepared, 7 are needed"):

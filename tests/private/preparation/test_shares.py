@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-libspu = pytest.importorskip("spu").libspu
+pytest.importorskip("spu")
 
 import spu
 
@@ -25,7 +25,7 @@ def io():
 @pytest.mark.parametrize("owner", [(), (SERVER,), (CLIENT,)])
 def test_both_parties_numbers_are_the_value(io, owner):
     """A shared value, and one that one party knows: there the other one's part is nothing."""
-    shares = io.make_shares(X, libspu.Visibility.VIS_SECRET, *owner)
+    shares = io.make_shares(X, spu.libspu.Visibility.VIS_SECRET, *owner)
     parts = [numbers_of(share, rank) for rank, share in enumerate(shares)]
     assert {part.dtype for part in parts} == {np.dtype(np.uint64)}
     np.testing.assert_array_equal(parts[SERVER] + parts[CLIENT], WHOLE)
@@ -62,7 +62,7 @@ def test_several_chunks_in_any_order(sizes):
     share = share_of(WHOLE)
     content, chunks, place = WHOLE.tobytes(), [], 0
     for size in sizes:
-        chunk = libspu.ValueChunk()
+        chunk = spu.libspu.ValueChunk()
         chunk.content, chunk.total_bytes, chunk.chunk_offset = content[place : place + size], len(content), place
         chunks.append(chunk.SerializeToString())
         place += size
@@ -72,7 +72,7 @@ def test_several_chunks_in_any_order(sizes):
 
 def test_another_form_is_refused(io):
     """A public value is nobody's share, and a bit of a comparison no number modulo 2^64."""
-    public = io.make_shares(X, libspu.Visibility.VIS_PUBLIC)[SERVER]
+    public = io.make_shares(X, spu.libspu.Visibility.VIS_PUBLIC)[SERVER]
     with pytest.raises(ValueError, match="a share is stored as"):
         numbers_of(public, SERVER)
 
@@ -95,6 +95,5 @@ def test_values_of_a_computation(known):
         assert not parts[SERVER].any()
     for rank, runtime in enumerate(engine._runtimes):
         runtime.set_var("again", share_of(parts[rank]))
-    np.testing.assert_array_equal(
-        engine.reveal("z"), engine._io.reconstruct([r.get_var("again") for r in engine._runtimes])
-    )
+    again = [runtime.get_var("again") for runtime in engine._runtimes]
+    np.testing.assert_array_equal(engine.reveal("z"), engine._io.reconstruct(again))

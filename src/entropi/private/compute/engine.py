@@ -125,7 +125,7 @@ class Engine:
         self._tracer.shapes[name] = jax.ShapeDtypeStruct(shape, np.int64)
 
     def numbers(self, name: str) -> np.ndarray:
-        """This party's share of a value, `uint64`: both parties' sum is 2^`fraction_bits` times the value, modulo 2^64."""
+        """Our share of a value, `uint64`: both parties' sum is the value times 2^`fraction_bits`, modulo 2^64."""
         return numbers_of(self._runtime.get_var(name), self.rank)
 
     def set_numbers(self, name: str, numbers: np.ndarray) -> None:
