@@ -68,7 +68,7 @@ LONGEST = (
     "private/compute/test_functions.py",
     "private/compute/test_program.py",
     "private/compute/test_models_in_private.py",
-    "private/preparation/test_dealing.py",
+    "private/preparation/test_two_parties.py",
     "private/preparation/test_cutting.py",
     "private/preparation/test_passes.py",
     "commands/test_train.py",

@@ -117,10 +117,7 @@ class IdealEngine:
     def run(self, stage, token):
         self.barrier.wait()
         if self.rank == SERVER:
-            operands = [self.value(name).astype(np.float32) for name in stage.inputs]
-            results = compiled(Comparable.of(stage.function))(*operands)
-            for name, result in zip(stage.outputs, results if len(stage.outputs) > 1 else [results]):
-                whole = np.rint(np.asarray(result, np.float64) * 2.0**self.bits).astype(np.int64).view(np.uint64)
+            for name, whole in zip(stage.outputs, self.results(stage)):
                 self.other.shares[name] = self.random.integers(0, 2**64, whole.shape, dtype=np.uint64)
                 self.shares[name] = whole - self.other.shares[name]
         self.barrier.wait()
@@ -128,6 +125,12 @@ class IdealEngine:
             name=stage.name, layer=stage.layer, token=token, seconds=0.0,
             sent_bytes=0, received_bytes=0, sent_messages=0, received_messages=0,
         )  # fmt: skip
+
+    def results(self, stage):
+        operands = [self.value(name).astype(np.float32) for name in stage.inputs]
+        results = compiled(Comparable.of(stage.function))(*operands)
+        for result in results if len(stage.outputs) > 1 else [results]:
+            yield np.rint(np.asarray(result, np.float64) * 2.0**self.bits).astype(np.int64).view(np.uint64)
 
     def reveal_to_client(self, name):
         self.barrier.wait()

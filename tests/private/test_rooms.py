@@ -66,6 +66,15 @@ def python(script: str) -> str:
     ).stdout
 
 
+NEED_JAX = {"cutting", "dealing"}  # of `preparation`: keeping and using material takes arrays alone
+
+
+def test_what_keeps_material_computes_nothing():
+    files = [path for path in FILES if path.parent.name == "preparation"]
+    using = {path.stem for path in files if any("jax" in name.split(".") for name in imports_of(path.read_text()))}
+    assert using == NEED_JAX
+
+
 def test_every_file_has_a_room():
     assert {path.parent.name for path in FILES} == set(ROOMS)
     assert {path.name for path in PRIVATE.glob("*.py")} == {"__init__.py"}

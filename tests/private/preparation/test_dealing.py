@@ -1,95 +1,135 @@
-"""Two processes under CHEETAH: products prepared exactly, passes with them right, and nothing but noise on the wire."""
+"""Random numbers and their products, made by both parties on an ideal engine for whole numbers: exact, in pieces."""
 
+import threading
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("spu")
 
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import array_name
-from entropi.private.preparation.products import multiply
-from entropi.private.preparation.ring import encode
-from masked_passes import chi_square, smallest_gap
-from prepared_parties import AGAIN, CASES, PASSES, Case, play
+from entropi.private.preparation import dealing
+from entropi.private.preparation.dealing import deal
+from entropi.private.preparation.material import Need, array_name, joined
+from entropi.private.preparation.products import multiply, packed_size
+from masked_passes import IdealEngine, chi_square
 
-pytestmark = [pytest.mark.two_party, pytest.mark.slow]
-
-NAMES = [*CASES, AGAIN]
-TOLERANCE = 0.004  # of logits, as of passes without preparation
-ENOUGH = 400  # chi-square of 255 degrees of freedom is larger one time in 10^8
-# Equal values of two sessions differ by rounding, some 2^8 last digits. Between any two of 10^4 numbers from all of the
-# ring is a gap so small one time in a million.
-CLOSE = 2**16
-
-
-@pytest.fixture(scope="session")
-def played(tmp_path_factory):
-    """What the server and the client have of every case."""
-    folder = tmp_path_factory.mktemp("prepared")
-    play(folder, NAMES)
-    return {name: [dict(np.load(folder / f"{name}-{rank}.npz")) for rank in (SERVER, CLIENT)] for name in NAMES}
+NEEDS = {
+    need.name: need
+    for need in (
+        Need("0.up", "times_matrix", "server", ((5, 7), (7, 11)), (5, 11), "0.up"),
+        Need("1.up", "times_matrix", "server", ((131, 3), (3, 5)), (131, 5), "1.up"),
+        Need("0.scores", "scores", "pair", ((4, 5, 3), (2, 5, 3)), (4, packed_size(5))),
+        Need("0.mix", "mix", "pair", ((4, packed_size(5)), (2, 5, 3)), (4, 5, 3)),
+        Need("times", "times", "pair", ((300,), (300,)), (300,)),
+        Need("scale_rows.3", "scale_rows", "pair", ((259, 3), (259,)), (259, 3)),
+        Need("square", "square", "self", ((300,), (300,)), (300,)),
+        Need("sums_of_squares.3", "sums_of_squares", "self", ((259, 3), (259, 3)), (259,)),
+    )
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_are_the_unprepared_programs(played, name):
-    for number, expected in enumerate(Case(name).plain_logits()):
-        np.testing.assert_allclose(played[name][CLIENT][f"logits {number}"], expected, atol=TOLERANCE)
-    assert f"logits {len(PASSES) - 1}" in played[name][CLIENT]
-    assert not [key for key in played[name][SERVER] if key.startswith("logits")]
+class WholeNumbers(IdealEngine):
+    """An engine whose values are whole numbers modulo 2^64."""
+
+    def hold_whole(self, name, shape, value):
+        assert value is None or value.shape == shape
+        self.shares[name] = np.zeros(shape, np.uint64) if value is None else value.view(np.uint64)
+
+    def value(self, name):
+        assert jax.config.jax_enable_x64
+        return jnp.asarray((self.shares[name] + self.other.shares[name]).view(np.int64))
+
+    def drop(self, name):
+        del self.shares[name]
+
+    def results(self, stage):
+        result = stage.function(*map(self.value, stage.inputs))
+        assert result.dtype == jnp.int64
+        return [np.asarray(result).view(np.uint64)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_products_are_exact(played, name):
-    """To the last digit or, where the engine may be wrong by one, to that; a square has twice its error."""
-    case, wrong, count = Case(name), 0, 0
-    for need in case.needs:
+def both(need, matrix=None):
+    """Both parties' arrays, and in how many pieces they came."""
+    engines = WholeNumbers.pair(0, np.random.default_rng(3))
+    found, failures = [None, None], []
 
-        def whole(which, need=need):
-            parts = [played[name][rank].get(f"material {array_name(need.name, which)}") for rank in (SERVER, CLIENT)]
-            return sum((part for part in parts if part is not None), start=np.uint64(0))
+    def party(engine):
+        pieces = []
+        try:
+            for piece, cost in deal(engine, need, matrix if engine.rank == SERVER else None):
+                assert not jax.config.jax_enable_x64  # or what runs between pieces would be traced otherwise
+                assert not engine.shares  # nothing is left in the engine
+                assert cost.name == need.name
+                pieces.append(piece)
+        except BaseException as error:
+            failures.append(error)
+            engine.barrier.abort()
+        found[engine.rank] = joined(need, pieces), len(pieces)
 
-        a, product = whole("a"), whole("c")
-        b = a if need.masking == "self" else whole("b")
-        if need.matrix:
-            b = encode(case.weights[need.matrix], case.settings.fraction_bits).astype(np.int64).view(np.uint64)
-        assert product.shape == need.result
-        error = np.abs((product - multiply(need.kind, a, b)).view(np.int64))
-        most = need.shapes[0][-1] if need.kind not in ("times", "square") else 1
-        assert error.max() <= 2 * most
-        wrong, count = wrong + (error > 0).sum(), count + error.size
-    assert wrong < 0.01 * count
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_shares_of_material_are_uniform(played, name):
-    """Of each party's masks and products by itself, also of what is the product with a matrix of small numbers."""
-    for of_party in played[name]:
-        numbers = np.concatenate([array.reshape(-1) for key, array in of_party.items() if key.startswith("material")])
-        assert len(np.unique(numbers)) == len(numbers)
-        for byte in range(8):
-            assert chi_square((numbers >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
+    threads = [threading.Thread(target=party, args=(engine,)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in failures:
+        raise error
+    return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_sent_and_opened_is_uniform(played, name):
-    server, client = played[name]
-    for numbers in (server["sent"], client["sent"], server["opened"]):
-        assert len(numbers) > 1000
-        for byte in range(8):
-            assert chi_square((numbers >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
+def check(need):
+    matrix = None
+    if need.matrix:
+        matrix = np.random.default_rng(1).integers(-(2**31), 2**31, need.shapes[1]).astype(np.int32)
+    (server, pieces), (client, same) = both(need, matrix)
+    assert pieces == same
+
+    def whole(which):
+        parts = [
+            arrays[array_name(need.name, which)]
+            for arrays in (server, client)
+            if array_name(need.name, which) in arrays
+        ]
+        assert len(parts) == (1 if need.matrix and which == "a" else 2)
+        return sum(parts, start=np.uint64(0))
+
+    a, c = whole("a"), whole("c")
+    b = {"server": lambda: matrix.astype(np.int64).view(np.uint64), "self": lambda: a, "pair": lambda: whole("b")}
+    assert c.shape == need.result
+    assert a.shape == need.shapes[0]
+    np.testing.assert_array_equal(c, multiply(need.kind, a, b[need.masking]()))
+    assert (array_name(need.name, "b") in client) == (need.masking == "pair")
+    assert (array_name(need.name, "a") in server) == (need.matrix is None)
+    return pieces
 
 
-def test_no_mask_hides_two_values(played):
-    """In passes that see a token again, and between two sessions of the same tokens with material of their own."""
-    first = played[AGAIN.split(",")[0]][SERVER]["opened"]
-    second = played[AGAIN][SERVER]["opened"]
-    assert len(first) == len(second)
-    assert smallest_gap([first, second]) > CLOSE
-    assert smallest_gap([first, second, second[:1] + np.uint64(300)]) < CLOSE  # so it would be seen
+@pytest.mark.parametrize("name", NEEDS)
+def test_products_of_random_numbers(name):
+    assert check(NEEDS[name]) == 1
 
 
-def test_the_server_gets_no_mask_of_the_client(played):
-    for parties in played.values():
-        for rank in (SERVER, CLIENT):
-            mine = [array.reshape(-1) for key, array in parties[rank].items() if key.startswith("material")]
-            assert not np.isin(parties[rank]["sent"], np.concatenate(mine)).any()
+@pytest.mark.parametrize("name", NEEDS)
+def test_in_pieces(name, monkeypatch):
+    """Columns of a matrix, and rows of a pool in whole blocks of products."""
+    monkeypatch.setattr(dealing, "POOL_STEP", 400)
+    monkeypatch.setattr(dealing, "POLYNOMIALS", 1)
+    monkeypatch.setattr(dealing, "CIPHERTEXT", 800)
+    pieces = check(NEEDS[name])
+    assert pieces == {"0.up": 1, "1.up": 3, "0.scores": 1, "0.mix": 1, "times": 1, "square": 1}.get(name, 3)
+
+
+def test_nothing_is_drawn_twice():
+    need = NEEDS["times"]
+    masks = [array_name(need.name, which) for which in ("a", "b")]
+    joint = np.concatenate([arrays[name] for _ in range(2) for arrays, _ in both(need) for name in masks])
+    assert len(joint) == 2 * 2 * 2 * need.rows
+    assert len(np.unique(joint)) == len(joint)
+    assert chi_square(joint) < 400
+
+
+@pytest.mark.parametrize(("rank", "matrix"), [(SERVER, None), (CLIENT, np.ones((7, 11), np.int32))])
+def test_the_matrix_is_the_servers(rank, matrix):
+    with pytest.raises(AssertionError):
+        next(deal(WholeNumbers.pair(0, None)[rank], NEEDS["0.up"], matrix))

@@ -70,6 +70,14 @@ def test_several_chunks_in_any_order(sizes):
     np.testing.assert_array_equal(numbers_of(share, SERVER), WHOLE)
 
 
+def test_a_missing_chunk_is_seen(io):
+    """What no chunk brings would be whatever the memory held before."""
+    share = share_of(WHOLE)
+    share.share_chunks = []
+    with pytest.raises(ValueError, match="a share of 48 bytes came with 0"):
+        numbers_of(share, SERVER)
+
+
 def test_another_form_is_refused(io):
     """A public value is nobody's share, and a bit of a comparison no number modulo 2^64."""
     public = io.make_shares(X, spu.libspu.Visibility.VIS_PUBLIC)[SERVER]
