@@ -8,6 +8,7 @@ import queue
 import threading
 
 import jax
+import msgspec
 import numpy as np
 
 from entropi.private.compute.embedding import one_hot
@@ -71,7 +72,8 @@ def inputs_of_passes(passes, model, settings, table):
 
 
 def plain_passes(passes, model, settings, weights):
-    """What the unprepared program computes in plaintext: logits after each pass."""
+    """What the unprepared program computes in plaintext: logits after each pass. Pairs of tokens need the ring."""
+    settings = msgspec.structs.replace(settings, embedding="public", paired=False)
     values, past, found = dict(weights), cached_tokens(weights), []
     for count, name, rows in inputs_of_passes(passes, model, settings, weights["embedding"]):
         values[name] = rows

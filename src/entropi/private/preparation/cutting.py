@@ -120,7 +120,10 @@ class _Trace:
                 self.name.setdefault(variable, f"out {number}")
         self.waits: dict[Any, int] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], 0)
         self.products: dict[int, list[Any]] = {}
+        self.public = set(jaxpr.constvars)  # and what is made of constants alone: nobody's share
         for equation in jaxpr.eqns:
+            if all(isinstance(v, Constant) or v in self.public for v in equation.invars):
+                self.public.update(equation.outvars)
             depth = max((self.waits[v] for v in equation.invars if not isinstance(v, Constant)), default=0)
             marked = is_product(equation)
             if marked:
@@ -157,8 +160,10 @@ class _Trace:
         return self.name.setdefault(variable, f"value {len(self.name)}")
 
     def _product(self, equation: Any) -> Product:
-        operands = [v for v in equation.invars if not isinstance(v, Constant) and v not in self.constants]
-        assert len(operands) == len(equation.invars), "an operand of a product is public"
+        operands = equation.invars
+        assert not any(isinstance(v, Constant) or v in self.public for v in operands), (
+            "an operand of a product is public"
+        )
         (result,) = equation.outvars
         return Product(
             kind=equation.params["name"],

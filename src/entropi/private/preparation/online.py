@@ -24,7 +24,8 @@ class PreparedPasses:
 
     An operand x under its mask a is x - a, which is uniformly random to whoever does not know a: each party sends its
     share of it, and both know it. What a product lacks is linear in masks and operands, thus local on shares:
-    x y = d e + d b + a e + a b with d = x - a and e = y - b.
+    x y = d e + d b + a e + a b with d = x - a and e = y - b. That is exact modulo 2^64, so a product, which has twice
+    the fraction bits, must fit the ring before it is truncated, as any product of the engine's own.
 
     Args:
         of_server: names of the server's weights, and at the server the weights as whole numbers.
