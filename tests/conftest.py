@@ -42,6 +42,8 @@ EVERY_SEVENTH_OF_MANY_IS_FAST = {
     "model/test_initialization.py",
     "model/test_model.py",
     "private/compute/test_models_in_private.py",
+    "private/preparation/test_cutting.py",
+    "private/preparation/test_passes.py",
 }
 # Files that take minutes, the longest first. Workers begin with them, so that none is left with one at the end.
 LONGEST = (
@@ -66,6 +68,9 @@ LONGEST = (
     "private/compute/test_functions.py",
     "private/compute/test_program.py",
     "private/compute/test_models_in_private.py",
+    "private/preparation/test_two_parties.py",
+    "private/preparation/test_cutting.py",
+    "private/preparation/test_passes.py",
     "commands/test_train.py",
     "entropy/test_triton.py",
     "model/test_generation.py",

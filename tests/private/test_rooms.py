@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {  # and what each may import, the lowest first
 }
 JAX_FREE = {"description", "settings"}  # all that `wire` and `admission` may import of `compute`
 FOREIGN: dict[str, set[str]] = {  # packages that only these may import
-    "jax": {"compute"},
+    "jax": {"compute", "preparation"},
     "spu": {"compute", "sessions"},
     "aiohttp": {"wire", "admission", "sessions"},
     "cryptography": {"wire"},
@@ -66,6 +66,15 @@ def python(script: str) -> str:
     ).stdout
 
 
+NEED_JAX = {"cutting", "dealing"}  # of `preparation`: keeping and using material takes arrays alone
+
+
+def test_what_keeps_material_computes_nothing():
+    files = [path for path in FILES if path.parent.name == "preparation"]
+    using = {path.stem for path in files if any("jax" in name.split(".") for name in imports_of(path.read_text()))}
+    assert using == NEED_JAX
+
+
 def test_every_file_has_a_room():
     assert {path.parent.name for path in FILES} == set(ROOMS)
     assert {path.name for path in PRIVATE.glob("*.py")} == {"__init__.py"}
@@ -87,6 +96,8 @@ def test_imports_go_one_way(path: Path):
         ("admission", "from entropi.private.sessions.party import run"),
         ("preparation", "from entropi.private.wire import messages"),
         ("preparation", "import asyncio"),
+        ("preparation", "import spu"),
+        ("compute", "from entropi.private.preparation.cutting import cut"),
         ("sessions", "from .. import wire"),
     ],
 )

@@ -1,9 +1,9 @@
 """SPU behind one module: a runtime whose variables stay secret-shared, and an always-on meter.
 
-Nothing else in the package imports `spu`, but for `sessions.engine_link`, which opens the sockets between engines. One
-engine a process: SPU's logger, which carries the meter's readings, is global. `Engine` is one party of a real
-computation; `Simulation` runs all parties of any protocol as threads, to know what a program computes and costs under
-it, and protects nothing.
+Nothing else in the package imports `spu`, but for `shares`, which reads what a party holds of a value, and
+`sessions.engine_link`, which opens the sockets between engines. One engine a process: SPU's logger, which carries the
+meter's readings, is global. `Engine` is one party of a real computation; `Simulation` runs all parties of any protocol
+as threads, to know what a program computes and costs under it, and protects nothing.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Engine:
         self._tracer.shapes[name] = jax.ShapeDtypeStruct(shape, np.int64)
 
     def numbers(self, name: str) -> np.ndarray:
-        """This party's share of a value, `uint64`: both parties' sum is the value, 2^`fraction_bits` times, modulo 2^64."""
+        """Our share of a value, `uint64`: both parties' sum is the value times 2^`fraction_bits`, modulo 2^64."""
         return numbers_of(self._runtime.get_var(name), self.rank)
 
     def set_numbers(self, name: str, numbers: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 # Bilinear functions of secret values, which can be prepared before these are known: see `preparation.cutting`.
-BILINEAR: set[str] = set()
+BILINEAR: dict[str, Callable[..., Any]] = {}
 
 
 def bilinear(function: Function, **options: Any) -> Function:
@@ -30,8 +30,8 @@ def bilinear(function: Function, **options: Any) -> Function:
 
     It is linear in each operand, and moves nothing else: the rest of the product is local on shares.
     """
-    BILINEAR.add(function.__name__)
     result: Function = jax.jit(function, **options)
+    BILINEAR[function.__name__] = result
     return result
 
 

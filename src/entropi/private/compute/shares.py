@@ -16,7 +16,7 @@ def numbers_of(share: Any, rank: int) -> NDArray[np.uint64]:
     """What party `rank` holds of a value: the sum of both parties' numbers is the value, modulo 2^64.
 
     Raises:
-        ValueError: a share of another form.
+        ValueError: a share of another form, or not all of it.
     """
     meta = libspu.ValueMeta()
     meta.ParseFromString(share.meta)
@@ -27,12 +27,15 @@ def numbers_of(share: Any, rank: int) -> NDArray[np.uint64]:
         raise ValueError(f"a share is stored as {storage}")
 
     content = np.empty(int(np.prod(shape, dtype=np.int64)), "<u8")
-    room = content.view(np.uint8)
+    room, filled = content.view(np.uint8), 0
     for part in share.share_chunks:
         chunk = libspu.ValueChunk()
         chunk.ParseFromString(part)
         piece = np.frombuffer(chunk.content, np.uint8)
         room[chunk.chunk_offset : chunk.chunk_offset + len(piece)] = piece
+        filled += len(piece)
+    if filled != len(room):
+        raise ValueError(f"a share of {len(room)} bytes came with {filled}")
     return content.astype(np.uint64, copy=False).reshape(shape)
 
 

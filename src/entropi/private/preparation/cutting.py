@@ -42,7 +42,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Step:
-    """Products whose operands are known, all at once, and then what the engine computes of their results, if anything."""
+    """Products whose operands are known, all at once, and then what the engine computes of their results."""
 
     products: tuple[Product, ...]
     parts: tuple[Stage, ...]
@@ -53,9 +53,29 @@ def cut(stage: Stage, shapes: dict[str, Shape], fraction_bits: int) -> list[Step
     known = tuple(shapes[name] for name in stage.inputs)
     steps, results = _cut(Comparable.of(stage.function), known, fraction_bits)
     shapes.update(zip(stage.outputs, results))
+    _check_order(stage, steps)
     names = {f"in {number}": name for number, name in enumerate(stage.inputs)}
     names.update((f"out {number}", name) for number, name in enumerate(stage.outputs))
     return [_renamed(step, stage, names) for step in steps]
+
+
+def _check_order(stage: Stage, steps: tuple[Step, ...]) -> None:
+    """A result may have an input's name, and must then not be written before that input was read for the last time."""
+    written: set[str] = set()
+
+    def read(names: tuple[str, ...]) -> None:
+        for name in names:
+            kind, _, number = name.partition(" ")
+            early = kind == "in" and stage.inputs[int(number)] in written
+            assert not early, f"{stage.name} reads {stage.inputs[int(number)]} after it was replaced"
+
+    for step in steps:
+        for product in step.products:
+            read(product.operands)
+        for part in step.parts:
+            read(part.inputs)
+            results = (name.split(" ") for name in part.outputs if name.startswith("out "))
+            written.update(stage.outputs[int(number)] for _, number in results)
 
 
 def _renamed(step: Step, stage: Stage, names: dict[str, str]) -> Step:
@@ -96,11 +116,14 @@ class _Trace:
         self.name: dict[Any, str] = {v: f"in {number}" for number, v in enumerate(jaxpr.invars)}
         made = {v for equation in jaxpr.eqns for v in equation.outvars}
         for number, variable in enumerate(jaxpr.outvars):
-            if variable in made:
+            if not isinstance(variable, Constant) and variable in made:
                 self.name.setdefault(variable, f"out {number}")
         self.waits: dict[Any, int] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], 0)
         self.products: dict[int, list[Any]] = {}
+        self.public = set(jaxpr.constvars)  # and what is made of constants alone: nobody's share
         for equation in jaxpr.eqns:
+            if all(isinstance(v, Constant) or v in self.public for v in equation.invars):
+                self.public.update(equation.outvars)
             depth = max((self.waits[v] for v in equation.invars if not isinstance(v, Constant)), default=0)
             marked = is_product(equation)
             if marked:
@@ -137,16 +160,17 @@ class _Trace:
         return self.name.setdefault(variable, f"value {len(self.name)}")
 
     def _product(self, equation: Any) -> Product:
-        operands = [v for v in equation.invars if not isinstance(v, Constant) and v not in self.constants]
-        assert len(operands) == len(equation.invars), "an operand of a product is public"
-        inner = equation.params["jaxpr"].jaxpr
+        operands = equation.invars
+        assert not any(isinstance(v, Constant) or v in self.public for v in operands), (
+            "an operand of a product is public"
+        )
         (result,) = equation.outvars
         return Product(
             kind=equation.params["name"],
             operands=tuple(map(self._named, operands)),
             shapes=tuple(tuple(v.aval.shape) for v in operands),
             result=self._named(result) + UNTRUNCATED,
-            result_shape=tuple(inner.outvars[0].aval.shape),
+            result_shape=tuple(result.aval.shape),
         )
 
     def _truncation(self, products: tuple[Product, ...]) -> Stage:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import Settings
 from entropi.private.preparation.cutting import Product, Shape, cut
-from entropi.private.preparation.products import Masking, masking, packed_size, pool_of
+from entropi.private.preparation.products import Masking, masking, packed_size, pool_of, token_rows
 from entropi.private.preparation.ring import Ring
 
 
@@ -19,7 +20,8 @@ from entropi.private.preparation.ring import Ring
 class Need:
     """Random numbers for one place of the program and all tokens of a session, or one pool of them for all places.
 
-    `shapes` are those of both operands, a square's twice, and of the result; `matrix` names the server's weight.
+    `shapes` are those of both operands, a square's twice, and `result` that of the product; `matrix` names the server's
+    weight, if one operand is that.
     """
 
     name: str
@@ -29,9 +31,23 @@ class Need:
     result: Shape
     matrix: str | None = None
 
+    @property
+    def pooled(self) -> bool:
+        """Whether this is a pool, of which every product takes what it needs, and not one place of the program."""
+        return pool_of(self.kind, self.shapes[0]) is not None
+
+    @property
+    def rows(self) -> int:
+        """How many can be handed out: tokens of a place; numbers of a pool, or rows of them."""
+        return self.shapes[0][0] if self.pooled else token_rows(self.kind, self.shapes[0], self.result)
+
 
 def needs(model: Description, settings: Settings, tokens: int) -> list[Need]:
-    """What a session of at most `tokens` tokens, its public prefix included, takes, in whichever passes they come."""
+    """What a session of at most `tokens` tokens, its public prefix included, takes, in whichever passes they come.
+
+    That is what one pass of all tokens takes in which every row is computed: other passes compute the same pairs and
+    rows, or fewer.
+    """
     weights = model.weight_shapes()
     shapes: dict[str, Shape] = {**weights, "embedded": (tokens, model.hidden_size)}
     shapes["tokens"] = (-(-tokens // 2) if settings.paired and tokens > 1 else tokens, model.vocab_size)
@@ -47,40 +63,55 @@ def needs(model: Description, settings: Settings, tokens: int) -> list[Need]:
 
 def name_of(product: Product, layer: int) -> str:
     """Of the material that a product in this layer takes."""
-    if (pool := pool_of(product)) is not None:
+    if (pool := pool_of(product.kind, product.shapes[0])) is not None:
         return pool
     return product.operands[1] if product.kind == "times_matrix" else f"{layer}.{product.kind}"
 
 
 def _need(product: Product, layer: int, weights: set[str]) -> Need:
     name, who = name_of(product, layer), masking(product, weights)
-    first, second = product.shapes[0], product.shapes[-1]
-    result = product.result_shape
-    if pool_of(product) is not None:
+    first, second, result = product.shapes[0], product.shapes[-1], product.result_shape
+    if pool_of(product.kind, first) is not None:
+        rows = _pool_rows(product)
         width = first[-1:] if product.kind in ("scale_rows", "sums_of_squares") else ()
-        count = int(np.prod(first, dtype=np.int64)) // int(np.prod(width, dtype=np.int64))
-        first, second = (count, *width), (count, *(width if who == "self" else ()))
-        result = (count,) if product.kind == "sums_of_squares" else first
+        first, second = (rows, *width), (rows, *width) if who == "self" else (rows,)
+        result = (rows,) if product.kind == "sums_of_squares" else first
     return Need(name, product.kind, who, (first, second), result, product.operands[1] if who == "server" else None)
+
+
+def _pool_rows(product: Product) -> int:
+    """What a product takes of its pool: numbers, or rows where a row has one factor or one sum."""
+    by_row = product.kind in ("scale_rows", "sums_of_squares")
+    return int(np.prod(product.shapes[0][:-1] if by_row else product.shapes[0], dtype=np.int64))
 
 
 def _with_more(pool: Need, more: Need) -> Need:
     def longer(one: Shape, other: Shape) -> Shape:
         return (one[0] + other[0], *one[1:])
 
-    assert pool_of_need(pool), f"{pool.name} occurs twice"
+    assert pool.pooled, f"{pool.name} occurs twice"
     shapes = longer(pool.shapes[0], more.shapes[0]), longer(pool.shapes[1], more.shapes[1])
     return replace(pool, shapes=shapes, result=longer(pool.result, more.result))
 
 
-def pool_of_need(need: Need) -> bool:
-    """Whether this is a pool, of which every product takes what it needs, and not one place of the program."""
-    return need.kind not in ("times_matrix", "scores", "mix")
+def array_name(need: str, which: Literal["a", "b", "c"]) -> str:
+    """Name of the array that holds the first operands' masks of a need, the second operands', or their products."""
+    return f"{need} {which}"
+
+
+def joined(need: Need, pieces: Iterable[Mapping[str, Ring]]) -> dict[str, Ring]:
+    """Arrays of one need, of the pieces in which they were dealt: columns of a matrix, rows of a pool."""
+    found: dict[str, list[Ring]] = {}
+    for piece in pieces:
+        for name, array in piece.items():
+            found.setdefault(name, []).append(array)
+    axis = -1 if need.masking == "server" else 0
+    return {name: some[0] if len(some) == 1 else np.concatenate(some, axis=axis) for name, some in found.items()}
 
 
 @dataclass(frozen=True)
 class Masks:
-    """One party's part of what masks a product: of its operands a and b, and of their product c; None is not its own."""
+    """One party's part of what masks a product: of operands a and b, and of their product c. None is not its own."""
 
     a: Ring | None
     b: Ring | None
@@ -94,66 +125,59 @@ class MaterialUsedUp(Exception):
 class Material:
     """One party's share of a session's random numbers. Each is handed out once.
 
+    Numbers are handed out in their order, so that how far they are used up is one number of each need. A product that
+    is refused has used nothing up; after another error what was taken stays taken.
+
     Args:
-        parts: by the name of a `Need` and " a", " b" or " c".
+        needs: what was prepared; several of the same name are parts of one pool.
+        arrays: this party's arrays of all of them, see `array_name`; parts of a pool behind each other.
     """
 
-    def __init__(self, parts: Mapping[str, Ring]) -> None:
-        self._parts = parts
+    def __init__(self, needs: Iterable[Need], arrays: Mapping[str, Ring]) -> None:
+        self._arrays = arrays
         self._used: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
+        for need in needs:
+            self._rows[need.name] = self._rows.get(need.name, 0) + need.rows
 
     def masks(self, product: Product, layer: int, keys: int) -> Masks:
-        """For a product in a pass after which there are `keys` tokens. Masks of keys and values are those of all tokens.
+        """For a product in a pass after which there are `keys` tokens; of keys and values the masks of all of them.
 
         Raises:
             MaterialUsedUp: see there.
         """
         name = name_of(product, layer)
-        if pool_of(product) is not None:
-            return self._of_pool(name, product)
-        rows = product.result_shape[1] if product.kind == "mix" else product.shapes[0][-2]
-        first = keys - rows
-        self._use(name, first, keys)
-        pairs = slice(packed_size(first), packed_size(keys))
+        if pool_of(product.kind, product.shapes[0]) is not None:
+            start = self._used.get(name, 0)
+            place = self._use(name, start, start + _pool_rows(product))
+            return self._cut(name, (place, place, place), (product.shapes[0], product.shapes[-1], product.result_shape))
+
+        first = keys - token_rows(product.kind, product.shapes[0], product.result_shape)
+        tokens = self._use(name, first, keys)
         if product.kind == "times_matrix":
-            return self._cut(name, slice(first, keys), None, slice(first, keys))
-        tokens = (slice(None), slice(first, keys))
-        seen, packed = (slice(None), slice(keys)), (slice(None), pairs)
-        return (
-            self._cut(name, tokens, seen, packed) if product.kind == "scores" else self._cut(name, packed, seen, tokens)
-        )
+            return self._cut(name, (tokens, tokens, tokens))
+        every = slice(None)
+        pairs = slice(packed_size(first), packed_size(keys))
+        new, seen, packed = (every, tokens), (every, slice(keys)), (every, pairs)
+        return self._cut(name, (new, seen, packed) if product.kind == "scores" else (packed, seen, new))
 
-    def _of_pool(self, name: str, product: Product) -> Masks:
-        first = product.shapes[0]
-        count = int(np.prod(first[:-1] if " " in name else first, dtype=np.int64))
-        start = self._used.get(name, 0)
-        self._use(name, start, start + count)
-        place = slice(start, start + count)
-        masks = self._cut(name, place, place, place)
-        b = None if masks.b is None else masks.b.reshape(product.shapes[-1])
-        a = None if masks.a is None else masks.a.reshape(first)
-        return Masks(a, b, masks.c.reshape(product.result_shape))
-
-    def _use(self, name: str, first: int, end: int) -> None:
-        """Numbers are handed out in their order, so that how far they are used up is one number."""
-        result = self._parts.get(f"{name} c")
-        if result is None:
-            raise MaterialUsedUp(f"nothing was prepared for {name}")
-        if first < self._used.get(name, 0):
-            raise MaterialUsedUp(f"what was prepared for {name} would be used twice")
-        room = (
-            result.shape[1] if result.ndim == 3 else len(result) if result.ndim == 1 or " " not in name else len(result)
-        )
-        if " " not in name and result.ndim == 2 and name.endswith(".scores"):
-            room = int(((8 * result.shape[1] + 1) ** 0.5 - 1) / 2)
-        if end > room:
-            raise MaterialUsedUp(f"of what was prepared for {name}, {room}, {end} are needed")
+    def _use(self, name: str, first: int, end: int) -> slice:
+        """The numbers from `first` to `end`, used up from now on, and with them all before."""
+        rows, used = self._rows.get(name, 0), self._used.get(name, 0)
+        if first < used:
+            raise MaterialUsedUp(f"what was prepared for {name} would be used twice: {first} of {used} used")
+        if end > rows:
+            raise MaterialUsedUp(f"for {name} {rows} were prepared, {end} are needed")
         self._used[name] = end
+        return slice(first, end)
 
-    def _cut(self, name: str, of_a: object, of_b: object, of_c: object) -> Masks:
-        a, b = self._parts.get(f"{name} a"), self._parts.get(f"{name} b")
-        return Masks(
-            None if a is None else a[of_a],  # type: ignore[index]
-            None if b is None else b[of_b],  # type: ignore[index]
-            self._parts[f"{name} c"][of_c],  # type: ignore[index]
-        )
+    def _cut(self, name: str, places: tuple[Any, Any, Any], shapes: tuple[Shape, Shape, Shape] | None = None) -> Masks:
+        """Parts of a need's arrays, those of a pool in the `shapes` of operands and result."""
+        parts = [self._arrays.get(array_name(name, which)) for which in ("a", "b", "c")]
+        a, b, c = (None if part is None else part[place] for part, place in zip(parts, places))
+        assert c is not None
+        if shapes is not None:
+            a = None if a is None else a.reshape(shapes[0])
+            b = None if b is None else b.reshape(shapes[1])
+            c = c.reshape(shapes[2])
+        return Masks(a, b, c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,13 +12,20 @@ from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product, Shape, cut
 from entropi.private.preparation.material import Masks, Material
-from entropi.private.preparation.products import bilinear, masking
+from entropi.private.preparation.products import masking, multiply
 from entropi.private.preparation.ring import Ring, times_small
 from entropi.records import StageCommunication
+
+_OPENED_ONCE = ("scores", "mix")  # kinds whose second operands, keys and values, grow from pass to pass
 
 
 class PreparedPasses:
     """Runs stages of passes on an engine, with one session's material.
+
+    An operand x under its mask a is x - a, which is uniformly random to whoever does not know a: each party sends its
+    share of it, and both know it. What a product lacks is linear in masks and operands, thus local on shares:
+    x y = d e + d b + a e + a b with d = x - a and e = y - b. That is exact modulo 2^64, so a product, which has twice
+    the fraction bits, must fit the ring before it is truncated, as any product of the engine's own.
 
     Args:
         of_server: names of the server's weights, and at the server the weights as whole numbers.
@@ -28,12 +35,16 @@ class PreparedPasses:
         self, engine: Engine, material: Material, fraction_bits: int, of_server: Mapping[str, np.ndarray | None]
     ) -> None:
         self._engine, self._material, self._bits = engine, material, fraction_bits
-        self._matrices = of_server
-        self._names = set(of_server)
+        self._matrices, self._weights = of_server, set(of_server)
         self._opened: dict[str, Ring] = {}  # keys and values under their masks, of all tokens so far
 
-    def run(self, stage: Stage, token: int, keys: int) -> Iterable[StageCommunication]:
-        """Run one stage of the pass after which there are `keys` tokens, and say what each part of it cost."""
+    def run(self, stage: Stage, token: int, keys: int) -> Iterator[StageCommunication]:
+        """Run one stage of the pass after which there are `keys` tokens, and say what each part of it cost.
+
+        Raises:
+            MaterialUsedUp: before anything is sent for the product that lacks it.
+            EngineError: the other party sent something else, or is gone.
+        """
         engine = self._engine
         shapes: dict[str, Shape] = {name: engine.shape(name) for name in stage.inputs}
         for step in cut(stage, shapes, self._bits):
@@ -42,14 +53,15 @@ class PreparedPasses:
             for part in step.parts:
                 yield engine.run(part, token)
 
-    def _multiply(self, stage: Stage, products: tuple[Product, ...], token: int, keys: int) -> StageCommunication:
+    def _multiply(self, stage: Stage, products: Sequence[Product], token: int, keys: int) -> StageCommunication:
         """Compute products that do not wait for each other by one message each way, or one to the server."""
         started = time.perf_counter()
-        todo = [(product, self._material.masks(product, stage.layer, keys)) for product in products]
-        masked = [self._masked(product, masks, stage.layer) for product, masks in todo]
-        sent, received, theirs = self._exchange(products, masked)
-        for (product, masks), own, other in zip(todo, masked, theirs):
-            self._engine.set_numbers(product.result, self._finish(product, masks, own, other, stage.layer))
+        masks = [self._material.masks(product, stage.layer, keys) for product in products]
+        own = [self._masked(*pair, stage.layer) for pair in zip(products, masks)]
+        theirs, sent, received = self._exchange(products, own)
+        for product, mask, ours, other in zip(products, masks, own, theirs):
+            opened = [x + y for x, y in zip(ours, other)]
+            self._engine.set_numbers(product.result, self._finished(product, mask, opened, stage.layer))
         return StageCommunication(
             name=stage.name,
             layer=stage.layer,
@@ -62,70 +74,68 @@ class PreparedPasses:
         )
 
     def _masked(self, product: Product, masks: Masks, layer: int) -> list[Ring]:
-        """This party's shares of the operands less its masks, as far as they are to be sent."""
-        who = masking(product, self._names)
-        first = self._engine.numbers(product.operands[0])
-        if who != "pair":
-            return [first if masks.a is None else first - masks.a]
-        second = self._engine.numbers(product.operands[1])
-        assert masks.a is not None and masks.b is not None
-        if product.kind in ("scores", "mix"):  # of keys and values only those that were not opened before
+        """This party's shares of the operands less its masks, of keys and values those that were not opened before.
+
+        Of an operand of the server's matrix the server has a share and no mask: that one it keeps.
+        """
+        if masking(product, self._weights) == "server":
+            share = self._engine.numbers(product.operands[0])
+            return [share if masks.a is None else share - masks.a]
+        operands = [self._engine.numbers(name) for name in product.operands]
+        drawn = [mask for mask in (masks.a, masks.b) if mask is not None]
+        assert len(drawn) == len(operands)
+        if product.kind in _OPENED_ONCE:
             known = self._opened.get(f"{layer}.{product.kind}")
             start = 0 if known is None else known.shape[1]
-            return [first - masks.a, second[:, start:] - masks.b[:, start:]]
-        return [first - masks.a, second - masks.b]
+            operands[1], drawn[1] = operands[1][:, start:], drawn[1][:, start:]
+        return [operand - mask for operand, mask in zip(operands, drawn)]
 
-    def _exchange(
-        self, products: tuple[Product, ...], masked: list[list[Ring]]
-    ) -> tuple[int, int, list[list[Ring] | None]]:
-        """Send what the other party is to see, and receive what we are; None where that is nothing."""
+    def _exchange(self, products: Sequence[Product], own: list[list[Ring]]) -> tuple[list[list[Ring]], int, int]:
+        """Send what the other party is to see, and receive what we are, in `own`'s shapes; bytes sent and received.
+
+        The client sees nothing of what is for the server alone: empty lists there.
+        """
         engine = self._engine
-        to_server_only = [masking(product, self._names) == "server" for product in products]
-        sends = [not only or engine.rank != SERVER for only in to_server_only]
-        receives = [not only or engine.rank == SERVER for only in to_server_only]
-        content = b"".join(x.astype("<u8", copy=False).tobytes() for some, s in zip(masked, sends) if s for x in some)
+        to_server = [masking(product, self._weights) == "server" for product in products]
+        sends = [not only or engine.rank != SERVER for only in to_server]
+        receives = [not only or engine.rank == SERVER for only in to_server]
+        content = b"".join(x.astype("<u8", copy=False).tobytes() for some, s in zip(own, sends) if s for x in some)
         if content:
             engine.send(content)
-        size = 8 * sum(x.size for some, r in zip(masked, receives) if r for x in some)
-        arrived = np.frombuffer(engine.receive(size) if size else b"", "<u8").astype(np.uint64)
-        theirs: list[list[Ring] | None] = []
-        place = 0
-        for some, wanted in zip(masked, receives):
-            if not wanted:
-                theirs.append(None)
-                continue
-            parts = []
-            for x in some:
-                parts.append(arrived[place : place + x.size].reshape(x.shape))
-                place += x.size
-            theirs.append(parts)
-        return len(content), size, theirs
 
-    def _finish(self, product: Product, masks: Masks, own: list[Ring], other: list[Ring] | None, layer: int) -> Ring:
+        size = 8 * sum(x.size for some, wanted in zip(own, receives) if wanted for x in some)
+        arrived = np.frombuffer(engine.receive(size) if size else b"", "<u8").astype(np.uint64, copy=False)
+        theirs: list[list[Ring]] = []
+        for some, wanted in zip(own, receives):
+            theirs.append([])
+            for x in some if wanted else []:
+                theirs[-1].append(arrived[: x.size].reshape(x.shape))
+                arrived = arrived[x.size :]
+        return theirs, len(content), size
+
+    def _finished(self, product: Product, masks: Masks, opened: list[Ring], layer: int) -> Ring:
         """This party's share of the product, with twice the fraction bits."""
-        who = masking(product, self._names)
         server = self._engine.rank == SERVER
+        who = masking(product, self._weights)
         if who == "server":
-            if other is None:
+            if not server:
                 return masks.c
             matrix = self._matrices[product.operands[1]]
             assert matrix is not None
-            return times_small(own[0] + other[0], matrix) + masks.c
+            return times_small(opened[0], matrix) + masks.c
 
-        assert other is not None and masks.a is not None
-        opened = [x + y for x, y in zip(own, other)]
-        if who == "self":
-            whole = masks.a + masks.a + (opened[0] if server else np.uint64(0))  # d^2 + 2 d a + a^2
-            return bilinear(product.kind, opened[0], whole) + masks.c
+        assert masks.a is not None
+        if who == "self":  # d d + 2 d a + a a, the first of them the server's
+            (left,) = opened
+            rest = masks.a + masks.a + left if server else masks.a + masks.a
+            return multiply(product.kind, left, rest) + masks.c
 
         assert masks.b is not None
         left, right = opened
-        if product.kind in ("scores", "mix"):
+        if product.kind in _OPENED_ONCE:
             place = f"{layer}.{product.kind}"
             if place in self._opened:
                 right = np.concatenate([self._opened[place], right], axis=1)
             self._opened[place] = right
-        # d e + d b + a e + a b, the first of them the server's
-        share = bilinear(product.kind, left, right + masks.b if server else masks.b)
-        share += bilinear(product.kind, masks.a, right)
-        return share + masks.c
+        share = multiply(product.kind, left, masks.b + right if server else masks.b)
+        return share + multiply(product.kind, masks.a, right) + masks.c

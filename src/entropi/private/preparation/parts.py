@@ -10,7 +10,7 @@ import numpy as np
 
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import CLIENT, Settings
-from entropi.private.preparation.material import Need, needs, pool_of_need
+from entropi.private.preparation.material import Need, needs
 from entropi.private.preparation.ring import Ring
 
 PART_NUMBERS = 1 << 20  # of a pool, in one part: what is lost when preparing is interrupted
@@ -22,7 +22,7 @@ def parts_for(model: Description, settings: Settings, tokens: int) -> list[Need]
 
 
 def _split(need: Need) -> list[Need]:
-    if not pool_of_need(need):
+    if not need.pooled:
         return [need]
     total, each = need.shapes[0][0], int(np.prod(need.shapes[0][1:], dtype=np.int64))
     most = max(PART_NUMBERS // each, 1)
@@ -49,8 +49,8 @@ def kept_bytes(parts: Sequence[Need], rank: Literal[0, 1]) -> int:
     return 8 * numbers
 
 
-def joined(parts: Sequence[Mapping[str, Ring]]) -> dict[str, Ring]:
-    """Arrays of parts in their order, those of one pool put together."""
+def together(parts: Sequence[Mapping[str, Ring]]) -> dict[str, Ring]:
+    """Arrays of parts in their order, those of one pool behind each other."""
     found: dict[str, list[Ring]] = {}
     for part in parts:
         for name, array in part.items():

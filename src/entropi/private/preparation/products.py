@@ -18,11 +18,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from entropi.private.compute.attention import visible
-from entropi.private.preparation.cutting import Product
+from entropi.private.preparation.cutting import Product, Shape
 from entropi.private.preparation.ring import Ring
 
-# Who masks what: of two shared operands both parties open both; of a square its one; of a server's matrix or factors
-# the client alone draws the mask, and the server alone sees the other operand under it.
+# Who masks what: of two shared operands both parties open both; of a square its one; of a server's matrix the client
+# alone draws the other operand's mask, and the server alone sees that operand under it.
 Masking: TypeAlias = Literal["pair", "self", "server"]
 
 
@@ -54,8 +54,12 @@ def _rows(pairs: int, keys: int) -> int:
     return next(rows for rows in range(1, keys + 1) if packed_size(keys) - packed_size(keys - rows) == pairs)
 
 
-def bilinear(kind: str, x: Ring, y: Ring) -> Ring:
-    """What a product of this kind is of two operands, modulo 2^64; a square's, and a sum of squares', are of two, too."""
+def multiply(kind: str, x: Ring, y: Ring) -> Ring:
+    """What a product of this kind is of two operands, modulo 2^64; a square's, and a sum of squares', are of two, too.
+
+    Numpy's products of whole numbers are slow, but digits in float64 are no faster here, where both operands have 64
+    bits: six products of digits of 22 bits.
+    """
     if kind == "times_matrix":
         return x @ y
     if kind == "scores":
@@ -67,21 +71,31 @@ def bilinear(kind: str, x: Ring, y: Ring) -> Ring:
     if kind == "sums_of_squares":
         result: Ring = (x * y).sum(axis=-1, dtype=np.uint64)
         return result
-    assert kind in ("times", "square"), kind
-    return x * y
+    if kind in ("times", "square"):
+        return x * y
+    raise ValueError(f"no product is called {kind}")
 
 
 def masking(product: Product, of_server: set[str]) -> Masking:
-    """Who masks the operands of a product, of which those named `of_server` are the server's."""
+    """Who masks the operands of a product, of which those named `of_server` are the server's weights.
+
+    Only matrices are worth a masking of their own: a factor of the server's is masked like a shared one.
+    """
     if len(product.operands) == 1:
         return "self"
-    return "server" if product.operands[1] in of_server else "pair"
+    if product.kind != "times_matrix":
+        return "pair"
+    assert product.operands[1] in of_server, f"{product.operands[1]} is no weight"
+    return "server"
 
 
-def pool_of(product: Product) -> str | None:
-    """The pool from which a product takes what it needs, None if it has a place of its own."""
-    if product.kind in ("square", "times"):
-        return product.kind
-    if product.kind in ("scale_rows", "sums_of_squares"):
-        return f"{product.kind} {product.shapes[0][-1]}"
-    return None
+def pool_of(kind: str, first: Shape) -> str | None:
+    """The pool from which products of this kind and first operand take what they need, None if each has a place."""
+    if kind in ("square", "times"):
+        return kind
+    return f"{kind}.{first[-1]}" if kind in ("scale_rows", "sums_of_squares") else None
+
+
+def token_rows(kind: str, first: Shape, result: Shape) -> int:
+    """For how many tokens a product that has a place of its own is, from its first operand's and its result's shape."""
+    return result[1] if kind == "mix" else first[-2]

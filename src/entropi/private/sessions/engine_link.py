@@ -1,6 +1,7 @@
 """The sockets between engines: SPU's link over addresses that a tunnel, or a measurement, names.
 
-Beside `compute.engine` nothing else imports `spu`. The engine itself only computes over a link that it is given.
+Beside `compute.engine` and `compute.shares` nothing else imports `spu`. The engine itself only computes over a
+link that it is given.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from entropi.errors import UserError
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.growth import Growth
-from entropi.private.preparation.parts import joined, kept_bytes, parts_for
+from entropi.private.preparation.parts import kept_bytes, parts_for, together
 from entropi.private.preparation.ring import Ring
 from entropi.private.preparation.store import Store
 from entropi.private.preparation.tickets import Binding
@@ -24,7 +24,7 @@ from entropi.records import StageCommunication
 
 SWEEP_SECONDS = 600.0
 log = logging.getLogger("entropi.server")
-_COST, _COST_BYTES = "cost", 16  # of a part: two numbers among its arrays
+_TOLD, _TOLD_BYTES = "told", 24  # of a part, among its arrays: tokens, bytes exchanged, milliseconds
 
 
 class Material:
@@ -58,9 +58,9 @@ class Material:
             growth = self._store.grow(
                 bytes.fromhex(ticket),
                 self._binding(tokens, peer),
-                kept_bytes(parts, self._rank) + _COST_BYTES * len(parts),
+                kept_bytes(parts, self._rank) + _TOLD_BYTES * len(parts),
             )
-            return Growing(growth, len(parts))
+            return Growing(growth, len(parts), tokens)
 
         return await asyncio.to_thread(begin)
 
@@ -82,8 +82,9 @@ class Material:
 
         def taken() -> Taken:
             parts = self._store.take(bytes.fromhex(ticket), self._binding(tokens, peer))
-            costs = np.array([parts[name].pop(_COST) for name in sorted(parts)]).sum(axis=0)
-            return Taken(joined([parts[name] for name in sorted(parts)]), int(costs[0]), float(costs[1]) / 1e3)
+            told = np.array([parts[name].pop(_TOLD) for name in sorted(parts)])
+            arrays = together([parts[name] for name in sorted(parts)])
+            return Taken(arrays, int(told[0, 0]), int(told[:, 1].sum()), float(told[:, 2].sum()) / 1e3)
 
         return await asyncio.to_thread(taken)
 
@@ -103,9 +104,13 @@ class Material:
 
 @dataclass(frozen=True)
 class Taken:
-    """The material of one session, and what preparing it took: bytes both ways, and seconds of this side's party."""
+    """The material of one session of at most `tokens` tokens.
+
+    And what preparing it took: bytes both ways, and seconds of this side's party.
+    """
 
     arrays: dict[str, Ring]
+    tokens: int
     moved: int
     seconds: float
 
@@ -118,8 +123,8 @@ class Taken:
 class Growing:
     """A ticket while its parts are computed, in their order."""
 
-    def __init__(self, growth: Growth, total: int) -> None:
-        self._growth, self.total = growth, total
+    def __init__(self, growth: Growth, total: int, tokens: int) -> None:
+        self._growth, self.total, self.tokens = growth, total, tokens
 
     async def done(self) -> int:
         """How many parts are there, from the first on without a gap."""
@@ -135,8 +140,8 @@ class Growing:
 
         def keep() -> None:
             path = folder / part_file(number)
-            told = np.array([cost.bytes, round(cost.seconds * 1e3)], np.uint64)
-            self._growth.add(_name(number), {**load_file(path), _COST: told})
+            told = np.array([self.tokens, cost.bytes, round(cost.seconds * 1e3)], np.uint64)
+            self._growth.add(_name(number), {**load_file(path), _TOLD: told})
             os.unlink(path)
 
         await asyncio.to_thread(keep)

@@ -23,7 +23,7 @@ from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.program import stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.dealing import deal
-from entropi.private.preparation.material import Material, needs
+from entropi.private.preparation.material import Material, joined
 from entropi.private.preparation.online import PreparedPasses
 from entropi.private.preparation.parts import parts_for
 from entropi.private.preparation.ring import encode
@@ -127,10 +127,11 @@ def _prepared_passes(
     """What runs stages with the material of this session, which exists here alone by now."""
     bits = job.settings.fraction_bits
     matrices: dict[str, np.ndarray | None] = {}
-    for need in needs(job.description, job.settings, 1):
-        if need.matrix is not None:
-            matrices[need.matrix] = encode(weights[need.matrix], bits) if weights is not None else None
-    return PreparedPasses(engine, Material(load(files["material"])), bits, matrices)
+    parts = parts_for(job.description, job.settings, job.material_tokens)
+    for part in parts:
+        if part.matrix is not None:
+            matrices[part.matrix] = encode(weights[part.matrix], bits) if weights is not None else None
+    return PreparedPasses(engine, Material(parts, load(files["material"])), bits, matrices)
 
 
 def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: BinaryIO) -> None:
@@ -149,10 +150,7 @@ def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: Binar
         if need.matrix is not None and weights is not None:
             matrix = encode(weights[need.matrix], job.settings.fraction_bits)
         pieces, costs = zip(*deal(engine, need, matrix))
-        axis = -1 if need.matrix is not None else 0
-        names = list(pieces[0])
-        arrays = {name: np.concatenate([piece[name] for piece in pieces if name in piece], axis) for name in names}
-        save_file(arrays, folder / part_file(number))
+        save_file(joined(need, pieces), folder / part_file(number))
         _emit(events, PartDone(number, combined(costs)))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from entropi.private.sessions.confinement import summary
+from entropi.private.sessions.material import Taken
 from entropi.private.sessions.memory import needed_memory
 from entropi.private.wire.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
 from entropi.private.wire.tunnel import link_folder
@@ -89,17 +90,15 @@ class Party:
         self._too_little = too_little  # memory, if it is; said of every failure, for each may come from that
 
     @classmethod
-    async def start(
-        cls, job: Job, memory_bytes: int | None = None, material: Mapping[str, np.ndarray] | None = None
-    ) -> Party:
+    async def start(cls, job: Job, memory_bytes: int | None = None, material: Taken | None = None) -> Party:
         """Start the process, with a limit to the memory it may write to, and hand it its job by pipe.
 
         Prepared `material` is handed over in a file without a name, of which nothing is left when the processes end.
         """
-        held = None if material is None else await asyncio.to_thread(_nameless, material)
+        held = None if material is None else await asyncio.to_thread(_nameless, material.arrays)
         try:
-            if held is not None:
-                job = msgspec.structs.replace(job, material=f"/dev/fd/{held}")
+            if held is not None and material is not None:
+                job = msgspec.structs.replace(job, material=f"/dev/fd/{held}", material_tokens=material.tokens)
             return await cls._start(job, memory_bytes, () if held is None else (held,))
         finally:
             if held is not None:

@@ -153,6 +153,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     prefix: str | None = None  # the server's: path of a safetensors file with the public prefix's keys and values
     table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
     material: str | None = None  # path of a safetensors file with this side's half of what was prepared
+    material_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # that this was prepared for
     prepare_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # to prepare for; 0 to answer a prompt
     first_part: PartCount = 0  # of what is to be prepared
 

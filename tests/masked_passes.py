@@ -1,0 +1,229 @@
+"""Passes with prepared products as tests run them: recorded, under an ideal engine or a real one; and what they show.
+
+The ideal engine is both parties as threads of this process, and computes every local part on the values that the
+parties' shares add up to; so it tests everything but the engine, in a fraction of its time.
+"""
+
+import queue
+import threading
+
+import jax
+import msgspec
+import numpy as np
+
+from entropi.private.compute.embedding import one_hot
+from entropi.private.compute.program import Comparable, cached_tokens, run_stages, stages_of_pass
+from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.material import Material, array_name, needs
+from entropi.private.preparation.online import PreparedPasses
+from entropi.private.preparation.products import multiply
+from entropi.private.preparation.ring import encode
+from entropi.records import StageCommunication
+
+
+def chi_square(numbers):
+    """Of how often each byte occurs, against all equally often; 255 degrees of freedom."""
+    counts = np.bincount(np.ascontiguousarray(numbers).view(np.uint8).reshape(-1), minlength=256)
+    expected = counts.sum() / 256
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def smallest_gap(numbers):
+    """Between any two, around the ring. A mask that hides two values leaves them as far apart as the values are."""
+    ordered = np.sort(np.concatenate([part.reshape(-1) for part in numbers]))
+    return int((np.append(ordered[1:], ordered[0]) - ordered).min())
+
+
+class RecordedPasses(PreparedPasses):
+    """Keeps all opened operands, as `opened`: at the client those that it sees."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.opened = []
+
+    def _finished(self, product, masks, opened, layer):
+        self.opened += opened
+        return super()._finished(product, masks, opened, layer)
+
+
+def run_passes(engine, passes, material, model, settings, whole, past):
+    """Logits after each pass, and what was opened, at the party of `engine`; the client knows `passes`' rows.
+
+    `whole` are the server's matrices as whole numbers; `past` is the length of a prefix, which the server holds.
+    """
+    recorded, found = RecordedPasses(engine, material, settings.fraction_bits, whole), []
+    for number, (count, name, rows) in enumerate(passes):
+        engine.hold(name, rows.shape, rows if engine.rank == CLIENT else None)
+        for stage in stages_of_pass(model, settings, count, past, prepared=True):
+            for _ in recorded.run(stage, number, past + count):
+                pass
+        past += count
+        found.append(engine.reveal_to_client("logits")[0])
+    return found, recorded.opened
+
+
+def inputs_of_passes(passes, model, settings, table):
+    """For each list of tokens their number, and name and rows of what the client puts in."""
+    for tokens in passes:
+        if settings.embedding == "public":
+            yield len(tokens), "embedded", table[tokens].astype(np.float32)
+        else:
+            yield len(tokens), "tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits)
+
+
+def plain_passes(passes, model, settings, weights):
+    """What the unprepared program computes in plaintext: logits after each pass. Pairs of tokens need the ring."""
+    settings = msgspec.structs.replace(settings, embedding="public", paired=False)
+    values, past, found = dict(weights), cached_tokens(weights), []
+    for count, name, rows in inputs_of_passes(passes, model, settings, weights["embedding"]):
+        values[name] = rows
+        run_stages(stages_of_pass(model, settings, count, past), values)
+        past += count
+        found.append(np.asarray(values["logits"]))
+    return found
+
+
+# --- An ideal engine --------------------------------------------------------------------------------------------------
+
+
+class IdealEngine:
+    """One of two parties; `pair` makes both."""
+
+    @classmethod
+    def pair(cls, fraction_bits, random):
+        engines = cls(), cls()
+        barrier, links, lock = threading.Barrier(2, timeout=600), (queue.Queue(), queue.Queue()), threading.Lock()
+        for rank, engine in enumerate(engines):
+            engine.rank, engine.other, engine.bits, engine.random = rank, engines[1 - rank], fraction_bits, random
+            engine.barrier, engine.links, engine.lock = barrier, links, lock
+            engine.shares, engine.sent = {}, []
+        return engines
+
+    def hold(self, name, shape, value):
+        whole = np.zeros(shape, np.int64) if value is None else np.rint(value.astype(np.float64) * 2.0**self.bits)
+        self.shares[name] = whole.astype(np.int64).view(np.uint64)
+
+    def shape(self, name):
+        return self.shares[name].shape
+
+    def numbers(self, name):
+        return self.shares[name]
+
+    def set_numbers(self, name, numbers):
+        assert numbers.dtype == np.uint64
+        self.shares[name] = numbers
+
+    def value(self, name):
+        return (self.shares[name] + self.other.shares[name]).view(np.int64) / 2.0**self.bits
+
+    def run(self, stage, token):
+        self.barrier.wait()
+        if self.rank == SERVER:
+            for name, whole in zip(stage.outputs, self.results(stage)):
+                self.other.shares[name] = self.random.integers(0, 2**64, whole.shape, dtype=np.uint64)
+                self.shares[name] = whole - self.other.shares[name]
+        self.barrier.wait()
+        return StageCommunication(
+            name=stage.name, layer=stage.layer, token=token, seconds=0.0,
+            sent_bytes=0, received_bytes=0, sent_messages=0, received_messages=0,
+        )  # fmt: skip
+
+    def results(self, stage):
+        operands = [self.value(name).astype(np.float32) for name in stage.inputs]
+        results = compiled(Comparable.of(stage.function))(*operands)
+        for result in results if len(stage.outputs) > 1 else [results]:
+            yield np.rint(np.asarray(result, np.float64) * 2.0**self.bits).astype(np.int64).view(np.uint64)
+
+    def reveal_to_client(self, name):
+        self.barrier.wait()
+        value = self.value(name)
+        self.barrier.wait()
+        return (value if self.rank == CLIENT else None), 0
+
+    def send(self, content):
+        self.sent.append(np.frombuffer(content, "<u8"))
+        self.links[1 - self.rank].put(content)
+
+    def receive(self, size):
+        content = self.links[self.rank].get(timeout=600)
+        assert len(content) == size
+        return content
+
+
+_compiled = {}
+
+
+def compiled(program):
+    return _compiled.setdefault(program, jax.jit(program.function))
+
+
+def ideal_arrays(need, weights, bits, random):
+    """Both parties' arrays of one need, exact."""
+
+    def draw(shape):
+        return random.integers(0, 2**64, shape, dtype=np.uint64)
+
+    a, b = draw(need.shapes[0]), draw(need.shapes[1])
+    if need.masking == "server":
+        b = encode(weights[need.matrix], bits).astype(np.int64).view(np.uint64)
+    product = multiply(need.kind, a, a if need.masking == "self" else b)
+    parties = {}, {}
+    for which, whole in dict(a=a, b=b, c=product).items():
+        if which == "b" and need.masking != "pair":
+            continue
+        ours = draw(whole.shape)
+        if which == "a" and need.masking == "server":
+            parties[CLIENT][array_name(need.name, which)] = whole
+            continue
+        parties[CLIENT][array_name(need.name, which)] = ours
+        parties[SERVER][array_name(need.name, which)] = whole - ours
+    return parties
+
+
+def ideal_material(model, settings, weights, tokens, random):
+    """Needs, and each party's arrays."""
+    wanted = needs(model, settings, tokens)
+    dealt = [ideal_arrays(need, weights, settings.fraction_bits, random) for need in wanted]
+    return wanted, [{name: array for one in dealt for name, array in one[rank].items()} for rank in (SERVER, CLIENT)]
+
+
+class Session:
+    """What both parties did in some passes: `logits`, `opened` numbers and what each has `sent`."""
+
+    def __init__(self, model, settings, weights, passes, materials, random):
+        engines = IdealEngine.pair(settings.fraction_bits, random)
+        client_rows = list(inputs_of_passes(passes, model, settings, weights["embedding"]))
+        results, failures = {}, []
+        matrices = [need.name for need in needs(model, settings, model.positions) if need.matrix]
+
+        def party(engine):
+            server = engine.rank == SERVER
+            for name, weight in weights.items():
+                engine.hold(name, weight.shape, weight if server else None)
+            whole = {name: encode(weights[name], settings.fraction_bits) if server else None for name in matrices}
+            material, past = materials[engine.rank], cached_tokens(weights)
+            try:
+                results[engine.rank] = run_passes(engine, client_rows, material, model, settings, whole, past)
+            except BaseException as error:
+                failures.append(error)
+                engine.barrier.abort()
+
+        threads = [threading.Thread(target=party, args=(engine,)) for engine in engines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            first = [error for error in failures if not isinstance(error, threading.BrokenBarrierError)]
+            raise [*first, *failures][0]
+        self.logits = results[CLIENT][0]
+        self.opened = results[SERVER][1]  # the server sees all of them
+        self.sent = [engine.sent for engine in engines]
+
+
+def ideal_session(model, settings, weights, passes, tokens, seed=0):
+    """Passes with ideal material, and both parties' arrays."""
+    random = np.random.default_rng(seed)
+    wanted, arrays = ideal_material(model, settings, weights, tokens, random)
+    materials = [Material(wanted, one) for one in arrays]
+    return Session(model, settings, weights, passes, materials, random), arrays

@@ -1,0 +1,95 @@
+"""Two processes under CHEETAH: products prepared exactly, passes with them right, and nothing but noise on the wire."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("spu")
+
+from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.material import array_name
+from entropi.private.preparation.products import multiply
+from entropi.private.preparation.ring import encode
+from masked_passes import chi_square, smallest_gap
+from prepared_parties import AGAIN, CASES, PASSES, Case, play
+
+pytestmark = [pytest.mark.two_party, pytest.mark.slow]
+
+NAMES = [*CASES, AGAIN]
+TOLERANCE = 0.004  # of logits, as of passes without preparation
+ENOUGH = 400  # chi-square of 255 degrees of freedom is larger one time in 10^8
+# Equal values of two sessions differ by rounding, some 2^8 last digits. Between any two of 10^4 numbers from all of the
+# ring is a gap so small one time in a million.
+CLOSE = 2**16
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory):
+    """What the server and the client have of every case."""
+    folder = tmp_path_factory.mktemp("prepared")
+    play(folder, NAMES)
+    return {name: [dict(np.load(folder / f"{name}-{rank}.npz")) for rank in (SERVER, CLIENT)] for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_the_unprepared_programs(played, name):
+    for number, expected in enumerate(Case(name).plain_logits()):
+        np.testing.assert_allclose(played[name][CLIENT][f"logits {number}"], expected, atol=TOLERANCE)
+    assert f"logits {len(PASSES) - 1}" in played[name][CLIENT]
+    assert not [key for key in played[name][SERVER] if key.startswith("logits")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_are_exact(played, name):
+    """To the last digit or, where the engine may be wrong by one, to that; a square has twice its error."""
+    case, wrong, count = Case(name), 0, 0
+    for need in case.needs:
+
+        def whole(which, need=need):
+            parts = [played[name][rank].get(f"material {array_name(need.name, which)}") for rank in (SERVER, CLIENT)]
+            return sum((part for part in parts if part is not None), start=np.uint64(0))
+
+        a, product = whole("a"), whole("c")
+        b = a if need.masking == "self" else whole("b")
+        if need.matrix:
+            b = encode(case.weights[need.matrix], case.settings.fraction_bits).astype(np.int64).view(np.uint64)
+        assert product.shape == need.result
+        error = np.abs((product - multiply(need.kind, a, b)).view(np.int64))
+        most = need.shapes[0][-1] if need.kind not in ("times", "square") else 1
+        assert error.max() <= 2 * most
+        wrong, count = wrong + (error > 0).sum(), count + error.size
+    assert wrong < 0.01 * count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shares_of_material_are_uniform(played, name):
+    """Of each party's masks and products by itself, also of what is the product with a matrix of small numbers."""
+    for of_party in played[name]:
+        numbers = np.concatenate([array.reshape(-1) for key, array in of_party.items() if key.startswith("material")])
+        assert len(np.unique(numbers)) == len(numbers)
+        for byte in range(8):
+            assert chi_square((numbers >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_sent_and_opened_is_uniform(played, name):
+    server, client = played[name]
+    for numbers in (server["sent"], client["sent"], server["opened"]):
+        assert len(numbers) > 1000
+        for byte in range(8):
+            assert chi_square((numbers >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
+
+
+def test_no_mask_hides_two_values(played):
+    """In passes that see a token again, and between two sessions of the same tokens with material of their own."""
+    first = played[AGAIN.split(",")[0]][SERVER]["opened"]
+    second = played[AGAIN][SERVER]["opened"]
+    assert len(first) == len(second)
+    assert smallest_gap([first, second]) > CLOSE
+    assert smallest_gap([first, second, second[:1] + np.uint64(300)]) < CLOSE  # so it would be seen
+
+
+def test_the_server_gets_no_mask_of_the_client(played):
+    for parties in played.values():
+        for rank in (SERVER, CLIENT):
+            mine = [array.reshape(-1) for key, array in parties[rank].items() if key.startswith("material")]
+            assert not np.isin(parties[rank]["sent"], np.concatenate(mine)).any()
