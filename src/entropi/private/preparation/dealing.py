@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +18,62 @@ from entropi.private.compute.engine import Engine
 from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.cutting import Shape
 from entropi.private.preparation.material import Need, pool_of_need
 from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
 
 POOL_STEP = 1 << 20  # numbers that are multiplied at a time
 _BLOCK = 128  # rows whose squares are summed by one product
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What the engine multiplies at a time, and the shapes and owners of the whole numbers that it reads."""
+
+    stage: Stage
+    operands: Mapping[str, tuple[Shape, int]]
+
+
+def pieces(need: Need) -> Iterator[Piece]:
+    """The multiplications of `need`, one after another: as many columns of a matrix, or numbers, as memory holds."""
+    if need.masking == "server":
+        (rows, inner), (_, columns) = need.shapes
+        step = max(POLYNOMIALS * CIPHERTEXT // (min(rows, _BLOCK) * inner), 1)
+        for start in range(0, columns, step):
+            width = min(step, columns - start)
+            operands = {"mask": ((rows, inner), CLIENT), "matrix": ((inner, width), SERVER)}
+            yield _piece(need, functions.times_matrix, operands)
+    elif not pool_of_need(need):
+        options = {"rows": need.result[1]} if need.kind == "mix" else {}
+        yield _of_shared(need, need.shapes, **options)
+    else:
+        each = int(np.prod(need.shapes[0][1:], dtype=np.int64))
+        step = max(POOL_STEP // each // _BLOCK, 1) * _BLOCK
+        for start in range(0, need.shapes[0][0], step):
+            count = min(step, need.shapes[0][0] - start)
+            shapes = (count, *need.shapes[0][1:]), (count, *need.shapes[1][1:])
+            if need.masking == "self":
+                function = _diagonal if need.kind == "sums_of_squares" else jax.lax.mul
+                yield _piece(need, function, {f"a {rank}": (shapes[0], rank) for rank in (SERVER, CLIENT)})
+            else:
+                yield _of_shared(need, shapes)
+
+
+def _piece(need: Need, function: Callable[..., Any], operands: Mapping[str, tuple[Shape, int]]) -> Piece:
+    return Piece(Stage(need.name, -1, function, tuple(operands), ("product",)), operands)
+
+
+def _of_shared(need: Need, shapes: tuple[Shape, Shape], **options: int) -> Piece:
+    """Both operands are sums of what the parties draw."""
+    named = zip(("a", "b"), shapes)
+    operands = {f"{operand} {rank}": (shape, rank) for operand, shape in named for rank in (SERVER, CLIENT)}
+    return _piece(need, partial(_product_of_sums, kind=need.kind, **options), operands)
+
+
+def _product_of_sums(x: Array, y: Array, u: Array, v: Array, *, kind: str, **options: int) -> Any:
+    function = getattr(attention if kind in ("scores", "mix") else functions, kind)
+    return function(x + y, u + v, **options)
 
 
 def deal(
@@ -36,80 +88,54 @@ def deal(
     """
     with enable_x64():
         if need.masking == "server":
-            yield from _of_matrix(engine, need, matrix)
-        elif pool_of_need(need):
-            yield from _of_pool(engine, need)
+            yield from _deal_matrix(engine, need, matrix)
         else:
-            function = getattr(attention, need.kind)
-            options = {"rows": need.result[1]} if need.kind == "mix" else {}
-            yield _of_pair(engine, need, need.shapes, lambda x, y: function(x, y, **options))
+            for piece in pieces(need):
+                yield _deal_squares(engine, need, piece) if need.masking == "self" else _deal_pair(engine, need, piece)
 
 
-def _of_matrix(
+def _deal_matrix(
     engine: Engine, need: Need, matrix: np.ndarray | None
 ) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
-    """The client's rows times the server's matrix, as many columns at a time as memory holds."""
-    (rows, inner), (_, columns) = need.shapes
+    """The client's rows times the server's matrix."""
     assert (matrix is not None) == (engine.rank == SERVER)
-    drawn = uniform((rows, inner)) if engine.rank == CLIENT else None
-    engine.hold_whole("mask", (rows, inner), drawn)
-    step = max(POLYNOMIALS * CIPHERTEXT // (min(rows, _BLOCK) * inner), 1)
-    for start in range(0, columns, step):
-        width = min(step, columns - start)
-        piece = None if matrix is None else matrix[:, start : start + width].astype(np.int64)
-        engine.hold_whole("matrix", (inner, width), piece)
-        stage = Stage(need.name, -1, functions.times_matrix, ("mask", "matrix"), ("product",))
-        cost = engine.run(stage, 0)
+    drawn = uniform(need.shapes[0]) if engine.rank == CLIENT else None
+    engine.hold_whole("mask", need.shapes[0], drawn)
+    start = 0
+    for piece in pieces(need):
+        shape, _ = piece.operands["matrix"]
+        columns = None if matrix is None else matrix[:, start : start + shape[1]].astype(np.int64)
+        engine.hold_whole("matrix", shape, columns)
+        cost = engine.run(piece.stage, 0)
         parts = {f"{need.name} c": engine.numbers("product")}
         if drawn is not None and not start:
             parts[f"{need.name} a"] = drawn
         yield parts, cost
+        start += shape[1]
 
 
-def _of_pool(engine: Engine, need: Need) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
-    """Numbers, or rows of them, and their products."""
-    each = int(np.prod(need.shapes[0][1:], dtype=np.int64))
-    step = max(POOL_STEP // each // _BLOCK, 1) * _BLOCK
-    for start in range(0, need.shapes[0][0], step):
-        count = min(step, need.shapes[0][0] - start)
-        shapes = (count, *need.shapes[0][1:]), (count, *need.shapes[1][1:])
-        if need.masking == "self":
-            yield _of_squares(engine, need, shapes[0])
-        else:
-            yield _of_pair(engine, need, shapes, getattr(functions, need.kind))
-
-
-def _of_pair(
-    engine: Engine, need: Need, shapes: tuple[tuple[int, ...], ...], function: Callable[..., Any]
-) -> tuple[dict[str, Ring], StageCommunication]:
+def _deal_pair(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:
     """Random operands of which each party draws a share, and the shares of their product."""
-    a, b = uniform(shapes[0]), uniform(shapes[1])
-    for name, drawn in (("a", a), ("b", b)):
-        for rank in (SERVER, CLIENT):
-            engine.hold_whole(f"{name} {rank}", drawn.shape, drawn if rank == engine.rank else None)
-
-    def product(x: Array, y: Array, u: Array, v: Array) -> Any:
-        return function(x + y, u + v)
-
-    cost = engine.run(Stage(need.name, -1, product, ("a 0", "a 1", "b 0", "b 1"), ("product",)), 0)
-    return {f"{need.name} a": a, f"{need.name} b": b, f"{need.name} c": engine.numbers("product")}, cost
+    parts = {}
+    for operand, (shape, rank) in piece.operands.items():
+        drawn = uniform(shape) if rank == engine.rank else None
+        engine.hold_whole(operand, shape, drawn)
+        if drawn is not None:
+            parts[f"{need.name} {operand.split()[0]}"] = drawn
+    cost = engine.run(piece.stage, 0)
+    return {**parts, f"{need.name} c": engine.numbers("product")}, cost
 
 
-def _of_squares(engine: Engine, need: Need, shape: tuple[int, ...]) -> tuple[dict[str, Ring], StageCommunication]:
+def _deal_squares(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:
     """Random numbers and shares of their squares, or of the sums of their rows' squares.
 
     (x + y)^2 = x^2 + 2 x y + y^2, x the client's and y the server's: only x y takes communication.
     """
-    drawn = uniform(shape)
-    for rank in (SERVER, CLIENT):
-        engine.hold_whole(f"a {rank}", shape, drawn if rank == engine.rank else None)
-    sums = need.kind == "sums_of_squares"
-    function = _diagonal if sums else jax.lax.mul
-    cost = engine.run(Stage(need.name, -1, function, ("a 0", "a 1"), ("product",)), 0)
+    parts, cost = _deal_pair(engine, need, piece)
+    drawn, mixed = parts[f"{need.name} a"], parts[f"{need.name} c"]
     own = drawn * drawn
-    mixed = engine.numbers("product") * np.uint64(2)
-    squares: Ring = (own.sum(axis=-1, dtype=np.uint64) if sums else own) + mixed
-    return {f"{need.name} a": drawn, f"{need.name} c": squares}, cost
+    own = own.sum(axis=-1, dtype=np.uint64) if need.kind == "sums_of_squares" else own
+    return {**parts, f"{need.name} c": own + mixed * np.uint64(2)}, cost
 
 
 def _diagonal(x: Array, y: Array) -> Array:
