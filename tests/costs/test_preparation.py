@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import msgspec
 import pytest
 
 pytest.importorskip("spu")
 
-from cost_shapes import SMALL
-from entropi.costs import preparation
 from entropi.costs.calibration import shipped, workers
 from entropi.costs.network import NETWORKS
-from entropi.costs.prediction import CostModel, Options, Predictor
+from entropi.costs.prediction import CostModel, Options
 from entropi.costs.preparation import PreparedPredictor, stored_bytes
-from entropi.errors import UserError
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.preparation.dealing import pieces
 from private_reference import FIELDS
 from two_engines import metered_session
 

@@ -17,9 +17,9 @@ from entropi.private.compute import attention, functions
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product
-from entropi.private.preparation.material import Material, packed_size
-from entropi.private.preparation.products import masking
-from entropi.private.preparation.ring import uniform
+from entropi.private.preparation.material import Material
+from entropi.private.preparation.products import masking, packed_size
+from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
 
 # Names of counted things. Of a number that goes both ways each party sends its own part.
@@ -84,7 +84,7 @@ class _Echo:
     def __init__(self) -> None:
         self._shares: dict[str, Any] = {}
 
-    def hold(self, name: str, numbers: np.ndarray) -> None:
+    def hold(self, name: str, numbers: Ring) -> None:
         from entropi.private.compute.shares import share_of
 
         self._shares[name] = share_of(numbers)
@@ -94,7 +94,7 @@ class _Echo:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.numbers(name).shape)
 
-    def numbers(self, name: str) -> np.ndarray:
+    def numbers(self, name: str) -> Ring:
         from entropi.private.compute.shares import numbers_of
 
         return numbers_of(self._shares[name], self.rank)
@@ -158,7 +158,7 @@ def _timed(
     return count([product], matrix, 0), float(fastest)
 
 
-def _parts(product: Product, keys: int) -> dict[str, np.ndarray]:
+def _parts(product: Product, keys: int) -> dict[str, Ring]:
     """Material of which a pass over the last tokens of `keys` takes what it needs."""
     first, second, result = product.shapes[0], product.shapes[-1], product.result_shape
     if product.kind == "times_matrix":
