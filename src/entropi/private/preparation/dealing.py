@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jax import Array
 from jax.experimental import enable_x64
 
 from entropi.private.compute import attention, functions
-from entropi.private.compute.engine import Engine
 from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
@@ -22,6 +21,9 @@ from entropi.private.preparation.cutting import Shape
 from entropi.private.preparation.material import Need, pool_of_need
 from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
+
+if TYPE_CHECKING:  # what is dealt is priced where there is no engine
+    from entropi.private.compute.engine import Engine
 
 POOL_STEP = 1 << 20  # numbers that are multiplied at a time
 _BLOCK = 128  # rows whose squares are summed by one product
