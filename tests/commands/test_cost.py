@@ -140,8 +140,9 @@ def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.
 
 
 def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.CaptureFixture[str]):
-    sizes = ["--layers", "2", "--heads", "4", "--hidden-size", "64", "--vocab-size", "500", "--seq-len", "40"]
-    words = ["cost", "--architecture", "SM(t)+ScFuFFN", *sizes]
+    sizes = {"layers": 1, "heads": 2, "hidden-size": 32, "vocab-size": 100, "seq-len": 8, "new-tokens": 3}
+    words = [f"--{name}={size}" for name, size in sizes.items()]
+    words += ["--softmax", "polynomial-1", "--embedding", "public", "--prepared"]
     assert main([*words, "--softmax", "power-2"]) == 0
     assert "squares of logits as attention weights" in capsys.readouterr().out
     assert main([*words, "--softmax", "polynomial-1"]) == 0

@@ -347,13 +347,12 @@ def calibrate(
 def prices_of_exchanges() -> dict[str, Price]:
     """Prices of what `exchanges` counts, their seconds measured on this machine."""
     readings = [Reading("", counted, 0, 0, seconds) for counted, seconds in exchanges.readings()]
-    names = sorted({name for reading in readings for name in reading.counted})
+    names = [name for name in exchanges.SENT if name != exchanges.MESSAGES]  # the time of which is the exchange's
     seconds = solve(readings, [reading.seconds for reading in readings], names)
-    prices = {}
-    for name in names:
-        size, messages, rounds = exchanges.SENT[name]
-        prices[name] = Price(size, messages, float(f"{seconds[name]:.6g}"), rounds)
-    return prices
+    return {
+        name: Price(size, messages, float(f"{seconds.get(name, 0.0):.6g}"), rounds)
+        for name, (size, messages, rounds) in exchanges.SENT.items()
+    }
 
 
 def solve(readings: list[Reading], values: list[Any], names: list[str], least: float = 0.0) -> dict[str, float]:

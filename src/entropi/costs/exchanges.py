@@ -24,7 +24,7 @@ from entropi.records import StageCommunication
 
 # Names of counted things. Of a number that goes both ways each party sends its own part.
 TO_SERVER, BOTH_WAYS = "masked numbers to the server", "masked numbers both ways"
-_MESSAGES, _EXCHANGES = "messages of masked numbers", "exchanges of masked numbers"
+MESSAGES, _EXCHANGES = "messages of masked numbers", "exchanges of masked numbers"
 _ENTRIES, _BY_MATRIX = "entries of matrices beside masked numbers", "products of masked numbers and entries"
 _OF_OPENED = "products inside opened matrices"
 
@@ -32,7 +32,7 @@ _OF_OPENED = "products inside opened matrices"
 SENT: dict[str, tuple[float, float, float]] = {
     TO_SERVER: (8, 0, 0),
     BOTH_WAYS: (16, 0, 0),
-    _MESSAGES: (0, 1, 0),
+    MESSAGES: (0, 1, 0),
     _EXCHANGES: (0, 0, 1),
     _ENTRIES: (0, 0, 0),
     _BY_MATRIX: (0, 0, 0),
@@ -63,7 +63,7 @@ def count(products: Sequence[Product], of_server: Collection[str], opened: int) 
             counted[BOTH_WAYS] += second[0] * (second[1] - opened) * second[2]
         else:
             counted[BOTH_WAYS] += _size(second) if who == "pair" else 0
-    counted[_MESSAGES] = 2 if counted[BOTH_WAYS] else 1
+    counted[MESSAGES] = 2 if counted[BOTH_WAYS] else 1
     return counted
 
 
