@@ -140,9 +140,8 @@ def test_comparing_draws_and_says_what_dominates(tmp_path: Path, capsys: pytest.
 
 
 def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.CaptureFixture[str]):
-    sizes = {"layers": 1, "heads": 2, "hidden-size": 32, "vocab-size": 100, "seq-len": 8, "new-tokens": 3}
-    words = [f"--{name}={size}" for name, size in sizes.items()]
-    words += ["--softmax", "polynomial-1", "--embedding", "public", "--prepared"]
+    sizes = ["--layers", "2", "--heads", "4", "--hidden-size", "64", "--vocab-size", "500", "--seq-len", "40"]
+    words = ["cost", "--architecture", "SM(t)+ScFuFFN", *sizes]
     assert main([*words, "--softmax", "power-2"]) == 0
     assert "squares of logits as attention weights" in capsys.readouterr().out
     assert main([*words, "--softmax", "polynomial-1"]) == 0
@@ -340,21 +339,9 @@ def test_a_budget_that_nothing_keeps_tells_the_cheapest(entropi: Callable[..., D
 
 def test_both_phases_of_a_prepared_session_are_shown_together(capsys: pytest.CaptureFixture[str]):
     """Offline, online, both, and the session without preparation: in the text, side by side, and in JSON."""
-    sizes = [
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--hidden-size",
-        "32",
-        "--vocab-size",
-        "100",
-        "--seq-len",
-        "8",
-        "--softmax",
-        "polynomial-1",
-    ]
-    words = [*sizes, "--embedding", "public", "--prepared", "--new-tokens", "3"]
+    sizes = {"layers": 1, "heads": 2, "hidden-size": 32, "vocab-size": 100, "seq-len": 8, "new-tokens": 3}
+    words = [f"--{name}={size}" for name, size in sizes.items()]
+    words += ["--softmax", "polynomial-1", "--embedding", "public", "--prepared"]
 
     def said(*more: str) -> str:
         assert main(["cost", *words, *more]) == 0

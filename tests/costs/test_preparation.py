@@ -170,6 +170,8 @@ def test_keys_of_a_public_prefix_are_opened_with_the_prompt_s():
         PreparedPredictor(model, cost_model(prefix_tokens=10)),
         PreparedPredictor(model, cost_model()),
     )
+    for predictor in (with_prefix, without):
+        predictor.set_up()
     without.run(10)
     first, second = with_prefix.run(4).by_operation(), without.run(4).by_operation()
     for name in ("scores", "values"):
