@@ -182,6 +182,17 @@ OPERATIONS = {
 }
 
 
+MATERIAL = {
+    "times_matrix": "rows times the server's matrices",
+    "scores": "queries times keys",
+    "mix": "attention weights times values",
+    "square": "squares of numbers",
+    "times": "products of numbers",
+    "scale_rows": "rows times a factor each",
+    "sums_of_squares": "sums of the squares of rows",
+}
+
+
 class OperationCost(msgspec.Struct, kw_only=True):
     """What one operation of one pass is predicted to cost all parties together."""
 
@@ -240,6 +251,33 @@ class PassCost(msgspec.Struct, kw_only=True):
         return dict(sorted(sums.items(), key=lambda item: item[1].bytes, reverse=True))
 
 
+class PreparedRecord(msgspec.Struct, kw_only=True):
+    """What a session whose products are prepared will cost; nothing was run."""
+
+    new_tokens: int  # the last of which is not computed with
+    tokens: int  # that material is prepared for: prefix, prompt and all new ones but the last
+    set_up: PassCost  # once for preparing, and once for the session
+    offline: PassCost  # before the prompt is known, by kind of product
+    client_bytes: int  # kept until the session
+    server_bytes: int
+    prompt: PassCost  # online
+    further: PassCost | None  # the first token after the prompt, where more than one is asked for
+    all_further: PassCost  # all of them together
+    unprepared: PassCost  # the same session without preparation, its set-up included
+
+    def totals(self) -> dict[str, OperationCost]:
+        """Sums of the session: offline and online, each with its set-up, both, and what they take the place of."""
+        offline = _total("offline", self.set_up, self.offline)
+        online = _total("online", self.set_up, self.prompt, self.all_further)
+        both = msgspec.structs.replace(offline + online, name="both")
+        return {one.name: one for one in (offline, online, both, _total("unprepared", self.unprepared))}
+
+
+def _total(name: str, *passes: PassCost) -> OperationCost:
+    nothing = OperationCost(name=name, layer=-1, bytes=0, messages=0, rounds=0, seconds=0, latency=0)
+    return sum((operation for one in passes for operation in one.operations), nothing)
+
+
 class PredictionRecord(Base, tag="prediction"):
     """What a session of private inference will cost by `entropi cost`; nothing was run."""
 
@@ -260,6 +298,7 @@ class PredictionRecord(Base, tag="prediction"):
     further: PassCost | None  # one token after the prompt
     prefix_tokens: int = 0  # public ones that the prompt continues
     own_kernel: bool | None = None  # whether the model is trained with this softmax; None in older records
+    prepared: PreparedRecord | None = None  # the same model with prepared products, where that was asked for
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)

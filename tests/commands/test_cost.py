@@ -312,7 +312,7 @@ def test_every_operation_of_the_program_has_words():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Stage":
                 first = node.args[0]
-                if isinstance(first, ast.Constant):
+                if isinstance(first, ast.Constant) and first.value:  # a part takes its name from its stage
                     named.add(first.value)
     assert {"norm", "exp", "setup"} <= named
     assert named == records.OPERATIONS.keys()
@@ -335,3 +335,50 @@ def test_a_budget_that_nothing_keeps_tells_the_cheapest(entropi: Callable[..., D
     assert f" and {seconds:,.1f} s; " in done.out
     found = json.loads(entropi("cost", "--budget", "100GB", "--seq-len", "16", "--json").out)
     assert {one["layers"] for one in found["fitting"]} == {48}
+
+
+def test_both_phases_of_a_prepared_session_are_shown_together(capsys: pytest.CaptureFixture[str]):
+    """Offline, online, both, and the session without preparation: in the text, side by side, and in JSON."""
+    sizes = {"layers": 1, "heads": 2, "hidden-size": 32, "vocab-size": 100, "seq-len": 8, "new-tokens": 3}
+    words = [f"--{name}={size}" for name, size in sizes.items()]
+    words += ["--softmax", "polynomial-1", "--embedding", "public", "--prepared"]
+
+    def said(*more: str) -> str:
+        assert main(["cost", *words, *more]) == 0
+        return capsys.readouterr().out
+
+    shown = said("--architecture", "SM+ScFuFFN")
+    compared = said("--compare", "SM+ScFuFFN", "SM(t)+ScFuFFN")
+    prepared = json.loads(said("--architecture", "SM+ScFuFFN", "--json"))["prediction"]["prepared"]
+    assert (prepared["new_tokens"], prepared["tokens"]) == (3, 10)
+    assert prepared["totals"].keys() == tables.PHASES.keys()
+    for phase, phrase in tables.PHASES.items():
+        size = f"{prepared['totals'][phase]['bytes'] / 1e6:,.1f}"
+        assert re.search(rf"{phrase} +{re.escape(size)} ", shown), phase
+        assert re.search(rf"{phrase}, MB +{re.escape(size)} ", compared), phase
+    kinds = {operation["name"] for operation in prepared["offline"]["operations"]}
+    assert {"times_matrix", "scores", "mix", "square"} <= kinds <= records.MATERIAL.keys()
+    for kind in kinds:
+        assert f"offline: {records.MATERIAL[kind]}" in shown
+    for side in ("client", "server"):
+        assert f"{prepared[f'{side}_bytes'] / 1e6:,.1f} MB at the {side}" in shown
+    assert prepared["offline"]["total"]["bytes"] + prepared["set_up"]["total"]["bytes"] == pytest.approx(
+        prepared["totals"]["offline"]["bytes"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--new-tokens 3", "--new-tokens would be ignored: add --prepared"),
+        ("--prepared --protocol aby3", "products are prepared under cheetah alone"),
+        ("--prepared --budget 2GB", "--budget knows of no prepared products"),
+        ("--prepared --new-tokens 0", "--new-tokens is 0 but must be at least 1"),
+        ("--prepared --seq-len 1000 --new-tokens 26", "--new-tokens 26 is more than the 25 that"),
+    ],
+)
+def test_what_does_not_go_with_preparation_is_refused(words: str, reason: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["cost", *words.split()]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert reason in said.err

@@ -27,6 +27,7 @@ from entropi.model.shape import Shape, read_shape
 from entropi.softmax import USUAL_FOR_EXACT, parse_in_private
 
 USUAL_LENGTH = 128  # tokens of the prompt, unless told otherwise
+USUAL_NEW_TOKENS = 64  # of the answer, for a session whose products are prepared
 
 
 def run(
@@ -46,6 +47,8 @@ def run(
     network: str = "wan",
     embedding: Literal["private", "public"] = "private",
     softmax: str | None = None,
+    prepared: bool = False,
+    new_tokens: int | None = None,
     budget: str | None = None,
     runs: list[Path] | None = None,
     picture: Path | None = None,
@@ -78,6 +81,9 @@ def run(
         softmax: quartic or power-1 to power-8, what is evaluated for models that were trained with the exact softmax,
             by default quartic; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with
             which a model has to be trained
+        prepared: price a session whose products are prepared before its prompt is known (entropi prepare), offline and
+            online, and what each side stores, beside the same session without preparation
+        new_tokens: tokens of the answer in this session, by default 64, and fewer for a model that takes fewer
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
@@ -93,6 +99,9 @@ def run(
         raise UserError("--record needs --architecture with one run folder, to whose records the prediction is added")
     if budget is not None and picture is not None:
         raise UserError("--picture has nothing to draw with --budget")
+    _refuse_ignored_preparation(
+        prepared, new_tokens, protocol, {"--budget": budget, "--runs": runs, "--picture": picture}
+    )
     with extra("private"):
         from entropi.costs import calibration as prices
         from entropi.costs.network import parse_network
@@ -138,7 +147,9 @@ def run(
         shapes = [_shape_of(word, base) for word in words]
         _refuse_other_softmax(shapes, softmax)
         length = _length(seq_len, prefix_tokens, shapes)
-        _report(shapes, length, costs, picture, recorded if record else None, comparing=bool(compare), json=json)
+        new = _new_tokens(new_tokens, prefix_tokens + length, shapes) if prepared else None
+        into = recorded if record else None
+        _report(shapes, length, costs, new, picture, into, comparing=bool(compare), json=json)
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -148,6 +159,19 @@ def _refuse_several(modes: Mapping[str, object]) -> None:
     given = [name for name, value in modes.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other")
+
+
+def _refuse_ignored_preparation(
+    prepared: bool, new_tokens: int | None, protocol: str, modes: Mapping[str, object]
+) -> None:
+    """Refuse what does not know of prepared products beside --prepared, and what would be ignored without it."""
+    if not prepared and new_tokens is not None:
+        raise UserError("--new-tokens would be ignored: add --prepared")
+    if prepared and protocol != "cheetah":
+        raise UserError(f"products are prepared under cheetah alone: --prepared does not go with --protocol {protocol}")
+    for name, value in modes.items():
+        if prepared and value is not None:
+            raise UserError(f"{name} knows of no prepared products: leave out --prepared")
 
 
 def _brings_its_own(model: str) -> bool:
@@ -186,6 +210,25 @@ def _length(asked: int | None, prefix_tokens: int, shapes: Sequence[tuple[str, S
     if asked is not None and prefix_tokens > 0 and asked > left:
         raise UserError(f"--prefix-tokens {prefix_tokens:,} and --seq-len {asked:,} are together more than {takes}")
     return min(USUAL_LENGTH, left) if asked is None else asked
+
+
+def _new_tokens(asked: int | None, before: int, shapes: Sequence[tuple[str, Shape]]) -> int:
+    """Tokens of the answer: as asked, and else the usual number, or fewer where a model takes fewer after `before`.
+
+    The last one is not computed with.
+
+    Raises:
+        UserError: none, or more than a model takes.
+    """
+    name, shape = min(shapes, key=lambda named: named[1].max_position_embeddings)
+    most = shape.max_position_embeddings - before + 1
+    if asked is None:
+        return min(USUAL_NEW_TOKENS, most)
+    if asked < 1:
+        raise UserError(f"--new-tokens is {asked} but must be at least 1")
+    if asked > most:
+        raise UserError(f"--new-tokens {asked:,} is more than the {most:,} that {name} has positions for")
+    return asked
 
 
 def _option(name: str) -> str:
@@ -260,17 +303,18 @@ def _report(
     shapes: Sequence[tuple[str, Shape]],
     seq_len: int,
     costs: Any,
+    new_tokens: int | None,
     picture: Path | None,
     recorded: Path | None,
     *,
     comparing: bool,
     json: bool,
 ) -> None:
-    """One configuration, or several side by side."""
+    """One configuration, or several side by side; with `new_tokens` also a session of so many, prepared."""
     from entropi.costs import tables
     from entropi.costs.report import make_report
 
-    found = [make_report(costs, shape, seq_len, name) for name, shape in shapes]
+    found = [make_report(costs, shape, seq_len, name, new_tokens=new_tokens) for name, shape in shapes]
     if recorded is not None:
         record_files.append(recorded, found[0].prediction)
     if picture is not None:

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 import msgspec
 import numpy as np
 
+from entropi.costs import exchanges
 from entropi.costs.cheetah import CALLS, Cheetah
 from entropi.costs.tracing import Known, ProtocolCall, Value, trace_calls
 from entropi.errors import UserError
@@ -328,6 +329,10 @@ def calibrate(
         "seconds": solve(readings, [reading.seconds for reading in readings], names, least=0.02),
         "rounds": solve(prompt[-count:], rounds, calls, least=1.0),
     }
+    found = {
+        name: Price(**{kind: float(f"{prices.get(name, 0.0):.6g}") for kind, prices in solved.items()})
+        for name in names
+    }
     return Calibration(
         protocol=protocol,
         machine=machine(),
@@ -335,11 +340,19 @@ def calibrate(
         engine=engine_version(),
         fraction_bits=fraction_bits,
         workers=workers(),
-        prices={
-            name: Price(**{kind: float(f"{prices.get(name, 0.0):.6g}") for kind, prices in solved.items()})
-            for name in names
-        },
+        prices={**found, **prices_of_exchanges()} if protocol == "cheetah" else found,
     )
+
+
+def prices_of_exchanges() -> dict[str, Price]:
+    """Prices of what `exchanges` counts, their seconds measured on this machine."""
+    readings = [Reading("", counted, 0, 0, seconds) for counted, seconds in exchanges.readings()]
+    names = [name for name in exchanges.SENT if name != exchanges.MESSAGES]  # the time of which is the exchange's
+    seconds = solve(readings, [reading.seconds for reading in readings], names)
+    return {
+        name: Price(size, messages, float(f"{seconds.get(name, 0.0):.6g}"), rounds)
+        for name, (size, messages, rounds) in exchanges.SENT.items()
+    }
 
 
 def solve(readings: list[Reading], values: list[Any], names: list[str], least: float = 0.0) -> dict[str, float]:

@@ -59,7 +59,9 @@ class Cheetah:
         if call.kind == "product":
             self._product(call, counted)
         elif call.kind == "multiply":
-            self._multiply(call.size, {call.left, call.right} - {"shared"}, counted)
+            known = {call.left, call.right} - {"shared"}
+            # The engine treats numbers that are known to one party each as if nobody knew any of them.
+            self._multiply(call.size, known if len(known) == 1 else set(), counted)
         elif call.kind == "square":
             self._square(call.size, counted)
         elif call.kind == "inverse_root":

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
+import numpy as np
 
+from entropi.costs import exchanges
 from entropi.costs.calibration import Calibration, ProtocolName, call_counter, shipped
 from entropi.costs.network import Network, parse_network
-from entropi.costs.tracing import Value, trace_calls
+from entropi.costs.tracing import ProtocolCall, Value, trace_calls
 from entropi.errors import UserError
 from entropi.model.shape import expected_description
 from entropi.private.compute import prefix
@@ -115,6 +117,20 @@ def described(config: Any) -> Description:
         raise UserError(f"this model cannot run in private: {error}") from None
 
 
+# A stage, and what it calls of the engine's protocols or is counted already.
+Traced: TypeAlias = tuple[Stage, list[ProtocolCall | Counter[str]]]
+_TRACED = 3  # passes of many
+
+
+def summed(*passes: PassCost) -> PassCost:
+    """All of them together, by operation."""
+    found: dict[str, OperationCost] = {}
+    for operation in (operation for one in passes for operation in one.operations):
+        name = operation.name
+        found[name] = found[name] + operation if name in found else operation
+    return PassCost(operations=list(found.values()))
+
+
 class Predictor:
     """Prices stages in the order in which they would run, from the first message on.
 
@@ -122,6 +138,8 @@ class Predictor:
         model: what is to run.
         costs: by what it is priced.
     """
+
+    _prepared = False  # whether the program is the one with prepared products
 
     def __init__(self, model: Description, costs: CostModel) -> None:
         self._model, self._costs = model, costs
@@ -141,10 +159,38 @@ class Predictor:
         """Keys and the first oblivious transfers, which a session pays once."""
         stage, shapes = warm_up()
         self._values |= {name: Value(shape, party) for name, (shape, party) in shapes.items()}
-        return self._price([stage])
+        return self._price([(stage, list(trace_calls(stage, self._values)))])
 
     def run(self, tokens: int, *, every_row: bool = False) -> PassCost:
         """A pass over `tokens` more tokens after those before it."""
+        return self._price(self._trace_pass(tokens, every_row=every_row))
+
+    def run_further(self, passes: int) -> PassCost:
+        """So many passes over one token each, one after another, summed over passes and layers.
+
+        They grow evenly with the tokens before them, so a few are traced, and each of the others is counted as the
+        nearest of these.
+        """
+        start = self._past
+        traced = {}
+        for past in sorted({start + round(place) for place in np.linspace(0, passes - 1, min(passes, _TRACED))}):
+            self._continue_after(past)
+            traced[past] = self._trace_pass(1)
+        cost = PassCost(operations=[])
+        for past in range(start, start + passes):
+            nearest = min(traced, key=lambda one: abs(one - past))
+            cost = summed(cost, self._price(traced[nearest]))
+        self._continue_after(start + passes)
+        return cost
+
+    def _continue_after(self, past: int) -> None:
+        """Take so many tokens, the prefix included, as those that were there before the next pass."""
+        self._past = past
+        if past > self._costs.options.prefix_tokens:
+            kept = Value(prefix.shape(self._model, past))
+            self._values |= dict.fromkeys(prefix.names(self._model), kept)
+
+    def _trace_pass(self, tokens: int, *, every_row: bool = False) -> list[Traced]:
         model, options = self._model, self._costs.options
         if tokens < 1:
             raise UserError(f"{tokens} tokens cannot be a pass; at least 1 is needed")
@@ -154,11 +200,7 @@ class Predictor:
                 f"{model.positions} positions that this model has"
             )
 
-        paired = (
-            options.embedding == "private"
-            and self._costs.calibration.protocol == "cheetah"
-            and options.fraction_bits >= LEAST_PAIR_FRACTION_BITS
-        )
+        paired = self._paired
         if options.embedding == "public":
             self._values["embedded"] = Value((tokens, model.hidden_size), "client")
         else:
@@ -176,16 +218,31 @@ class Predictor:
             output=options.output,
             choices=options.choices,
             every_row=every_row,
+            prepared=self._prepared,
         )
+        traced = [(stage, self._trace(stage)) for stage in stages]
         self._past += tokens
-        return self._price(stages)
+        return traced
 
-    def _price(self, stages: Iterable[Stage]) -> PassCost:
+    @property
+    def _paired(self) -> bool:
+        options = self._costs.options
+        return (
+            options.embedding == "private"
+            and self._costs.calibration.protocol == "cheetah"
+            and options.fraction_bits >= LEAST_PAIR_FRACTION_BITS
+        )
+
+    def _trace(self, stage: Stage) -> list[ProtocolCall | Counter[str]]:
+        """What a stage of a pass calls, and what it writes among the values."""
+        return list(trace_calls(stage, self._values))
+
+    def _price(self, traced: Iterable[Traced]) -> PassCost:
         operations: dict[tuple[str, int], OperationCost] = {}
-        for stage in stages:
+        for stage, calls in traced:
             counted: Counter[str] = Counter()
-            for call in trace_calls(stage, self._values):
-                counted.update(self._counter.count(call))
+            for call in calls:
+                counted.update(self._counter.count(call) if isinstance(call, ProtocolCall) else call)
             cost = self._cost(stage, counted)
             key = (stage.name, stage.layer)
             operations[key] = operations[key] + cost if key in operations else cost
@@ -202,10 +259,10 @@ class Predictor:
             messages += number * price.messages
             seconds += number * price.seconds
             rounds += number * price.rounds
-            if both and "ciphertexts by" in name:
+            if (both and "ciphertexts by" in name) or name == exchanges.BOTH_WAYS:
                 overlapping += number * price.bytes / 2
 
-        # Both directions of a product of two shared operands travel at the same time.
+        # Both directions of a product of two shared operands, and of masked numbers, travel at the same time.
         network = self._costs.network
         latency = seconds + rounds * network.delay_s + 8 * (size - overlapping) / network.bits_per_second
         return OperationCost(

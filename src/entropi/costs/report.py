@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from entropi.costs import advice
+from entropi.costs import advice, preparation
 from entropi.costs.calibration import ProtocolName
 from entropi.costs.operations import count
 from entropi.costs.prediction import CostModel
@@ -33,13 +33,13 @@ class CostReport:
         found: dict[str, Any] = msgspec.to_builtins(
             {"name": self.name, "counts": self.counts, "folded": self.folded, "prediction": self.prediction}
         )
-        for name in ("set_up", "prompt", "further"):
-            part: PassCost | None = getattr(self.prediction, name)
-            if part is not None:
-                found["prediction"][name]["total"] = {
-                    sum_name: getattr(part, sum_name)
-                    for sum_name in ("bytes", "messages", "rounds", "seconds", "latency")
-                }
+        _add_sums(found["prediction"], self.prediction, ("set_up", "prompt", "further"))
+        if self.prediction.prepared is not None:
+            prepared = found["prediction"]["prepared"]
+            passes = ("set_up", "offline", "prompt", "further", "all_further", "unprepared")
+            _add_sums(prepared, self.prediction.prepared, passes)
+            totals = self.prediction.prepared.totals()
+            prepared["totals"] = {name: {key: getattr(one, key) for key in _SUMS} for name, one in totals.items()}
         found["prediction"]["kernel"] = self.prediction.kernel
         found["paper"] = None if self.paper is None else {"GB": self.paper[0], "minutes": self.paper[1]}
         found["changes"] = [asdict(change) for change in self.changes]
@@ -47,14 +47,32 @@ class CostReport:
         return found
 
 
-def make_report(costs: CostModel, shape: Shape, seq_len: int, name: str, *, advise: bool = True) -> CostReport:
+_SUMS = ("bytes", "messages", "rounds", "seconds", "latency")
+
+
+def _add_sums(plain: dict[str, Any], record: Any, passes: Sequence[str]) -> None:
+    """Sums over the operations of passes of a record, among its plain values."""
+    for name in passes:
+        part: PassCost | None = getattr(record, name)
+        if part is not None:
+            plain[name]["total"] = {key: getattr(part, key) for key in _SUMS}
+
+
+def make_report(
+    costs: CostModel, shape: Shape, seq_len: int, name: str, *, new_tokens: int | None = None, advise: bool = True
+) -> CostReport:
     """Counts, prediction, the paper's figures and advice for one configuration.
+
+    With `new_tokens` also what a session of so many costs with prepared products.
 
     Raises:
         UserError: no positions for so many tokens, or a model that cannot run in private.
     """
     counts, folded = count(shape, seq_len), count(shape, seq_len, folded=True)  # they refuse impossible lengths
     prediction = costs.predict(shape, seq_len)
+    if new_tokens is not None:
+        prepared = preparation.predict(costs, shape, seq_len, new_tokens)
+        prediction = msgspec.structs.replace(prediction, prepared=prepared)
     return CostReport(
         name=name,
         counts=counts,

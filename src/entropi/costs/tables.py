@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 from entropi.costs import advice, budget
 from entropi.costs.budget import Candidate, Search
 from entropi.costs.report import CostReport
-from entropi.records import OPERATIONS, OperationCost, PredictionRecord
+from entropi.records import MATERIAL, OPERATIONS, OperationCost, PassCost, PredictionRecord, PreparedRecord
 
 _BAR = 24  # characters of the longest bar
 _FILE_WIDTH = 120  # columns
@@ -24,6 +24,8 @@ def show(report: CostReport) -> None:
     _show_counts(console, report)
     _show_operations(console, report.prediction)
     _show_passes(console, report.prediction)
+    if report.prediction.prepared is not None:
+        _show_prepared(console, report.prediction, report.prediction.prepared)
     _show_legend(console, report.prediction.prompt.by_operation())
     if report.paper is not None:
         console.print(f"\nthe paper: {report.paper[0]} GB, {report.paper[1]} min. {advice.PAPER_REMARK}")
@@ -88,6 +90,56 @@ def _show_passes(console: Console, record: PredictionRecord) -> None:
             )
 
 
+def _show_prepared(console: Console, record: PredictionRecord, prepared: PreparedRecord) -> None:
+    """Both phases of a session with prepared products, and the same session without."""
+    table = Table(
+        title=(
+            "products prepared before the prompt is known:"
+            f" {record.tokens_in_words} and {prepared.new_tokens} new ones, {record.kernel_label}"
+        ),
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for column in ("", "MB", "messages", "rounds", "computing s", "in all s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+
+    def row(words: str, o: OperationCost | PassCost) -> None:
+        sums = f"{o.messages:,.0f}", f"{o.rounds:,.0f}", f"{o.seconds:,.1f}", f"{o.latency:,.1f}"
+        table.add_row(words, f"{o.bytes / 1e6:,.1f}", *sums)
+
+    row("offline: set-up", prepared.set_up)
+    for kind, operation in prepared.offline.by_operation().items():
+        row(f"offline: {MATERIAL[kind]}", operation)
+    table.add_section()
+    row("online: set-up", prepared.set_up)
+    row("online: prompt", prepared.prompt)
+    if prepared.further is not None:
+        row("online: each further token", prepared.further)
+    table.add_section()
+    totals = prepared.totals()
+    for name, words in PHASES.items():
+        row(words, totals[name])
+    console.print()
+    console.print(table)
+    console.print(
+        f"material for {prepared.tokens:,} tokens, stored until it is used:"
+        f" {_size(prepared.client_bytes)} at the client, {_size(prepared.server_bytes)} at the server"
+    )
+    online = prepared.prompt if prepared.further is None else prepared.further
+    slowest = max(online.by_operation().values(), key=lambda operation: operation.latency)
+    what = "the prompt's" if prepared.further is None else "a further token's"
+    console.print(f"{slowest.name} is {slowest.latency / online.latency:.0%} of {what} time online")
+
+
+# How sums of a session with prepared products are named.
+PHASES = {
+    "offline": "offline in all",
+    "online": "online in all",
+    "both": "offline and online together",
+    "unprepared": "the same session without preparation",
+}
+
+
 def _show_legend(console: Console, names: Iterable[str]) -> None:
     """What the named operations are, in the order in which they run."""
     console.print(f"\n{ROUNDS} The operations, as they run:")
@@ -149,7 +201,28 @@ def _side_by_side(reports: Sequence[CostReport]) -> Table:
     table.add_section()
     for name, cell in rows:
         table.add_row(name, *(cell(report) for report in reports))
+    found = [report.prediction.prepared for report in reports]
+    if prepared := [one for one in found if one is not None]:
+        table.add_section()
+        for name, number in _prepared_rows(prepared):
+            table.add_row(name, *number)
     return table
+
+
+def _prepared_rows(found: Sequence[PreparedRecord]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of a comparison on sessions with prepared products."""
+    totals = [one.totals() for one in found]
+    yield "prepared, new tokens", [str(one.new_tokens) for one in found]
+    for phase, words in PHASES.items():
+        yield f"{words}, MB", [f"{sums[phase].bytes / 1e6:,.1f}" for sums in totals]
+        yield f"{words}, s", [f"{sums[phase].latency:,.1f}" for sums in totals]
+    yield "online: prompt, MB", [f"{one.prompt.bytes / 1e6:,.1f}" for one in found]
+    yield "online: prompt, s", [f"{one.prompt.latency:,.1f}" for one in found]
+    further = [one.further for one in found]
+    yield "online: further token, MB", ["" if one is None else f"{one.bytes / 1e6:,.1f}" for one in further]
+    yield "online: further token, s", ["" if one is None else f"{one.latency:,.1f}" for one in further]
+    yield "stored at the client, MB", [f"{one.client_bytes / 1e6:,.1f}" for one in found]
+    yield "stored at the server, MB", [f"{one.server_bytes / 1e6:,.1f}" for one in found]
 
 
 def _megabytes(name: str, operations: dict[str, OperationCost]) -> str:

@@ -56,10 +56,14 @@ _COMPARISONS = frozenset(("gt", "ge", "lt", "le"))
 
 @dataclass(frozen=True)
 class Value:
-    """A named value between stages: its shape and who knows it."""
+    """A named value between stages: its shape, who knows it, and whether it is of whole numbers, modulo 2^64.
+
+    Products of whole numbers have no fraction bits to truncate.
+    """
 
     shape: tuple[int, ...]
     known: Known = "shared"
+    whole: bool = False
 
 
 def trace_calls(stage: Stage, values: dict[str, Value]) -> list[ProtocolCall]:
@@ -78,12 +82,17 @@ def trace_calls(stage: Stage, values: dict[str, Value]) -> list[ProtocolCall]:
 @functools.lru_cache(maxsize=4096)
 def _trace(program: Comparable, operands: tuple[Value, ...]) -> tuple[tuple[ProtocolCall, ...], tuple[Value, ...]]:
     """Traced once for every function and operands, which layers share."""
-    arguments = [jax.ShapeDtypeStruct(operand.shape, np.float32) for operand in operands]
+    arguments = [jax.ShapeDtypeStruct(one.shape, np.int32 if one.whole else np.float32) for one in operands]
     closed = jax.make_jaxpr(program.function)(*arguments)
     found: list[ProtocolCall] = []
     known = _walk(closed.jaxpr, [operand.known for operand in operands], found)
-    results = tuple(Value(tuple(v.aval.shape), k) for v, k in zip(closed.jaxpr.outvars, known))
+    results = tuple(Value(tuple(v.aval.shape), k, _whole(v.aval)) for v, k in zip(closed.jaxpr.outvars, known))
     return tuple(found), results
+
+
+def _whole(value: Any) -> bool:
+    """Whether the numbers of a traced value are whole ones."""
+    return bool(np.issubdtype(value.dtype, np.integer))
 
 
 def _walk(jaxpr: Any, inputs: list[Known], found: list[ProtocolCall]) -> list[Known]:
@@ -130,9 +139,10 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
                 batch, shape = _matrix_shape(equation)
                 for _ in range(batch):
                     yield ProtocolCall("product", shape[0] * shape[2], shape, left, right)
-                    yield ProtocolCall("truncate", shape[0] * shape[2])
+                    if not _whole(result):
+                        yield ProtocolCall("truncate", shape[0] * shape[2])
                 return
-        if known == "shared":
+        if known == "shared" and not _whole(result):
             yield ProtocolCall("truncate", size)
     elif known != "shared":
         if name not in ("max", "rsqrt", "square", *_COMPARISONS):

@@ -1,19 +1,18 @@
-"""Computing the random numbers of a session under the engine's own protocols, before its prompt is known."""
+"""Computing a session's random numbers by the engine's own protocols, before anything is known of its prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import enable_x64
 
 from entropi.private.compute import functions
-from entropi.private.compute.engine import Engine
 from entropi.private.compute.functions import BILINEAR, CIPHERTEXT, POLYNOMIALS
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
@@ -22,105 +21,67 @@ from entropi.private.preparation.material import Need, array_name
 from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
 
-Piece: TypeAlias = tuple[dict[str, Ring], StageCommunication]  # named arrays, and what the engine's run of them cost
+if TYPE_CHECKING:  # what is dealt is priced where there is no engine
+    from entropi.private.compute.engine import Engine
 
 POOL_STEP = 1 << 20  # numbers that are multiplied at a time
 _BLOCK = 128  # rows whose squares are summed by one product
 
 
-def deal(engine: Engine, need: Need, matrix: np.ndarray | None = None) -> Iterator[Piece]:
-    """This party's share of the random numbers of `need`, in step with the other party, in pieces: see `joined`.
+@dataclass(frozen=True)
+class Piece:
+    """What the engine multiplies at a time, and the shapes and owners of the whole numbers that it reads."""
 
-    Products of whole numbers are the engine's, and not truncated. It may be wrong by one in the last of 64 digits, as
-    it may with any product, but has not been in 60,000 of all kinds with operands from all of the ring. A value would
-    move by 2^-36, with 18 fraction bits.
+    stage: Stage
+    operands: Mapping[str, tuple[Shape, int]]
 
-    Args:
-        matrix: the server's weight as whole numbers, where there is one; None at the client.
-    """
+
+def pieces(need: Need) -> Iterator[Piece]:
+    """The multiplications of `need`, one after another: as many columns of a matrix, or numbers, as memory holds."""
     if need.masking == "server":
-        yield from _of_matrix(engine, need, matrix)
-    elif need.pooled:
-        yield from _of_pool(engine, need)
+        (rows, inner), (_, columns) = need.shapes
+        step = max(POLYNOMIALS * CIPHERTEXT // (min(rows, _BLOCK) * inner), 1)
+        for start in range(0, columns, step):
+            width = min(step, columns - start)
+            operands = {"mask": ((rows, inner), CLIENT), "matrix": ((inner, width), SERVER)}
+            yield _piece(need, functions.times_matrix, operands)
+    elif not need.pooled:
+        yield _of_shared(need, need.shapes, **({"rows": need.rows} if need.kind == "mix" else {}))
     else:
-        function = BILINEAR[need.kind]
-        if need.kind == "mix":
-            function = partial(function, rows=need.rows)
-        yield _of_pair(engine, need, need.shapes, function)
+        for count in counts_of(need):
+            shapes = (count, *need.shapes[0][1:]), (count, *need.shapes[1][1:])
+            if need.masking == "self":
+                function = _diagonal if need.kind == "sums_of_squares" else _product_with_sum
+                yield _piece(need, function, {f"a {rank}": (shapes[0], rank) for rank in (SERVER, CLIENT)})
+            else:
+                yield _of_shared(need, shapes)
 
 
-def _of_matrix(engine: Engine, need: Need, matrix: np.ndarray | None) -> Iterator[Piece]:
-    """The client's rows times the server's matrix, as many columns at a time as memory holds."""
-    (rows, inner), (_, columns) = need.shapes
-    assert (matrix is not None) == (engine.rank == SERVER)
-    drawn = uniform((rows, inner)) if engine.rank == CLIENT else None
-    step = max(POLYNOMIALS * CIPHERTEXT // (min(rows, _BLOCK) * inner), 1)
-    for start in range(0, columns, step):
-        width = min(step, columns - start)
-        piece = None if matrix is None else matrix[:, start : start + width].astype(np.int64)
-        held = {"mask": ((rows, inner), drawn), "matrix": ((inner, width), piece)}
-        product, cost = _product(engine, need, functions.times_matrix, held)
-        arrays = {array_name(need.name, "c"): product}
-        if drawn is not None and not start:
-            arrays[array_name(need.name, "a")] = drawn
-        yield arrays, cost
-
-
-def _of_pool(engine: Engine, need: Need) -> Iterator[Piece]:
-    """Numbers, or rows of them, and their products."""
-    each = int(np.prod(need.shapes[0][1:], dtype=np.int64))
+def counts_of(pool: Need) -> list[int]:
+    """How many numbers of a pool, or rows of them, are multiplied at a time."""
+    each = int(np.prod(pool.shapes[0][1:], dtype=np.int64))
     step = max(POOL_STEP // each // _BLOCK, 1) * _BLOCK
-    for start in range(0, need.rows, step):
-        count = min(step, need.rows - start)
-        shapes = (count, *need.shapes[0][1:]), (count, *need.shapes[1][1:])
-        if need.masking == "self":
-            yield _of_squares(engine, need, shapes[0])
-        else:
-            yield _of_pair(engine, need, shapes, BILINEAR[need.kind])
+    return [min(step, pool.rows - start) for start in range(0, pool.rows, step)]
 
 
-def _of_pair(engine: Engine, need: Need, shapes: tuple[Shape, Shape], function: Callable[..., Any]) -> Piece:
-    """Random operands of which each party draws a share, and the shares of their product."""
-    a, b = uniform(shapes[0]), uniform(shapes[1])
-
-    def product(x: Array, y: Array, u: Array, v: Array) -> Any:
-        return function(x + y, u + v)
-
-    held = {**_of_both(engine, "a", a), **_of_both(engine, "b", b)}
-    c, cost = _product(engine, need, product, held)
-    return {array_name(need.name, "a"): a, array_name(need.name, "b"): b, array_name(need.name, "c"): c}, cost
+def _piece(need: Need, function: Callable[..., Any], operands: Mapping[str, tuple[Shape, int]]) -> Piece:
+    return Piece(Stage(need.name, -1, function, tuple(operands), ("product",)), operands)
 
 
-def _of_squares(engine: Engine, need: Need, shape: Shape) -> Piece:
-    """Random numbers and shares of their squares, or of the sums of their rows' squares.
-
-    (x + y)^2 = x^2 + 2 x y + y^2, x the one party's and y the other's: only x y takes communication.
-    """
-    drawn = uniform(shape)
-    sums = need.kind == "sums_of_squares"
-    mixed, cost = _product(engine, need, _diagonal if sums else jax.lax.mul, _of_both(engine, "a", drawn))
-    own = drawn * drawn
-    squares: Ring = (own.sum(axis=-1, dtype=np.uint64) if sums else own) + mixed * np.uint64(2)
-    return {array_name(need.name, "a"): drawn, array_name(need.name, "c"): squares}, cost
+def _of_shared(need: Need, shapes: tuple[Shape, Shape], **options: int) -> Piece:
+    """Both operands are sums of what the parties draw."""
+    named = zip(("a", "b"), shapes)
+    operands = {f"{operand} {rank}": (shape, rank) for operand, shape in named for rank in (SERVER, CLIENT)}
+    return _piece(need, partial(_product_of_sums, kind=need.kind, **options), operands)
 
 
-def _of_both(engine: Engine, name: str, drawn: Ring) -> dict[str, tuple[Shape, Ring | None]]:
-    """What each party has drawn of some numbers, as two values."""
-    return {f"{name} {rank}": (drawn.shape, drawn if rank == engine.rank else None) for rank in (SERVER, CLIENT)}
+def _product_of_sums(x: Array, y: Array, u: Array, v: Array, *, kind: str, **options: int) -> Any:
+    return BILINEAR[kind](x + y, u + v, **options)
 
 
-def _product(
-    engine: Engine, need: Need, function: Callable[..., Any], held: Mapping[str, tuple[Shape, np.ndarray | None]]
-) -> tuple[Ring, StageCommunication]:
-    """This party's share of a function of whole numbers, each of which one party passes."""
-    for name, (shape, value) in held.items():
-        engine.hold_whole(name, shape, value)
-    with enable_x64():  # here alone: between pieces others trace what they like
-        cost = engine.run(Stage(need.name, -1, function, tuple(held), ("product",)), 0)
-    product = engine.numbers("product")
-    for name in (*held, "product"):
-        engine.drop(name)
-    return product, cost
+def _product_with_sum(x: Array, y: Array) -> Array:
+    """y (x + y): a number that one party knows times a shared one takes half the bytes of any other two."""
+    return y * (x + y)
 
 
 def _diagonal(x: Array, y: Array) -> Array:
@@ -130,3 +91,75 @@ def _diagonal(x: Array, y: Array) -> Array:
         block = x[start : start + _BLOCK] @ y[start : start + _BLOCK].T
         parts.append(block.reshape(-1)[:: len(block) + 1])
     return jnp.concatenate(parts)
+
+
+def deal(
+    engine: Engine, need: Need, matrix: np.ndarray | None = None
+) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
+    """This party's share of the random numbers of `need`, in step with the other party, in pieces: see `joined`.
+
+    Products of whole numbers are the engine's, and not truncated. One may be wrong by one in the last of 64 digits, as
+    any product of the engine may (1 to 3 of 100,000 were). A value would move by 2^-36, with 18 fraction bits.
+
+    Args:
+        matrix: the server's weight as whole numbers, where there is one; None at the client.
+    """
+    if need.masking == "server":
+        assert (matrix is not None) == (engine.rank == SERVER)
+        yield from _deal_matrix(engine, need, matrix)
+    else:
+        for piece in pieces(need):
+            yield _deal_squares(engine, need, piece) if need.masking == "self" else _deal_pair(engine, need, piece)
+
+
+def _deal_matrix(
+    engine: Engine, need: Need, matrix: np.ndarray | None
+) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
+    """The client's rows times the server's matrix."""
+    drawn = uniform(need.shapes[0]) if engine.rank == CLIENT else None
+    start = 0
+    for piece in pieces(need):
+        end = start + piece.operands["matrix"][0][1]
+        columns = None if matrix is None else matrix[:, start:end].astype(np.int64)
+        product, cost = _product(engine, piece, {"mask": drawn, "matrix": columns})
+        arrays = {array_name(need.name, "c"): product}
+        if drawn is not None and not start:
+            arrays[array_name(need.name, "a")] = drawn
+        yield arrays, cost
+        start = end
+
+
+def _deal_pair(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:
+    """Random operands of which each party draws a share, and the shares of their product."""
+    own = {name: uniform(shape) for name, (shape, rank) in piece.operands.items() if rank == engine.rank}
+    product, cost = _product(engine, piece, own)
+    drawn = {f"{need.name} {name.split()[0]}": array for name, array in own.items()}
+    return {**drawn, array_name(need.name, "c"): product}, cost
+
+
+def _deal_squares(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:
+    """Random numbers and shares of their squares, or of the sums of their rows' squares.
+
+    x the server's and y the client's: (x + y)^2 = x^2 - y^2 + 2 y (x + y), of sums x^2 + y^2 + 2 x y: only the last of
+    these takes communication.
+    """
+    arrays, cost = _deal_pair(engine, need, piece)
+    drawn, mixed = arrays[array_name(need.name, "a")], arrays[array_name(need.name, "c")]
+    own = drawn * drawn
+    if need.kind == "sums_of_squares":
+        own = own.sum(axis=-1, dtype=np.uint64)
+    elif engine.rank == CLIENT:
+        own = np.uint64(0) - own
+    return {**arrays, array_name(need.name, "c"): own + mixed * np.uint64(2)}, cost
+
+
+def _product(engine: Engine, piece: Piece, own: Mapping[str, np.ndarray | None]) -> tuple[Ring, StageCommunication]:
+    """This party's share of what the engine computes of a piece, of whose operands it passes its `own`."""
+    for name, (shape, _) in piece.operands.items():
+        engine.hold_whole(name, shape, own.get(name))
+    with enable_x64():  # here alone: between pieces others trace what they like
+        cost = engine.run(piece.stage, 0)
+    product = engine.numbers("product")
+    for name in (*piece.operands, "product"):
+        engine.drop(name)
+    return product, cost

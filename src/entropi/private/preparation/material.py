@@ -55,7 +55,7 @@ def needs(model: Description, settings: Settings, tokens: int) -> list[Need]:
     for stage in stages_of_pass(model, settings, tokens, 0, every_row=True, prepared=True):
         for step in cut(stage, shapes, settings.fraction_bits):
             for product in step.products:
-                need = _need(product, stage.layer, set(weights))
+                need = need_of(product, stage.layer, set(weights))
                 before = found.get(need.name)
                 found[need.name] = need if before is None else _with_more(before, need)
     return list(found.values())
@@ -68,7 +68,8 @@ def name_of(product: Product, layer: int) -> str:
     return product.operands[1] if product.kind == "times_matrix" else f"{layer}.{product.kind}"
 
 
-def _need(product: Product, layer: int, weights: set[str]) -> Need:
+def need_of(product: Product, layer: int, weights: set[str]) -> Need:
+    """What a product takes, whose operands named `weights` are the server's."""
     name, who = name_of(product, layer), masking(product, weights)
     first, second, result = product.shapes[0], product.shapes[-1], product.result_shape
     if pool_of(product.kind, first) is not None:

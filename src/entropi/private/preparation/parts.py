@@ -10,35 +10,34 @@ import numpy as np
 
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import CLIENT, Settings
+from entropi.private.preparation.dealing import counts_of
 from entropi.private.preparation.material import Need, needs
 from entropi.private.preparation.ring import Ring
 
-PART_NUMBERS = 1 << 20  # of a pool, in one part: what is lost when preparing is interrupted
-
 
 def parts_for(model: Description, settings: Settings, tokens: int) -> list[Need]:
-    """What a session of at most `tokens` tokens takes, see `needs`; large pools in several parts."""
+    """What a session of at most `tokens` tokens takes, see `needs`; of a pool what is multiplied at a time is a part.
+
+    A part is what is lost when preparing is interrupted.
+    """
     return [part for need in needs(model, settings, tokens) for part in _split(need)]
 
 
 def _split(need: Need) -> list[Need]:
     if not need.pooled:
         return [need]
-    total, each = need.shapes[0][0], int(np.prod(need.shapes[0][1:], dtype=np.int64))
-    most = max(PART_NUMBERS // each, 1)
-    sizes = [min(most, total - start) for start in range(0, total, most)]
     return [
         replace(
             need,
             shapes=((size, *need.shapes[0][1:]), (size, *need.shapes[1][1:])),
             result=(size, *need.result[1:]),
         )
-        for size in sizes
+        for size in counts_of(need)
     ]
 
 
 def kept_bytes(parts: Sequence[Need], rank: Literal[0, 1]) -> int:
-    """Bytes of the arrays that the party `rank` keeps of these parts."""
+    """Bytes that a party keeps: its masks, and its share of their products; of a matrix the server keeps no mask."""
     numbers = 0
     for part in parts:
         numbers += int(np.prod(part.result, dtype=np.int64))

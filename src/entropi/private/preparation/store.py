@@ -157,7 +157,7 @@ class Store:
         return Growth(self._index, self._path(ticket), self.sweep, ticket, run)
 
     def ready(self, binding: Binding) -> list[tuple[int, bytes]]:
-        """Tokens and ids of tickets to offer to the other side, of as many tokens or more, the smallest and oldest first.
+        """Tokens and ids of tickets to offer to the other side, of as many tokens or more, smallest and oldest first.
 
         Only `take` takes one.
         """

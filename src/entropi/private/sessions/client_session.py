@@ -159,7 +159,7 @@ class ClientSession(PartySession):
                         table=str(table) if table is not None else None,
                     ),
                     memory,
-                    taken.arrays if taken is not None else None,
+                    taken,
                 )
                 del taken
                 self.read, self.room = len(ids), most - 1

@@ -43,7 +43,6 @@ from entropi.private.wire.messages import (
 )
 from entropi.records import combined
 
-
 PREPARING_NICENESS = 10
 
 

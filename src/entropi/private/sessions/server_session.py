@@ -22,7 +22,6 @@ from entropi.private.admission.monitoring import Ending
 from entropi.private.admission.quotas import Usage
 from entropi.private.compute.folded import WEIGHTS_FILE
 from entropi.private.compute.settings import SERVER
-from entropi.private.preparation.ring import Ring
 from entropi.private.sessions.material import Growing, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
@@ -249,7 +248,7 @@ class Session:
             accepted,
             start.max_new_tokens - 1,
             start.conversation,
-            material=taken.arrays if taken is not None else None,
+            material=taken,
         )
 
     async def prepare(self, request: Prepare) -> None:
@@ -298,7 +297,7 @@ class Session:
         left: int,
         conversation: bool,
         *,
-        material: dict[str, Ring] | None = None,
+        material: Taken | None = None,
         growing: Growing | None = None,
     ) -> None:
         """Run this side's party, carry its engine's link, until both sides are done."""

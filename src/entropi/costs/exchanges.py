@@ -1,0 +1,175 @@
+"""What an exchange of masked numbers costs, where products were prepared: counted, and its computing measured.
+
+Between exchanges the engine runs, which `tracing` follows. An exchange is ours (`preparation.online`): 8 bytes a masked
+number, one message each way or one to the server, and linear algebra modulo 2^64 in numpy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from entropi.private.compute import attention, functions
+from entropi.private.compute.program import Stage
+from entropi.private.compute.settings import SERVER
+from entropi.private.preparation.cutting import Product
+from entropi.private.preparation.material import Material, array_name, need_of
+from entropi.private.preparation.products import masking, packed_size
+from entropi.private.preparation.ring import Ring, uniform
+from entropi.records import StageCommunication
+
+# Names of counted things. Of a number that goes both ways each party sends its own part.
+TO_SERVER, BOTH_WAYS = "masked numbers to the server", "masked numbers both ways"
+MESSAGES, _EXCHANGES = "messages of masked numbers", "exchanges of masked numbers"
+_ENTRIES, _BY_MATRIX = "entries of matrices beside masked numbers", "products of masked numbers and entries"
+_OF_OPENED = "products inside opened matrices"
+
+# Bytes, messages and rounds, which follow from how it is sent. Seconds are measured.
+SENT: dict[str, tuple[float, float, float]] = {
+    TO_SERVER: (8, 0, 0),
+    BOTH_WAYS: (16, 0, 0),
+    MESSAGES: (0, 1, 0),
+    _EXCHANGES: (0, 0, 1),
+    _ENTRIES: (0, 0, 0),
+    _BY_MATRIX: (0, 0, 0),
+    _OF_OPENED: (0, 0, 0),
+}
+
+
+def count(products: Sequence[Product], of_server: Collection[str], opened: int) -> Counter[str]:
+    """What products that do not wait for each other exchange and compute.
+
+    Args:
+        of_server: names of the server's weights.
+        opened: tokens whose keys and values were opened in earlier passes.
+    """
+    counted: Counter[str] = Counter({_EXCHANGES: 1})
+    for product in products:
+        first, second = product.shapes[0], product.shapes[-1]
+        who = masking(product, set(of_server))
+        if who == "server":
+            counted[TO_SERVER] += _size(first)
+            counted[_ENTRIES] += _size(second)
+            counted[_BY_MATRIX] += _size(first) * second[1]
+            continue
+        counted[BOTH_WAYS] += _size(first)
+        if product.kind in ("scores", "mix"):
+            rows = first[1] if product.kind == "scores" else product.result_shape[1]
+            counted[_OF_OPENED] += first[0] * rows * second[1] * second[2]
+            counted[BOTH_WAYS] += second[0] * (second[1] - opened) * second[2]
+        else:
+            counted[BOTH_WAYS] += _size(second) if who == "pair" else 0
+    counted[MESSAGES] = 2 if counted[BOTH_WAYS] else 1
+    return counted
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+_REPEATS = 7  # of which the fastest counts: nothing but other work makes one slower
+
+
+class _Echo:
+    """An engine without another party, which answers masked numbers at once and runs nothing."""
+
+    rank = SERVER
+
+    def __init__(self) -> None:
+        self._shares: dict[str, Any] = {}
+
+    def hold(self, name: str, numbers: Ring) -> None:
+        from entropi.private.compute.shares import share_of
+
+        self._shares[name] = share_of(numbers)
+
+    set_numbers = hold
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.numbers(name).shape)
+
+    def numbers(self, name: str) -> Ring:
+        from entropi.private.compute.shares import numbers_of
+
+        return numbers_of(self._shares[name], self.rank)
+
+    def send(self, content: bytes) -> None:
+        pass
+
+    def receive(self, size: int) -> bytes:
+        return bytes(size)
+
+    def run(self, stage: Stage, token: int) -> StageCommunication:
+        for name in stage.inputs:
+            del self._shares[name]
+        nothing = dict.fromkeys(("sent_bytes", "received_bytes", "sent_messages", "received_messages"), 0)
+        return StageCommunication(name=stage.name, layer=stage.layer, token=token, seconds=0.0, **nothing)
+
+
+def readings() -> Iterator[tuple[Counter[str], float]]:
+    """What is counted of exchanges of several kinds and sizes, and the seconds that they take here."""
+    for rows, inner, columns in ((1, 768, 2304), (1, 768, 9216), (16, 768, 2304), (128, 768, 768), (1, 3072, 768)):
+        yield _timed("times_matrix", functions.times_matrix, (rows, inner), (inner, columns), (rows, columns))
+    for heads, rows, width in ((12, 1, 64), (12, 32, 64), (12, 96, 64)):
+        keys = max(rows, 128)
+        pairs = packed_size(keys) - packed_size(keys - rows)
+        query, packed, of_keys = (heads, rows, width), (heads, pairs), (heads, keys, width)
+        yield _timed("scores", attention.scores, query, of_keys, packed)
+        yield _timed("mix", partial(attention.mix, rows=rows), packed, of_keys, query)
+    for size in (1_000, 30_000, 300_000):
+        yield _timed("square", functions.square, (size,), None, (size,))
+        yield _timed("times", functions.times, (size,), (size,), (size,))
+    for rows, width in ((1, 768), (128, 768)):
+        yield _timed("scale_rows", functions.scale_rows, (rows, width), (rows,), (rows, width))
+        yield _timed("sums_of_squares", functions.sums_of_squares, (rows, width), None, (rows,))
+
+
+def _timed(
+    kind: str,
+    function: Callable[..., Any],
+    first: tuple[int, ...],
+    second: tuple[int, ...] | None,
+    result: tuple[int, ...],
+) -> tuple[Counter[str], float]:
+    """One product, as `PreparedPasses` computes it for one party."""
+    from entropi.private.preparation.online import PreparedPasses
+
+    names = ("x",) if second is None else ("x", "y")
+    by_matrix = kind == "times_matrix"
+    product = Product(kind, names, (first,) if second is None else (first, second), "z", result)
+    matrix = {"y": np.ones(second, np.int32)} if by_matrix and second is not None else {}
+    keys = second[1] if kind in ("scores", "mix") and second is not None else first[0]
+    fastest = np.inf
+    for _ in range(_REPEATS):
+        engine: Any = _Echo()
+        engine.hold("x", uniform(first))
+        if second is not None:
+            engine.hold("y", uniform(second))
+        passes = PreparedPasses(engine, _material(product, keys), 18, matrix)
+        cost = next(iter(passes.run(Stage("", 0, function, names, ("z",)), 0, keys)))
+        fastest = min(fastest, cost.seconds)
+    return count([product], matrix, 0), float(fastest)
+
+
+def _material(product: Product, keys: int) -> Material:
+    """The server's, of which a pass over the last tokens of `keys` takes what it needs."""
+    first, result = product.shapes[0], product.result_shape
+    if product.kind == "scores":
+        first, result = (first[0], keys, first[2]), (first[0], packed_size(keys))
+    elif product.kind == "mix":
+        first, result = (first[0], packed_size(keys)), (result[0], keys, result[2])
+    every = replace(product, shapes=(first, *product.shapes[1:]), result_shape=result)
+    need = need_of(every, 0, {"y"} if product.kind == "times_matrix" else set())
+    arrays = {array_name(need.name, "c"): uniform(need.result)}
+    if need.masking != "server":
+        arrays[array_name(need.name, "a")] = uniform(need.shapes[0])
+    if need.masking == "pair":
+        arrays[array_name(need.name, "b")] = uniform(need.shapes[1])
+    return Material([need], arrays)

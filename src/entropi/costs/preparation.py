@@ -1,0 +1,112 @@
+"""What a session costs whose products are prepared, offline and online, beside one without preparation.
+
+Offline the parties multiply random numbers: the very functions that `preparation.dealing` runs are traced, on whole
+numbers. Online the same stages as ever are cut at their products: exchanges of masked numbers, and local parts that are
+traced like other stages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from entropi.costs import exchanges
+from entropi.costs.prediction import CostModel, Predictor, described, summed
+from entropi.costs.tracing import ProtocolCall, Value, trace_calls
+from entropi.errors import UserError
+from entropi.private.compute.description import Description
+from entropi.private.compute.program import Stage
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.preparation.cutting import cut
+from entropi.private.preparation.dealing import pieces
+from entropi.private.preparation.material import Need, needs
+from entropi.private.preparation.parts import kept_bytes
+from entropi.records import PassCost, PreparedRecord
+
+
+class PreparedPredictor(Predictor):
+    """Prices what a session takes, and its passes with that."""
+
+    _prepared = True
+
+    def needs(self, tokens: int) -> list[Need]:
+        """What a session of at most `tokens` tokens takes, the prefix included."""
+        options = self._costs.options
+        settings = Settings(
+            fraction_bits=options.fraction_bits,
+            exact_softmax_as=options.exact_softmax_as,
+            embedding=options.embedding,
+            paired=self._paired,
+            output=options.output,
+            choices=options.choices,
+        )
+        return needs(self._model, settings, tokens)
+
+    def offline(self, material: list[Need]) -> PassCost:
+        """Computing material, by kind of product."""
+        traced = []
+        for need in material:
+            for piece in pieces(need):
+                values = {
+                    name: Value(shape, "server" if owner == SERVER else "client", whole=True)
+                    for name, (shape, owner) in piece.operands.items()
+                }
+                calls = list[ProtocolCall | Counter[str]](trace_calls(piece.stage, values))
+                traced.append((Stage(need.kind, -1, piece.stage.function, (), ()), calls))
+        return self._price(traced)
+
+    def _trace(self, stage: Stage) -> list[ProtocolCall | Counter[str]]:
+        """As the program without preparation, cut at its products."""
+        prefix_tokens = self._costs.options.prefix_tokens
+        opened = self._past if self._past > prefix_tokens else 0  # the first pass opens the prefix's keys and values
+        shapes = {name: self._values[name].shape for name in stage.inputs}
+        weights = self._model.weight_shapes()
+        calls: list[ProtocolCall | Counter[str]] = []
+        for step in cut(stage, shapes, self._costs.options.fraction_bits):
+            if step.products:
+                calls.append(exchanges.count(step.products, weights, opened))
+                self._values |= {product.result: Value(product.result_shape) for product in step.products}
+            for part in step.parts:
+                calls += trace_calls(part, self._values)
+        return calls
+
+
+def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> PreparedRecord:
+    """A session of a prompt and `new_tokens` answered to it, with and without preparation, set-up included.
+
+    The last new token is not computed with, so that material is needed for one token less. Preparing is taken to be a
+    session of its own, which sets up as the other one does.
+
+    Raises:
+        UserError: no protocol that products are prepared for, or too few positions.
+    """
+    if costs.calibration.protocol != "cheetah":
+        raise UserError(f"products are prepared under cheetah alone, not under {costs.calibration.protocol}")
+    if new_tokens < 1:
+        raise UserError(f"--new-tokens is {new_tokens} but must be at least 1")
+    model = config if isinstance(config, Description) else described(config)
+    tokens = costs.options.prefix_tokens + seq_len + new_tokens - 1
+    if tokens > model.positions:
+        raise UserError(f"a session of {tokens:,} tokens is longer than the {model.positions:,} that this model takes")
+
+    before, online = PreparedPredictor(model, costs), PreparedPredictor(model, costs)
+    unprepared = Predictor(model, costs)
+    material = before.needs(tokens)
+    set_up, offline = before.set_up(), before.offline(material)
+    online.set_up()
+    prompt = online.run(seq_len)
+    first = online.run(1) if new_tokens > 1 else None
+    later = online.run_further(new_tokens - 2) if new_tokens > 2 else PassCost(operations=[])
+    ordinary = summed(unprepared.set_up(), unprepared.run(seq_len), unprepared.run_further(new_tokens - 1))
+    return PreparedRecord(
+        new_tokens=new_tokens,
+        tokens=tokens,
+        set_up=set_up,
+        offline=offline,
+        client_bytes=kept_bytes(material, CLIENT),
+        server_bytes=kept_bytes(material, SERVER),
+        prompt=prompt,
+        further=first,
+        all_further=later if first is None else summed(first, later),
+        unprepared=ordinary,
+    )
