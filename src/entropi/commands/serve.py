@@ -138,7 +138,6 @@ def run(
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.quota_stores import is_url
         from entropi.private.compute.folded import load_description
-        from entropi.private.preparation.store import DAY_SECONDS, Quota, Store
         from entropi.private.sessions.readiness import check_surroundings
         from entropi.private.sessions.server import serve
         from entropi.private.sessions.tokenization import public_ids
@@ -162,9 +161,7 @@ def run(
         max_startups,
         source_startups,
     )
-    prefix = read_given(prefix_file, "the prefix")
-    if prefix is not None and (chat or system_prompt is not None):
-        raise UserError("give --prefix-file, or --chat or --system-prompt, which make a prefix of the chat template")
+    prefix = _prefix(prefix_file, chat or system_prompt is not None)
     calibration = read_given(calibration_text, "the calibration text")
 
     # Mistakes are told before a model is folded, which takes a while.
@@ -175,10 +172,7 @@ def run(
     path = on_disk(model)
     refuse_unknown_families(path)
 
-    kept: contextlib.AbstractContextManager[Store | None] = contextlib.nullcontext()
-    if material is not None:
-        quota = Quota(size=int(material_gb * 1e9), peer_size=int(client_material_gb * 1e9))
-        kept = Store(material, expires=material_days * DAY_SECONDS, quota=quota)
+    kept = _material(material, material_gb, client_material_gb, material_days)
     with terminated_like_interrupted(), kept as store, swept_folder("entropi-serve-") as temporary:
         folder = _folded(path, temporary)
         refuse_ignored_softmax(softmax, load_description(folder).softmax, "the model")
@@ -204,6 +198,27 @@ def run(
             calibration=calibration,
             material=store,
         )
+
+
+def _prefix(file: Path | None, chats: bool) -> str | None:
+    """The public text in this file, where there is one, which must not compete with the chat template's."""
+    prefix = read_given(file, "the prefix")
+    if prefix is not None and chats:
+        raise UserError("give --prefix-file, or --chat or --system-prompt, which make a prefix of the chat template")
+    return prefix
+
+
+def _material(folder: Path | None, most: float, most_of_client: float, days: float) -> Any:
+    """The store in `folder` as a context manager, of None where there is none; sizes in GB."""
+    from entropi.private.preparation.store import DAY_SECONDS, Quota, Store
+
+    if folder is None:
+        return contextlib.nullcontext()
+    for option, size in (("--material-gb", most), ("--client-material-gb", most_of_client)):
+        if not 0 < size <= 1e6:
+            raise UserError(f"{option} is {size:g} but must be between 0 and 1,000,000")
+    quota = Quota(size=int(most * 1e9), peer_size=int(most_of_client * 1e9))
+    return Store(folder, expires=days * DAY_SECONDS, quota=quota)
 
 
 def _log_to_standard_error(log: Literal["text", "json"]) -> None:
