@@ -17,13 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-import jax
 import numpy as np
 import spu
 from spu import libspu
-from spu.utils import frontend
 
-from entropi.private.compute.program import Comparable, Stage
+from entropi.private.compute.compiling import Compiler
+from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.compute.shares import numbers_of, share_of
 from entropi.records import StageCommunication
@@ -63,7 +62,7 @@ class Engine:
             configure(config)
         self._runtime = spu.Runtime(link, config)
         self._io = spu.Io(2, config)
-        self._tracer = _Tracer()
+        self.compiler = Compiler()
 
     def hold(self, name: str, shape: tuple[int, ...], value: np.ndarray | None) -> None:
         """Hold a private value; its owner passes it, the other party None. Nothing is sent."""
@@ -72,11 +71,11 @@ class Engine:
         assert array.shape == shape, (name, array.shape, shape)
         shares = self._io.make_shares(array, libspu.Visibility.VIS_SECRET, owner)
         self._runtime.set_var(name, shares[self.rank])
-        self._tracer.shapes[name] = jax.ShapeDtypeStruct(shape, np.float32)
+        self.compiler.note(name, shape)
 
     def run(self, stage: Stage, token: int) -> StageCommunication:
         """Run one stage on held values, in step with the other party, and say what it cost."""
-        executable = self._tracer.compile(stage)
+        executable = self.compiler.compile(stage)
         started = time.perf_counter()
         try:
             self._runtime.run(executable)
@@ -122,7 +121,7 @@ class Engine:
         array = np.zeros(shape, np.int64) if value is None else np.ascontiguousarray(value).view(np.int64)
         shares = self._io.make_shares(array, libspu.Visibility.VIS_SECRET, owner)
         self._runtime.set_var(name, shares[self.rank])
-        self._tracer.shapes[name] = jax.ShapeDtypeStruct(shape, np.int64)
+        self.compiler.note(name, shape, np.int64)
 
     def numbers(self, name: str) -> np.ndarray:
         """Our share of a value, `uint64`: both parties' sum is the value times 2^`fraction_bits`, modulo 2^64."""
@@ -131,17 +130,16 @@ class Engine:
     def set_numbers(self, name: str, numbers: np.ndarray) -> None:
         """Hold a secret real value of which these are this party's share."""
         self._runtime.set_var(name, share_of(numbers))
-        self._tracer.shapes[name] = jax.ShapeDtypeStruct(numbers.shape, np.float32)
+        self.compiler.note(name, numbers.shape)
 
     def drop(self, name: str) -> None:
         """Forget a value."""
         self._runtime.del_var(name)
-        del self._tracer.shapes[name]
+        self.compiler.forget(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a value."""
-        shape: tuple[int, ...] = self._tracer.shapes[name].shape
-        return shape
+        return self.compiler.shape(name)
 
     def send(self, content: bytes) -> None:
         """Send the other party some bytes."""
@@ -194,7 +192,7 @@ class Simulation:
 
         self._together(join)
         self._io = spu.Io(self.parties, config)
-        self._tracer = _Tracer()
+        self._compiler = Compiler()
 
     def hold(self, name: str, value: np.ndarray, owner: int) -> None:
         """Hold a private value of the party `owner`; where there are fewer parties or more than two, shares of it."""
@@ -203,11 +201,11 @@ class Simulation:
         shares = self._io.make_shares(array, libspu.Visibility.VIS_SECRET, *ranks)
         for runtime, share in zip(self._runtimes, shares):
             runtime.set_var(name, share)
-        self._tracer.shapes[name] = jax.ShapeDtypeStruct(array.shape, np.float32)
+        self._compiler.note(name, array.shape)
 
     def run(self, stage: Stage, token: int = 0) -> StageCommunication:
         """Run one stage; the communication is summed over the parties, every byte and message counted once, as sent."""
-        executable = self._tracer.compile(stage)
+        executable = self._compiler.compile(stage)
         started = time.perf_counter()
         self._together(lambda rank: self._runtimes[rank].run(executable))
         seconds = time.perf_counter() - started
@@ -243,46 +241,6 @@ class Simulation:
             thread.join()
         if failures:
             raise failures[0]
-
-
-class _Tracer:
-    """Shapes of all values, and stages compiled to SPU's bytecode."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, Any] = {}
-
-    def compile(self, stage: Stage) -> Any:
-        """A stage as the engine runs it, on the values that it names."""
-        arguments = tuple(self.shapes[name] for name in stage.inputs)
-        code, outputs = _bytecode(stage.name, Comparable.of(stage.function), arguments)
-        for name, shape in zip(stage.outputs, outputs):
-            self.shapes[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype)
-        return libspu.Executable(
-            name=stage.name, input_names=list(stage.inputs), output_names=list(stage.outputs), code=code
-        )
-
-
-@functools.lru_cache(maxsize=1024)
-def _bytecode(name: str, code: Comparable, arguments: tuple[Any, ...]) -> tuple[bytes, list[Any]]:
-    """SPU's bytecode of a stage's function, and the shapes of what it returns.
-
-    Traced and compiled once for every function and shapes, which takes a quarter of a second: layers share it under
-    other names, and protocols too.
-    """
-
-    def function(*values: Any) -> Any:
-        return code.function(*values)
-
-    executable, shapes = frontend.compile(
-        frontend.Kind.JAX,
-        function,
-        list(arguments),
-        {},
-        [f"operand {number}" for number in range(len(arguments))],
-        [libspu.Visibility.VIS_SECRET] * len(arguments),
-        lambda flat: [f"result {number}" for number in range(len(flat))],
-    )
-    return executable.code, jax.tree_util.tree_leaves(shapes)
 
 
 def _meter(log: BinaryIO, parties: int) -> list[tuple[int, ...]]:

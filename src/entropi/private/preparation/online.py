@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from entropi.private.compute.compiling import Compiler
 from entropi.private.compute.engine import Engine
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
@@ -52,6 +53,15 @@ class PreparedPasses:
                 yield self._multiply(stage, step.products, token, keys)
             for part in step.parts:
                 yield engine.run(part, token)
+
+    def parts(self, stages: Iterable[Stage], compiler: Compiler) -> Iterator[Stage]:
+        """What the engine runs of `stages`, without running it: for `compile_ahead` with this compiler."""
+        for stage in stages:
+            shapes: dict[str, Shape] = {name: compiler.shape(name) for name in stage.inputs}
+            for step in cut(stage, shapes, self._bits):
+                for product in step.products:
+                    compiler.note(product.result, product.result_shape)
+                yield from step.parts
 
     def _multiply(self, stage: Stage, products: Sequence[Product], token: int, keys: int) -> StageCommunication:
         """Compute products that do not wait for each other by one message each way, or one to the server."""

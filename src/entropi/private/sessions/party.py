@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load, save_file
 
 from entropi.private.compute import prefix
+from entropi.private.compute.compiling import compile_ahead
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.program import stages_of_pass, warm_up
@@ -103,6 +104,9 @@ def _serve_session(
             if fresh is not None:
                 tokens = one_hot(fresh, model.vocab_size, settings.paired, settings.fraction_bits)
             engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
+        left -= 1 if number == 0 else count
+        if left:
+            _compile_next(engine, job, past + count, prepared)
         for stage in stages_of_pass(model, settings, count, past, prepared=prepared is not None):
             if prepared is None:
                 done = engine.run(stage, number)
@@ -111,13 +115,24 @@ def _serve_session(
             _emit(events, StageDone(done))
         _emit(events, _reveal(engine, settings))
         past, number = past + count, number + 1
-        left -= 1 if number == 1 else count
         if not left:
             return
         proceed = decode(lines.get(), Proceed)
         fresh, count = proceed.tokens, proceed.count
         if count > left:
             raise EngineError(f"{count} more tokens were asked for, and {left} are left")
+
+
+def _compile_next(engine: Engine, job: Job, past: int, prepared: PreparedPasses | None) -> None:
+    """Compile the pass over one further token after `past` ones in a thread."""
+    model, settings = job.description, job.settings
+    compiler = engine.compiler.copy()
+    for name in prefix.names(model):
+        compiler.note(name, prefix.shape(model, past))
+    public = settings.embedding == "public"
+    compiler.note(*(("embedded", (1, model.hidden_size)) if public else ("tokens", (1, model.vocab_size))))
+    stages = stages_of_pass(model, settings, 1, past, prepared=prepared is not None)
+    compile_ahead(stages if prepared is None else prepared.parts(stages, compiler), compiler)
 
 
 def _prepared_passes(
