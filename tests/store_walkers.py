@@ -38,7 +38,7 @@ OFFERS = 3  # tickets that may be ready at once
 
 def binding(side: str = "client", **changes: Any) -> Binding:
     own, peer = ("alice", "server") if side == "client" else ("server", "alice")
-    fields = {"model": "m", "settings": "s", "own": own, "peer": peer, "side": side, "tokens": 8}
+    fields = {"model": "m", "settings": "s", "own": own, "peer": peer, "side": side, "tokens": 8, "passes": 3}
     return Binding(**{**fields, **changes})
 
 

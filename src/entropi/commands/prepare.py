@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def run(
     server: str = "127.0.0.1:9000",
     tokens: int = 192,
+    new_tokens: int | None = None,
     sessions: int = 1,
     material: Path | None = None,
     expires_days: float = 7.0,
@@ -36,6 +37,7 @@ def run(
     Args:
         server: HOST:PORT of an `entropi serve --material`
         tokens: most tokens of a session, prompt and answer together
+        new_tokens: of these, most that are answered; by default 64, or all if there are fewer
         sessions: so many sessions are prepared, one after another
         material: folder to keep it in, as secret as keys; by default entropi/material in the user's state folder
         expires_days: after which it is destroyed, used or not, up to 30
@@ -71,7 +73,9 @@ def run(
             display = _Display(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
             with display, terminated_like_interrupted():
                 watcher = preparing.Watcher(display.begin, display.part, display.status)
-                ticket = preparing.prepare(server, tokens, store, watcher, tls=tls, memory_gb=memory_gb)
+                ticket = preparing.prepare(
+                    server, tokens, store, watcher, new_tokens=new_tokens, tls=tls, memory_gb=memory_gb
+                )
             kept = next((entry for entry in store.entries() if entry.ticket.hex() == ticket), None)
             size = f", {kept.size / 1e6:.1f} MB kept here" if kept is not None else ""
             print(
@@ -88,7 +92,9 @@ def _show(store: Store) -> None:
         days = (entry.expires - time.time()) / 86_400
         left = f"expires in {days:.1f} days" if days > 0 else "expired"
         state = "ready" if entry.state == "ready" else "begun"
-        print(f"{entry.name}  {state}  {entry.tokens} tokens  {entry.size / 1e6:.1f} MB  {entry.peer or '-'}  {left}")
+        print(
+            f"{entry.name}  {state}  {entry.tokens} tokens, {entry.passes} new  {entry.size / 1e6:.1f} MB  {entry.peer or '-'}  {left}"
+        )
 
 
 class _Display:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from entropi.private.compute import attention, functions
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product
-from entropi.private.preparation.material import Material, array_name, need_of
+from entropi.private.preparation.material import Material, array_name, need_of, of_all_tokens
 from entropi.private.preparation.products import masking, packed_size
 from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
@@ -160,13 +159,7 @@ def _timed(
 
 def _material(product: Product, keys: int) -> Material:
     """The server's, of which a pass over the last tokens of `keys` takes what it needs."""
-    first, result = product.shapes[0], product.result_shape
-    if product.kind == "scores":
-        first, result = (first[0], keys, first[2]), (first[0], packed_size(keys))
-    elif product.kind == "mix":
-        first, result = (first[0], packed_size(keys)), (result[0], keys, result[2])
-    every = replace(product, shapes=(first, *product.shapes[1:]), result_shape=result)
-    need = need_of(every, 0, {"y"} if product.kind == "times_matrix" else set())
+    need = need_of(of_all_tokens(product, keys), 0, {"y"} if product.kind == "times_matrix" else set())
     arrays = {array_name(need.name, "c"): uniform(need.result)}
     if need.masking != "server":
         arrays[array_name(need.name, "a")] = uniform(need.shapes[0])

@@ -29,8 +29,8 @@ class PreparedPredictor(Predictor):
 
     _prepared = True
 
-    def needs(self, tokens: int) -> list[Need]:
-        """What a session of at most `tokens` tokens takes, the prefix included."""
+    def needs(self, tokens: int, passes: int | None = None) -> list[Need]:
+        """What a session of at most `tokens` tokens in so many passes takes, the prefix included."""
         options = self._costs.options
         settings = Settings(
             fraction_bits=options.fraction_bits,
@@ -40,7 +40,7 @@ class PreparedPredictor(Predictor):
             output=options.output,
             choices=options.choices,
         )
-        return needs(self._model, settings, tokens)
+        return needs(self._model, settings, tokens, passes)
 
     def offline(self, material: list[Need]) -> PassCost:
         """Computing material, by kind of product."""
@@ -91,7 +91,7 @@ def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> Pre
 
     before, online = PreparedPredictor(model, costs), PreparedPredictor(model, costs)
     unprepared = Predictor(model, costs)
-    material = before.needs(tokens)
+    material = before.needs(tokens, new_tokens)
     set_up, offline = before.set_up(), before.offline(material)
     online.set_up()
     prompt = online.run(seq_len)

@@ -136,6 +136,7 @@ def test_only_ring_elements_and_no_more_than_was_said_are_kept(store):
         ({"peer": "mallory"}, "another party"),
         ({"side": "server"}, "the other side"),
         ({"tokens": 9}, "8 tokens, not 9"),
+        ({"passes": 4}, "3 passes, not 4"),
     ],
 )
 def test_another_binding_is_refused_and_takes_nothing(store, change, words):

@@ -90,6 +90,7 @@ def forward(
     choices: int = 1,
     logit_bits: int | None = None,
     every_row: bool = False,
+    last_rows: int = 1,
     norm_shifts: Sequence[int] = (),
     prepared: bool = False,
 ) -> Iterator[Stage]:
@@ -99,7 +100,8 @@ def forward(
     the engine's fraction bits); or "embedded" `(m, d)`, rows of a public table, looked up by the client. The result is
     "logits" `(1, V)`; or "tokens_out" `(choices,)` and "logits_out" `(choices,)`, the likeliest tokens; or
     "tokens_out" `(1,)` alone. With `logit_bits` b these logits are whole numbers, 2^b times the logits, rounded.
-    With `every_row` the logits are those after every token, `(m, V)`, for measuring perplexity. Keys and values of
+    With `last_rows` n the logits are those after the last n tokens, `(n, V)`; with `every_row`, for measuring
+    perplexity, those after all. Keys and values of
     all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax is the
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
@@ -122,7 +124,7 @@ def forward(
     yield from embedding_stages(model, new, past, embedding, paired, fraction_bits)
 
     for layer in range(model.layers):
-        rows = 1 if layer == model.layers - 1 and not every_row else new
+        rows = new if every_row or layer < model.layers - 1 else last_rows
         has_ffn = layer in model.explicit_ffn or model.activation != "identity"
         if model.norm != "none":
             yield from norm_stages(model, layer, norm_shifts, "normed")
@@ -246,7 +248,7 @@ def head_stages(
 
 
 def stages_of_pass(
-    model: Description, settings: Settings, new: int, past: int, *, every_row: bool = False, prepared: bool = False
+    model: Description, settings: Settings, new: int, past: int, *, last_rows: int = 1, prepared: bool = False
 ) -> Iterator[Stage]:
     """`forward` as these settings have it: what both parties run, and what the client counts."""
     return forward(
@@ -260,7 +262,7 @@ def stages_of_pass(
         output=settings.output,
         choices=settings.choices,
         logit_bits=settings.logit_bits,
-        every_row=every_row,
+        last_rows=last_rows,
         norm_shifts=settings.norm_shifts,
         prepared=prepared,
     )

@@ -42,23 +42,35 @@ class Need:
         return self.shapes[0][0] if self.pooled else token_rows(self.kind, self.shapes[0], self.result)
 
 
-def needs(model: Description, settings: Settings, tokens: int) -> list[Need]:
+def needs(model: Description, settings: Settings, tokens: int, passes: int | None = None) -> list[Need]:
     """What a session of at most `tokens` tokens, its public prefix included, takes, in whichever passes they come.
 
-    That is what one pass of all tokens takes in which every row is computed: other passes compute the same pairs and
-    rows, or fewer.
+    That is what one pass of all tokens takes: other passes compute the same pairs and rows, or fewer. Of the last
+    layer and the head a pass computes one row: there as many rows as there are `passes`, the last ones, which have
+    most pairs; None for as many as tokens. Only scores and mixed values have a place for every token, in every layer.
     """
+    read = tokens if passes is None else min(passes, tokens)
     weights = model.weight_shapes()
     shapes: dict[str, Shape] = {**weights, "embedded": (tokens, model.hidden_size)}
     shapes["tokens"] = (-(-tokens // 2) if settings.paired and tokens > 1 else tokens, model.vocab_size)
     found: dict[str, Need] = {}
-    for stage in stages_of_pass(model, settings, tokens, 0, every_row=True, prepared=True):
+    for stage in stages_of_pass(model, settings, tokens, 0, last_rows=read, prepared=True):
         for step in cut(stage, shapes, settings.fraction_bits):
             for product in step.products:
-                need = need_of(product, stage.layer, set(weights))
+                need = need_of(of_all_tokens(product, tokens), stage.layer, set(weights))
                 before = found.get(need.name)
                 found[need.name] = need if before is None else _with_more(before, need)
     return list(found.values())
+
+
+def of_all_tokens(product: Product, tokens: int) -> Product:
+    """Scores or mixed values of the last of so many tokens, for all of them; another product as it is."""
+    first, result = product.shapes[0], product.result_shape
+    if product.kind == "scores":
+        first, result = (first[0], tokens, first[2]), (first[0], packed_size(tokens))
+    elif product.kind == "mix":
+        first, result = (first[0], packed_size(tokens)), (result[0], tokens, result[2])
+    return replace(product, shapes=(first, *product.shapes[1:]), result_shape=result)
 
 
 def name_of(product: Product, layer: int) -> str:
@@ -148,15 +160,17 @@ class Material:
             MaterialUsedUp: see there.
         """
         name = name_of(product, layer)
+        start = self._used.get(name, 0)
         if pool_of(product.kind, product.shapes[0]) is not None:
-            start = self._used.get(name, 0)
             place = self._use(name, start, start + _pool_rows(product))
             return self._cut(name, (place, place, place), (product.shapes[0], product.shapes[-1], product.result_shape))
 
-        first = keys - token_rows(product.kind, product.shapes[0], product.result_shape)
+        rows = token_rows(product.kind, product.shapes[0], product.result_shape)
+        if product.kind == "times_matrix":  # any row of R is as good as another
+            place = self._use(name, start, start + rows)
+            return self._cut(name, (place, place, place))
+        first = keys - rows
         tokens = self._use(name, first, keys)
-        if product.kind == "times_matrix":
-            return self._cut(name, (tokens, tokens, tokens))
         every = slice(None)
         pairs = slice(packed_size(first), packed_size(keys))
         new, seen, packed = (every, tokens), (every, slice(keys)), (every, pairs)

@@ -15,12 +15,12 @@ from entropi.private.preparation.material import Need, needs
 from entropi.private.preparation.ring import Ring
 
 
-def parts_for(model: Description, settings: Settings, tokens: int) -> list[Need]:
-    """What a session of at most `tokens` tokens takes, see `needs`; of a pool what is multiplied at a time is a part.
+def parts_for(model: Description, settings: Settings, tokens: int, passes: int) -> list[Need]:
+    """What a session of at most `tokens` tokens in so many `passes` takes, see `needs`; of a pool what is multiplied at a time is a part.
 
     A part is what is lost when preparing is interrupted.
     """
-    return [part for need in needs(model, settings, tokens) for part in _split(need)]
+    return [part for need in needs(model, settings, tokens, passes) for part in _split(need)]
 
 
 def _split(need: Need) -> list[Need]:

@@ -2,8 +2,8 @@
 
 Notation as in `compute.program`. A session of T tokens, whichever passes it comes in, takes
 
-- of a product with the server's matrix W `(d, m)`: R `(T, d)`, which the client draws, and shares of R W; its row t
-  is for the token at position t;
+- of a product with the server's matrix W `(d, m)`: R `(T, d)`, which the client draws, and shares of R W, row by row
+  as they are needed; of the last layer and the head as many rows as there are passes;
 - of scores: shares of A `(H, T, k)` and B `(G, T, k)`, and of their products, packed as `attention.scores` packs pairs;
 - of mixed values: shares of A `(H, T (T + 1) / 2)`, packed, and B `(G, T, k)`, and of their products `(H, T, k)`;
 - of what is multiplied number by number: shares of as many random numbers and of their products.

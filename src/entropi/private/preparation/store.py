@@ -156,8 +156,8 @@ class Store:
                 sync(self._material)
         return Growth(self._index, self._path(ticket), self.sweep, ticket, run)
 
-    def ready(self, binding: Binding) -> list[tuple[int, bytes]]:
-        """Tokens and ids of tickets to offer to the other side, of as many tokens or more, smallest and oldest first.
+    def ready(self, binding: Binding) -> list[tuple[Binding, bytes]]:
+        """Tickets to offer to the other side, of as many tokens and passes or more, smallest and oldest first.
 
         Only `take` takes one.
         """
@@ -165,15 +165,18 @@ class Store:
         with self._index.transaction() as index:
             rows = index.execute(query, (binding.peer, self._clock())).fetchall()
         found = [(msgspec.json.decode(text, type=Binding), bytes(ticket)) for ticket, text in rows]
+        same = msgspec.structs.replace
         fitting = [
-            (other.tokens, ticket)
+            (other, ticket)
             for other, ticket in found
-            if other.tokens >= binding.tokens and msgspec.structs.replace(other, tokens=binding.tokens) == binding
+            if other.tokens >= binding.tokens
+            and other.passes >= binding.passes
+            and same(other, tokens=binding.tokens, passes=binding.passes) == binding
         ]
-        return sorted(fitting, key=lambda one: one[0])
+        return sorted(fitting, key=lambda one: (one[0].tokens, one[0].passes))
 
     def oldest_growing(self, binding: Binding) -> bytes | None:
-        """The ticket to go on with, of exactly as many tokens."""
+        """The ticket to go on with, of exactly as many tokens and passes."""
         query = "SELECT id FROM tickets WHERE binding = ? AND state = 'growing' AND expires > ? ORDER BY made, id"
         with self._index.transaction() as index:
             found = index.execute(query, (encoded(binding), self._clock())).fetchone()
@@ -261,6 +264,7 @@ class Store:
                     name=short(ticket),
                     state=state,
                     tokens=binding.tokens,
+                    passes=binding.passes,
                     size=size,
                     peer=binding.peer,
                     made=made,

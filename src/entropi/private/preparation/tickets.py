@@ -38,6 +38,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     peer: str  # name in the other side's; "" without TLS
     side: Literal["server", "client"]
     tokens: int  # most of the session
+    passes: int  # most of it: new tokens, and messages
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # the beginning of the ticket's id, for people
     state: Literal["growing", "ready"]
     tokens: int
+    passes: int
     size: int  # bytes of arrays that are kept
     peer: str
     made: float  # seconds since 1970
@@ -99,8 +101,10 @@ def must_fit(ticket: bytes, row: Row, binding: Binding) -> None:
     for field, words in _OTHERS.items():
         if getattr(row.binding, field) != getattr(binding, field):
             raise UserError(f"ticket {short(ticket)} was prepared for {words}")
-    if row.binding.tokens < binding.tokens:
-        raise UserError(f"ticket {short(ticket)} was prepared for {row.binding.tokens} tokens, not {binding.tokens}")
+    for what in ("tokens", "passes"):
+        had, wanted = getattr(row.binding, what), getattr(binding, what)
+        if had < wanted:
+            raise UserError(f"ticket {short(ticket)} was prepared for {had} {what}, not {wanted}")
 
 
 def parts_of(index: sqlite3.Connection, ticket: bytes) -> dict[str, PartFile]:

@@ -21,7 +21,7 @@ from entropi.private.compute.folded import sha256_of
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.sessions.generation import Answer, Generation
-from entropi.private.sessions.material import Material, Taken
+from entropi.private.sessions.material import Material, Size, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
@@ -142,8 +142,8 @@ class ClientSession(PartySession):
             await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
 
             accepted = await self.wait_for_slot()
-            taken = await self._material(ticket, length - 1, accepted)
-            memory = memory_for(welcome.description, length, generation.memory_gb, taken.size if taken else 0)
+            taken = await self._material(ticket, Size(length - 1, most), accepted)
+            memory = memory_for(welcome.description, length, generation.memory_gb, taken.nbytes if taken else 0)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
@@ -174,21 +174,21 @@ class ClientSession(PartySession):
             return None, most
         self.material = Material(self.generation.store, self.welcome)
         talks = self.turns is not None
-        needed = known + (self.generation.left if talks else most) - 1
-        found = await self.material.fitting(needed, self.where, largest=talks)
+        wanted = self.generation.left if talks else most
+        found = await self.material.fitting(Size(known + wanted - 1, wanted), self.where, largest=talks)
         if found is None:
             return None, most
-        ticket, tokens = found
-        return ticket, min(most, tokens - known + 1)
+        ticket, size = found
+        return ticket, min(most, size.tokens - known + 1, size.passes)
 
-    async def _material(self, ticket: str | None, tokens: int, accepted: Accepted) -> Taken | None:
+    async def _material(self, ticket: str | None, size: Size, accepted: Accepted) -> Taken | None:
         """This side's half of the ticket, if the server has taken its own."""
         if ticket is None:
             if accepted.prepared:
                 raise UserError(f"{self.where} does not follow the protocol")
             return None
         if accepted.prepared:
-            taken = await self.material.take(ticket, tokens, self.where)
+            taken = await self.material.take(ticket, size, self.where)
             self.generation.prepared_bytes += taken.moved
             self.generation.prepared_seconds += taken.seconds
             return taken

@@ -24,7 +24,15 @@ from entropi.records import StageCommunication
 
 SWEEP_SECONDS = 600.0
 log = logging.getLogger("entropi.server")
-_TOLD, _TOLD_BYTES = "told", 24  # of a part, among its arrays: tokens, bytes exchanged, milliseconds
+_TOLD, _TOLD_BYTES = "told", 32  # of a part, among its arrays: tokens, passes, bytes exchanged, milliseconds
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a session: most tokens, the public prefix included, and most passes."""
+
+    tokens: int
+    passes: int
 
 
 class Material:
@@ -40,51 +48,53 @@ class Material:
         self._model = hashlib.sha256(f"{welcome.digest()} {weights}".encode()).hexdigest()
         self._settings = hashlib.sha256(encode(welcome.settings)).hexdigest()
 
-    def _binding(self, tokens: int, peer: str) -> Binding:
+    def _binding(self, size: Size, peer: str) -> Binding:
         return Binding(
             model=self._model,
             settings=self._settings,
             own="",
             peer=peer,
             side="client" if self._rank == CLIENT else "server",
-            tokens=tokens,
+            tokens=size.tokens,
+            passes=size.passes,
         )
 
-    async def grow(self, ticket: str, tokens: int, peer: str) -> Growing:
-        """Begin to prepare a ticket for sessions of up to `tokens` tokens, or go on with it (`UserError`)."""
+    async def grow(self, ticket: str, size: Size, peer: str) -> Growing:
+        """Begin to prepare a ticket for sessions of up to this size, or go on with it (`UserError`)."""
 
         def begin() -> Growing:
-            parts = parts_for(self._welcome.description, self._welcome.settings, tokens)
+            parts = parts_for(self._welcome.description, self._welcome.settings, size.tokens, size.passes)
             growth = self._store.grow(
                 bytes.fromhex(ticket),
-                self._binding(tokens, peer),
+                self._binding(size, peer),
                 kept_bytes(parts, self._rank) + _TOLD_BYTES * len(parts),
             )
-            return Growing(growth, len(parts), tokens)
+            return Growing(growth, len(parts), size)
 
         return await asyncio.to_thread(begin)
 
-    async def unfinished(self, tokens: int, peer: str) -> str | None:
-        """A ticket that was begun for so many tokens."""
-        found = await asyncio.to_thread(self._store.oldest_growing, self._binding(tokens, peer))
+    async def unfinished(self, size: Size, peer: str) -> str | None:
+        """A ticket that was begun for exactly this size."""
+        found = await asyncio.to_thread(self._store.oldest_growing, self._binding(size, peer))
         return None if found is None else found.hex()
 
-    async def fitting(self, tokens: int, peer: str, *, largest: bool = False) -> tuple[str, int] | None:
-        """The smallest ticket, or the largest, with material for a session of so many tokens, and its own number."""
-        found = await asyncio.to_thread(self._store.ready, self._binding(tokens, peer))
+    async def fitting(self, size: Size, peer: str, *, largest: bool = False) -> tuple[str, Size] | None:
+        """The smallest ticket, or the largest, with material for a session of this size, and its own size."""
+        found = await asyncio.to_thread(self._store.ready, self._binding(size, peer))
         if not found:
             return None
-        most, ticket = found[-1 if largest else 0]
-        return ticket.hex(), most
+        binding, ticket = found[-1 if largest else 0]
+        return ticket.hex(), Size(binding.tokens, binding.passes)
 
-    async def take(self, ticket: str, tokens: int, peer: str) -> Taken:
+    async def take(self, ticket: str, size: Size, peer: str) -> Taken:
         """The material of a ticket, which from then on is nowhere else (`UserError`)."""
 
         def taken() -> Taken:
-            parts = self._store.take(bytes.fromhex(ticket), self._binding(tokens, peer))
+            parts = self._store.take(bytes.fromhex(ticket), self._binding(size, peer))
             told = np.array([parts[name].pop(_TOLD) for name in sorted(parts)])
             arrays = together([parts[name] for name in sorted(parts)])
-            return Taken(arrays, int(told[0, 0]), int(told[:, 1].sum()), float(told[:, 2].sum()) / 1e3)
+            prepared = Size(int(told[0, 0]), int(told[0, 1]))
+            return Taken(arrays, prepared, int(told[:, 2].sum()), float(told[:, 3].sum()) / 1e3)
 
         return await asyncio.to_thread(taken)
 
@@ -104,27 +114,24 @@ class Material:
 
 @dataclass(frozen=True)
 class Taken:
-    """The material of one session of at most `tokens` tokens.
-
-    And what preparing it took: bytes both ways, and seconds of this side's party.
-    """
+    """The material of one session, its size, and what preparing took: bytes both ways, seconds of this side's party."""
 
     arrays: dict[str, Ring]
-    tokens: int
+    size: Size
     moved: int
     seconds: float
 
     @property
-    def size(self) -> int:
-        """Bytes of memory."""
+    def nbytes(self) -> int:
+        """Of memory."""
         return sum(array.nbytes for array in self.arrays.values())
 
 
 class Growing:
     """A ticket while its parts are computed, in their order."""
 
-    def __init__(self, growth: Growth, total: int, tokens: int) -> None:
-        self._growth, self.total, self.tokens = growth, total, tokens
+    def __init__(self, growth: Growth, total: int, size: Size) -> None:
+        self._growth, self.total, self.size = growth, total, size
 
     async def done(self) -> int:
         """How many parts are there, from the first on without a gap."""
@@ -140,7 +147,7 @@ class Growing:
 
         def keep() -> None:
             path = folder / part_file(number)
-            told = np.array([self.tokens, cost.bytes, round(cost.seconds * 1e3)], np.uint64)
+            told = np.array([self.size.tokens, self.size.passes, cost.bytes, round(cost.seconds * 1e3)], np.uint64)
             self._growth.add(_name(number), {**load_file(path), _TOLD: told})
             os.unlink(path)
 

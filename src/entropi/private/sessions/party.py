@@ -60,7 +60,7 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
         engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
         _emit(events, Linked())
         _warm_up(engine, events)
-        if job.prepare_tokens:
+        if job.prepares:
             _prepare(engine, job, files, events)
         else:
             _serve_session(engine, job, files, lines, events)
@@ -141,7 +141,7 @@ def _prepared_passes(
     """What runs stages with the material of this session, which exists here alone by now."""
     bits = job.settings.fraction_bits
     matrices: dict[str, np.ndarray | None] = {}
-    parts = parts_for(job.description, job.settings, job.material_tokens)
+    parts = parts_for(job.description, job.settings, job.material_tokens, job.material_passes)
     for part in parts:
         if part.matrix is not None:
             matrices[part.matrix] = encode(weights[part.matrix], bits) if weights is not None else None
@@ -157,7 +157,8 @@ def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: Binar
         os.nice(PREPARING_NICENESS)
     weights = load(files["weights"]) if "weights" in files else None
     folder = Path(job.links[job.rank].removeprefix("unix:")).parent
-    for number, need in enumerate(parts_for(job.description, job.settings, job.prepare_tokens)):
+    parts = parts_for(job.description, job.settings, job.material_tokens, job.material_passes)
+    for number, need in enumerate(parts):
         if number < job.first_part:
             continue
         matrix = None

@@ -98,7 +98,12 @@ class Party:
         held = None if material is None else await asyncio.to_thread(_nameless, material.arrays)
         try:
             if held is not None and material is not None:
-                job = msgspec.structs.replace(job, material=f"/dev/fd/{held}", material_tokens=material.tokens)
+                job = msgspec.structs.replace(
+                    job,
+                    material=f"/dev/fd/{held}",
+                    material_tokens=material.size.tokens,
+                    material_passes=material.size.passes,
+                )
             return await cls._start(job, memory_bytes, () if held is None else (held,))
         finally:
             if held is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from entropi.errors import UserError
 from entropi.private.compute.settings import CLIENT
 from entropi.private.preparation.store import Store
-from entropi.private.sessions.material import Growing, Material
+from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
@@ -19,6 +19,8 @@ from entropi.private.wire.channel import LostServer, ServerAddress, open_channel
 from entropi.private.wire.messages import Failed, Job, Linked, PartDone, Prepare, StageDone
 from entropi.private.wire.tunnel import Tunnel
 from entropi.records import StageCommunication
+
+NEW_TOKENS = 64  # that are prepared for, if nobody says
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,44 @@ def prepare(
     store: Store,
     watcher: Watcher | None = None,
     *,
+    new_tokens: int | None = None,
     tls: Tls | None = None,
     memory_gb: float | None = None,
 ) -> str:
     """Prepare one session of at most `tokens` tokens, prompt and answer together; the ticket's id.
 
-    What an earlier call began for so many tokens is gone on with.
+    What an earlier call began for a session of this size is gone on with.
+
+    Args:
+        new_tokens: of these, most that are answered; by default `NEW_TOKENS`, or `tokens` if that is less.
 
     Raises:
         UserError: a refusal, no room, a server or link that dies; what is prepared by then is kept.
     """
-    return asyncio.run(_prepare(ServerAddress.at(server, tls), tokens, store, watcher or Watcher(), memory_gb))
+    passes = min(NEW_TOKENS, tokens) if new_tokens is None else new_tokens
+    if not 1 <= passes <= tokens:
+        raise UserError(f"{passes} new tokens of {tokens}: there must be at least 1, and no more than all")
+    where = ServerAddress.at(server, tls)
+    return asyncio.run(_prepare(where, Size(tokens, passes), store, watcher or Watcher(), memory_gb))
 
 
-async def _prepare(server: ServerAddress, tokens: int, store: Store, watcher: Watcher, memory_gb: float | None) -> str:
+async def _prepare(server: ServerAddress, asked: Size, store: Store, watcher: Watcher, memory_gb: float | None) -> str:
     async with open_channel(server) as (_, socket):
         welcome = await welcome_from(socket, server.name)
-        length = tokens + len(welcome.prefix)
-        if length > welcome.description.positions:
+        size = Size(asked.tokens + len(welcome.prefix), asked.passes)
+        if size.tokens > welcome.description.positions:
             most = welcome.description.positions - len(welcome.prefix)
-            raise UserError(f"material for {tokens} tokens was asked for, and {server.name} takes at most {most}")
+            raise UserError(f"material for {asked.tokens} tokens was asked for, and {server.name} takes at most {most}")
         material = Material(store, welcome)
-        ticket = await material.unfinished(length, server.name) or secrets.token_hex(16)
-        growing = await material.grow(ticket, length, server.name)
+        ticket = await material.unfinished(size, server.name) or secrets.token_hex(16)
+        growing = await material.grow(ticket, size, server.name)
         session = PartySession(server, socket, watcher.status)
-        await session.say(Prepare(length, welcome.digest(), ticket, await growing.done()))
+        await session.say(Prepare(size.tokens, size.passes, welcome.digest(), ticket, await growing.done()))
 
         accepted = await session.wait_for_slot()
         await growing.go_back(accepted.parts)
         watcher.begin(growing.total, accepted.parts)
-        memory = memory_for(welcome.description, length, memory_gb, prepares=True)
+        memory = memory_for(welcome.description, size.tokens, memory_gb, prepares=True)
         async with Tunnel(CLIENT, accepted.session, socket.send_bytes, unread_for(memory)) as tunnel:
             job = Job(
                 rank=CLIENT,
@@ -74,7 +84,9 @@ async def _prepare(server: ServerAddress, tokens: int, store: Store, watcher: Wa
                 description=welcome.description,
                 settings=welcome.settings,
                 prefix_length=len(welcome.prefix),
-                prepare_tokens=length,
+                prepares=True,
+                material_tokens=size.tokens,
+                material_passes=size.passes,
                 first_part=accepted.parts,
             )
             party = await Party.start(job, memory)

@@ -22,7 +22,7 @@ from entropi.private.admission.monitoring import Ending
 from entropi.private.admission.quotas import Usage
 from entropi.private.compute.folded import WEIGHTS_FILE
 from entropi.private.compute.settings import SERVER
-from entropi.private.sessions.material import Growing, Taken
+from entropi.private.sessions.material import Growing, Size, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.server_state import ServerState
@@ -237,10 +237,10 @@ class Session:
         """One pass for the prompt and one for every `Next`."""
         welcome, limits = self.state.welcome, self.state.limits
         length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
-        taken = await self._take(start, length - 1)
+        taken = await self._take(start, Size(length - 1, start.max_new_tokens))
         job = self._job(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length)
         self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
-        memory = memory_for(welcome.description, length, limits.memory_gb, taken.size if taken is not None else 0)
+        memory = memory_for(welcome.description, length, limits.memory_gb, taken.nbytes if taken is not None else 0)
         accepted = Accepted(job.session, prepared=taken is not None)
         await self._compute(
             job,
@@ -255,22 +255,24 @@ class Session:
         """Compute a ticket's material, or what is missing of it."""
         assert self.state.material is not None
         try:
-            growing = await self.state.material.grow(request.ticket, request.tokens, self.client)
+            size = Size(request.tokens, request.passes)
+            growing = await self.state.material.grow(request.ticket, size, self.client)
             done = min(await growing.done(), request.parts)
             await growing.go_back(done)
         except UserError as error:
             raise Refusal(str(error)) from None
         self.log.info("preparing %d tokens, from part %d of %d on", request.tokens, done, growing.total)
-        job = self._job(prepare_tokens=request.tokens, first_part=done)
+        asked = dict(material_tokens=request.tokens, material_passes=request.passes)
+        job = self._job(prepares=True, first_part=done, **asked)
         memory = memory_for(self.state.welcome.description, request.tokens, self.state.limits.memory_gb, prepares=True)
         await self._compute(job, memory, Accepted(job.session, parts=done), 0, False, growing=growing)
 
-    async def _take(self, start: Start, tokens: int) -> Taken | None:
+    async def _take(self, start: Start, size: Size) -> Taken | None:
         """This side's half of the ticket that the client offers; None where there is none, and the client is told."""
         if start.ticket is None or self.state.material is None:
             return None
         try:
-            return await self.state.material.take(start.ticket, tokens, self.client)
+            return await self.state.material.take(start.ticket, size, self.client)
         except UserError as error:
             self.log.info("without prepared material: %s", error)
             return None

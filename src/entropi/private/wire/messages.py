@@ -53,10 +53,11 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 class Prepare(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Ask for a session that prepares material for a later one of at most `tokens` tokens, the public prefix included.
 
-    `ticket` is the material's name; the client has the first `parts` parts of it already.
+    And of at most so many `passes`: tokens of the answers. `ticket` is the material's name; the client has the first `parts` parts of it already.
     """
 
     tokens: TokenCount
+    passes: TokenCount
     digest: Digest
     ticket: SessionId
     parts: PartCount = 0
@@ -153,8 +154,9 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     prefix: str | None = None  # the server's: path of a safetensors file with the public prefix's keys and values
     table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
     material: str | None = None  # path of a safetensors file with this side's half of what was prepared
-    material_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # that this was prepared for
-    prepare_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # to prepare for; 0 to answer a prompt
+    prepares: bool = False  # material, for another session; otherwise a prompt is answered
+    material_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # that it was, or is to be, prepared for
+    material_passes: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     first_part: PartCount = 0  # of what is to be prepared
 
 
