@@ -92,9 +92,8 @@ def _show(store: Store) -> None:
         days = (entry.expires - time.time()) / 86_400
         left = f"expires in {days:.1f} days" if days > 0 else "expired"
         state = "ready" if entry.state == "ready" else "begun"
-        print(
-            f"{entry.name}  {state}  {entry.tokens} tokens, {entry.passes} new  {entry.size / 1e6:.1f} MB  {entry.peer or '-'}  {left}"
-        )
+        size = f"{entry.tokens} tokens, {entry.passes} new  {entry.size / 1e6:.1f} MB"
+        print(f"{entry.name}  {state}  {size}  {entry.peer or '-'}  {left}")
 
 
 class _Display:

@@ -166,6 +166,20 @@ def test_needs_are_named_once_and_say_how_many():
     assert rows == 2 * 6 * heads * SPREAD.layers  # temperatures, and the softmax's division
 
 
+def test_the_last_layer_and_the_head_are_prepared_for_as_many_rows_as_there_are_passes():
+    """Their scores and values apart, whose places are those of tokens."""
+    few, many = ({need.name: need for need in needs(SPREAD, SETTINGS, 6, passes)} for passes in (2, 6))
+    last = SPREAD.layers - 1
+    for name, need in many.items():
+        if name in ("head", f"{last}.output", f"{last}.up", f"{last}.down", "centre"):
+            assert (few[name].rows, need.rows) == (2, 6)
+        elif need.pooled:
+            assert few[name].rows < need.rows
+        else:
+            assert few[name] == need
+    assert needs(SPREAD, SETTINGS, 6, 9) == needs(SPREAD, SETTINGS, 6) == list(many.values())
+
+
 @pytest.mark.parametrize("positions", [6, 9])
 def test_temperatures_of_all_positions_are_factors_too(positions):
     """A slice of all of them is the weight itself, which is no matrix."""
@@ -211,7 +225,7 @@ def products_of(model, sizes, prefix=0):
 def test_every_number_is_handed_out_once(variant, sizes, prefix):
     """But those of keys and values, which are opened once and stay: their new rows are handed out once."""
     model = SPREAD if variant == "spread" else describe(**VARIANTS[variant])
-    wanted = needs(model, SETTINGS, prefix + sum(sizes))
+    wanted = needs(model, SETTINGS, prefix + sum(sizes), len(sizes))
     material, seen, totals = Material(wanted, numbered(wanted)), [], prefix + np.cumsum(sizes)
     for product, layer, keys in products_of(model, sizes, prefix):
         masks = material.masks(product, layer, keys)
@@ -260,7 +274,8 @@ def test_asking_twice_or_for_too_much_is_refused():
         with pytest.raises(MaterialUsedUp):
             until_it_is_empty()
     for product, layer, keys in products_of(SPREAD, [7]):
-        if product.kind in ("times_matrix", "scores", "mix"):
+        rows = token_rows(product.kind, product.shapes[0], product.result_shape)
+        if product.kind in ("scores", "mix") or (product.kind == "times_matrix" and rows == 7):
             with pytest.raises(MaterialUsedUp, match="6 were prepared, 7 are needed"):
                 Material(wanted, numbered(wanted)).masks(product, layer, keys)
         with pytest.raises(MaterialUsedUp, match="0 were prepared"):

@@ -16,7 +16,7 @@ from entropi.private.preparation.ring import Ring
 
 
 def parts_for(model: Description, settings: Settings, tokens: int, passes: int) -> list[Need]:
-    """What a session of at most `tokens` tokens in so many `passes` takes, see `needs`; of a pool what is multiplied at a time is a part.
+    """What a session takes, see `needs`; of a pool what is multiplied at a time is a part.
 
     A part is what is lost when preparing is interrupted.
     """

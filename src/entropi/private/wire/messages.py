@@ -53,7 +53,8 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 class Prepare(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Ask for a session that prepares material for a later one of at most `tokens` tokens, the public prefix included.
 
-    And of at most so many `passes`: tokens of the answers. `ticket` is the material's name; the client has the first `parts` parts of it already.
+    And of at most so many `passes`: tokens of the answers. `ticket` is the material's name; the client has the first
+    `parts` parts of it already.
     """
 
     tokens: TokenCount
