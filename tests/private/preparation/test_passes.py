@@ -10,7 +10,7 @@ from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.cutting import cut
 from entropi.private.preparation.material import Material, MaterialUsedUp, array_name, needs
-from entropi.private.preparation.products import multiply
+from entropi.private.preparation.products import multiply, token_rows
 from masked_passes import Session, chi_square, ideal_material, ideal_session, plain_passes, smallest_gap
 from private_reference import VARIANTS, describe, random_weights
 
