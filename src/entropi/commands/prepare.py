@@ -72,7 +72,7 @@ def run(
             started = time.monotonic()
             display = _Display(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
             with display, terminated_like_interrupted():
-                watcher = preparing.Watcher(display.begin, display.part, display.status)
+                watcher = preparing.Watcher(display.begin, display.part, display.piece, display.status)
                 ticket = preparing.prepare(
                     server, tokens, store, watcher, new_tokens=new_tokens, tls=tls, memory_gb=memory_gb
                 )
@@ -100,7 +100,7 @@ class _Display:
     """Progress on standard error; use as a context manager."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._console, self.moved = title, make_console(), 0
+        self._title, self._console, self._done, self.moved = title, make_console(), 0, 0
         self._line: ProgressLine | None = None
 
     def __enter__(self) -> _Display:
@@ -111,14 +111,23 @@ class _Display:
             self._line.__exit__(None, None, None)
 
     def begin(self, total: int, done: int) -> None:
-        self._line = ProgressLine(self._title, total, console=self._console).__enter__()
+        self._line = ProgressLine(self._title, total, done=done, console=self._console).__enter__()
+        self._done = done
         if done:
             self.status(f"going on after {done} of {total} parts")
 
     def part(self, done: int, communication: StageCommunication) -> None:
-        assert self._line is not None
+        self._done = done
+        self._show(communication.name)
+
+    def piece(self, communication: StageCommunication) -> None:
         self.moved += communication.bytes
-        self._line.update(done, f"{communication.name}, {self.moved / 1e6:.1f} MB")
+        if self._line is not None:  # no longer the set-up
+            self._show(communication.name)
+
+    def _show(self, what: str) -> None:
+        assert self._line is not None
+        self._line.update(self._done, f"{what}, {self.moved / 1e6:.1f} MB")
 
     def status(self, happening: str) -> None:
         self._console.print(without_controls(happening), markup=False)

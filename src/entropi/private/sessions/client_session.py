@@ -161,7 +161,6 @@ class ClientSession(PartySession):
                     memory,
                     taken,
                 )
-                del taken
                 self.read, self.room = len(ids), most - 1
                 await self.finish(party, tunnel, self._generate(party))
 

@@ -27,7 +27,7 @@ from entropi.private.preparation.dealing import deal
 from entropi.private.preparation.material import Material, joined
 from entropi.private.preparation.online import PreparedPasses
 from entropi.private.preparation.parts import parts_for
-from entropi.private.preparation.ring import encode
+from entropi.private.preparation.ring import Ring, encode
 from entropi.private.sessions.engine_link import open_link
 from entropi.private.wire import messages
 from entropi.private.wire.messages import (
@@ -42,7 +42,7 @@ from entropi.private.wire.messages import (
     decode,
     part_file,
 )
-from entropi.records import combined
+from entropi.records import StageCommunication, combined
 
 PREPARING_NICENESS = 10
 
@@ -164,7 +164,11 @@ def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: Binar
         matrix = None
         if need.matrix is not None and weights is not None:
             matrix = encode(weights[need.matrix], job.settings.fraction_bits)
-        pieces, costs = zip(*deal(engine, need, matrix))
+        pieces, costs = list[dict[str, Ring]](), list[StageCommunication]()
+        for piece, cost in deal(engine, need, matrix):
+            pieces.append(piece)
+            costs.append(cost)
+            _emit(events, StageDone(cost))
         save_file(joined(need, pieces), folder / part_file(number))
         _emit(events, PartDone(number, combined(costs)))
 

@@ -93,9 +93,12 @@ class Party:
     async def start(cls, job: Job, memory_bytes: int | None = None, material: Taken | None = None) -> Party:
         """Start the process, with a limit to the memory it may write to, and hand it its job by pipe.
 
-        Prepared `material` is handed over in a file without a name, of which nothing is left when the processes end.
+        Prepared `material` is handed over in a file without a name, of which nothing is left when the processes end,
+        and is emptied here.
         """
         held = None if material is None else await asyncio.to_thread(_nameless, material.arrays)
+        if material is not None:
+            material.arrays.clear()
         try:
             if held is not None and material is not None:
                 job = msgspec.structs.replace(

@@ -33,6 +33,8 @@ def main() -> int:
         job = json.loads(line)
         names = ("weights", "prefix", "table", "material")
         files = {name: Path(job[name]).read_bytes() for name in names if job.get(name)}
+        if "material" in files:
+            os.close(int(Path(job["material"]).name))  # of a file in memory, which is here now
         folder = Path(job["links"][job["rank"]].removeprefix("unix:")).parent
         confine(folder)
     except Exception as error:  # the parent's user reads one line, wherever it comes from

@@ -25,10 +25,14 @@ NEW_TOKENS = 64  # that are prepared for, if nobody says
 
 @dataclass(frozen=True)
 class Watcher:
-    """What a caller may want to see: how many parts there are and are there already, each part, what else happens."""
+    """What a caller may want to see: how many parts there are and are there already, each part, what else happens.
+
+    A part may take minutes; `piece` is called for everything that is computed of it.
+    """
 
     begin: Callable[[int, int], None] = field(default=lambda total, done: None)
     part: Callable[[int, StageCommunication], None] = field(default=lambda done, communication: None)
+    piece: Callable[[StageCommunication], None] = field(default=lambda communication: None)
     status: Callable[[str], None] = field(default=lambda line: None)
 
 
@@ -107,7 +111,9 @@ async def _follow(session: PartySession, party: Party, tunnel: Tunnel, growing: 
                 watcher.part(number + 1, communication)
             case Failed(reason):
                 raise LostServer(f"preparing with {session.where} failed: {reason}")
-            case Linked() | StageDone():
+            case StageDone(communication):
+                watcher.piece(communication)
+            case Linked():
                 pass
         event = await party.event()
     await session.kept.wait()  # the server's half first: what this side offers, it has

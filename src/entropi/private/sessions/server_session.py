@@ -313,12 +313,15 @@ class Session:
 
         async with Tunnel(SERVER, job.session, carry, unread_for(memory)) as tunnel:
             party = await Party.start(msgspec.structs.replace(job, links=tunnel.links), memory, material)
-            del material
 
             async def watch() -> None:
-                await _watch_party(party, self.log, self.state, self.usage, progress, tunnel.folder, growing)
+                try:
+                    await _watch_party(party, self.log, self.state, self.usage, progress, tunnel.folder, growing)
+                    if growing is not None:
+                        await growing.finish()
+                except UserError as error:  # of the store
+                    raise SessionError(str(error)) from None
                 if growing is not None:
-                    await growing.finish()
                     progress.revealed = progress.asked
                     await send(socket, Prepared())
 
@@ -419,10 +422,10 @@ async def _watch_party(
                 return
             case Linked():
                 patience = state.limits.stall_seconds
-            case StageDone(communication) | PartDone(communication=communication):
-                if isinstance(event, PartDone):
-                    assert growing is not None
-                    await growing.add(event.number, folder, communication)
+            case PartDone(number, communication):
+                assert growing is not None
+                await growing.add(number, folder, communication)
+            case StageDone(communication):
                 sent, received = sent + communication.sent_bytes, received + communication.received_bytes
                 state.counters.sent_bytes += communication.sent_bytes
                 state.counters.received_bytes += communication.received_bytes
