@@ -59,10 +59,9 @@ def ready(folder):
         return [entry.ticket for entry in store.entries() if entry.state == "ready"]
 
 
-def files_under(folder):
-    return [
-        path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 4096 and "index" not in path.name
-    ]
+def files_of(folder, ticket):
+    """Of a ticket in the store of this folder."""
+    return [path for path in folder.rglob("*") if path.is_file() and ticket in path.parts]
 
 
 def ask(address, store, tokens=3, **options):
@@ -83,6 +82,7 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     parts = []
     ticket = preparing.prepare(running.address, TOKENS, store, preparing.Watcher(part=lambda n, c: parts.append(c)))
     assert [entry.ticket.hex() for entry in store.entries()] == [ticket]
+    assert files_of(running.material, ticket)
     assert bytes.fromhex(ticket) in ready(running.material)
 
     fast, said = ask(running.address, store)
@@ -90,7 +90,7 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     assert not any("going on without" in line for line in said)
     assert not store.entries()
     assert bytes.fromhex(ticket) not in ready(running.material)
-    assert not files_under(running.material)
+    assert not files_of(running.material, ticket)
     record = fast.record
     assert record.prepared_bytes == sum(part.bytes for part in parts) > 1e6
 
@@ -143,8 +143,8 @@ def test_a_client_that_dies_in_the_middle_loses_its_material(running, store, scr
     assert no_parties_left(scratch)
     assert ticket not in ready(running.material)
     store.sweep()  # what the next command does first
-    assert not files_under(tmp_path / "material")
-    assert not files_under(running.material)
+    assert not files_of(tmp_path / "material", ticket.hex())
+    assert not files_of(running.material, ticket.hex())
     with pytest.raises(UserError, match="taken already"):
         store.take(ticket, _binding(store, ticket))
 
