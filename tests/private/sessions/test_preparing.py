@@ -1,5 +1,6 @@
 """Preparing, between two processes: what it saves, that it is used once, and what happens when a side fails."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from entropi.errors import UserError
 from entropi.private import Watcher, connect
 from entropi.private.preparation.store import Store
 from entropi.private.sessions import client, preparing
+from entropi.private.sessions.material import Material, Size
 from serving import (
     PROMPT,
     Server,
@@ -23,7 +25,6 @@ from serving import (
     model,
     no_parties_left,
     plain_logits,
-    save_model,
     scratch,
     served_cache,
     wait_for,
@@ -182,31 +183,18 @@ def test_without_the_servers_half_everything_is_computed_as_ever(running, model,
     assert not store.entries()
 
 
-def test_material_of_other_weights_is_not_used(running, model, store, tmp_path, folded, scratch):
-    """Same description, another model: only the server can tell."""
-    from entropi import cli
-
-    preparing.prepare(running.address, TOKENS, store)
-    other = tmp_path / "models" / "other"
-
-    def change(changed):
-        changed.model.blocks[0].attention.output.weight.mul_(1.5) if hasattr(changed.model, "blocks") else None
-        for parameter in changed.parameters():
-            parameter.mul_(1.01)
-
-    save_model(other, change=change)
-    assert cli.main(["fold", str(other), str(tmp_path / "folded")]) == 0
-    running.server.process.send_signal(signal.SIGSTOP)
-    try:
-        second = Server(tmp_path / "folded", tmp_path / "log", "--embedding", "private", "--material", running.material)
-        try:
-            answer, _ = ask(second.address(), store)
-            assert answer.record.prepared_bytes == 0
-        finally:
-            second.process.kill()
-            second.process.wait()
-    finally:
-        running.server.process.send_signal(signal.SIGCONT)
+def test_material_of_other_weights_is_not_used(running, store, tmp_path):
+    """What the server made public may be the same: the weights are bound at its side, and only there."""
+    welcome = connect(running.address)._welcome
+    ticket, size = preparing.prepare(running.address, TOKENS, store), Size(TOKENS, 1)
+    with Store(running.material) as theirs:
+        for weights in ("0" * 64, "1" * 64):
+            with pytest.raises(UserError, match="was prepared for another model"):
+                asyncio.run(Material(theirs, welcome, weights).take(ticket, size, ""))
+    with pytest.raises(UserError, match="was prepared for"):
+        asyncio.run(Material(store, welcome, "0" * 64).take(ticket, size, running.address))
+    taken = asyncio.run(Material(store, welcome).take(ticket, size, running.address))
+    assert taken.size == Size(TOKENS, TOKENS)
 
 
 @pytest.mark.parametrize("options", [("--embedding", "private"), ("--embedding", "public", "--output", "top_k")])
