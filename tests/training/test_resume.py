@@ -329,6 +329,23 @@ def test_the_handlers_are_given_back_after_a_signal_that_came_too_late():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_one_of_several_processes_is_not_ended_before_it_has_said_why_it_fails(
+    monkeypatch: pytest.MonkeyPatch, processes: str
+):
+    """Its launcher sends SIGTERM to all as soon as one has died."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="connection lost"), SaveOnInterrupt().listening():
+            raise RuntimeError("connection lost")
+        assert signal.getsignal(signal.SIGTERM) is (signal.SIG_DFL if processes == "1" else signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # --- The split of older versions --------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from entropi.training.distributed import (
     barrier,
     full_tensor,
     is_main,
+    launched,
     world_size,
 )
 
@@ -370,6 +371,11 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(number, self._ask)
         try:
             yield
+        except Exception:
+            # A launcher ends the other processes 0.1 s after one has died: this one still has to say what it saw.
+            if launched() > 1 and taken.pop(signal.SIGTERM, None) is not None:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
         finally:
             for number, handler in taken.items():
                 signal.signal(number, handler)
