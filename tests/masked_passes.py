@@ -68,7 +68,7 @@ def inputs_of_passes(passes, model, settings, table):
         if settings.embedding == "public":
             yield len(tokens), "embedded", table[tokens].astype(np.float32)
         else:
-            yield len(tokens), "tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits)
+            yield len(tokens), "tokens", one_hot(tokens, model.vocab_size)  # prepared ones are never in pairs
 
 
 def plain_passes(passes, model, settings, weights):

@@ -184,6 +184,7 @@ OPERATIONS = {
 
 MATERIAL = {
     "times_matrix": "rows times the server's matrices",
+    "times_table": "one-hot rows times the server's token table",
     "scores": "queries times keys",
     "mix": "attention weights times values",
     "square": "squares of numbers",

@@ -18,7 +18,7 @@ from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product
 from entropi.private.preparation.material import Material, array_name, need_of, of_all_tokens
-from entropi.private.preparation.products import masking, packed_size
+from entropi.private.preparation.products import OF_SERVER, masking, packed_size
 from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
 
@@ -141,7 +141,7 @@ def _timed(
     from entropi.private.preparation.online import PreparedPasses
 
     names = ("x",) if second is None else ("x", "y")
-    by_matrix = kind == "times_matrix"
+    by_matrix = kind in OF_SERVER
     product = Product(kind, names, (first,) if second is None else (first, second), "z", result)
     matrix = {"y": np.ones(second, np.int32)} if by_matrix and second is not None else {}
     keys = second[1] if kind in ("scores", "mix") and second is not None else first[0]
@@ -159,7 +159,7 @@ def _timed(
 
 def _material(product: Product, keys: int) -> Material:
     """The server's, of which a pass over the last tokens of `keys` takes what it needs."""
-    need = need_of(of_all_tokens(product, keys), 0, {"y"} if product.kind == "times_matrix" else set())
+    need = need_of(of_all_tokens(product, keys), 0, {"y"} if product.kind in OF_SERVER else set())
     arrays = {array_name(need.name, "c"): uniform(need.result)}
     if need.masking != "server":
         arrays[array_name(need.name, "a")] = uniform(need.shapes[0])

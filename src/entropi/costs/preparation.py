@@ -28,6 +28,7 @@ class PreparedPredictor(Predictor):
     """Prices what a session takes, and its passes with that."""
 
     _prepared = True
+    _paired = False
 
     def needs(self, tokens: int, passes: int | None = None) -> list[Need]:
         """What a session of at most `tokens` tokens in so many passes takes, the prefix included."""
@@ -36,7 +37,6 @@ class PreparedPredictor(Predictor):
             fraction_bits=options.fraction_bits,
             exact_softmax_as=options.exact_softmax_as,
             embedding=options.embedding,
-            paired=self._paired,
             output=options.output,
             choices=options.choices,
         )

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("spu")
 
+from entropi.private.compute import functions
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation import dealing
 from entropi.private.preparation.dealing import deal
@@ -21,6 +22,7 @@ NEEDS = {
     for need in (
         Need("0.up", "times_matrix", "server", ((5, 7), (7, 11)), (5, 11), "0.up"),
         Need("1.up", "times_matrix", "server", ((131, 3), (3, 5)), (131, 5), "1.up"),
+        Need("embedding", "times_table", "server", ((9, 30), (30, 4)), (9, 4), "embedding"),
         Need("0.scores", "scores", "pair", ((4, 5, 3), (2, 5, 3)), (4, packed_size(5))),
         Need("0.mix", "mix", "pair", ((4, packed_size(5)), (2, 5, 3)), (4, 5, 3)),
         Need("times", "times", "pair", ((300,), (300,)), (300,)),
@@ -112,7 +114,8 @@ def test_products_of_random_numbers(name):
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_in_pieces(name, monkeypatch):
-    """Columns of a matrix, and rows of a pool in whole blocks of products."""
+    """Columns of a matrix, rows of the token table, and rows of a pool in whole blocks of products."""
+    monkeypatch.setattr(functions, "table_blocks", lambda rows, entries, width: (4, entries))
     monkeypatch.setattr(dealing, "POOL_STEP", 400)
     monkeypatch.setattr(dealing, "POLYNOMIALS", 1)
     monkeypatch.setattr(dealing, "CIPHERTEXT", 800)

@@ -37,11 +37,13 @@ def test_logits_are_the_unprepared_programs(variant):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_private_table(paired):
+    """Its rows are prepared one by one, also where a program without preparation takes them in pairs."""
     model, settings = describe(), Settings(embedding="private", paired=paired, fraction_bits=18)
     weights = random_weights(model)
-    passes = [[5], [2]] if paired else PASSES[:2]  # in plaintext pairs cannot be separated
-    session, _ = ideal_session(model, settings, weights, passes, TOKENS)
-    compare(session, model, settings, weights, passes)
+    session, _ = ideal_session(model, settings, weights, PASSES, TOKENS)
+    compare(session, model, settings, weights, PASSES)
+    (table,) = [need for need in needs(model, settings, TOKENS) if need.kind == "times_table"]
+    assert (table.matrix, table.masking, table.rows) == ("embedding", "server", TOKENS)
 
 
 def test_a_public_prefix():

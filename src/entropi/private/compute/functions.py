@@ -66,6 +66,7 @@ def times_matrix(x: Array, matrix: Array) -> Array:
     return jnp.concatenate([x[start : start + most] @ matrix for start in range(0, rows, most)])
 
 
+@bilinear
 def times_table(chosen: Array, table: Array) -> Array:
     """One-hot rows `(n, V)` times the server's `(V, d)`, cut to fit its memory in the way that sends least.
 
@@ -73,15 +74,7 @@ def times_table(chosen: Array, table: Array) -> Array:
     time leave room for larger pieces, until their answers no longer fill ciphertexts.
     """
     rows, (entries, width) = chosen.shape[0], table.shape
-
-    def pieces(block: int) -> int:
-        return -(-block * entries * width // (POLYNOMIALS * CIPHERTEXT))
-
-    def price(block: int) -> int:
-        return -(-rows // block) * pieces(block) * product_bytes(block, -(-entries // pieces(block)), width)
-
-    block = min((-(-rows >> halvings) for halvings in range(rows.bit_length())), key=price)
-    size = -(-entries // pieces(block))
+    block, size = table_blocks(rows, entries, width)
     parts = [
         sum(
             chosen[start : start + block, first : first + size] @ table[first : first + size]
@@ -90,6 +83,19 @@ def times_table(chosen: Array, table: Array) -> Array:
         for start in range(0, rows, block)
     ]
     return jnp.concatenate(parts)
+
+
+def table_blocks(rows: int, entries: int, width: int) -> tuple[int, int]:
+    """How many rows, and how many of the table's, `times_table` multiplies at a time."""
+
+    def pieces(block: int) -> int:
+        return -(-block * entries * width // (POLYNOMIALS * CIPHERTEXT))
+
+    def price(block: int) -> int:
+        return -(-rows // block) * pieces(block) * product_bytes(block, -(-entries // pieces(block)), width)
+
+    block = min((-(-rows >> halvings) for halvings in range(rows.bit_length())), key=price)
+    return block, -(-entries // pieces(block))
 
 
 # SPU's exponential with one squaring is (1 + x / 2)^2, and the only way to its multiplication of a number with itself,

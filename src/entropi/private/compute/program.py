@@ -106,7 +106,8 @@ def forward(
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
-    With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more.
+    With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more, and tokens are
+    never paired.
     `norm_shifts` are those of the settings: what rows are multiplied by, as powers of two, before norms of the state.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -121,7 +122,7 @@ def forward(
     softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
     add_branch = partial(add_normalised, epsilon=model.norm_epsilon)
-    yield from embedding_stages(model, new, past, embedding, paired, fraction_bits)
+    yield from embedding_stages(model, new, past, embedding, paired and not prepared, fraction_bits)
 
     for layer in range(model.layers):
         rows = new if every_row or layer < model.layers - 1 else last_rows

@@ -37,8 +37,20 @@ class Piece:
 
 
 def pieces(need: Need) -> Iterator[Piece]:
-    """The multiplications of `need`, one after another: as many columns of a matrix, or numbers, as memory holds."""
-    if need.masking == "server":
+    """The multiplications of `need`, one after another: as many columns of a matrix, or numbers, as memory holds.
+
+    Of the token table as many one-hot rows as the program would multiply at a time.
+    """
+    if need.kind == "times_table":
+        (rows, entries), (_, width) = need.shapes
+        step, _ = functions.table_blocks(rows, entries, width)
+        for start in range(0, rows, step):
+            operands = {
+                "mask": ((min(step, rows - start), entries), CLIENT),
+                "matrix": ((entries, width), SERVER),
+            }
+            yield _piece(need, functions.times_table, operands)
+    elif need.masking == "server":
         (rows, inner), (_, columns) = need.shapes
         step = max(POLYNOMIALS * CIPHERTEXT // (min(rows, _BLOCK) * inner), 1)
         for start in range(0, columns, step):
@@ -106,7 +118,7 @@ def deal(
     """
     if need.masking == "server":
         assert (matrix is not None) == (engine.rank == SERVER)
-        yield from _deal_matrix(engine, need, matrix)
+        yield from (_deal_table if need.kind == "times_table" else _deal_matrix)(engine, need, matrix)
     else:
         for piece in pieces(need):
             yield _deal_squares(engine, need, piece) if need.masking == "self" else _deal_pair(engine, need, piece)
@@ -115,7 +127,7 @@ def deal(
 def _deal_matrix(
     engine: Engine, need: Need, matrix: np.ndarray | None
 ) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
-    """The client's rows times the server's matrix."""
+    """The client's rows times the server's matrix, by columns."""
     drawn = uniform(need.shapes[0]) if engine.rank == CLIENT else None
     start = 0
     for piece in pieces(need):
@@ -127,6 +139,20 @@ def _deal_matrix(
             arrays[array_name(need.name, "a")] = drawn
         yield arrays, cost
         start = end
+
+
+def _deal_table(
+    engine: Engine, need: Need, table: np.ndarray | None
+) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
+    """The client's rows, each as long as the vocabulary, times the server's token table, by rows."""
+    whole = None if table is None else table.astype(np.int64)
+    for piece in pieces(need):
+        rows = uniform(piece.operands["mask"][0]) if engine.rank == CLIENT else None
+        product, cost = _product(engine, piece, {"mask": rows, "matrix": whole})
+        arrays = {array_name(need.name, "c"): product}
+        if rows is not None:
+            arrays[array_name(need.name, "a")] = rows
+        yield arrays, cost
 
 
 def _deal_pair(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:

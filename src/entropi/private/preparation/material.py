@@ -12,7 +12,7 @@ from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import Settings
 from entropi.private.preparation.cutting import Product, Shape, cut
-from entropi.private.preparation.products import Masking, masking, packed_size, pool_of, token_rows
+from entropi.private.preparation.products import OF_SERVER, Masking, masking, packed_size, pool_of, token_rows
 from entropi.private.preparation.ring import Ring
 
 
@@ -52,7 +52,7 @@ def needs(model: Description, settings: Settings, tokens: int, passes: int | Non
     read = tokens if passes is None else min(passes, tokens)
     weights = model.weight_shapes()
     shapes: dict[str, Shape] = {**weights, "embedded": (tokens, model.hidden_size)}
-    shapes["tokens"] = (-(-tokens // 2) if settings.paired and tokens > 1 else tokens, model.vocab_size)
+    shapes["tokens"] = (tokens, model.vocab_size)
     found: dict[str, Need] = {}
     for stage in stages_of_pass(model, settings, tokens, 0, last_rows=read, prepared=True):
         for step in cut(stage, shapes, settings.fraction_bits):
@@ -77,7 +77,7 @@ def name_of(product: Product, layer: int) -> str:
     """Of the material that a product in this layer takes."""
     if (pool := pool_of(product.kind, product.shapes[0])) is not None:
         return pool
-    return product.operands[1] if product.kind == "times_matrix" else f"{layer}.{product.kind}"
+    return product.operands[1] if product.kind in OF_SERVER else f"{layer}.{product.kind}"
 
 
 def need_of(product: Product, layer: int, weights: set[str]) -> Need:
@@ -113,12 +113,12 @@ def array_name(need: str, which: Literal["a", "b", "c"]) -> str:
 
 
 def joined(need: Need, pieces: Iterable[Mapping[str, Ring]]) -> dict[str, Ring]:
-    """Arrays of one need, of the pieces in which they were dealt: columns of a matrix, rows of a pool."""
+    """Arrays of one need, of the pieces in which they were dealt: columns of a matrix, rows of a table or a pool."""
     found: dict[str, list[Ring]] = {}
     for piece in pieces:
         for name, array in piece.items():
             found.setdefault(name, []).append(array)
-    axis = -1 if need.masking == "server" else 0
+    axis = -1 if need.kind == "times_matrix" else 0
     return {name: some[0] if len(some) == 1 else np.concatenate(some, axis=axis) for name, some in found.items()}
 
 
@@ -166,7 +166,7 @@ class Material:
             return self._cut(name, (place, place, place), (product.shapes[0], product.shapes[-1], product.result_shape))
 
         rows = token_rows(product.kind, product.shapes[0], product.result_shape)
-        if product.kind == "times_matrix":  # any row of R is as good as another
+        if product.kind in OF_SERVER:  # any row of R is as good as another
             place = self._use(name, start, start + rows)
             return self._cut(name, (place, place, place))
         first = keys - rows

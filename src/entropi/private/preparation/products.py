@@ -24,6 +24,7 @@ from entropi.private.preparation.ring import Ring
 # Who masks what: of two shared operands both parties open both; of a square its one; of a server's matrix the client
 # alone draws the other operand's mask, and the server alone sees that operand under it.
 Masking: TypeAlias = Literal["pair", "self", "server"]
+OF_SERVER = ("times_matrix", "times_table")  # kinds whose second operand is one of the server's weights
 
 
 def packed_size(rows: int) -> int:
@@ -60,7 +61,7 @@ def multiply(kind: str, x: Ring, y: Ring) -> Ring:
     Numpy's products of whole numbers are slow, but digits in float64 are no faster here, where both operands have 64
     bits: six products of digits of 22 bits.
     """
-    if kind == "times_matrix":
+    if kind in OF_SERVER:
         return x @ y
     if kind == "scores":
         return _scores(x, y)
@@ -83,7 +84,7 @@ def masking(product: Product, of_server: set[str]) -> Masking:
     """
     if len(product.operands) == 1:
         return "self"
-    if product.kind != "times_matrix":
+    if product.kind not in OF_SERVER:
         return "pair"
     assert product.operands[1] in of_server, f"{product.operands[1]} is no weight"
     return "server"

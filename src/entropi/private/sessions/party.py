@@ -94,6 +94,7 @@ def _serve_session(
             shape = prefix.shape(model, job.prefix_length)
             engine.hold(name, shape, known[name] if known is not None else None)
     prepared = _prepared_passes(engine, job, files, weights) if job.material is not None else None
+    paired = settings.paired and prepared is None
     fresh, count, past = job.prompt, job.prompt_length, job.prefix_length
     left, number = job.max_new_tokens, 0
     while True:
@@ -102,8 +103,8 @@ def _serve_session(
         else:
             tokens = None
             if fresh is not None:
-                tokens = one_hot(fresh, model.vocab_size, settings.paired, settings.fraction_bits)
-            engine.hold("tokens", (-(-count // 2) if settings.paired else count, model.vocab_size), tokens)
+                tokens = one_hot(fresh, model.vocab_size, paired, settings.fraction_bits)
+            engine.hold("tokens", (-(-count // 2) if paired else count, model.vocab_size), tokens)
         left -= 1 if number == 0 else count
         if left:
             _compile_next(engine, job, past + count, prepared)
