@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from entropi.commands.common import Command, secure_engine, terminated_like_interrupted
 from entropi.console import ProgressLine, make_console, without_controls
@@ -14,12 +17,15 @@ from entropi.records import StageCommunication
 if TYPE_CHECKING:
     from entropi.private.preparation.store import Store
 
+LOOK_SECONDS = 30.0  # between two looks at how many sessions are ready
+
 
 def run(
     server: str = "127.0.0.1:9000",
     tokens: int = 192,
     new_tokens: int | None = None,
     sessions: int = 1,
+    keep_ready: int = 0,
     material: Path | None = None,
     expires_days: float = 7.0,
     list: bool = False,
@@ -39,6 +45,7 @@ def run(
         tokens: most tokens of a session, prompt and answer together
         new_tokens: of these, most that are answered; by default 64, or all if there are fewer
         sessions: so many sessions are prepared, one after another
+        keep_ready: stay, and prepare another session whenever fewer than so many are left, until this is interrupted
         material: folder to keep it in, as secret as keys; by default entropi/material in the user's state folder
         expires_days: after which it is destroyed, used or not, up to 30
         list: show what is kept, and nothing else
@@ -52,6 +59,8 @@ def run(
 
     if tokens < 1 or sessions < 1:
         raise UserError("--tokens and --sessions must be at least 1")
+    if keep_ready < 0 or (keep_ready and sessions > 1):
+        raise UserError("--keep-ready is how many sessions are to be there at any time, in place of --sessions")
     folder = material or default_folder()
     if (list or delete is not None) and not folder.is_dir():
         raise UserError(f"nothing was prepared: there is no folder {folder}")
@@ -68,10 +77,11 @@ def run(
             from entropi.private.sessions import preparing
             from entropi.private.wire.certificates import tls_files
         tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
-        for number in range(sessions):
+
+        def prepare(title: str) -> None:
             started = time.monotonic()
-            display = _Display(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
-            with display, terminated_like_interrupted():
+            display = _Display(title)
+            with display:
                 watcher = preparing.Watcher(display.begin, display.part, display.piece, display.status)
                 ticket = preparing.prepare(
                     server, tokens, store, watcher, new_tokens=new_tokens, tls=tls, memory_gb=memory_gb
@@ -83,6 +93,28 @@ def run(
                 f"received in {time.monotonic() - started:.0f} s{size}",
                 flush=True,
             )
+
+        with terminated_like_interrupted():
+            for number in range(sessions if not keep_ready else 0):
+                prepare(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
+            if keep_ready:
+                ready = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, tls=tls)
+                _keep_ready(keep_ready, ready, prepare)
+
+
+def _keep_ready(wanted: int, ready: Callable[[], int], prepare: Callable[[str], None]) -> NoReturn:
+    """Prepare whenever fewer are ready than wanted; what fails after the first look is told, and tried again."""
+    there = ready()  # a wrong address or certificate ends this
+    while True:
+        try:
+            if there < wanted:
+                prepare(f"preparing, {there} of {wanted} ready")
+            else:
+                time.sleep(LOOK_SECONDS)
+            there = ready()
+        except UserError as error:
+            print(f"{error}; trying again in {LOOK_SECONDS:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(LOOK_SECONDS)
 
 
 def _show(store: Store) -> None:

@@ -86,7 +86,11 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     assert files_of(running.material, ticket)
     assert bytes.fromhex(ticket) in ready(running.material)
 
+    assert preparing.ready(running.address, TOKENS, store) == 1
+    assert preparing.ready(running.address, TOKENS + 1, store) == 0
+
     fast, said = ask(running.address, store)
+    assert preparing.ready(running.address, TOKENS, store) == 0
     assert right(fast, model, prompt_ids)
     assert not any("going on without" in line for line in said)
     assert not store.entries()

@@ -86,6 +86,10 @@ class Material:
         binding, ticket = found[-1 if largest else 0]
         return ticket.hex(), Size(binding.tokens, binding.passes)
 
+    async def count(self, size: Size, peer: str) -> int:
+        """How many tickets have material for a session of this size."""
+        return len(await asyncio.to_thread(self._store.ready, self._binding(size, peer)))
+
     async def take(self, ticket: str, size: Size, peer: str) -> Taken:
         """The material of a ticket, which from then on is nowhere else (`UserError`)."""
 

@@ -15,7 +15,7 @@ from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
 from entropi.private.wire.certificates import Tls
-from entropi.private.wire.channel import LostServer, ServerAddress, open_channel, welcome_from
+from entropi.private.wire.channel import LostServer, ServerAddress, greet, open_channel, welcome_from
 from entropi.private.wire.messages import Failed, Job, Linked, PartDone, Prepare, StageDone
 from entropi.private.wire.tunnel import Tunnel
 from entropi.records import StageCommunication
@@ -56,11 +56,31 @@ def prepare(
     Raises:
         UserError: a refusal, no room, a server or link that dies; what is prepared by then is kept.
     """
+    where = ServerAddress.at(server, tls)
+    return asyncio.run(_prepare(where, _size(tokens, new_tokens), store, watcher or Watcher(), memory_gb))
+
+
+def ready(server: str, tokens: int, store: Store, *, new_tokens: int | None = None, tls: Tls | None = None) -> int:
+    """How many sessions of this size are prepared with what the server serves now; arguments as of `prepare`.
+
+    Raises:
+        UserError: nobody there, or not an entropi server.
+    """
+    where, asked = ServerAddress.at(server, tls), _size(tokens, new_tokens)
+
+    async def count() -> int:
+        welcome = await greet(where)
+        size = Size(asked.tokens + len(welcome.prefix), asked.passes)
+        return await Material(store, welcome).count(size, where.name)
+
+    return asyncio.run(count())
+
+
+def _size(tokens: int, new_tokens: int | None) -> Size:
     passes = min(NEW_TOKENS, tokens) if new_tokens is None else new_tokens
     if not 1 <= passes <= tokens:
         raise UserError(f"{passes} new tokens of {tokens}: there must be at least 1, and no more than all")
-    where = ServerAddress.at(server, tls)
-    return asyncio.run(_prepare(where, Size(tokens, passes), store, watcher or Watcher(), memory_gb))
+    return Size(tokens, passes)
 
 
 async def _prepare(server: ServerAddress, asked: Size, store: Store, watcher: Watcher, memory_gb: float | None) -> str:
