@@ -60,6 +60,11 @@ class Connection:
         return self._welcome.settings
 
     @property
+    def prefix(self) -> list[int]:
+        """Public tokens that the server puts before every prompt."""
+        return list(self._welcome.prefix)
+
+    @property
     def trust(self) -> str:
         """What each side learns, in words."""
         return trust(self._welcome.settings, len(self._welcome.prefix))
