@@ -125,6 +125,7 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
     name, result = equation.primitive.name, equation.outvars[0].aval
     size = int(np.prod(result.shape, dtype=np.int64))
     known = _together(operands)
+    # A shared bit is turned around by one party alone, where the other operand is public.
     if name in _LOCAL or size == 0 or (name == "xor" and "public" in operands):
         return
     if name == "select_n":
