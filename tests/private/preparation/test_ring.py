@@ -12,7 +12,7 @@ from entropi.private.compute import attention, functions
 from entropi.private.compute.functions import BILINEAR
 from entropi.private.preparation import ring
 from entropi.private.preparation.products import multiply, packed_size
-from entropi.private.preparation.ring import encode, times_small, uniform
+from entropi.private.preparation.ring import SmallMatrix, encode, uniform
 from masked_passes import chi_square
 
 RANDOM = np.random.default_rng(5)
@@ -31,39 +31,46 @@ def exact_product(x, matrix):
     return (x.astype(object) @ matrix.astype(object) % 2**64).astype(np.uint64)
 
 
+def check_exact(x, matrix):
+    """As whole numbers and by digits, whichever is taken for so many rows."""
+    small, exact = SmallMatrix(matrix), exact_product(x, matrix)
+    np.testing.assert_array_equal(small.after(x), exact)
+    np.testing.assert_array_equal(small._by_digits(x), exact)
+
+
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 5, 7), (1, 2049, 3), (130, 9, 5), (3, 4097, 2), (2, 1, 1)])
 @pytest.mark.parametrize("bits", [1, 18, 31, 37])
-def test_times_small_is_exact(rows, inner, columns, bits):
+def test_a_small_matrix_is_exact(rows, inner, columns, bits):
     matrix = RANDOM.integers(-(2**bits), 2**bits, (inner, columns), endpoint=True)
     matrix[0, 0] = -(2**bits)
     x = ring_numbers(rows, inner)
-    np.testing.assert_array_equal(times_small(x, matrix), exact_product(x, matrix))
+    check_exact(x, matrix)
 
 
 @pytest.mark.parametrize("bits", [18, 37])
-def test_times_small_is_exact_where_all_is_largest(bits):
+def test_a_small_matrix_is_exact_where_all_is_largest(bits):
     """Every digit and every entry: a sum that is not cut where it should be would leave float64's whole numbers."""
     x, matrix = np.full((2, 2500), 2**64 - 1, np.uint64), np.full((2500, 2), 2**bits)
     matrix[:, 1] *= -1
-    np.testing.assert_array_equal(times_small(x, matrix), exact_product(x, matrix))
+    check_exact(x, matrix)
 
 
-def test_times_small_of_a_wide_matrix():
+def test_a_wide_small_matrix():
     """Columns that are multiplied one after another, the last of them few."""
     x, matrix = ring_numbers(2, 3), RANDOM.integers(-(2**20), 2**20, (3, 2 * ring._COLUMNS + 5)).astype(np.int32)
-    np.testing.assert_array_equal(times_small(x, matrix), exact_product(x, matrix))
+    check_exact(x, matrix)
 
 
-def test_times_small_knows_the_smallest_entry_of_a_type():
+def test_a_small_matrix_knows_the_smallest_entry_of_a_type():
     """-2^31 has no magnitude in 32 bits."""
     x, matrix = np.full((1, 2**7), 2**64 - 1, np.uint64), np.full((2**7, 1), -(2**31), np.int32)
-    np.testing.assert_array_equal(times_small(x, matrix), exact_product(x, matrix))
+    check_exact(x, matrix)
 
 
 @pytest.mark.parametrize("entry", [MOST + MOST // 2, -2 * MOST, 2**62, -(2**63)])
-def test_times_small_refuses_larger_entries(entry):
+def test_a_small_matrix_refuses_larger_entries(entry):
     with pytest.raises(ValueError, match="37 bits"):
-        times_small(ring_numbers(1, 4), np.array([[0], [entry], [1], [0]]))
+        SmallMatrix(np.array([[0], [entry], [1], [0]]))
 
 
 def test_products_of_real_numbers_come_back():
@@ -71,8 +78,8 @@ def test_products_of_real_numbers_come_back():
     weights, x = RANDOM.normal(size=(40, 6)), RANDOM.normal(size=(3, 40))
     shares = uniform((3, 40))
     other = np.rint(x * 2.0**bits).astype(np.int64).view(np.uint64) - shares
-    matrix = encode(weights, bits)
-    whole = (times_small(shares, matrix) + times_small(other, matrix)).view(np.int64)
+    small = SmallMatrix(encode(weights, bits))
+    whole = (small.after(shares) + small.after(other)).view(np.int64)
     np.testing.assert_allclose(whole / 4.0**bits, x @ weights, atol=40 * 4 * 2.0**-bits)
 
 

@@ -14,7 +14,7 @@ from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product, Shape, cut
 from entropi.private.preparation.material import Masks, Material
 from entropi.private.preparation.products import masking, multiply
-from entropi.private.preparation.ring import Ring, times_small
+from entropi.private.preparation.ring import Ring, SmallMatrix
 from entropi.records import StageCommunication
 
 _OPENED_ONCE = ("scores", "mix")  # kinds whose second operands, keys and values, grow from pass to pass
@@ -36,7 +36,8 @@ class PreparedPasses:
         self, engine: Engine, material: Material, fraction_bits: int, of_server: Mapping[str, np.ndarray | None]
     ) -> None:
         self._engine, self._material, self._bits = engine, material, fraction_bits
-        self._matrices, self._weights = of_server, set(of_server)
+        self._weights = set(of_server)
+        self._matrices = {name: None if matrix is None else SmallMatrix(matrix) for name, matrix in of_server.items()}
         self._opened: dict[str, Ring] = {}  # keys and values under their masks, of all tokens so far
 
     def run(self, stage: Stage, token: int, keys: int) -> Iterator[StageCommunication]:
@@ -132,7 +133,7 @@ class PreparedPasses:
                 return masks.c
             matrix = self._matrices[product.operands[1]]
             assert matrix is not None
-            return times_small(opened[0], matrix) + masks.c
+            return matrix.after(opened[0]) + masks.c
 
         assert masks.a is not None
         if who == "self":  # d d + 2 d a + a a, the first of them the server's

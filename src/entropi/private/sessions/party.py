@@ -200,3 +200,4 @@ def _warm_up(engine: Engine, events: BinaryIO) -> None:
 
 def _emit(events: BinaryIO, event: Event) -> None:
     events.write(messages.encode(event) + b"\n")
+    events.flush()

@@ -26,7 +26,8 @@ def main() -> int:
         print(json.dumps(confine(Path(sys.argv[2]))), flush=True)
         return 0
     # SPU and its libraries may print; only events go to the parent.
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    # Buffered: a plain write that a signal interrupts, a stop and go on, may write a part only.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     line, begun = _first_line()
     try:
@@ -40,6 +41,7 @@ def main() -> int:
     except Exception as error:  # the parent's user reads one line, wherever it comes from
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         events.write(json.dumps({"type": "Failed", "reason": reason}).encode() + b"\n")
+        events.flush()
         return 1
     tempfile.tempdir = str(folder)
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
