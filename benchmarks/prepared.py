@@ -1,13 +1,19 @@
-"""A prepared session metered between two processes, beside its prediction: bytes, computing and waiting.
+"""Sessions whose products are prepared, metered between two processes, beside their prediction.
 
-    python benchmarks/prepared.py [--model "polynomial SM(t)+ScFuFFN" or FOLDER] [--tokens 128] [--new-tokens 65]
-        [--lines loopback lan wan] [--line-tokens 5] [--prefix-file FILE] [--work FOLDER] --out FILE
+    python benchmarks/prepared.py --out FILE [--model "polynomial SM(t)+ScFuFFN" or FOLDER] [--tokens 128]
+        [--new-tokens 65] [--prefix-file FILE] [--work FOLDER]
+    python benchmarks/prepared.py --out FILE --online [--lines loopback lan wan] [--further 6] [--model, --tokens]
 
-A name is one of the models of `private_forward.py`, GPT-2 small's shape with random weights; a folder is what `serve`
-takes. A server keeps its half of the material and answers; a client prepares, then asks. The session over the bare
-loopback has `--new-tokens` new tokens. Over the other lines, one session of `--line-tokens` new tokens each is prepared
-over the loopback too, and asked through a `SlowLine` with TLS. Rows already in FILE are not measured again. The last
-line is JSON.
+The first is all of it: a server that keeps its half, `prepare`, and a question over the loopback with TLS. A name is
+one of the models of `private_forward.py`, GPT-2 small's shape with random weights; a folder is what `serve` takes. That
+takes tens of minutes, nearly all of them before the question.
+
+The second runs the online part alone, between two processes over a line of limited speed and added delay (`SlowLine`),
+with material that is drawn at random instead of computed: answers mean nothing, and bytes, rounds and seconds are those
+of any session, because nothing that is done depends on values. The passes of the first `--further` tokens after the
+prompt are shown, and their median without the first, whose stages are compiled while the prompt is answered.
+
+Rows already in FILE are not measured again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,13 +42,22 @@ from entropi.costs.prediction import CostModel
 from entropi.costs.preparation import predict
 from entropi.machine import machine
 from entropi.private import Store, Tls, Watcher, connect, prepare
+from entropi.private.compute import prefix
+from entropi.private.compute.compiling import compile_ahead
 from entropi.private.compute.description import Description
+from entropi.private.compute.engine import Engine
 from entropi.private.compute.folded import DESCRIPTION_FILE, WEIGHTS_FILE, load_description
+from entropi.private.compute.program import compute_on_processor, stages_of_pass, warm_up
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.private.preparation.material import Material, Need, needs
+from entropi.private.preparation.online import PreparedPasses
+from entropi.private.preparation.ring import Ring, encode, uniform
+from entropi.private.sessions.engine_link import open_link
 from entropi.private.sessions.preparing import Watcher as PreparingWatcher
 from entropi.private.wire.authority import issue
 from entropi.records import PrivateRun, StageCommunication
 from network import LINES, SlowLine
-from private_forward import ARCHITECTURES, description, random_weight
+from private_forward import ARCHITECTURES, description, free_links, random_weight, take
 
 START_SECONDS = 7200  # most of them for looking at every token of a public table
 PROMPT = "Before the prompt is known, products of random numbers can be computed; afterwards they are only looked up. "
@@ -107,10 +124,10 @@ def by_token(run: PrivateRun) -> list[list[StageCommunication]]:
     return [passes[token] for token in sorted(passes)]
 
 
-def measure(
-    address: str, log: Path, tls: Tls, model: Path, tokens: int, new_tokens: int, line: str, store: Store
+def whole_session(
+    address: str, log: Path, tls: Tls, model: Path, tokens: int, new_tokens: int, store: Store
 ) -> dict[str, Any]:
-    """Prepare over the loopback, ask over the line."""
+    """Prepare, then ask."""
     prompt = prompt_of(tokens, address, tls, model)
     parts: list[StageCommunication] = []
 
@@ -127,24 +144,19 @@ def measure(
     server_kept = sum(path.stat().st_size for path in (log.parent / "server-material").rglob("*") if path.is_file())
     print(f"\nprepared: {mb(*parts):.1f} MB in {preparing:.0f} s", file=sys.stderr)
 
-    slow = None if line == "loopback" else SlowLine(address, LINES[line])
     ends: dict[int, float] = {}  # of each pass
 
     def stage(done: int, communication: StageCommunication) -> None:
         ends[communication.token] = time.monotonic()
-        print(f"\r{line}: token {communication.token}", end="", file=sys.stderr, flush=True)
+        print(f"\rtoken {communication.token}", end="", file=sys.stderr, flush=True)
 
     before = time.monotonic()
-    connection = connect(slow.address if slow else address, tls)
-    answer = connection.ask(prompt, new_tokens, watcher=Watcher(stage=stage), store=store, memory_gb=0)
+    answer = connect(address, tls).ask(prompt, new_tokens, watcher=Watcher(stage=stage), store=store, memory_gb=0)
     print(file=sys.stderr)
-    if slow:
-        slow.close()
     run = answer.record
     assert run.prepared_bytes == sum(stage.bytes for stage in parts), "the session did not use what was prepared"
     first, *others = by_token(run)
     return {
-        "line": line,
         "tokens": tokens,
         "new_tokens": new_tokens,
         "offline_mb": mb(*parts),
@@ -170,6 +182,104 @@ def measure(
     }
 
 
+# --- The online part alone --------------------------------------------------------------------------------------------
+
+
+def random_arrays(need: Need, rank: int) -> dict[str, Ring]:
+    """In the shapes of what party `rank` would have of a need."""
+    shapes = {"c": need.result}
+    if need.masking != "server" or rank == CLIENT:
+        shapes["a"] = need.shapes[0]
+    if need.masking == "pair":
+        shapes["b"] = need.shapes[1]
+    return {f"{need.name} {which}": uniform(shape) for which, shape in shapes.items()}
+
+
+def party(rank: int, links: tuple[str, str], model: Description, tokens: int, further: int, channel: Any) -> None:
+    """One of the two processes; puts what every pass took into `channel`."""
+    compute_on_processor()
+    settings, random = Settings(embedding="public"), np.random.default_rng(0)
+    engine = Engine(rank, open_link(rank, links), settings)
+    stage, shapes = warm_up()
+    for name, (shape, owner) in shapes.items():
+        engine.hold(name, shape, np.zeros(shape) if (owner == "server") == (rank == SERVER) else None)
+    engine.run(stage, 0)
+
+    material = needs(model, settings, tokens + further, further + 1)
+    matrices: dict[str, np.ndarray | None] = {need.matrix: None for need in material if need.matrix}
+    for name, shape in model.weight_shapes().items():
+        if name == "embedding":
+            continue
+        weight = random_weight(name, shape, model, random) if rank == SERVER else None
+        engine.hold(name, shape, weight)
+        if name in matrices and weight is not None:
+            matrices[name] = encode(weight, settings.fraction_bits)
+    arrays = {name: array for need in material for name, array in random_arrays(need, rank).items()}
+    passes = PreparedPasses(engine, Material(material, arrays), settings.fraction_bits, matrices)
+
+    past = 0
+    for number, new in enumerate([tokens] + [1] * further):
+        rows = random.normal(size=(new, model.hidden_size)) if rank == CLIENT else None
+        engine.hold("embedded", (new, model.hidden_size), rows)
+        started, keys = time.perf_counter(), past + new
+        if number < further:  # as a session does
+            compiler = engine.compiler.copy()
+            for name in prefix.names(model):
+                compiler.note(name, prefix.shape(model, keys))
+            compiler.note("embedded", (1, model.hidden_size))
+            later = stages_of_pass(model, settings, 1, keys, prepared=True)
+            compile_ahead(passes.parts(later, compiler), compiler)
+        stages = stages_of_pass(model, settings, new, past, prepared=True)
+        costs = [cost for stage in stages for cost in passes.run(stage, number, keys)]
+        engine.reveal_to_client("logits")
+        channel.put((time.perf_counter() - started, costs))
+        past = keys
+    engine.close()
+
+
+def online(model: Description, line: str, tokens: int, further: int) -> dict[str, Any]:
+    """The client's view of a prompt's pass and of those of further tokens."""
+    context = multiprocessing.get_context("spawn")
+    links, channels = free_links(), [context.Queue(), context.Queue()]
+    views, lines = [links, links], list[SlowLine]()
+    if line != "loopback":
+        lines = [SlowLine(link, LINES[line]) for link in links]
+        views = [(links[0], lines[1].address), (lines[0].address, links[1])]
+    processes = [
+        context.Process(target=party, args=(rank, views[rank], model, tokens, further, channels[rank]), daemon=True)
+        for rank in (SERVER, CLIENT)
+    ]
+    for process in processes:
+        process.start()
+    passes = []
+    for number in range(further + 1):
+        seconds, costs = take(channels[CLIENT], processes)
+        passes.append((seconds, costs))
+        print(f"{line}: pass {number}: {seconds:.2f} s, {mb(*costs):.3f} MB", file=sys.stderr, flush=True)
+    for process in processes:
+        process.join()
+    for one in lines:
+        one.close()
+    (prompt_seconds, prompt), *later = passes
+    return {
+        "line": line,
+        "tokens": tokens,
+        "prompt_mb": mb(*prompt),
+        "prompt_seconds": prompt_seconds,
+        "further_mb": [mb(*costs) for _, costs in later],
+        "further_seconds": [seconds for seconds, _ in later],
+        "median_further_mb": statistics.median(mb(*costs) for _, costs in later[1:]),
+        "median_further_seconds": statistics.median(seconds for seconds, _ in later[1:]),
+        "seconds_by_stage": {
+            name: sum(cost.seconds for cost in later[-1][1] if cost.name == name)
+            for name in dict.fromkeys(cost.name for cost in later[-1][1])
+        },
+    }
+
+
+# --- Both -------------------------------------------------------------------------------------------------------------
+
+
 def predicted(model: Description, tokens: int, new_tokens: int, line: str, prefix: int) -> dict[str, float]:
     """What `entropi cost --prepared` says of the session."""
     shipped = CostModel.shipped(network="lan" if line == "loopback" else line)
@@ -193,40 +303,55 @@ def predicted(model: Description, tokens: int, new_tokens: int, line: str, prefi
     }
 
 
+def rows_of(given: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What is not in `rows` yet."""
+
+    def there(line: str | None) -> bool:
+        return any((row["model"], row.get("line")) == (given.model, line) for row in rows)
+
+    if given.online:
+        named = given.model in ARCHITECTURES
+        model = description(given.model, 12) if named else load_description(Path(given.model))
+        for line in given.lines:
+            if not there(line):
+                expected = predicted(model, given.tokens, given.further + 1, line, 0)
+                yield {**online(model, line, given.tokens, given.further), "predicted": expected}
+        return
+    if there(None):
+        return
+    with contextlib.ExitStack() as stack:
+        work = given.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(given.model)
+        if given.model in ARCHITECTURES:
+            folder = work / "model"
+            if not folder.exists():
+                random_model(given.model, folder)
+        options = ["--prefix-file", str(given.prefix_file)] if given.prefix_file else []
+        address, log, tls = stack.enter_context(serving(folder, work / "server", given.new_tokens, *options))
+        store = stack.enter_context(Store(work / "client"))
+        ahead = len(connect(address, tls).prefix)
+        expected = predicted(load_description(folder), given.tokens, given.new_tokens, "loopback", ahead)
+        measured = whole_session(address, log, tls, folder, given.tokens, given.new_tokens, store)
+        yield {**measured, "predicted": expected}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="polynomial SM(t)+ScFuFFN")
     parser.add_argument("--tokens", type=int, default=128, help="of the prompt")
     parser.add_argument("--new-tokens", type=int, default=65)
-    parser.add_argument("--lines", nargs="+", choices=["loopback", *LINES], default=["loopback", *LINES])
-    parser.add_argument("--line-tokens", type=int, default=5)
     parser.add_argument("--prefix-file", type=Path)
     parser.add_argument("--work", type=Path, help="folder of the model and both stores; by default a temporary one")
+    parser.add_argument("--online", action="store_true", help="the online part alone, with material drawn at random")
+    parser.add_argument("--lines", nargs="+", choices=["loopback", *LINES], default=["loopback", *LINES])
+    parser.add_argument("--further", type=int, default=6, help="tokens after the prompt, with --online")
     parser.add_argument("--out", type=Path, required=True, help="file of the rows")
     given = parser.parse_args()
-
     rows: list[dict[str, Any]] = json.loads(given.out.read_bytes()) if given.out.exists() else []
-    with contextlib.ExitStack() as stack:
-        work = given.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = Path(given.model)
-        if given.model in ARCHITECTURES:
-            model = work / "model"
-            if not model.exists():
-                random_model(given.model, model)
-        prefix = ["--prefix-file", str(given.prefix_file)] if given.prefix_file else []
-        found = serving(model, work / "server", given.new_tokens, *prefix)
-        address, log, tls = stack.enter_context(found)
-        ahead = len(connect(address, tls).prefix) if prefix else 0
-        for line in given.lines:
-            if any((row["model"], row["line"]) == (given.model, line) for row in rows):
-                continue
-            new_tokens = given.new_tokens if line == "loopback" else given.line_tokens
-            with Store(work / f"client-{line}") as store:
-                measured = measure(address, log, tls, model, given.tokens, new_tokens, line, store)
-            expected = predicted(load_description(model), given.tokens, new_tokens, line, ahead)
-            rows.append({"model": given.model, "machine": machine(), **measured, "predicted": expected})
-            given.out.write_text(json.dumps(rows, indent=1))
-            print(json.dumps({name: rows[-1][name] for name in ("line", "prompt_mb", "offline_mb", "predicted")}))
+    for row in rows_of(given, rows):
+        rows.append({"model": given.model, "machine": machine(), **row})
+        given.out.write_text(json.dumps(rows, indent=1))
+        print(json.dumps({name: value for name, value in row.items() if not isinstance(value, list)}), flush=True)
     print(json.dumps(rows))
 
 
