@@ -253,7 +253,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = HANGING) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.1)
     return True
 
 
@@ -582,11 +582,11 @@ class Site:
             delay = self.chance.uniform(0, self.usual["ask"])
         elif moment == "taken":
             while client.poll() is None and len(self.files(side)) >= files[side]:
-                time.sleep(0.002)
+                time.sleep(0.005)
             delay = self.chance.uniform(0, 0.02)
         else:
             while client.poll() is None and not any(path.stat().st_size for path in self.fresh()):
-                time.sleep(0.005)
+                time.sleep(0.01)
             delay = self.chance.uniform(0, self.usual["online"])
         until = time.monotonic() + delay
         while client.poll() is None and time.monotonic() < until:
@@ -597,11 +597,13 @@ class Site:
         return moment if client.poll() is None else ""
 
     def wait_for_part(self, client: subprocess.Popen[bytes], total: int) -> str:
-        """Until a random number of a ticket's parts, of either side, is there."""
-        side, parts = self.chance.choice(SIDES), self.chance.randint(0, total)
+        """Until a random number of the parts that a ticket lacks, of either side, is there."""
+        side, ready = self.chance.choice(SIDES), Counter(self.before["client"].values())["ready"]
+        begun = max(0, len(self.files(side)) - total * ready)  # of a ticket that an earlier kill left unfinished
+        parts = self.chance.randint(0, max(0, total - begun))
         files = len(self.files(side))
         while client.poll() is None and len(self.files(side)) < files + parts:
-            time.sleep(0.002)
+            time.sleep(0.005)
         time.sleep(self.chance.uniform(0, 0.05))
         print(f"  after {parts} of {total} parts at the {side}", flush=True)
         return f"{parts} parts" if client.poll() is None else ""
@@ -705,14 +707,17 @@ def deck(chance: random.Random) -> Iterator[str]:
         yield from cards
 
 
-def run(site: Site, kills: int) -> dict[str, Any]:
+def run(site: Site, kills: int, minutes: float, copies: bool) -> dict[str, Any]:
+    """As many kills, or fewer in this time; what was found of copied stores."""
     site.serve()
-    told = set_back(site)
+    told = set_back(site) if copies else {}
     print(json.dumps(told), flush=True)
+    if not copies:
+        site.prepare(READY)
     site.top_up()
     parts = len(site.files("client", min(site.ready())))
     done, number, victims, began = 0, 0, deck(site.chance), time.monotonic()
-    while done < kills:
+    while done < kills and time.monotonic() < began + 60 * minutes:
         number += 1
         site.top_up()
         if number % 3 == 0:
@@ -730,6 +735,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="for the kills; fewer are done in less time")
+    parser.add_argument("--no-copies", action="store_true", help="kill only, and put no copies of stores back")
     parser.add_argument("--work", type=Path, help="folder to leave everything in; by default a temporary one")
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -738,7 +745,7 @@ def main() -> int:
         site = Site(work, random.Random(given.seed))
         stack.callback(site.stop_server)
         began = time.monotonic()
-        told = run(site, given.kills)
+        told = run(site, given.kills, given.minutes, not given.no_copies)
         found = repeats(site.recordings)
         if found["sent"] or found["opened"] or found["masks"]:
             site.complain(f"masks were used twice: {found}")
