@@ -20,6 +20,7 @@ from entropi.private.preparation.store import Store
 from entropi.private.preparation.tickets import Binding
 from entropi.private.sessions import client, preparing
 from entropi.private.sessions.material import Growing, Material, Size
+from entropi.private.sessions.party_session import GRACE_SECONDS
 from entropi.private.wire.messages import part_file
 from entropi.records import StageCommunication
 from serving import (
@@ -164,6 +165,20 @@ def test_a_client_that_ends_after_the_server_was_ready_goes_on(running, model, s
     answer, _ = ask(running.address, store)
     assert answer.record.prepared_bytes
     assert right(answer, model, model[2].encode(PROMPT).ids)
+
+
+def test_a_slow_disk_does_not_end_a_preparation(running, store, monkeypatch):
+    """The parties and their link are gone long before the last parts are kept."""
+    add = Growing.add
+
+    async def slowly(growing, number, *rest):
+        if number == growing.total - 1:
+            await asyncio.sleep(3 * GRACE_SECONDS)
+        await add(growing, number, *rest)
+
+    monkeypatch.setattr(Growing, "add", slowly)
+    ticket = preparing.prepare(running.address, 2, store)
+    assert [(entry.ticket.hex(), entry.state) for entry in store.entries()] == [(ticket, "ready")]
 
 
 def test_no_copy_of_a_part_is_left_outside_the_store(store, tmp_path, monkeypatch):
