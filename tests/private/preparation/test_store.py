@@ -209,6 +209,30 @@ def test_discarded_and_deleted_tickets_are_gone_and_remembered(store, tmp_path):
     prepare(store, FOUR)  # of which there never was any material
 
 
+def test_the_other_side_may_have_a_ticket_reopened_that_was_never_taken(store):
+    """One that was killed before its own end is behind: what is ready here, or was destroyed, is of no use to it."""
+    prepare(store, ONE)
+    prepare(store, TWO)
+    assert "prepared already" in refusal(lambda: store.grow(ONE, binding(), SIZE))
+    assert "another party" in refusal(lambda: store.grow(ONE, binding(peer="mallory"), SIZE, reopen=True))
+    growth = store.grow(ONE, binding(), SIZE, reopen=True)
+    assert "not prepared to the end" in refusal(lambda: store.take(ONE, binding()))
+    assert first_ready(store, binding()) == TWO
+    assert growth.parts() == set(PARTS)
+    growth.keep(PARTS[:1])
+    add_missing(growth, "client")
+    growth.finish()
+    assert right(store, ONE)
+    assert "taken already" in refusal(lambda: store.grow(ONE, binding(), SIZE, reopen=True))
+
+    store.discard(TWO)
+    growth = store.grow(TWO, binding(), SIZE, reopen=True)
+    assert growth.parts() == set()
+    add_missing(growth, "client")
+    growth.finish()
+    assert right(store, TWO)
+
+
 def test_who_still_writes_for_a_destroyed_ticket_leaves_nothing(store, tmp_path, monkeypatch):
     growth = store.grow(ONE, binding(), SIZE)
     growth.add(PARTS[0], {"a": words(ONE, "client", PARTS[0])})

@@ -9,14 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("spu")
 
 from entropi.errors import UserError
 from entropi.private import Watcher, connect
+from entropi.private.preparation.growth import Growth
 from entropi.private.preparation.store import Store
+from entropi.private.preparation.tickets import Binding
 from entropi.private.sessions import client, preparing
-from entropi.private.sessions.material import Material, Size
+from entropi.private.sessions.material import Growing, Material, Size
+from entropi.private.sessions.party_session import GRACE_SECONDS
+from entropi.private.wire.messages import part_file
+from entropi.records import StageCommunication
 from serving import (
     PROMPT,
     Server,
@@ -134,6 +140,57 @@ def test_an_interrupted_preparation_is_gone_on_with(running, model, tmp_path, sc
         answer, _ = ask(running.address, store)
         assert answer.record.prepared_bytes
         assert right(answer, model, model[2].encode(PROMPT).ids)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_client_that_ends_after_the_server_was_ready_goes_on(running, model, store, monkeypatch, lost):
+    """Whether it has all parts by then or not the last one, and also where the server's half is gone."""
+
+    async def fail(growing):
+        await growing.go_back(growing.total - lost)
+        raise UserError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Growing, "finish", fail)
+        with pytest.raises(UserError, match="killed"):
+            preparing.prepare(running.address, TOKENS, store)
+    (entry,) = store.entries()
+    assert entry.state == "growing"
+    assert entry.ticket in ready(running.material)
+    if lost:
+        with Store(running.material) as theirs:
+            theirs.discard(entry.ticket)
+
+    assert preparing.prepare(running.address, TOKENS, store) == entry.ticket.hex()
+    answer, _ = ask(running.address, store)
+    assert answer.record.prepared_bytes
+    assert right(answer, model, model[2].encode(PROMPT).ids)
+
+
+def test_a_slow_disk_does_not_end_a_preparation(running, store, monkeypatch):
+    """The parties and their link are gone long before the last parts are kept."""
+    add = Growing.add
+
+    async def slowly(growing, number, *rest):
+        if number == growing.total - 1:
+            await asyncio.sleep(3 * GRACE_SECONDS)
+        await add(growing, number, *rest)
+
+    monkeypatch.setattr(Growing, "add", slowly)
+    ticket = preparing.prepare(running.address, 2, store)
+    assert [(entry.ticket.hex(), entry.state) for entry in store.entries()] == [(ticket, "ready")]
+
+
+def test_no_copy_of_a_part_is_left_outside_the_store(store, tmp_path, monkeypatch):
+    """Whoever is killed as soon as the store has a part has removed the file in which it came."""
+    file, left = tmp_path / part_file(0), []
+    save_file({"a": np.zeros(3, np.uint64)}, file)
+    binding = Binding(model="", settings="", own="", peer="", side="client", tokens=1, passes=1)
+    growing = Growing(store.grow(bytes(16), binding, 1000), 1, Size(1, 1))
+    monkeypatch.setattr(Growth, "add", lambda growth, part, arrays: left.append(file.exists()))
+    counts = dict(sent_bytes=0, received_bytes=0, sent_messages=0, received_messages=0)
+    asyncio.run(growing.add(0, tmp_path, StageCommunication(name="", layer=0, token=0, seconds=0.0, **counts)))
+    assert left == [False]
 
 
 def test_a_client_that_dies_in_the_middle_loses_its_material(running, store, scratch, tmp_path):

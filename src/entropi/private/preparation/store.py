@@ -126,7 +126,7 @@ class Store:
         """Let go of the folder."""
         self._index.close()
 
-    def grow(self, ticket: bytes, binding: Binding, size: int) -> Growth:
+    def grow(self, ticket: bytes, binding: Binding, size: int, *, reopen: bool = False) -> Growth:
         """Begin to prepare a ticket, or go on with one after a crash or a broken connection.
 
         Whoever did so before can add nothing any more: what two connections prepared must not be mixed.
@@ -134,6 +134,8 @@ class Store:
         Args:
             ticket: id of 16 bytes, from a secure generator, which both sides use.
             size: bytes of all arrays together, which the quota counts from now on.
+            reopen: go on with a ticket that is ready here too, or begin one anew that was destroyed: the other side,
+                which asks for that, has not got to its end, so that neither has ever used it. Never one that was taken.
         """
         if len(ticket) != ID_BYTES or size < 1:
             raise ValueError("a ticket has 16 bytes and a size")
@@ -142,10 +144,15 @@ class Store:
         with self._index.transaction() as index:
             if (row := find(index, ticket)) is not None:
                 must_fit(ticket, row, binding)
-                must_be(ticket, row, "growing")
+                if reopen and row.state == "destroyed":
+                    index.execute("DELETE FROM tickets WHERE id = ?", (ticket,))
+                    row = None
+                elif not (reopen and row.state == "ready"):
+                    must_be(ticket, row, "growing")
+            if row is not None:
                 if row.size != size:
                     raise UserError(f"ticket {short(ticket)} was begun with another size")
-                index.execute("UPDATE tickets SET run = ? WHERE id = ?", (run, ticket))
+                index.execute("UPDATE tickets SET state = 'growing', run = ? WHERE id = ?", (run, ticket))
             else:
                 room, reason = min(self._rooms(index, size, binding.peer))
                 if room < 1:

@@ -68,6 +68,7 @@ class Material:
                 bytes.fromhex(ticket),
                 self._binding(size, peer),
                 kept_bytes(parts, self._rank) + _TOLD_BYTES * len(parts),
+                reopen=self._rank == SERVER,  # a client that was killed before its own end asks again
             )
             return Growing(growth, len(parts), size)
 
@@ -152,8 +153,9 @@ class Growing:
         def keep() -> None:
             path = folder / part_file(number)
             told = np.array([self.size.tokens, self.size.passes, cost.bytes, round(cost.seconds * 1e3)], np.uint64)
-            self._growth.add(_name(number), {**load_file(path), _TOLD: told})
-            os.unlink(path)
+            arrays = {**load_file(path), _TOLD: told}
+            os.unlink(path)  # first: whoever is killed here leaves no copy of what the store has
+            self._growth.add(_name(number), arrays)
 
         await asyncio.to_thread(keep)
 

@@ -140,6 +140,11 @@ class Party:
         """Number of the process."""
         return self._process.pid
 
+    @property
+    def finished(self) -> bool:
+        """Whether the process has ended as it should; its events may not all have been read yet."""
+        return self._process.returncode == 0
+
     async def proceed(self, count: int = 1, tokens: list[int] | None = None) -> None:
         """Let the party run the pass for `count` more tokens; the client's is told which."""
         await self._write(encode(Proceed(count, tokens)))

@@ -43,7 +43,7 @@ class PartySession:
         """Everything from the start of the party on: `working` follows it, while its link is carried."""
         work = asyncio.create_task(working)
         watch = asyncio.create_task(self._watch_server(tunnel))
-        link = asyncio.create_task(self._watch_link(tunnel))
+        link = asyncio.create_task(self._watch_link(tunnel, party))
         suspended = asyncio.create_task(party.suspended())
         tasks = {work, watch, link, suspended}
         try:
@@ -99,8 +99,10 @@ class PartySession:
             raise UserError(f"{self.where} does not follow the protocol")
         raise LostServer(f"{self.where} went away in the middle of the session")
 
-    async def _watch_link(self, tunnel: Tunnel) -> None:
-        """Raise once the engines' link is broken although nobody has finished."""
+    async def _watch_link(self, tunnel: Tunnel, party: Party) -> None:
+        """Raise once the engines' link is broken although this side's party has not finished."""
         await tunnel.broken()
         await asyncio.sleep(GRACE_SECONDS)
+        if party.finished:  # either side may take long to keep what was prepared
+            await asyncio.Event().wait()
         raise LostServer(f"the engines' link with {self.where} broke")

@@ -332,7 +332,7 @@ class Session:
                 listen = asyncio.create_task(
                     _listen_to_client(socket, party, tunnel, left, progress, conversation=conversation)
                 )
-                link = asyncio.create_task(_watch_link(tunnel))
+                link = asyncio.create_task(_watch_link(tunnel, party))
                 suspended = asyncio.create_task(party.suspended())
                 tasks += [work, listen, link, suspended]
                 await _end_of_session(work, listen, link, suspended, self.log)
@@ -472,10 +472,12 @@ def _printable(text: str) -> str:
     return "".join(c for c in text[:120] if c.isprintable())
 
 
-async def _watch_link(tunnel: Tunnel) -> None:
-    """Raise once the engines' link is broken although nobody has finished."""
+async def _watch_link(tunnel: Tunnel, party: Party) -> None:
+    """Raise once the engines' link is broken although this side's party has not finished."""
     await tunnel.broken()
     await asyncio.sleep(GRACE_SECONDS)  # the party may have finished, or be about to say why not
+    if party.finished:  # it may take long to keep what it has prepared
+        await asyncio.Event().wait()
     raise SessionError("the engines' link broke")
 
 
