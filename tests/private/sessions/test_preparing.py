@@ -108,6 +108,7 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     slow, _ = ask(running.address, store)
     assert right(slow, model, prompt_ids)
     assert slow.record.prepared_bytes == 0
+    assert "Unhandled" not in running.server.log
     moved, before = (sum(stage.bytes for stage in run.record.stages) for run in (fast, slow))
     assert moved < before / 20
     assert [stage.name for stage in record.stages] == [stage.name for stage in slow.record.stages]

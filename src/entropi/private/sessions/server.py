@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from safetensors.numpy import save_file
 
 from entropi.chat import ChatForm
@@ -234,6 +235,23 @@ async def _serve(state: ServerState, address: tuple[str, int], metrics: tuple[st
         log.info("stopping")
 
 
+class _FileInTime(web.FileResponse):
+    """A file whose connection is cut if the client takes it too slowly."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._patience = SEND_SECONDS + path.stat().st_size / TABLE_BYTES_PER_SECOND
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it, as aiohttp asks once the handler has returned."""
+        try:
+            return await asyncio.wait_for(super().prepare(request), self._patience)
+        except asyncio.TimeoutError:
+            if request.transport is not None:
+                cut(request.transport)
+            raise ConnectionResetError from None
+
+
 def _application(state: ServerState, entrance: Door) -> web.Application:
     """What answers clients: sessions, and the token embeddings where these are public."""
 
@@ -242,18 +260,10 @@ def _application(state: ServerState, entrance: Door) -> web.Application:
 
     async def table(request: web.Request) -> web.FileResponse:
         assert state.table is not None
-        peer, transport = Peer.of(request.transport), request.transport
+        peer = Peer.of(request.transport)
         if peer is not None and peer in state.revoked:
             raise web.HTTPForbidden
-
-        response = web.FileResponse(state.table)
-        patience = SEND_SECONDS + state.table.stat().st_size / TABLE_BYTES_PER_SECOND
-        try:
-            await asyncio.wait_for(response.prepare(request), patience)  # which sends it
-        except asyncio.TimeoutError:
-            if transport is not None:
-                cut(transport)
-        return response
+        return _FileInTime(state.table)
 
     async def end_sessions(_: web.Application) -> None:
         await asyncio.gather(*(dismiss(socket, "the server is stopping") for socket in state.sockets))
