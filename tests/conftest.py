@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ LONGEST = (
     "private/admission/test_operations.py",
     "entropy/test_families.py",
     "private/test_pretrained.py",
+    "private/wire/test_messages_fuzz.py",
     "training/test_study.py",
     "training/test_distributed.py",
     "test_tutorial.py",
@@ -64,6 +66,8 @@ LONGEST = (
     "training/test_updates.py",
     "training/test_results.py",
     "training/test_nonfinite.py",
+    "model/test_convert.py",
+    "costs/test_calibration.py",
     "report/test_report.py",
     "private/compute/test_functions.py",
     "private/compute/test_program.py",
@@ -123,19 +127,41 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """A pretrained language model and its tokenizer."""
-    from pretrained import smollm2
-
-    return smollm2()
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all workers see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def smollm2_file() -> Path:
-    """The GGUF file of that model."""
+def smollm2_folder(shared_folder: Path, smollm2_file: Path) -> Path:
+    """A folder with a pretrained language model and its tokenizer, for all workers: nothing may be written there."""
+    from pretrained import smollm2_folder
+
+    return smollm2_folder(shared_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path):
+    """A pretrained language model and its tokenizer."""
+    from pretrained import smollm2
+
+    return smollm2(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Iterator[Path]:
+    """The GGUF file of that model, of which this process looks for fields and tensors once.
+
+    That takes seconds for so many tokens, and transformers does it anew for every part of a model.
+    """
     from pretrained import weights_file
 
-    return weights_file()
+    gguf, file = pytest.importorskip("gguf"), weights_file()
+    anew, once = gguf.GGUFReader, functools.lru_cache(maxsize=1)(gguf.GGUFReader)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: once(path) if Path(path) == file else anew(path))
+        yield file
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

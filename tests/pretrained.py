@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from entropi.cache import default_cache_dir
 
@@ -23,17 +24,34 @@ SHA256 = {
 }
 
 
-def smollm2() -> tuple[Any, Any]:
-    """The model, in float32 and not counted as quantised, and its tokenizer; skips the test without them."""
+def smollm2_folder(shared: Path) -> Path:
+    """Where the model, in float32 and not counted as quantised, and its tokenizer lie as transformers saves them.
+
+    Reading the GGUF file takes transformers more than a minute: of several processes the first does so, into `shared`,
+    and the others wait for it. Skips the test without the file.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    folder = weights_file().parent
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS)
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    model = LlamaForCausalLM(loaded.config).eval()
-    model.load_state_dict(loaded.state_dict())
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    source, folder = weights_file().parent, shared / "smollm2"
+    with FileLock(shared / "smollm2.lock"):
+        if not folder.is_dir():
+            loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS)
+            if hasattr(loaded.config, "quantization_config"):
+                del loaded.config.quantization_config
+            model = LlamaForCausalLM(loaded.config)
+            model.load_state_dict(loaded.state_dict())
+            with tempfile.TemporaryDirectory(dir=shared) as own:  # nothing half-written is found by others
+                model.save_pretrained(Path(own) / "model")
+                AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(Path(own) / "model")
+                (Path(own) / "model").rename(folder)
+    return folder
+
+
+def smollm2(folder: Path) -> tuple[Any, Any]:
+    """The model and the tokenizer in `smollm2_folder`."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def weights_file() -> Path:

@@ -35,10 +35,9 @@ HANGING = 600  # seconds after which something hangs; everything here takes far 
 
 
 @pytest.fixture(scope="session")
-def served_cache(tmp_path_factory):
+def served_cache(shared_folder):
     """Of all servers of this run, whichever worker starts them: most serve the same model, which one has looked at."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "served-cache"
+    folder = shared_folder / "served-cache"
     folder.mkdir(exist_ok=True)
     return folder
 

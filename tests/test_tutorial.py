@@ -109,12 +109,9 @@ def test_entropy_of_a_random_model(tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_entropy_of_a_pretrained_model(tmp_path, environment, smollm2):
+def test_entropy_of_a_pretrained_model(tmp_path, environment, smollm2_folder):
     """Of a folder, and not overloaded everywhere as untrained models are."""
-    pretrained, tokenizer = smollm2
-    pretrained.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    said = example("entropy_of_a_model.py", tmp_path / "model", folder=tmp_path, environment=environment)
+    said = example("entropy_of_a_model.py", smollm2_folder, folder=tmp_path, environment=environment)
     assert "30 layers of 9 heads over 128 tokens" in said
     assert int(re.search(r"(\d+)% of the heads lie between M/4 and 3M/4", said)[1]) > 50
 

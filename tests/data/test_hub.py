@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from command_line import SOURCES, Done
 from data.test_corpora import HELD, TEXTS, as_the_course_does, codeparrot_at
 from entropi.data.corpus import Corpus, Document
 from entropi.data.tokenizer import END_OF_TEXT, train_tokenizer
@@ -25,7 +26,7 @@ from hub_server import Hub, serving
 
 datasets = pytest.importorskip("datasets")
 TOKENIZER = "huggingface-course/code-search-net-tokenizer"
-SOURCES = Path(__file__).parents[2] / "src"
+HANGING = 300  # seconds after which something hangs
 
 
 @pytest.fixture(scope="module")
@@ -54,29 +55,88 @@ def hub(tmp_path: Path, learnt: Tokenizer) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def python(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python in a process of its own, as `HF_ENDPOINT` is read when `huggingface_hub` is imported."""
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """That of processes which know the hub: `HF_ENDPOINT` is read when `huggingface_hub` is imported."""
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "ENTROPI_CACHE": str(tmp_path / "cache")}
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment = kept | variables | {"PYTHONPATH": str(SOURCES)}
+    return kept | variables | {"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+
+@pytest.fixture
+def python(environment: dict[str, str], tmp_path: Path) -> Callable[..., Done]:
+    """Runs Python in a process of its own."""
+
+    def run(*words: str) -> Done:
+        done = subprocess.run(
             [sys.executable, *words],
             env=environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANGING,
             check=False,
         )
+        return Done(done.returncode, done.stdout, done.stderr)
 
     return run
 
 
+# Forks a process for every command, which spares the seconds that importing torch and transformers takes.
+FORKS = """
+import json, os, sys, traceback
+import entropi.training.loading
+from entropi.cli import main
+
+for line in sys.stdin:
+    words, *files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            for number, file in enumerate([os.devnull, *files]):
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
 @pytest.fixture
-def entropi(python) -> Callable[..., subprocess.CompletedProcess[str]]:
-    return functools.partial(python, "-m", "entropi")
+def entropi(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Done]]:
+    """Runs a command that needs torch in a process of its own."""
+    files = [tmp_path / "said-on-output", tmp_path / "said-on-errors"]
+    forking = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert forking.stdin is not None
+    assert forking.stdout is not None
+
+    def run(*words: str) -> Done:
+        hanging = threading.Timer(HANGING, forking.kill)
+        hanging.start()
+        forking.stdin.write(json.dumps([words, *map(str, files)]) + "\n")
+        forking.stdin.flush()
+        status = int(forking.stdout.readline())
+        hanging.cancel()
+        return Done(status, *(file.read_text(encoding="utf-8") for file in files))
+
+    yield run
+    forking.stdin.close()
+    assert forking.wait(HANGING) == 0
+    forking.stdout.close()
 
 
 BLOCKS = f"""
@@ -92,9 +152,9 @@ print(json.dumps([packed.train[:].tolist(), packed.heldout[:].tolist()]))
 def test_codeparrot_is_that_of_the_course(hub, python, learnt, breaks):
     hub.break_after, hub.breaks = 200, breaks
     done = python("-c", BLOCKS)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert hub.breaks == 0
-    train, heldout = json.loads(done.stdout)
+    train, heldout = json.loads(done.out)
     assert train == as_the_course_does(TEXTS, learnt, 16)
     assert heldout == as_the_course_does(HELD, learnt, 16)
 
@@ -107,13 +167,13 @@ def test_a_run_knows_the_commit_it_was_begun_with(hub, entropi, tmp_path):
     )
     command = ["train", "run", "--config", "recipe.yaml"]
     done = entropi(*command)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     shutil.rmtree(tmp_path / "run/model")  # as if killed before it was written
     changed = hub.root / "datasets/huggingface-course/codeparrot-ds-valid/validation-00001-of-00002.parquet"
     datasets.Dataset.from_dict({"content": HELD[:2]}).to_parquet(changed)
     again = entropi(*command)
-    assert again.returncode == 2
-    assert "corpus" in again.stderr.splitlines()[-1], again.stderr
+    assert again.status == 2
+    assert "corpus" in again.err.splitlines()[-1], again.err
 
 
 @pytest.mark.slow
@@ -122,8 +182,8 @@ def test_a_model_by_name(hub, entropi, tmp_path):
     for number, text in enumerate([*TEXTS, *HELD]):
         (tmp_path / f"text/{number}.py").write_text(text)
     done = entropi("diagnose", "hf://somebody/tiny-gpt2", "--corpus", "text", "--html", "page.html", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
     assert np.shape(found["entropy"]) == (3, 2)
     assert found["model"] == "GPT2LMHeadModel"
     assert (tmp_path / "tiny-gpt2-entropy.png").stat().st_size > 0
@@ -133,23 +193,23 @@ def test_a_model_by_name(hub, entropi, tmp_path):
     commit = next(line.rpartition("/")[2] for line in hub.log if "/api/models/somebody/tiny-gpt2/revision" in line)
     hub.log.clear()
     done = entropi("evaluate", f"hf://somebody/tiny-gpt2@{commit}", "--corpus", "text", "--json")
-    assert json.loads(done.stdout)["perplexity"] > 1, done.stderr
+    assert json.loads(done.out)["perplexity"] > 1, done.err
     assert not any("model.safetensors" in line for line in hub.log if line.startswith("GET"))  # it lies in the cache
     done = entropi("evaluate", "somebody/tiny-gpt2", "--corpus", "text", "--json")
-    assert json.loads(done.stdout)["perplexity"] > 1, done.stderr
+    assert json.loads(done.out)["perplexity"] > 1, done.err
 
 
 @pytest.mark.slow
-def test_the_cost_of_a_model_by_name(hub, entropi):
+def test_the_cost_of_a_model_by_name(hub, python):
     pytest.importorskip("spu")
-    done = entropi("cost", "--architecture", "hf://somebody/tiny-gpt2", "--seq-len", "8", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["prediction"]["layers"] == 3
+    done = python("-m", "entropi", "cost", "--architecture", "hf://somebody/tiny-gpt2", "--seq-len", "8", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["prediction"]["layers"] == 3
     assert not any("safetensors" in line for line in hub.log)
 
 
 @pytest.mark.slow
-def test_a_gguf_file_by_name(hub, entropi, tmp_path):
+def test_a_gguf_file_by_name(hub, python, tmp_path):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("spu")
     writer = gguf.GGUFWriter(tmp_path / "hub/models/somebody/tiny-gpt2/tiny.gguf", "llama")
@@ -167,31 +227,33 @@ def test_a_gguf_file_by_name(hub, entropi, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    done = entropi("cost", "--architecture", "hf://somebody/tiny-gpt2/tiny.gguf", "--seq-len", "8", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["prediction"]["layers"] == 2
+    done = python(
+        "-m", "entropi", "cost", "--architecture", "hf://somebody/tiny-gpt2/tiny.gguf", "--seq-len", "8", "--json"
+    )
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["prediction"]["layers"] == 2
     fetched = [line for line in hub.log if "/resolve/" in line]
     assert fetched
     assert all("tiny.gguf" in line for line in fetched)
 
 
+MISSING = {
+    ("diagnose", "hf://somebody/else"): "the hub has no model somebody/else",
+    ("evaluate", "hf://somebody/tiny-gpt2@v2"): "somebody/tiny-gpt2 has no revision v2",
+    ("evaluate", "somebody/else"): "there is no folder somebody/else, and as a name on the hub: the hub has no",
+    ("convert", "hf://somebody/tiny-gpt2/weights.gguf", "out"): "somebody/tiny-gpt2 has no file weights.gguf",
+    ("diagnose", f"hf://{TOKENIZER}"): "holds no model: config.json is missing",
+    ("train", "run", "--corpus", "codeparrot", "--tokenizer", "nobody/none"): "cannot read the tokenizer",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("diagnose", "hf://somebody/else"), "the hub has no model somebody/else"),
-        (("evaluate", "hf://somebody/tiny-gpt2@v2"), "somebody/tiny-gpt2 has no revision v2"),
-        (("evaluate", "somebody/else"), "there is no folder somebody/else, and as a name on the hub: the hub has no"),
-        (("convert", "hf://somebody/tiny-gpt2/weights.gguf", "out"), "somebody/tiny-gpt2 has no file weights.gguf"),
-        (("diagnose", f"hf://{TOKENIZER}"), "holds no model: config.json is missing"),
-        (("train", "run", "--corpus", "codeparrot", "--tokenizer", "nobody/none"), "cannot read the tokenizer"),
-    ],
-)
-def test_what_the_hub_does_not_have(entropi, words, message):
-    done = entropi(*words)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
+def test_what_the_hub_does_not_have(entropi):
+    for words, message in MISSING.items():
+        done = entropi(*words)
+        assert done.status == 2, (words, done.err)
+        assert "Traceback" not in done.err, words
+        assert message in done.err.splitlines()[-1], words
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://gpt2", "hf://a/b/c", "hf://a/b@", "hf://../x y"])

@@ -314,16 +314,9 @@ def assert_fit_for(rows):
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_hopper(tmp_path):
-    rows = compiled(tmp_path, arch=[90], dtype=["bf16"], width=[64], iterations=[0], first=[1])
-    assert [row["kernel"] for row in rows] == ["forward", "backward query", "backward key"]
-    assert_fit_for(rows)
-    assert all(row["spilled_bytes"] == 0 for row in rows)
-
-
-@pytest.mark.slow
 def test_no_tuning_choice_of_usual_heads_spills_registers(tmp_path):
     rows = compiled(tmp_path, arch=[90, 80], dtype=["bf16"], width=[64, 128], iterations=[0])
+    assert len({(row["kernel"], row["arch"], row["width"]) for row in rows}) == 12  # three kernels, for each of four
     assert {(row["arch"], row["width"]) for row in rows} == {(90, 64), (90, 128), (80, 64), (80, 128)}
     assert_fit_for(rows)
     # The fastest on an H100; an sm_80 has two others to choose from.

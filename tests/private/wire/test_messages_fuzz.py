@@ -7,11 +7,14 @@ import re
 import socket
 import struct
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("spu")
+
+import aiohttp
 
 from entropi.chat import ChatForm
 from entropi.private.compute.description import Description
@@ -35,12 +38,14 @@ from entropi.private.wire.messages import (
     Welcome,
     encode,
 )
+from entropi.private.wire.server_channel import Refusal, expect
 from entropi.records import StageCommunication
 from private_reference import FIELDS
 from serving import HANGING, Server, hello, honest_answer, no_parties_left, wait_for
 
 pytest_plugins = ["serving"]  # its fixtures
 COUNT = 100_000
+CONNECTIONS = 30_000
 THREADS = 4
 
 SPECIAL = [
@@ -148,21 +153,47 @@ def frame(kind, data):
     return bytes([0x80 | kind]) + length + bytes(4) + data
 
 
+def damaged_messages(seed, count):
+    """What a client may say that is damaged, and whether it has said a proper Hello before."""
+    fixed = random.Random(seed)
+    seeds = [hello().encode(), encode(Start(4, 2, "0" * 64)), encode(Next()), encode(Accepted("0" * 32))]
+    for number in range(count):
+        data = SPECIAL[number % len(SPECIAL)] if number % 20 == 0 else mutated(fixed, fixed.choice(seeds))
+        yield data, fixed.random() < 0.5
+
+
+@pytest.mark.parametrize("count", [10_000, pytest.param(COUNT, marks=pytest.mark.slow)])
+def test_a_server_reads_damaged_messages_as_proper_ones_or_refuses_them(count):
+    """All that its sessions do with a client's message before they act on it."""
+    refused = Counter()
+    for data, greeted in damaged_messages(0, count):
+        kind = Start if greeted else Hello
+        with contextlib.suppress(UnicodeDecodeError):  # which the connection ends for
+            text = data.decode()
+            try:
+                found = expect(aiohttp.WSMessage(aiohttp.WSMsgType.TEXT, text, None), kind)
+            except Refusal as refusal:
+                refused[str(refusal)] += 1
+            else:
+                assert type(found) is kind
+                assert messages.decode_from_client(encode(found)) == found
+    expected = {"that message is not of this protocol", "expected a Hello message", "expected a Start message"}
+    assert refused.keys() == expected
+    assert refused.total() > 0.4 * count
+
+
 def conversations(seed, count):
     """All that a client says on one connection: an upgrade, perhaps a proper Hello, something damaged, a good-bye.
 
     With each, whether its frames are whole: a server may wait for the rest of one that is not.
     """
-    fixed = random.Random(seed)
-    greeting = frame(TEXT, hello().encode())
-    seeds = [hello().encode(), encode(Start(4, 2, "0" * 64)), encode(Next()), encode(Accepted("0" * 32))]
-    for number in range(count):
-        data = SPECIAL[number % len(SPECIAL)] if number % 20 == 0 else mutated(fixed, fixed.choice(seeds))
+    fixed, greeting = random.Random(~seed), frame(TEXT, hello().encode())
+    for data, greeted in damaged_messages(seed, count):
         said = frame(BINARY if fixed.random() < 0.1 else TEXT, data)
-        whole = fixed.random() > 0.1
+        whole = fixed.random() > 1 / 3
         if not whole:
             said = mutated(fixed, said)
-        yield UPGRADE + (greeting if fixed.random() < 0.5 else b"") + said + frame(CLOSE, b"\x03\xe8"), whole
+        yield UPGRADE + (greeting if greeted else b"") + said + frame(CLOSE, b"\x03\xe8"), whole
 
 
 def converse(address, seed, count, endings):
@@ -212,21 +243,22 @@ def bombard(address, seed, count):
 
 @pytest.mark.two_party
 def test_a_server_under_fire_stays_as_it_was(folded, model, scratch):
+    """A third of the connections carry damaged frames; of damaged messages the decoders have seen many more."""
     serving = Server(folded, scratch / "fuzz.log")
     try:
         address = serving.address()
         bombard(address, 1000, 4000)  # what it allocates once
         wait_for(serving.sessions_closed)
         before = resources_of(serving.process.pid)
-        endings = bombard(address, 0, COUNT)
+        endings = bombard(address, 0, CONNECTIONS)
         print(endings, before, resources_of(serving.process.pid))
-        assert sum(endings.values()) == COUNT
-        assert endings["Refused"] > COUNT / 3
+        assert sum(endings.values()) == CONNECTIONS
+        assert endings["Refused"] > CONNECTIONS / 4  # of those with whole frames three eighths
         # Protocol error, not UTF-8, too long; 1000 and "cut" follow frames that are damaged themselves.
         assert set(endings) <= {"Refused", "Welcome", "1000", "1002", "1007", "1009", "cut"}
         wait_for(serving.sessions_closed)
         after = resources_of(serving.process.pid)
-        assert after[0] < before[0] + 5  # fifty bytes a message would be as much
+        assert after[0] < before[0] + 50 * CONNECTIONS / 1e6  # fifty bytes a message would be as much
         assert after[1:] == before[1:]
         assert no_parties_left(scratch)
         assert honest_answer(address, model)
