@@ -50,6 +50,7 @@ EVERY_SEVENTH_OF_MANY_IS_FAST = {
 LONGEST = (
     "private/sessions/test_two_party.py",
     "private/sessions/test_conversation.py",
+    "private/sessions/test_preparing.py",
     "private/sessions/test_deploy.py",
     "private/admission/test_floods.py",
     "private/admission/test_operations.py",
@@ -60,6 +61,8 @@ LONGEST = (
     "training/test_distributed.py",
     "test_tutorial.py",
     "costs/test_prediction.py",
+    "costs/test_preparation.py",
+    "private/preparation/test_two_parties.py",
     "data/test_hub.py",
     "training/test_resume.py",
     "training/test_reliability.py",
