@@ -62,7 +62,6 @@ LONGEST = (
     "test_tutorial.py",
     "costs/test_prediction.py",
     "costs/test_preparation.py",
-    "private/preparation/test_two_parties.py",
     "data/test_hub.py",
     "training/test_resume.py",
     "training/test_reliability.py",

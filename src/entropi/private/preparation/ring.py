@@ -55,7 +55,7 @@ class SmallMatrix:
     def after(self, x: Ring) -> Ring:
         """`x` `(n, d)` times this matrix, `(n, m)`, modulo 2^64."""
         if len(x) <= _FEW_ROWS:
-            product: Ring = np.einsum("nd,md->nm", x, self._columns.view(np.uint64))
+            product: Ring = np.einsum("rd,cd->rc", x, self._columns.view(np.uint64))
             return product
         return self._by_digits(x)
 
