@@ -196,7 +196,7 @@ def random_arrays(need: Need, rank: int) -> dict[str, Ring]:
 
 
 def party(rank: int, links: tuple[str, str], model: Description, tokens: int, further: int, channel: Any) -> None:
-    """One of the two processes; puts what every pass took into `channel`."""
+    """One of the two processes; the client's puts what every pass took into `channel`."""
     compute_on_processor()
     settings, random = Settings(embedding="public"), np.random.default_rng(0)
     engine = Engine(rank, open_link(rank, links), settings)
@@ -232,7 +232,8 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
         stages = stages_of_pass(model, settings, new, past, prepared=True)
         costs = [cost for stage in stages for cost in passes.run(stage, number, keys)]
         engine.reveal_to_client("logits")
-        channel.put((time.perf_counter() - started, costs))
+        if rank == CLIENT:
+            channel.put((time.perf_counter() - started, costs))
         past = keys
     engine.close()
 
@@ -240,20 +241,20 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
 def online(model: Description, line: str, tokens: int, further: int) -> dict[str, Any]:
     """The client's view of a prompt's pass and of those of further tokens."""
     context = multiprocessing.get_context("spawn")
-    links, channels = free_links(), [context.Queue(), context.Queue()]
+    links, channel = free_links(), context.Queue()
     views, lines = [links, links], list[SlowLine]()
     if line != "loopback":
         lines = [SlowLine(link, LINES[line]) for link in links]
         views = [(links[0], lines[1].address), (lines[0].address, links[1])]
     processes = [
-        context.Process(target=party, args=(rank, views[rank], model, tokens, further, channels[rank]), daemon=True)
+        context.Process(target=party, args=(rank, views[rank], model, tokens, further, channel), daemon=True)
         for rank in (SERVER, CLIENT)
     ]
     for process in processes:
         process.start()
     passes = []
     for number in range(further + 1):
-        seconds, costs = take(channels[CLIENT], processes)
+        seconds, costs = take(channel, processes)
         passes.append((seconds, costs))
         print(f"{line}: pass {number}: {seconds:.2f} s, {mb(*costs):.3f} MB", file=sys.stderr, flush=True)
     for process in processes:
