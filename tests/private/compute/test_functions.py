@@ -325,7 +325,9 @@ def test_products_with_private_matrices_come_in_pieces_where_memory_asks_for_it(
 )
 def test_the_table_comes_in_pieces_that_memory_holds(rows, entries, width, products):
     chosen, table = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((rows, entries), (entries, width)))
-    found = [e for e in jax.make_jaxpr(functions.times_table)(chosen, table).eqns if e.primitive.name == "dot_general"]
+    (marked,) = jax.make_jaxpr(functions.times_table)(chosen, table).eqns  # one operation, which can be prepared
+    assert marked.params["name"] == "times_table"
+    found = [e for e in marked.params["jaxpr"].eqns if e.primitive.name == "dot_general"]
     assert len(found) == products
     for product in found:
         (block, inner), (_, columns) = (operand.aval.shape for operand in product.invars)
