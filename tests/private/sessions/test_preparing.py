@@ -18,10 +18,12 @@ from entropi.private import Watcher, connect
 from entropi.private.preparation.growth import Growth
 from entropi.private.preparation.store import Store
 from entropi.private.preparation.tickets import Binding
-from entropi.private.sessions import client, preparing
+from entropi.private.sessions import client, preparing, server_session
 from entropi.private.sessions.material import Growing, Material, Size
-from entropi.private.sessions.party_session import GRACE_SECONDS
+from entropi.private.sessions.party_session import PartySession
+from entropi.private.wire.channel import LostServer
 from entropi.private.wire.messages import part_file
+from entropi.private.wire.server_channel import SessionError
 from entropi.records import StageCommunication
 from serving import (
     PROMPT,
@@ -168,18 +170,24 @@ def test_a_client_that_ends_after_the_server_was_ready_goes_on(running, model, s
     assert right(answer, model, model[2].encode(PROMPT).ids)
 
 
-def test_a_slow_disk_does_not_end_a_preparation(running, store, monkeypatch):
-    """The parties and their link are gone long before the last parts are kept."""
-    add = Growing.add
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_slow_disk_does_not_end_a_preparation(finished):
+    """A party and its link may be gone long before the last parts are kept; one that hangs is not waited for."""
 
-    async def slowly(growing, number, *rest):
-        if number == growing.total - 1:
-            await asyncio.sleep(3 * GRACE_SECONDS)
-        await add(growing, number, *rest)
+    async def broken():
+        return
 
-    monkeypatch.setattr(Growing, "add", slowly)
-    ticket = preparing.prepare(running.address, 2, store)
-    assert [(entry.ticket.hex(), entry.state) for entry in store.entries()] == [(ticket, "ready")]
+    async def watch(watching):
+        await asyncio.wait_for(watching, 1)
+
+    tunnel, party = SimpleNamespace(broken=broken), SimpleNamespace(finished=finished)
+    client_side = SimpleNamespace(where="a server")
+    for watching, error in (
+        (PartySession._watch_link(client_side, tunnel, party, 0.0), LostServer),
+        (server_session._watch_link(tunnel, party, 0.0), SessionError),
+    ):
+        with pytest.raises(asyncio.TimeoutError if finished else error):
+            asyncio.run(watch(watching))
 
 
 def test_no_copy_of_a_part_is_left_outside_the_store(store, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from entropi.private.wire.tunnel import LinkBroken, Tunnel
 
 LINK_SECONDS = 60
 GRACE_SECONDS = 3.0  # for a party to say why its link broke
+PREPARING_GRACE_SECONDS = 60.0  # for one of low priority, which has computed everything and writes its last part
 
 
 class PartySession:
@@ -39,11 +40,17 @@ class PartySession:
         self.server, self.where, self.socket, self.status = server, server.name, socket, status
         self.kept = asyncio.Event()  # the server has its half of prepared material
 
-    async def finish(self, party: Party, tunnel: Tunnel, working: Coroutine[Any, Any, None]) -> None:
-        """Everything from the start of the party on: `working` follows it, while its link is carried."""
+    async def finish(
+        self, party: Party, tunnel: Tunnel, working: Coroutine[Any, Any, None], grace: float = GRACE_SECONDS
+    ) -> None:
+        """Everything from the start of the party on: `working` follows it, while its link is carried.
+
+        Args:
+            grace: seconds that the party may take to end once its link is closed.
+        """
         work = asyncio.create_task(working)
         watch = asyncio.create_task(self._watch_server(tunnel))
-        link = asyncio.create_task(self._watch_link(tunnel, party))
+        link = asyncio.create_task(self._watch_link(tunnel, party, grace))
         suspended = asyncio.create_task(party.suspended())
         tasks = {work, watch, link, suspended}
         try:
@@ -99,10 +106,10 @@ class PartySession:
             raise UserError(f"{self.where} does not follow the protocol")
         raise LostServer(f"{self.where} went away in the middle of the session")
 
-    async def _watch_link(self, tunnel: Tunnel, party: Party) -> None:
+    async def _watch_link(self, tunnel: Tunnel, party: Party, grace: float) -> None:
         """Raise once the engines' link is broken although this side's party has not finished."""
         await tunnel.broken()
-        await asyncio.sleep(GRACE_SECONDS)
+        await asyncio.sleep(grace)
         if party.finished:  # either side may take long to keep what was prepared
             await asyncio.Event().wait()
         raise LostServer(f"the engines' link with {self.where} broke")

@@ -13,7 +13,7 @@ from entropi.private.preparation.store import Store
 from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
-from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
+from entropi.private.sessions.party_session import LINK_SECONDS, PREPARING_GRACE_SECONDS, PartySession
 from entropi.private.wire.certificates import Tls
 from entropi.private.wire.channel import LostServer, ServerAddress, greet, open_channel, welcome_from
 from entropi.private.wire.messages import Failed, Job, Linked, PartDone, Prepare, StageDone
@@ -114,7 +114,8 @@ async def _prepare(server: ServerAddress, asked: Size, store: Store, watcher: Wa
                 first_part=accepted.parts,
             )
             party = await Party.start(job, memory)
-            await session.finish(party, tunnel, _follow(session, party, tunnel, growing, watcher))
+            work = _follow(session, party, tunnel, growing, watcher)
+            await session.finish(party, tunnel, work, PREPARING_GRACE_SECONDS)
     return ticket
 
 

@@ -68,6 +68,7 @@ REVOKED = "this client's certificate was revoked"
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 FAREWELL_SECONDS = 1.0  # for it to say so too; all that it sends meanwhile is read and thrown away
 GRACE_SECONDS = 3.0  # for a party to end after its link
+PREPARING_GRACE_SECONDS = 60.0  # for one of low priority, which has computed everything and writes its last part
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
 log = logging.getLogger("entropi.server")
 
@@ -332,7 +333,9 @@ class Session:
                 listen = asyncio.create_task(
                     _listen_to_client(socket, party, tunnel, left, progress, conversation=conversation)
                 )
-                link = asyncio.create_task(_watch_link(tunnel, party))
+                link = asyncio.create_task(
+                    _watch_link(tunnel, party, GRACE_SECONDS if growing is None else PREPARING_GRACE_SECONDS)
+                )
                 suspended = asyncio.create_task(party.suspended())
                 tasks += [work, listen, link, suspended]
                 await _end_of_session(work, listen, link, suspended, self.log)
@@ -472,10 +475,10 @@ def _printable(text: str) -> str:
     return "".join(c for c in text[:120] if c.isprintable())
 
 
-async def _watch_link(tunnel: Tunnel, party: Party) -> None:
+async def _watch_link(tunnel: Tunnel, party: Party, grace: float) -> None:
     """Raise once the engines' link is broken although this side's party has not finished."""
     await tunnel.broken()
-    await asyncio.sleep(GRACE_SECONDS)  # the party may have finished, or be about to say why not
+    await asyncio.sleep(grace)  # the party may have finished, or be about to say why not
     if party.finished:  # it may take long to keep what it has prepared
         await asyncio.Event().wait()
     raise SessionError("the engines' link broke")
