@@ -1021,9 +1021,9 @@ def test_sessions_in_which_nothing_happens_end():
         async def event(self):
             await asyncio.sleep(HANGING)
 
-    host = SimpleNamespace(limits=Limits(stall_seconds=0.1))
+    host, progress = SimpleNamespace(limits=Limits(stall_seconds=0.1)), server_session.Progress()
     with pytest.raises(SessionError, match=r"nothing happened for 0\.1 s"):
-        asyncio.run(server_session._watch_party(Stalled(), server_session.log, host, None, server_session.Progress()))
+        asyncio.run(server_session._watch_party(Stalled(), server_session.log, host, None, progress, None, None))
 
 
 # --- Last: what ran all the time --------------------------------------------------------------------------------------
