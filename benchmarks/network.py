@@ -161,16 +161,19 @@ class Run:
 
 
 @contextlib.contextmanager
-def tls_server(model: Path, folder: Path) -> Iterator[tuple[str, Path, Tls]]:
-    """An `entropi serve` of `model` with TLS: its address, its log, and the files of a client."""
+def tls_server(
+    model: Path, folder: Path, *options: object, start_seconds: float = START_SECONDS
+) -> Iterator[tuple[str, Path, Tls]]:
+    """An `entropi serve` of `model` with TLS and `options`: its address, its log, and the files of a client."""
     issue(folder, ["127.0.0.1"], ["client"], days=1)
     log = folder / "server.log"
     keys = ["--tls-cert", folder / "127.0.0.1.pem", "--tls-key", folder / "127.0.0.1-key.pem"]
-    words = ["serve", model, "--listen", "127.0.0.1:0", *keys, "--clients-ca", folder / "ca.pem", "--log", "json"]
+    words = ["serve", model, "--listen", "127.0.0.1:0", *keys, "--clients-ca", folder / "ca.pem"]
+    words += ["--log", "json", *options]
     with open(log, "wb") as file:
         server = subprocess.Popen([sys.executable, "-m", "entropi", *map(str, words)], stdout=file, stderr=file)
     try:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + start_seconds
         while not (match := re.search(r"listening on ([^, ]+:\d+)", log.read_text())):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the server did not start: {log.read_text()}")

@@ -22,9 +22,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,21 +40,19 @@ from entropi.costs.prediction import CostModel
 from entropi.costs.preparation import predict
 from entropi.machine import machine
 from entropi.private import Store, Tls, Watcher, connect, prepare
-from entropi.private.compute import prefix
-from entropi.private.compute.compiling import compile_ahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.engine import Engine
 from entropi.private.compute.folded import DESCRIPTION_FILE, WEIGHTS_FILE, load_description
 from entropi.private.compute.program import compute_on_processor, stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.preparation.material import Material, Need, needs
+from entropi.private.preparation.material import Material, needs
 from entropi.private.preparation.online import PreparedPasses
-from entropi.private.preparation.ring import Ring, encode, uniform
+from entropi.private.preparation.ring import encode, uniform
 from entropi.private.sessions.engine_link import open_link
+from entropi.private.sessions.party import compile_next
 from entropi.private.sessions.preparing import Watcher as PreparingWatcher
-from entropi.private.wire.authority import issue
 from entropi.records import PrivateRun, StageCommunication
-from network import LINES, SlowLine
+from network import LINES, SlowLine, tls_server
 from private_forward import ARCHITECTURES, description, free_links, random_weight, take
 
 START_SECONDS = 7200  # most of them for looking at every token of a public table
@@ -79,31 +75,7 @@ def random_model(name: str, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@contextlib.contextmanager
-def serving(model: Path, folder: Path, tokens: int, *options: str) -> Iterator[tuple[str, Path, Tls]]:
-    """An `entropi serve` of `model`: its address, its log, and the files of a client."""
-    folder.mkdir(parents=True, exist_ok=True)
-    issue(folder, ["127.0.0.1"], ["client"], days=1)
-    log = folder / "server.log"
-    keys = ["--tls-cert", folder / "127.0.0.1.pem", "--tls-key", folder / "127.0.0.1-key.pem"]
-    words = ["serve", model, "--listen", "127.0.0.1:0", *keys, "--clients-ca", folder / "ca.pem", "--log", "json"]
-    words += ["--embedding", "public", "--material", folder / "server-material", "--max-new-tokens", tokens]
-    words += ["--memory-gb", 0, "--session-seconds", 14_400, "--self-test", "none", *options]
-    with open(log, "wb") as file:
-        server = subprocess.Popen([sys.executable, "-m", "entropi", *map(str, words)], stdout=file, stderr=file)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not (match := re.search(r"listening on ([^, ]+:\d+)", log.read_text())):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start: {log.read_text()[-2000:]}")
-            time.sleep(1)
-        yield match[1], log, Tls(folder / "client.pem", folder / "client-key.pem", folder / "ca.pem")
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def prompt_of(length: int, address: str, tls: Tls, model: Path) -> str:
+def prompt_of(length: int, model: Path) -> str:
     """Text of so many tokens."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     ids = tokenizer.encode(PROMPT * (length // 8 + 1), add_special_tokens=False).ids[:length]
@@ -114,6 +86,14 @@ def prompt_of(length: int, address: str, tls: Tls, model: Path) -> str:
 
 def mb(*stages: StageCommunication) -> float:
     return sum(stage.bytes for stage in stages) / 1e6
+
+
+def by_name(stages: list[StageCommunication]) -> dict[str, list[StageCommunication]]:
+    """Stages of one pass, in the order of the first of each name."""
+    found: dict[str, list[StageCommunication]] = {}
+    for stage in stages:
+        found.setdefault(stage.name, []).append(stage)
+    return found
 
 
 def by_token(run: PrivateRun) -> list[list[StageCommunication]]:
@@ -128,7 +108,7 @@ def whole_session(
     address: str, log: Path, tls: Tls, model: Path, tokens: int, new_tokens: int, store: Store
 ) -> dict[str, Any]:
     """Prepare, then ask."""
-    prompt = prompt_of(tokens, address, tls, model)
+    prompt = prompt_of(tokens, model)
     parts: list[StageCommunication] = []
 
     def part(done: int, communication: StageCommunication) -> None:
@@ -172,10 +152,7 @@ def whole_session(
         "further_engine_seconds": [sum(stage.seconds for stage in stages) for stages in others],
         "further_seconds": [ends[token + 1] - ends[token] for token in range(len(others))],
         "further_messages": [sum(stage.messages for stage in stages) for stages in others],
-        "by_stage_mb": {
-            name: mb(*(stage for stage in others[0] if stage.name == name))
-            for name in dict.fromkeys(stage.name for stage in others[0])
-        },
+        "by_stage_mb": {name: mb(*stages) for name, stages in by_name(others[0]).items()},
         "online_mb": run.bytes / 1e6,
         "seconds": run.seconds,
         "ids": run.new_tokens,
@@ -183,16 +160,6 @@ def whole_session(
 
 
 # --- The online part alone --------------------------------------------------------------------------------------------
-
-
-def random_arrays(need: Need, rank: int) -> dict[str, Ring]:
-    """In the shapes of what party `rank` would have of a need."""
-    shapes = {"c": need.result}
-    if need.masking != "server" or rank == CLIENT:
-        shapes["a"] = need.shapes[0]
-    if need.masking == "pair":
-        shapes["b"] = need.shapes[1]
-    return {f"{need.name} {which}": uniform(shape) for which, shape in shapes.items()}
 
 
 def party(rank: int, links: tuple[str, str], model: Description, tokens: int, further: int, channel: Any) -> None:
@@ -214,7 +181,7 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
         engine.hold(name, shape, weight)
         if name in matrices and weight is not None:
             matrices[name] = encode(weight, settings.fraction_bits)
-    arrays = {name: array for need in material for name, array in random_arrays(need, rank).items()}
+    arrays = {name: uniform(shape) for need in material for name, shape in need.kept(rank).items()}
     passes = PreparedPasses(engine, Material(material, arrays), settings.fraction_bits, matrices)
 
     past = 0
@@ -223,12 +190,7 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
         engine.hold("embedded", (new, model.hidden_size), rows)
         started, keys = time.perf_counter(), past + new
         if number < further:  # as a session does
-            compiler = engine.compiler.copy()
-            for name in prefix.names(model):
-                compiler.note(name, prefix.shape(model, keys))
-            compiler.note("embedded", (1, model.hidden_size))
-            later = stages_of_pass(model, settings, 1, keys, prepared=True)
-            compile_ahead(passes.parts(later, compiler), compiler)
+            compile_next(engine, model, settings, keys, passes)
         stages = stages_of_pass(model, settings, new, past, prepared=True)
         costs = [cost for stage in stages for cost in passes.run(stage, number, keys)]
         engine.reveal_to_client("logits")
@@ -272,8 +234,7 @@ def online(model: Description, line: str, tokens: int, further: int) -> dict[str
         "median_further_mb": statistics.median(mb(*costs) for _, costs in later[1:]),
         "median_further_seconds": statistics.median(seconds for seconds, _ in later[1:]),
         "seconds_by_stage": {
-            name: sum(cost.seconds for cost in later[-1][1] if cost.name == name)
-            for name in dict.fromkeys(cost.name for cost in later[-1][1])
+            name: sum(cost.seconds for cost in costs) for name, costs in by_name(later[-1][1]).items()
         },
     }
 
@@ -327,8 +288,13 @@ def rows_of(given: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[d
             folder = work / "model"
             if not folder.exists():
                 random_model(given.model, folder)
-        options = ["--prefix-file", str(given.prefix_file)] if given.prefix_file else []
-        address, log, tls = stack.enter_context(serving(folder, work / "server", given.new_tokens, *options))
+        server = work / "server"
+        server.mkdir(parents=True, exist_ok=True)
+        options: list[object] = ["--embedding", "public", "--material", server / "server-material", "--memory-gb", 0]
+        options += ["--max-new-tokens", given.new_tokens, "--session-seconds", 14_400, "--self-test", "none"]
+        options += ["--prefix-file", given.prefix_file] if given.prefix_file else []
+        serving = tls_server(folder, server, *options, start_seconds=START_SECONDS)
+        address, log, tls = stack.enter_context(serving)
         store = stack.enter_context(Store(work / "client"))
         ahead = len(connect(address, tls).prefix)
         expected = predicted(load_description(folder), given.tokens, given.new_tokens, "loopback", ahead)

@@ -17,7 +17,7 @@ from entropi.private.compute import attention, functions
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product
-from entropi.private.preparation.material import Material, array_name, need_of, of_all_tokens
+from entropi.private.preparation.material import Material, need_of, of_all_tokens
 from entropi.private.preparation.products import OF_SERVER, masking, packed_size
 from entropi.private.preparation.ring import Ring, uniform
 from entropi.records import StageCommunication
@@ -160,9 +160,4 @@ def _timed(
 def _material(product: Product, keys: int) -> Material:
     """The server's, of which a pass over the last tokens of `keys` takes what it needs."""
     need = need_of(of_all_tokens(product, keys), 0, {"y"} if product.kind in OF_SERVER else set())
-    arrays = {array_name(need.name, "c"): uniform(need.result)}
-    if need.masking != "server":
-        arrays[array_name(need.name, "a")] = uniform(need.shapes[0])
-    if need.masking == "pair":
-        arrays[array_name(need.name, "b")] = uniform(need.shapes[1])
-    return Material([need], arrays)
+    return Material([need], {name: uniform(shape) for name, shape in need.kept(SERVER).items()})

@@ -20,6 +20,7 @@ from entropi.private.preparation.store import Store
 from entropi.private.preparation.tickets import Binding
 from entropi.private.sessions import client, preparing, server_session
 from entropi.private.sessions.material import Growing, Material, Size
+from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import PartySession
 from entropi.private.wire.channel import LostServer
 from entropi.private.wire.messages import part_file
@@ -180,7 +181,7 @@ def test_a_slow_disk_does_not_end_a_preparation(finished):
     async def watch(watching):
         await asyncio.wait_for(watching, 1)
 
-    tunnel, party = SimpleNamespace(broken=broken), SimpleNamespace(finished=finished)
+    tunnel, party = SimpleNamespace(broken=broken), Party(SimpleNamespace(returncode=0 if finished else None))
     client_side = SimpleNamespace(where="a server")
     for watching, error in (
         (PartySession._watch_link(client_side, tunnel, party, 0.0), LostServer),

@@ -10,7 +10,7 @@ import numpy as np
 
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
-from entropi.private.compute.settings import Settings
+from entropi.private.compute.settings import CLIENT, Settings
 from entropi.private.preparation.cutting import Product, Shape, cut
 from entropi.private.preparation.products import OF_SERVER, Masking, masking, packed_size, pool_of, token_rows
 from entropi.private.preparation.ring import Ring
@@ -40,6 +40,15 @@ class Need:
     def rows(self) -> int:
         """How many can be handed out: tokens of a place; numbers of a pool, or rows of them."""
         return self.shapes[0][0] if self.pooled else token_rows(self.kind, self.shapes[0], self.result)
+
+    def kept(self, rank: int) -> dict[str, Shape]:
+        """Names and shapes of the arrays that a party keeps, see `array_name`; of a matrix the server keeps no mask."""
+        shapes = {array_name(self.name, "c"): self.result}
+        if self.masking != "server" or rank == CLIENT:
+            shapes[array_name(self.name, "a")] = self.shapes[0]
+        if self.masking == "pair":
+            shapes[array_name(self.name, "b")] = self.shapes[1]
+        return shapes
 
 
 def needs(model: Description, settings: Settings, tokens: int, passes: int | None = None) -> list[Need]:

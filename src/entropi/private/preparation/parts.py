@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from entropi.private.compute.description import Description
-from entropi.private.compute.settings import CLIENT, Settings
+from entropi.private.compute.settings import Settings
 from entropi.private.preparation.dealing import counts_of
 from entropi.private.preparation.material import Need, needs
 from entropi.private.preparation.ring import Ring
@@ -37,15 +37,8 @@ def _split(need: Need) -> list[Need]:
 
 
 def kept_bytes(parts: Sequence[Need], rank: Literal[0, 1]) -> int:
-    """Bytes that a party keeps: its masks, and its share of their products; of a matrix the server keeps no mask."""
-    numbers = 0
-    for part in parts:
-        numbers += int(np.prod(part.result, dtype=np.int64))
-        if part.masking != "server" or rank == CLIENT:
-            numbers += int(np.prod(part.shapes[0], dtype=np.int64))
-        if part.masking == "pair":
-            numbers += int(np.prod(part.shapes[1], dtype=np.int64))
-    return 8 * numbers
+    """Bytes that a party keeps: its masks, and its share of their products."""
+    return 8 * sum(int(np.prod(shape, dtype=np.int64)) for part in parts for shape in part.kept(rank).values())
 
 
 def together(parts: Sequence[Mapping[str, Ring]]) -> dict[str, Ring]:

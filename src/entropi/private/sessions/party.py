@@ -19,6 +19,7 @@ from safetensors.numpy import load, save_file
 
 from entropi.private.compute import prefix
 from entropi.private.compute.compiling import compile_ahead
+from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.program import stages_of_pass, warm_up
@@ -107,7 +108,7 @@ def _serve_session(
             engine.hold("tokens", (-(-count // 2) if paired else count, model.vocab_size), tokens)
         left -= 1 if number == 0 else count
         if left:
-            _compile_next(engine, job, past + count, prepared)
+            compile_next(engine, model, settings, past + count, prepared)
         for stage in stages_of_pass(model, settings, count, past, prepared=prepared is not None):
             if prepared is None:
                 done = engine.run(stage, number)
@@ -124,9 +125,10 @@ def _serve_session(
             raise EngineError(f"{count} more tokens were asked for, and {left} are left")
 
 
-def _compile_next(engine: Engine, job: Job, past: int, prepared: PreparedPasses | None) -> None:
+def compile_next(
+    engine: Engine, model: Description, settings: Settings, past: int, prepared: PreparedPasses | None
+) -> None:
     """Compile the pass over one further token after `past` ones in a thread."""
-    model, settings = job.description, job.settings
     compiler = engine.compiler.copy()
     for name in prefix.names(model):
         compiler.note(name, prefix.shape(model, past))

@@ -19,8 +19,10 @@ from entropi.private.sessions.confinement import summary
 from entropi.private.sessions.material import Taken
 from entropi.private.sessions.memory import needed_memory
 from entropi.private.wire.messages import BadMessage, Event, Failed, Job, Proceed, decode, decode_event, encode
-from entropi.private.wire.tunnel import link_folder
+from entropi.private.wire.tunnel import Tunnel, link_folder
 
+GRACE_SECONDS = 3.0  # for a party to say why its link broke, or to end
+PREPARING_GRACE_SECONDS = 60.0  # for one of low priority, which has computed everything and writes its last part
 SUSPENDED_SECONDS = 10.0  # that a party may be stopped by a signal
 # Without the working folder in the search path: what lies there is neither imported nor readable to a party.
 PARTY_COMMAND = (
@@ -140,11 +142,6 @@ class Party:
         """Number of the process."""
         return self._process.pid
 
-    @property
-    def finished(self) -> bool:
-        """Whether the process has ended as it should; its events may not all have been read yet."""
-        return self._process.returncode == 0
-
     async def proceed(self, count: int = 1, tokens: list[int] | None = None) -> None:
         """Let the party run the pass for `count` more tokens; the client's is told which."""
         await self._write(encode(Proceed(count, tokens)))
@@ -167,6 +164,16 @@ class Party:
         if status := await self._process.wait():
             return Failed(reason=f"the party's process ended with status {status}{self._too_little}")
         return None
+
+    async def without_link(self, tunnel: Tunnel, grace: float) -> None:
+        """Return once the engines' link has been broken for `grace` seconds, unless the process has ended as it should.
+
+        Its parent may take longer than that to keep what was prepared.
+        """
+        await tunnel.broken()
+        await asyncio.sleep(grace)
+        if self._process.returncode == 0:
+            await asyncio.Event().wait()
 
     async def suspended(self) -> None:
         """Return once somebody has stopped the process (SIGSTOP) and not let it go on for a while; Linux only.

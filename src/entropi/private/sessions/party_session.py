@@ -10,7 +10,7 @@ import aiohttp
 
 from entropi.console import without_controls
 from entropi.errors import UserError
-from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.party_handle import GRACE_SECONDS, Party
 from entropi.private.wire.channel import (
     HANDSHAKE_SECONDS,
     LAST_WORDS_SECONDS,
@@ -23,8 +23,6 @@ from entropi.private.wire.messages import Accepted, Next, Prepare, Prepared, Que
 from entropi.private.wire.tunnel import LinkBroken, Tunnel
 
 LINK_SECONDS = 60
-GRACE_SECONDS = 3.0  # for a party to say why its link broke
-PREPARING_GRACE_SECONDS = 60.0  # for one of low priority, which has computed everything and writes its last part
 
 
 class PartySession:
@@ -108,8 +106,5 @@ class PartySession:
 
     async def _watch_link(self, tunnel: Tunnel, party: Party, grace: float) -> None:
         """Raise once the engines' link is broken although this side's party has not finished."""
-        await tunnel.broken()
-        await asyncio.sleep(grace)
-        if party.finished:  # either side may take long to keep what was prepared
-            await asyncio.Event().wait()
+        await party.without_link(tunnel, grace)
         raise LostServer(f"the engines' link with {self.where} broke")

@@ -12,8 +12,8 @@ from entropi.private.compute.settings import CLIENT
 from entropi.private.preparation.store import Store
 from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.memory import memory_for, unread_for
-from entropi.private.sessions.party_handle import Party
-from entropi.private.sessions.party_session import LINK_SECONDS, PREPARING_GRACE_SECONDS, PartySession
+from entropi.private.sessions.party_handle import PREPARING_GRACE_SECONDS, Party
+from entropi.private.sessions.party_session import LINK_SECONDS, PartySession
 from entropi.private.wire.certificates import Tls
 from entropi.private.wire.channel import LostServer, ServerAddress, greet, open_channel, welcome_from
 from entropi.private.wire.messages import Failed, Job, Linked, PartDone, Prepare, StageDone

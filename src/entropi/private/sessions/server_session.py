@@ -24,7 +24,7 @@ from entropi.private.compute.folded import WEIGHTS_FILE
 from entropi.private.compute.settings import SERVER
 from entropi.private.sessions.material import Growing, Size, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
-from entropi.private.sessions.party_handle import Party
+from entropi.private.sessions.party_handle import GRACE_SECONDS, PREPARING_GRACE_SECONDS, Party
 from entropi.private.sessions.server_state import ServerState
 from entropi.private.wire.certificates import Peer
 from entropi.private.wire.messages import (
@@ -67,8 +67,6 @@ HEARTBEAT_SECONDS = 10.0  # a peer that says nothing for one and a half of these
 REVOKED = "this client's certificate was revoked"
 LEAVE_SECONDS = 10.0  # for the client to say good-bye once it has everything
 FAREWELL_SECONDS = 1.0  # for it to say so too; all that it sends meanwhile is read and thrown away
-GRACE_SECONDS = 3.0  # for a party to end after its link
-PREPARING_GRACE_SECONDS = 60.0  # for one of low priority, which has computed everything and writes its last part
 REPORT_SECONDS = 1.0  # for the server's party to report what it did before the client left
 log = logging.getLogger("entropi.server")
 
@@ -477,10 +475,7 @@ def _printable(text: str) -> str:
 
 async def _watch_link(tunnel: Tunnel, party: Party, grace: float) -> None:
     """Raise once the engines' link is broken although this side's party has not finished."""
-    await tunnel.broken()
-    await asyncio.sleep(grace)  # the party may have finished, or be about to say why not
-    if party.finished:  # it may take long to keep what it has prepared
-        await asyncio.Event().wait()
+    await party.without_link(tunnel, grace)
     raise SessionError("the engines' link broke")
 
 
