@@ -14,10 +14,11 @@ import numpy as np
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.program import Comparable, cached_tokens, run_stages, stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import Material, array_name, needs
+from entropi.private.preparation.material import TRUNCATE, Material, array_name, needs
 from entropi.private.preparation.online import PreparedPasses
 from entropi.private.preparation.products import multiply
 from entropi.private.preparation.ring import encode
+from entropi.private.preparation.truncation import packed
 from entropi.records import StageCommunication
 
 
@@ -35,11 +36,15 @@ def smallest_gap(numbers):
 
 
 class RecordedPasses(PreparedPasses):
-    """Keeps all opened operands, as `opened`: at the client those that it sees."""
+    """Keeps all opened operands, as `opened`, at the client those that it sees; and bits sent for truncations."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.opened = []
+        self.opened, self.signs = [], []
+
+    def _swap(self, own):
+        self.signs.append(own)
+        return super()._swap(own)
 
     def _finished(self, product, masks, opened, layer):
         self.opened += opened
@@ -47,7 +52,7 @@ class RecordedPasses(PreparedPasses):
 
 
 def run_passes(engine, passes, material, model, settings, whole, past):
-    """Logits after each pass, and what was opened, at the party of `engine`; the client knows `passes`' rows.
+    """Logits after each pass, and what did the passes, at the party of `engine`; the client knows `passes`' rows.
 
     `whole` are the server's matrices as whole numbers; `past` is the length of a prefix, which the server holds.
     """
@@ -59,7 +64,7 @@ def run_passes(engine, passes, material, model, settings, whole, past):
                 pass
         past += count
         found.append(engine.reveal_to_client("logits")[0])
-    return found, recorded.opened
+    return found, recorded
 
 
 def inputs_of_passes(passes, model, settings, table):
@@ -94,7 +99,8 @@ class IdealEngine:
         engines = cls(), cls()
         barrier, links, lock = threading.Barrier(2, timeout=600), (queue.Queue(), queue.Queue()), threading.Lock()
         for rank, engine in enumerate(engines):
-            engine.rank, engine.other, engine.bits, engine.random = rank, engines[1 - rank], fraction_bits, random
+            engine.rank, engine.other, engine.random = rank, engines[1 - rank], random
+            engine.bits = engine.fraction_bits = fraction_bits
             engine.barrier, engine.links, engine.lock = barrier, links, lock
             engine.shares, engine.sent = {}, []
         return engines
@@ -141,7 +147,7 @@ class IdealEngine:
         return (value if self.rank == CLIENT else None), 0
 
     def send(self, content):
-        self.sent.append(np.frombuffer(content, "<u8"))
+        self.sent.append(content)
         self.links[1 - self.rank].put(content)
 
     def receive(self, size):
@@ -163,6 +169,8 @@ def ideal_arrays(need, weights, bits, random):
     def draw(shape):
         return random.integers(0, 2**64, shape, dtype=np.uint64)
 
+    if need.kind == TRUNCATE:
+        return ideal_truncations(need.rows, bits, random)
     a, b = draw(need.shapes[0]), draw(need.shapes[1])
     if need.masking == "server":
         b = encode(weights[need.matrix], bits).astype(np.int64).view(np.uint64)
@@ -180,6 +188,15 @@ def ideal_arrays(need, weights, bits, random):
     return parties
 
 
+def ideal_truncations(count, bits, random):
+    """Both parties' arrays for so many truncations."""
+    drawn = random.integers(0, 2, (2, count), dtype=np.uint8)
+    ours = random.integers(0, 2**bits, count, dtype=np.uint32)
+    shares = ours, (drawn[0] * drawn[1] - ours) % np.uint32(2**bits)
+    names = [array_name(TRUNCATE, which) for which in ("a", "c")]
+    return [dict(zip(names, packed(*party))) for party in zip(drawn, shares)]
+
+
 def ideal_material(model, settings, weights, tokens, random):
     """Needs, and each party's arrays."""
     wanted = needs(model, settings, tokens)
@@ -187,8 +204,20 @@ def ideal_material(model, settings, weights, tokens, random):
     return wanted, [{name: array for one in dealt for name, array in one[rank].items()} for rank in (SERVER, CLIENT)]
 
 
+def told_apart(sent, signs):
+    """Messages with masked numbers, and the bits of the others, which have to be these."""
+    left, numbers = list(signs), []
+    for content in sent:
+        if left and content == np.packbits(left[0]).tobytes():
+            left.pop(0)
+        else:
+            numbers.append(np.frombuffer(content, "<u8"))
+    assert not left
+    return numbers, np.concatenate(signs)
+
+
 class Session:
-    """What both parties did in some passes: `logits`, `opened` numbers and what each has `sent`."""
+    """What both parties did in some passes: `logits`, `opened` numbers, and numbers and bits that each has sent."""
 
     def __init__(self, model, settings, weights, passes, materials, random):
         engines = IdealEngine.pair(settings.fraction_bits, random)
@@ -217,8 +246,8 @@ class Session:
             first = [error for error in failures if not isinstance(error, threading.BrokenBarrierError)]
             raise [*first, *failures][0]
         self.logits = results[CLIENT][0]
-        self.opened = results[SERVER][1]  # the server sees all of them
-        self.sent = [engine.sent for engine in engines]
+        self.opened = results[SERVER][1].opened  # the server sees all of them
+        self.sent, self.signs = zip(*(told_apart(engine.sent, results[engine.rank][1].signs) for engine in engines))
 
 
 def ideal_session(model, settings, weights, passes, tokens, seed=0):

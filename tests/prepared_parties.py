@@ -9,7 +9,7 @@ from entropi.private.compute.prefix import with_prefix
 from entropi.private.compute.program import cached_tokens, compute_on_processor, warm_up
 from entropi.private.compute.settings import SERVER, Settings
 from entropi.private.preparation.material import Material, joined, needs
-from masked_passes import inputs_of_passes, plain_passes, run_passes
+from masked_passes import inputs_of_passes, plain_passes, run_passes, told_apart
 from private_reference import VARIANTS, describe, random_weights
 
 PASSES = [[7, 3, 11, 2], [5], [5, 9]]  # a prompt, one further token, a message
@@ -96,7 +96,7 @@ def played(engine, case):
         arrays |= joined(need, pieces)
 
     def recorded(content):
-        sent.append(np.frombuffer(content, "<u8"))
+        sent.append(content)
         send(content)
 
     engine.send = recorded
@@ -105,8 +105,9 @@ def played(engine, case):
     rows = inputs_of_passes(PASSES, case.model, case.settings, case.weights["embedding"])
     material = Material(case.needs, arrays)
     assert case.past == cached_tokens(case.weights)
-    logits, opened = run_passes(engine, rows, material, case.model, case.settings, whole, case.past)
+    logits, recorded_passes = run_passes(engine, rows, material, case.model, case.settings, whole, case.past)
     found = {f"material {name}": array for name, array in arrays.items()}
-    found["sent"] = np.concatenate(sent)
-    found["opened"] = np.concatenate([part.reshape(-1) for part in opened])
+    numbers, found["signs"] = told_apart(sent, recorded_passes.signs)
+    found["sent"] = np.concatenate(numbers)
+    found["opened"] = np.concatenate([part.reshape(-1) for part in recorded_passes.opened])
     return found | {f"logits {number}": value for number, value in enumerate(logits) if value is not None}

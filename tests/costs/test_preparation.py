@@ -120,6 +120,12 @@ def test_what_is_sent_between_parts_by_hand():
     assert sent(exchanges.count([square, by_matrix], {"0.qkv"}, 0)) == (16 * 12 + 8 * 24, 2, 1)
 
 
+def test_what_is_sent_to_truncate():
+    """A bit each way, in whole bytes."""
+    assert sent(exchanges.count_truncation(8_000)) == (2_000, 2, 1)
+    assert sent(exchanges.count_truncation(3)) == (2, 2, 1)
+
+
 def test_the_server_stores_no_mask_of_what_its_matrices_multiply():
     by_matrix = Need("0.qkv", "times_matrix", "server", ((3, 8), (8, 24)), (3, 24), "0.qkv")
     squares = Need("square", "square", "self", ((10,), (10,)), (10,))

@@ -66,7 +66,7 @@ def python(script: str) -> str:
     ).stdout
 
 
-NEED_JAX = {"cutting", "dealing"}  # of `preparation`: keeping and using material takes arrays alone
+NEED_JAX = {"cutting", "dealing", "linear"}  # of `preparation`: keeping and using material takes arrays alone
 
 
 def test_what_keeps_material_computes_nothing():

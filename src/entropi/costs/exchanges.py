@@ -17,16 +17,16 @@ from entropi.private.compute import attention, functions
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product
-from entropi.private.preparation.material import Material, need_of, of_all_tokens
+from entropi.private.preparation.material import Material, need_of, of_all_tokens, of_truncations
 from entropi.private.preparation.products import OF_SERVER, masking, packed_size
 from entropi.private.preparation.ring import Ring, uniform
-from entropi.records import StageCommunication
 
 # Names of counted things. Of a number that goes both ways each party sends its own part.
 TO_SERVER, BOTH_WAYS = "masked numbers to the server", "masked numbers both ways"
 MESSAGES, _EXCHANGES = "messages of masked numbers", "exchanges of masked numbers"
 _ENTRIES, _BY_MATRIX = "entries of matrices beside masked numbers", "products of masked numbers and entries"
 _OF_OPENED = "products inside opened matrices"
+SIGNS = "bits of truncated numbers"
 
 # Bytes, messages and rounds, which follow from how it is sent. Seconds are measured.
 SENT: dict[str, tuple[float, float, float]] = {
@@ -37,6 +37,7 @@ SENT: dict[str, tuple[float, float, float]] = {
     _ENTRIES: (0, 0, 0),
     _BY_MATRIX: (0, 0, 0),
     _OF_OPENED: (0, 0, 0),
+    SIGNS: (0.25, 0, 0),
 }
 
 
@@ -67,6 +68,11 @@ def count(products: Sequence[Product], of_server: Collection[str], opened: int) 
     return counted
 
 
+def count_truncation(numbers: int) -> Counter[str]:
+    """What truncating so many numbers at once exchanges: a bit each way, in whole bytes."""
+    return Counter({_EXCHANGES: 1, MESSAGES: 2, SIGNS: -(-numbers // 8) * 8})
+
+
 def _size(shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
@@ -77,7 +83,7 @@ _REPEATS = 7  # of which the fastest counts: nothing but other work makes one sl
 
 
 class _Echo:
-    """An engine without another party, which answers masked numbers at once and runs nothing."""
+    """An engine without another party, which answers at once with nothing but zeros, and runs nothing."""
 
     rank = SERVER
 
@@ -105,29 +111,26 @@ class _Echo:
     def receive(self, size: int) -> bytes:
         return bytes(size)
 
-    def run(self, stage: Stage, token: int) -> StageCommunication:
-        for name in stage.inputs:
-            del self._shares[name]
-        nothing = dict.fromkeys(("sent_bytes", "received_bytes", "sent_messages", "received_messages"), 0)
-        return StageCommunication(name=stage.name, layer=stage.layer, token=token, seconds=0.0, **nothing)
-
 
 def readings() -> Iterator[tuple[Counter[str], float]]:
-    """What is counted of exchanges of several kinds and sizes, and the seconds that they take here."""
+    """What is counted of exchanges of several kinds and sizes, and the seconds that they take here.
+
+    Of a product, and then of the truncation of its result.
+    """
     for rows, inner, columns in ((1, 768, 2304), (1, 768, 9216), (16, 768, 2304), (128, 768, 768), (1, 3072, 768)):
-        yield _timed("times_matrix", functions.times_matrix, (rows, inner), (inner, columns), (rows, columns))
+        yield from _timed("times_matrix", functions.times_matrix, (rows, inner), (inner, columns), (rows, columns))
     for heads, rows, width in ((12, 1, 64), (12, 32, 64), (12, 96, 64)):
         keys = max(rows, 128)
         pairs = packed_size(keys) - packed_size(keys - rows)
         query, packed, of_keys = (heads, rows, width), (heads, pairs), (heads, keys, width)
-        yield _timed("scores", attention.scores, query, of_keys, packed)
-        yield _timed("mix", partial(attention.mix, rows=rows), packed, of_keys, query)
+        yield from _timed("scores", attention.scores, query, of_keys, packed)
+        yield from _timed("mix", partial(attention.mix, rows=rows), packed, of_keys, query)
     for size in (1_000, 30_000, 300_000):
-        yield _timed("square", functions.square, (size,), None, (size,))
-        yield _timed("times", functions.times, (size,), (size,), (size,))
+        yield from _timed("square", functions.square, (size,), None, (size,))
+        yield from _timed("times", functions.times, (size,), (size,), (size,))
     for rows, width in ((1, 768), (128, 768)):
-        yield _timed("scale_rows", functions.scale_rows, (rows, width), (rows,), (rows, width))
-        yield _timed("sums_of_squares", functions.sums_of_squares, (rows, width), None, (rows,))
+        yield from _timed("scale_rows", functions.scale_rows, (rows, width), (rows,), (rows, width))
+        yield from _timed("sums_of_squares", functions.sums_of_squares, (rows, width), None, (rows,))
 
 
 def _timed(
@@ -136,8 +139,8 @@ def _timed(
     first: tuple[int, ...],
     second: tuple[int, ...] | None,
     result: tuple[int, ...],
-) -> tuple[Counter[str], float]:
-    """One product, as `PreparedPasses` computes it for one party."""
+) -> Iterator[tuple[Counter[str], float]]:
+    """One product, as `PreparedPasses` computes it for one party, and its truncation."""
     from entropi.private.preparation.online import PreparedPasses
 
     names = ("x",) if second is None else ("x", "y")
@@ -145,19 +148,21 @@ def _timed(
     product = Product(kind, names, (first,) if second is None else (first, second), "z", result)
     matrix = {"y": np.ones(second, np.int32)} if by_matrix and second is not None else {}
     keys = second[1] if kind in ("scores", "mix") and second is not None else first[0]
-    fastest = np.inf
+    fastest = [np.inf, np.inf]
     for _ in range(_REPEATS):
         engine: Any = _Echo()
         engine.hold("x", uniform(first))
         if second is not None:
             engine.hold("y", uniform(second))
         passes = PreparedPasses(engine, _material(product, keys), 18, matrix)
-        cost = next(iter(passes.run(Stage("", 0, function, names, ("z",)), 0, keys)))
-        fastest = min(fastest, cost.seconds)
-    return count([product], matrix, 0), float(fastest)
+        costs = passes.run(Stage("", 0, function, names, ("z",)), 0, keys)
+        fastest = [min(one, cost.seconds) for one, cost in zip(fastest, costs, strict=True)]
+    yield count([product], matrix, 0), float(fastest[0])
+    yield count_truncation(_size(result)), float(fastest[1])
 
 
 def _material(product: Product, keys: int) -> Material:
     """The server's, of which a pass over the last tokens of `keys` takes what it needs."""
     need = need_of(of_all_tokens(product, keys), 0, {"y"} if product.kind in OF_SERVER else set())
-    return Material([need], {name: uniform(shape) for name, shape in need.kept(SERVER).items()})
+    needs = [need, of_truncations(_size(product.result_shape))]
+    return Material(needs, {name: uniform(shape) for one in needs for name, shape in one.kept(SERVER).items()})

@@ -259,7 +259,7 @@ class Predictor:
             messages += number * price.messages
             seconds += number * price.seconds
             rounds += number * price.rounds
-            if (both and "ciphertexts by" in name) or name == exchanges.BOTH_WAYS:
+            if (both and "ciphertexts by" in name) or name in (exchanges.BOTH_WAYS, exchanges.SIGNS):
                 overlapping += number * price.bytes / 2
 
         # Both directions of a product of two shared operands, and of masked numbers, travel at the same time.

@@ -1,8 +1,8 @@
 """What a session costs whose products are prepared, offline and online, beside one without preparation.
 
 Offline the parties multiply random numbers: the very functions that `preparation.dealing` runs are traced, on whole
-numbers. Online the same stages as ever are cut at their products: exchanges of masked numbers, and local parts that are
-traced like other stages.
+numbers. Online the same stages as ever are cut at their products: exchanges of masked numbers and of bits, and what is
+left for the engine, which is traced like other stages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from entropi.errors import UserError
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.preparation.cutting import cut
+from entropi.private.preparation.cutting import Shape, cut
 from entropi.private.preparation.dealing import pieces
+from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.material import Need, needs
 from entropi.private.preparation.parts import kept_bytes
 from entropi.records import PassCost, PreparedRecord
@@ -46,11 +47,8 @@ class PreparedPredictor(Predictor):
         """Computing material, by kind of product."""
         traced = []
         for need in material:
-            for piece in pieces(need):
-                values = {
-                    name: Value(shape, "server" if owner == SERVER else "client", whole=True)
-                    for name, (shape, owner) in piece.operands.items()
-                }
+            for piece in pieces(need, self._costs.options.fraction_bits):
+                values = {name: _operand(*operand) for name, operand in piece.operands.items()}
                 calls = list[ProtocolCall | Counter[str]](trace_calls(piece.stage, values))
                 traced.append((Stage(need.kind, -1, piece.stage.function, (), ()), calls))
         return self._price(traced)
@@ -62,13 +60,23 @@ class PreparedPredictor(Predictor):
         shapes = {name: self._values[name].shape for name in stage.inputs}
         weights = self._model.weight_shapes()
         calls: list[ProtocolCall | Counter[str]] = []
-        for step in cut(stage, shapes, self._costs.options.fraction_bits):
+        for step in cut(stage, shapes):
             if step.products:
                 calls.append(exchanges.count(step.products, weights, opened))
-                self._values |= {product.result: Value(product.result_shape) for product in step.products}
             for part in step.parts:
-                calls += trace_calls(part, self._values)
+                if isinstance(part, LinearPart):
+                    calls += map(exchanges.count_truncation, part.truncations)
+                    self._values |= {name: Value(shape) for name, shape in zip(part.outputs, part.shapes)}
+                else:
+                    calls += trace_calls(part, self._values)
         return calls
+
+
+def _operand(shape: Shape, owner: int | None) -> Value:
+    """What the engine computes with: whole numbers of one party, or what it truncates, of which both have shares."""
+    if owner is None:
+        return Value(shape)
+    return Value(shape, "server" if owner == SERVER else "client", whole=True)
 
 
 def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> PreparedRecord:

@@ -9,9 +9,25 @@ from entropi.private.compute.prefix import with_prefix
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.cutting import cut
-from entropi.private.preparation.material import Material, MaterialUsedUp, array_name, needs
+from entropi.private.preparation.material import (
+    TRUNCATE,
+    Material,
+    MaterialUsedUp,
+    array_name,
+    needs,
+    of_truncations,
+)
 from entropi.private.preparation.products import multiply, token_rows
-from masked_passes import Session, chi_square, ideal_material, ideal_session, plain_passes, smallest_gap
+from entropi.private.preparation.truncation import unpacked
+from masked_passes import (
+    Session,
+    chi_square,
+    ideal_material,
+    ideal_session,
+    ideal_truncations,
+    plain_passes,
+    smallest_gap,
+)
 from private_reference import VARIANTS, describe, random_weights
 
 PASSES = [[7, 3, 11, 2, 0], [5], [1, 1, 9]]  # a prompt, one further token, a message
@@ -98,7 +114,7 @@ def run(weights, passes, wanted, arrays, random=None):
 
 def test_every_kind_of_product_is_in_the_sample(spread):
     kinds = {need.kind for need in spread[2][0][0]}
-    assert kinds == {"times_matrix", "scores", "mix", "scale_rows", "sums_of_squares", "times", "square"}
+    assert kinds == {"times_matrix", "scores", "mix", "scale_rows", "sums_of_squares", "times", "square", "truncate"}
 
 
 def test_what_is_sent_and_opened_is_uniform(spread):
@@ -108,6 +124,8 @@ def test_what_is_sent_and_opened_is_uniform(spread):
             assert len(joint) > 3000
             for byte in range(8):
                 assert chi_square((joint >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
+        for bits in session.signs:
+            assert abs(bits.mean() - 0.5) < 5 * 0.5 / len(bits) ** 0.5
 
 
 def test_without_masks_what_is_opened_is_not_uniform(spread):
@@ -199,6 +217,9 @@ def numbered(wanted):
     """Material whose every number is another one."""
     arrays, count = {}, 0
     for need in wanted:
+        if need.kind == TRUNCATE:
+            arrays |= ideal_truncations(need.rows, 18, np.random.default_rng(0))[SERVER]
+            continue
         for which, shape in dict(a=need.shapes[0], b=need.shapes[1], c=need.result).items():
             if which == "b" and need.masking != "pair":
                 continue
@@ -216,7 +237,7 @@ def products_of(model, sizes, prefix=0):
     for size in sizes:
         shapes["embedded"] = (size, model.hidden_size)
         for stage in stages_of_pass(model, SETTINGS, size, past, prepared=True):
-            for step in cut(stage, shapes, SETTINGS.fraction_bits):
+            for step in cut(stage, shapes):
                 for product in step.products:
                     yield product, stage.layer, past + size
         past += size
@@ -250,6 +271,9 @@ def test_masks_belong_together():
     wanted, _ = ideal_material(model, SETTINGS, random_weights(model), 6, random)
     arrays, matrices = {}, {}
     for need in wanted:
+        if need.kind == TRUNCATE:
+            arrays |= ideal_truncations(need.rows, 18, random)[SERVER]
+            continue
         a, b = (random.integers(0, 2**64, shape, dtype=np.uint64) for shape in need.shapes)
         b = a if need.masking == "self" else b
         own = dict(a=a, b=b, c=multiply(need.kind, a, b))
@@ -282,6 +306,17 @@ def test_asking_twice_or_for_too_much_is_refused():
                 Material(wanted, numbered(wanted)).masks(product, layer, keys)
         with pytest.raises(MaterialUsedUp, match="0 were prepared"):
             Material([], {}).masks(product, layer, keys)
+
+
+def test_bits_are_handed_out_once():
+    wanted = [of_truncations(100), of_truncations(60)]  # two parts of the pool
+    arrays = ideal_truncations(160, 18, np.random.default_rng(1))[CLIENT]
+    material, every = Material(wanted, arrays), unpacked(*arrays.values(), 160)
+    taken = [material.of_truncation(count) for count in (1, 99, 0, 60)]
+    np.testing.assert_array_equal(np.concatenate([one.bits for one in taken]), every.bits)
+    np.testing.assert_array_equal(np.concatenate([one.products for one in taken]), every.products)
+    with pytest.raises(MaterialUsedUp, match="for truncate 160 were prepared, 161 are needed"):
+        material.of_truncation(1)
 
 
 def test_a_refused_product_uses_nothing_up():

@@ -6,9 +6,10 @@ import pytest
 pytest.importorskip("spu")
 
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import array_name
+from entropi.private.preparation.material import TRUNCATE, array_name
 from entropi.private.preparation.products import multiply
 from entropi.private.preparation.ring import encode
+from entropi.private.preparation.truncation import unpacked
 from masked_passes import chi_square, smallest_gap
 from prepared_parties import AGAIN, CASES, PASSES, Case, play
 
@@ -43,6 +44,8 @@ def test_products_are_exact(played, name):
     """To the last digit or, where the engine may be wrong by one, to that; a square has twice its error."""
     case, wrong, count = Case(name), 0, 0
     for need in case.needs:
+        if need.kind == TRUNCATE:
+            continue
 
         def whole(which, need=need):
             parts = [played[name][rank].get(f"material {array_name(need.name, which)}") for rank in (SERVER, CLIENT)]
@@ -61,10 +64,29 @@ def test_products_are_exact(played, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_products_of_bits_are_exact(played, name):
+    case = Case(name)
+    (count,) = [need.rows for need in case.needs if need.kind == TRUNCATE]
+    server, client = (truncations(party, count) for party in played[name])
+    bits = case.settings.fraction_bits
+    np.testing.assert_array_equal((server.products + client.products) % 2**bits, server.bits & client.bits)
+    for party in (server, client):
+        assert party.products.max() < 2**bits
+        assert abs(party.bits.mean() - 0.5) < 5 * 0.5 / count**0.5
+        for place in range(bits):
+            assert abs((party.products >> np.uint32(place) & np.uint32(1)).mean() - 0.5) < 5 * 0.5 / count**0.5
+
+
+def truncations(party, count):
+    return unpacked(*(party[f"material {array_name(TRUNCATE, which)}"] for which in ("a", "c")), count)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shares_of_material_are_uniform(played, name):
     """Of each party's masks and products by itself, also of what is the product with a matrix of small numbers."""
     for of_party in played[name]:
-        numbers = np.concatenate([array.reshape(-1) for key, array in of_party.items() if key.startswith("material")])
+        names = [key for key in of_party if key.startswith("material") and f" {TRUNCATE} " not in key]
+        numbers = np.concatenate([of_party[key].reshape(-1) for key in names])
         assert len(np.unique(numbers)) == len(numbers)
         for byte in range(8):
             assert chi_square((numbers >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
@@ -73,6 +95,8 @@ def test_shares_of_material_are_uniform(played, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_sent_and_opened_is_uniform(played, name):
     server, client = played[name]
+    for party in (server, client):
+        assert abs(party["signs"].mean() - 0.5) < 5 * 0.5 / len(party["signs"]) ** 0.5
     for numbers in (server["sent"], client["sent"], server["opened"]):
         assert len(numbers) > 1000
         for byte in range(8):

@@ -57,6 +57,7 @@ class Engine:
         self, rank: int, link: Any, settings: Settings, configure: Callable[[Any], None] | None = None
     ) -> None:
         self.rank, self._link, self._log = rank, link, start_log()
+        self.fraction_bits = settings.fraction_bits
         config = _runtime_config(settings)
         if configure is not None:
             configure(config)

@@ -1,27 +1,25 @@
 """A stage of the private program, cut at the products that can be prepared.
 
-A stage is traced, and its trace is cut where it calls a function that `compute.functions.bilinear` has marked. Between
-cuts are *local parts*, which the engine runs as ever; at a cut are products, all of those that wait for the same
-parts at once. A product comes back with twice the fraction bits, and a part of its own truncates it: within another
-part the compiler would multiply other factors into the truncation, of which the fraction bits hold nothing.
+A stage is traced, and its trace is cut where it calls a function that `compute.functions.bilinear` has marked. At a cut
+are products, all of those that wait for the same parts at once. Between cuts are *local parts*: what is linear is
+computed by each party on its own shares (`linear`), and the engine runs what is left, comparisons above all.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import Literal as Constant
 
 from entropi.private.compute.functions import BILINEAR
 from entropi.private.compute.program import Comparable, Stage
+from entropi.private.preparation.linear import LinearPart, evaluated, is_linear, is_secret
 
 Shape: TypeAlias = tuple[int, ...]
 UNTRUNCATED = "'"  # behind the name of a value with twice the fraction bits
@@ -43,16 +41,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Step:
-    """Products whose operands are known, all at once, and then what the engine computes of their results."""
+    """Products whose operands are known, all at once, and then what is computed of their results."""
 
     products: tuple[Product, ...]
-    parts: tuple[Stage, ...]
+    parts: tuple[LinearPart | Stage, ...]
 
 
-def cut(stage: Stage, shapes: dict[str, Shape], fraction_bits: int) -> list[Step]:
+def cut(stage: Stage, shapes: dict[str, Shape]) -> list[Step]:
     """`stage` as steps over named values; the shapes of its results are added to `shapes`."""
     known = tuple(shapes[name] for name in stage.inputs)
-    steps, results = _cut(Comparable.of(stage.function), known, fraction_bits)
+    steps, results = _cut(Comparable.of(stage.function), known)
     shapes.update(zip(stage.outputs, results))
     _check_order(stage, steps)
     names = {f"in {number}": name for number, name in enumerate(stage.inputs)}
@@ -90,81 +88,84 @@ def _renamed(step: Step, stage: Stage, names: dict[str, str]) -> Step:
     products = tuple(
         Product(p.kind, together(p.operands), p.shapes, of(p.result), p.result_shape) for p in step.products
     )
-    parts = tuple(
-        Stage(stage.name, stage.layer, part.function, together(part.inputs), together(part.outputs))
-        for part in step.parts
-    )
-    return Step(products, parts)
+
+    def renamed(part: LinearPart | Stage) -> LinearPart | Stage:
+        inputs, outputs = together(part.inputs), together(part.outputs)
+        if isinstance(part, Stage):
+            return Stage(stage.name, stage.layer, part.function, inputs, outputs)
+        return part.renamed(inputs, outputs)
+
+    return Step(products, tuple(map(renamed, step.parts)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(
-    program: Comparable, shapes: tuple[Shape, ...], fraction_bits: int
-) -> tuple[tuple[Step, ...], tuple[Shape, ...]]:
+def _cut(program: Comparable, shapes: tuple[Shape, ...]) -> tuple[tuple[Step, ...], tuple[Shape, ...]]:
     """Steps over values "in 0", "out 0" and others; cut once for every function and shapes, which layers share."""
     closed = jax.make_jaxpr(program.function)(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
     jaxpr = closed.jaxpr
-    trace = _Trace(jaxpr, dict(zip(jaxpr.constvars, closed.consts)), partial(truncate, bits=fraction_bits))
+    trace = _Trace(jaxpr, dict(zip(jaxpr.constvars, closed.consts)))
     results = tuple(tuple(variable.aval.shape) for variable in jaxpr.outvars)
     return tuple(trace.steps()), results
 
 
 class _Trace:
-    """A jaxpr, its equations by how many products one after another they wait for."""
+    """A jaxpr, its equations by how many products one after another they wait for.
 
-    def __init__(self, jaxpr: Any, constants: dict[Any, Any], truncation: Callable[..., Any]) -> None:
-        self.jaxpr, self.constants, self.truncation = jaxpr, constants, truncation
+    `public` are the values of its constants, and of what is made of constants alone: nobody's share.
+    """
+
+    def __init__(self, jaxpr: Any, constants: Mapping[Any, Any]) -> None:
+        self.jaxpr = jaxpr
+        self.public: dict[Any, Any] = dict(constants)
+        self.equations: list[Any] = []
+        for equation in jaxpr.eqns:
+            if (values := evaluated(equation, self.public)) is None:
+                self.equations.append(equation)
+            else:
+                self.public.update(zip(equation.outvars, values))
+
         self.name: dict[Any, str] = {v: f"in {number}" for number, v in enumerate(jaxpr.invars)}
-        made = {v for equation in jaxpr.eqns for v in equation.outvars}
+        made = {v for equation in self.equations for v in equation.outvars}
         for number, variable in enumerate(jaxpr.outvars):
             if not isinstance(variable, Constant) and variable in made:
                 self.name.setdefault(variable, f"out {number}")
-        self.waits: dict[Any, int] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], 0)
+
+        self.waits: dict[Any, int] = dict.fromkeys(jaxpr.invars, 0)
         self.products: dict[int, list[Any]] = {}
-        self.public = set(jaxpr.constvars)  # and what is made of constants alone: nobody's share
-        for equation in jaxpr.eqns:
-            if all(isinstance(v, Constant) or v in self.public for v in equation.invars):
-                self.public.update(equation.outvars)
-            depth = max((self.waits[v] for v in equation.invars if not isinstance(v, Constant)), default=0)
+        for equation in self.equations:
+            depth = max((self.waits[v] for v in _secrets([equation], self.public)), default=0)
             marked = is_product(equation)
             if marked:
                 self.products.setdefault(depth + 1, []).append(equation)
             self.waits.update(dict.fromkeys(equation.outvars, depth + marked))
-        self._delay()
+        self.last = max([*self.products, 0])
+        self.local = self._delayed()
 
-    def _delay(self) -> None:
-        """Compute what is local as late as its readers allow: one part more is one run of the engine more."""
-        last = max([*self.products, 0])
-        latest: dict[Any, int] = dict.fromkeys(_variables([self.jaxpr]), last)
+    def _delayed(self) -> dict[int, list[Any]]:
+        """What is local, as late as its readers allow: one part more is one run of the engine more."""
+        latest: dict[Any, int] = dict.fromkeys(_variables([self.jaxpr]), self.last)
         local: dict[int, list[Any]] = {}
-        for equation in reversed(self.jaxpr.eqns):
+        for equation in reversed(self.equations):
             if is_product(equation):
                 depth = self.waits[equation.outvars[0]] - 1
             else:
-                depth = min(latest.get(v, last) for v in equation.outvars)
+                depth = min(latest.get(v, self.last) for v in equation.outvars)
                 local.setdefault(depth, []).insert(0, equation)
             for variable in _variables([equation]):
-                latest[variable] = min(latest.get(variable, last), depth)
-        self.local = local
+                latest[variable] = min(latest.get(variable, self.last), depth)
+        return local
 
     def steps(self) -> Iterator[Step]:
         """The steps, in order."""
-        last = max([*self.products, 0])
-        for depth in range(last + 1):
-            products = tuple(map(self._product, self.products.get(depth, [])))
-            parts = [self._truncation(products)] if products else []
-            if (part := self._part(depth)) is not None:
-                parts.append(part)
-            yield Step(products, tuple(parts))
+        for depth in range(self.last + 1):
+            yield Step(tuple(map(self._product, self.products.get(depth, []))), tuple(self._parts(depth)))
 
     def _named(self, variable: Any) -> str:
         return self.name.setdefault(variable, f"value {len(self.name)}")
 
     def _product(self, equation: Any) -> Product:
         operands = equation.invars
-        assert not any(isinstance(v, Constant) or v in self.public for v in operands), (
-            "an operand of a product is public"
-        )
+        assert all(is_secret(v, self.public) for v in operands), "an operand of a product is public"
         (result,) = equation.outvars
         return Product(
             kind=equation.params["name"],
@@ -174,26 +175,83 @@ class _Trace:
             result_shape=tuple(result.aval.shape),
         )
 
-    def _truncation(self, products: tuple[Product, ...]) -> Stage:
-        raw = tuple(product.result for product in products)
-        return Stage("", -1, self.truncation, raw, tuple(name.removesuffix(UNTRUNCATED) for name in raw))
-
-    def _part(self, depth: int) -> Stage | None:
+    def _parts(self, depth: int) -> Iterator[LinearPart | Stage]:
         """What waits for `depth` products: reads what earlier parts wrote, writes what later ones or nobody reads."""
-        equations, last = self.local.get(depth, []), max([*self.products, 0])
-        made = dict.fromkeys(v for equation in equations for v in equation.outvars)
-        later = [e for d in range(depth + 1, last + 1) for e in (*self.products.get(d, []), *self.local.get(d, []))]
-        used = {*_variables(later), *_variables([self.jaxpr])}
-        results = [(v, self._named(v)) for v in made if v in used]
-        if depth == last:  # inputs and constants that are results too, and results that are there twice
+        before, engine, after = self._split(self.local.get(depth, []))
+        later = [
+            e for d in range(depth + 1, self.last + 1) for e in (*self.products.get(d, []), *self.local.get(d, []))
+        ]
+        products = [equation.outvars[0] for equation in self.products.get(depth, [])]
+        if before or products:
+            yield self._linear(before, [*engine, *after, *later], products, [])
+        if engine:
+            results = self._results(engine, [*after, *later])
+            reads = self._reads(engine)
+            function = _Evaluation(tuple(engine), reads, tuple(results), self.public)
+            yield Stage("", -1, function, tuple(map(self._named, reads)), tuple(map(self._named, results)))
+
+        again = []
+        if depth == self.last:  # inputs and constants that are results too, and results that are there twice
             outs = [(v, f"out {number}") for number, v in enumerate(self.jaxpr.outvars)]
-            results += [(v, name) for v, name in outs if isinstance(v, Constant) or self.name.get(v) != name]
-        if not results:
-            return None
-        needed = {*_variables(equations), *(v for v, _ in results if not isinstance(v, Constant))}
-        reads = [v for v in self.waits if v in needed and v not in made and v not in self.constants]
-        function = _Evaluation(tuple(equations), tuple(reads), tuple(v for v, _ in results), self.constants)
-        return Stage("", -1, function, tuple(map(self._named, reads)), tuple(name for _, name in results))
+            again = [(v, name) for v, name in outs if isinstance(v, Constant) or self.name.get(v) != name]
+        if after or again:
+            yield self._linear(after, later, [], again)
+
+    def _split(self, equations: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """What is linear and waits for nothing of the engine's, what the engine runs, and what is linear after it."""
+        from_engine: set[Any] = set()
+        for equation in equations:
+            if not is_linear(equation, self.public) or from_engine.intersection(_variables([equation])):
+                from_engine.update(equation.outvars)
+        for_engine: set[Any] = set()
+        for equation in reversed(equations):
+            if not is_linear(equation, self.public) or for_engine.intersection(equation.outvars):
+                for_engine.update(_variables([equation]))
+
+        parts: tuple[list[Any], list[Any], list[Any]] = [], [], []
+        for equation in equations:
+            nonlinear = not is_linear(equation, self.public)
+            late = bool(from_engine.intersection(equation.outvars))
+            inside = nonlinear or (late and bool(for_engine.intersection(equation.outvars)))
+            parts[1 if inside else 2 if late else 0].append(equation)
+        return parts
+
+    def _linear(
+        self, equations: list[Any], later: list[Any], products: list[Any], again: list[tuple[Any, str]]
+    ) -> LinearPart:
+        """Of these equations, and of what is read of the `products` that were just computed elsewhere."""
+        elsewhere = {*_variables(later), *_variables([self.jaxpr])}
+        results = [*(v for v in products if v in elsewhere), *self._results(equations, later)]
+        reads = list(self._reads(equations))
+        written = [*results, *(v for v, _ in again)]
+        made = {v for equation in equations for v in equation.outvars}
+        more = dict.fromkeys(v for v in written if is_secret(v, self.public) and v not in made)
+        reads += [v for v in more if v not in reads]
+        doubled = frozenset(products)
+        return LinearPart(
+            equations=tuple(equations),
+            inputs=tuple(self._named(v) + (UNTRUNCATED if v in doubled else "") for v in reads),
+            outputs=(*map(self._named, results), *(name for _, name in again)),
+            read=tuple(reads),
+            written=tuple(written),
+            doubled=doubled,
+            public=self.public,
+        )
+
+    def _results(self, equations: list[Any], later: list[Any]) -> list[Any]:
+        """What equations make and others read, or nobody."""
+        used = {*_variables(later), *_variables([self.jaxpr])}
+        return [v for v in dict.fromkeys(v for equation in equations for v in equation.outvars) if v in used]
+
+    def _reads(self, equations: list[Any]) -> tuple[Any, ...]:
+        """What equations read and do not make."""
+        made = {v for equation in equations for v in equation.outvars}
+        return tuple(v for v in dict.fromkeys(_secrets(equations, self.public)) if v not in made)
+
+
+def _secrets(equations: list[Any], public: Mapping[Any, Any]) -> Iterator[Any]:
+    """What some equations read that is not public."""
+    yield from (v for equation in equations for v in equation.invars if is_secret(v, public))
 
 
 def _variables(users: list[Any]) -> Iterator[Any]:
@@ -228,17 +286,3 @@ class _Evaluation:
             values.update(zip(equation.outvars, results if equation.primitive.multiple_results else [results]))
         written = [of(variable) for variable in self.writes]
         return written[0] if len(written) == 1 else tuple(written)
-
-
-def truncate(*values: Array, bits: int) -> Any:
-    """Values of 2 `bits` fraction bits, with `bits` of them; all at once, which takes one call's rounds.
-
-    The last factor is 1, of a zero: by factors all of which are small the engine multiplies with twice its fraction
-    bits, and the ring would hold no value above 2^9.
-    """
-    flat = jnp.concatenate([*(value.reshape(-1) for value in values), jnp.zeros(1, values[0].dtype)])
-    factors = np.append(np.full(flat.size - 1, 2.0**-bits), 1.0).astype(flat.dtype)
-    ends = np.cumsum([value.size for value in values])[:-1]
-    parts = jnp.split((flat * factors)[:-1], ends)
-    truncated = tuple(part.reshape(value.shape) for part, value in zip(parts, values))
-    return truncated[0] if len(truncated) == 1 else truncated

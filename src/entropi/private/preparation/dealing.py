@@ -17,8 +17,9 @@ from entropi.private.compute.functions import BILINEAR, CIPHERTEXT, POLYNOMIALS
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.cutting import Shape
-from entropi.private.preparation.material import Need, array_name
+from entropi.private.preparation.material import TRUNCATE, Need, array_name
 from entropi.private.preparation.ring import Ring, uniform
+from entropi.private.preparation.truncation import WORD, packed
 from entropi.records import StageCommunication
 
 if TYPE_CHECKING:  # what is dealt is priced where there is no engine
@@ -30,13 +31,16 @@ _BLOCK = 128  # rows whose squares are summed by one product
 
 @dataclass(frozen=True)
 class Piece:
-    """What the engine multiplies at a time, and the shapes and owners of the whole numbers that it reads."""
+    """What the engine multiplies at a time, and the shapes and owners of the whole numbers that it reads.
+
+    What it truncates has no owner: the parties' shares of it are what each has drawn.
+    """
 
     stage: Stage
-    operands: Mapping[str, tuple[Shape, int]]
+    operands: Mapping[str, tuple[Shape, int | None]]
 
 
-def pieces(need: Need) -> Iterator[Piece]:
+def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
     """The multiplications of `need`, one after another: as many columns of a matrix, or numbers, as memory holds.
 
     Of the token table as many one-hot rows as the program would multiply at a time.
@@ -45,7 +49,7 @@ def pieces(need: Need) -> Iterator[Piece]:
         (rows, entries), (_, width) = need.shapes
         step, _ = functions.table_blocks(rows, entries, width)
         for start in range(0, rows, step):
-            operands = {
+            operands: dict[str, tuple[Shape, int | None]] = {
                 "mask": ((min(step, rows - start), entries), CLIENT),
                 "matrix": ((entries, width), SERVER),
             }
@@ -57,6 +61,9 @@ def pieces(need: Need) -> Iterator[Piece]:
             width = min(step, columns - start)
             operands = {"mask": ((rows, inner), CLIENT), "matrix": ((inner, width), SERVER)}
             yield _piece(need, functions.times_matrix, operands)
+    elif need.kind == TRUNCATE:
+        for count in counts_of(need):
+            yield _piece(need, partial(_truncation, bits=fraction_bits), {"bits": ((count,), None)})
     elif not need.pooled:
         yield _of_shared(need, need.shapes, **({"rows": need.rows} if need.kind == "mix" else {}))
     else:
@@ -76,14 +83,16 @@ def counts_of(pool: Need) -> list[int]:
     return [min(step, pool.rows - start) for start in range(0, pool.rows, step)]
 
 
-def _piece(need: Need, function: Callable[..., Any], operands: Mapping[str, tuple[Shape, int]]) -> Piece:
+def _piece(need: Need, function: Callable[..., Any], operands: Mapping[str, tuple[Shape, int | None]]) -> Piece:
     return Piece(Stage(need.name, -1, function, tuple(operands), ("product",)), operands)
 
 
 def _of_shared(need: Need, shapes: tuple[Shape, Shape], **options: int) -> Piece:
     """Both operands are sums of what the parties draw."""
     named = zip(("a", "b"), shapes)
-    operands = {f"{operand} {rank}": (shape, rank) for operand, shape in named for rank in (SERVER, CLIENT)}
+    operands: dict[str, tuple[Shape, int | None]] = {
+        f"{operand} {rank}": (shape, rank) for operand, shape in named for rank in (SERVER, CLIENT)
+    }
     return _piece(need, partial(_product_of_sums, kind=need.kind, **options), operands)
 
 
@@ -105,6 +114,16 @@ def _diagonal(x: Array, y: Array) -> Array:
     return jnp.concatenate(parts)
 
 
+def _truncation(x: Array, *, bits: int) -> Array:
+    """x / 2^bits.
+
+    The last factor is 1, of a zero: by factors all of which are small the engine multiplies with twice its fraction
+    bits.
+    """
+    factors = np.append(np.full(x.size, 2.0**-bits), 1.0).astype(x.dtype)
+    return (jnp.concatenate([x, jnp.zeros(1, x.dtype)]) * factors)[:-1]
+
+
 def deal(
     engine: Engine, need: Need, matrix: np.ndarray | None = None
 ) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
@@ -119,8 +138,11 @@ def deal(
     if need.masking == "server":
         assert (matrix is not None) == (engine.rank == SERVER)
         yield from (_deal_table if need.kind == "times_table" else _deal_matrix)(engine, need, matrix)
+    elif need.kind == TRUNCATE:
+        for piece in pieces(need, engine.fraction_bits):
+            yield _deal_truncations(engine, need, piece)
     else:
-        for piece in pieces(need):
+        for piece in pieces(need, engine.fraction_bits):
             yield _deal_squares(engine, need, piece) if need.masking == "self" else _deal_pair(engine, need, piece)
 
 
@@ -130,7 +152,7 @@ def _deal_matrix(
     """The client's rows times the server's matrix, by columns."""
     drawn = uniform(need.shapes[0]) if engine.rank == CLIENT else None
     start = 0
-    for piece in pieces(need):
+    for piece in pieces(need, engine.fraction_bits):
         end = start + piece.operands["matrix"][0][1]
         columns = None if matrix is None else matrix[:, start:end].astype(np.int64)
         product, cost = _product(engine, piece, {"mask": drawn, "matrix": columns})
@@ -146,7 +168,7 @@ def _deal_table(
 ) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
     """The client's rows, each as long as the vocabulary, times the server's token table, by rows."""
     whole = None if table is None else table.astype(np.int64)
-    for piece in pieces(need):
+    for piece in pieces(need, engine.fraction_bits):
         rows = uniform(piece.operands["mask"][0]) if engine.rank == CLIENT else None
         product, cost = _product(engine, piece, {"mask": rows, "matrix": whole})
         arrays = {array_name(need.name, "c"): product}
@@ -177,6 +199,30 @@ def _deal_squares(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, R
     elif engine.rank == CLIENT:
         own = np.uint64(0) - own
     return {**arrays, array_name(need.name, "c"): own + mixed * np.uint64(2)}, cost
+
+
+def _deal_truncations(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:
+    """Random bits of this party, and its share of their products with the other's, modulo 2^f.
+
+    The engine truncates numbers of which each party's share is its bit, moved to the highest place: of shares
+    u 2^63 and v 2^63 it makes -(u + v) 2^(63 - f) + u v 2^(64 - f), exactly, because nothing is in the places that it
+    cuts off.
+    """
+    (((count,), _),) = piece.operands.values()
+    drawn, bits = uniform((count,)) >> np.uint64(WORD - 1), engine.fraction_bits
+    engine.set_numbers("bits", drawn << np.uint64(WORD - 1))
+    cost = engine.run(piece.stage, 0)
+    share = engine.numbers("product") + (drawn << np.uint64(WORD - 1 - bits))
+    for name in (*piece.operands, "product"):
+        engine.drop(name)
+
+    # The shares of a multiple of 2^(64 - f): below that they add up to nothing or to one of these.
+    low = share & np.uint64(2 ** (WORD - bits) - 1)
+    products = share >> np.uint64(WORD - bits)
+    if engine.rank == SERVER:
+        products = (products + (low != 0)) & np.uint64(2**bits - 1)
+    words, halves = packed(drawn.astype(np.uint8), products.astype(np.uint32))
+    return {array_name(need.name, "a"): words, array_name(need.name, "c"): halves}, cost
 
 
 def _product(engine: Engine, piece: Piece, own: Mapping[str, np.ndarray | None]) -> tuple[Ring, StageCommunication]:

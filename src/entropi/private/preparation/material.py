@@ -12,8 +12,12 @@ from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings
 from entropi.private.preparation.cutting import Product, Shape, cut
+from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.products import OF_SERVER, Masking, masking, packed_size, pool_of, token_rows
 from entropi.private.preparation.ring import Ring
+from entropi.private.preparation.truncation import TruncationMasks, packed_shapes, unpacked
+
+TRUNCATE = "truncate"  # the kind and the pool of what truncations take
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Need:
     """Random numbers for one place of the program and all tokens of a session, or one pool of them for all places.
 
     `shapes` are those of both operands, a square's twice, and `result` that of the product; `matrix` names the server's
-    weight, if one operand is that.
+    weight, if one operand is that. A truncation takes a random bit of each party, and shares of their product.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Need:
 
     def kept(self, rank: int) -> dict[str, Shape]:
         """Names and shapes of the arrays that a party keeps, see `array_name`; of a matrix the server keeps no mask."""
+        if self.kind == TRUNCATE:
+            words, halves = packed_shapes(self.rows)
+            return {array_name(self.name, "a"): words, array_name(self.name, "c"): halves}
         shapes = {array_name(self.name, "c"): self.result}
         if self.masking != "server" or rank == CLIENT:
             shapes[array_name(self.name, "a")] = self.shapes[0]
@@ -64,12 +71,20 @@ def needs(model: Description, settings: Settings, tokens: int, passes: int | Non
     shapes["tokens"] = (tokens, model.vocab_size)
     found: dict[str, Need] = {}
     for stage in stages_of_pass(model, settings, tokens, 0, last_rows=read, prepared=True):
-        for step in cut(stage, shapes, settings.fraction_bits):
-            for product in step.products:
-                need = need_of(of_all_tokens(product, tokens), stage.layer, set(weights))
+        for step in cut(stage, shapes):
+            here = [need_of(of_all_tokens(product, tokens), stage.layer, set(weights)) for product in step.products]
+            for part in step.parts:
+                if isinstance(part, LinearPart) and part.truncations:
+                    here.append(of_truncations(sum(part.truncations)))
+            for need in here:
                 before = found.get(need.name)
                 found[need.name] = need if before is None else _with_more(before, need)
     return list(found.values())
+
+
+def of_truncations(count: int) -> Need:
+    """What so many numbers take to be truncated."""
+    return Need(TRUNCATE, TRUNCATE, "signs", ((count,), (count,)), (count,))
 
 
 def of_all_tokens(product: Product, tokens: int) -> Product:
@@ -156,11 +171,24 @@ class Material:
     """
 
     def __init__(self, needs: Iterable[Need], arrays: Mapping[str, Ring]) -> None:
-        self._arrays = arrays
+        needs, self._arrays = list(needs), arrays
         self._used: dict[str, int] = {}
         self._rows: dict[str, int] = {}
         for need in needs:
             self._rows[need.name] = self._rows.get(need.name, 0) + need.rows
+        if count := self._rows.get(TRUNCATE):
+            words, halves = arrays[array_name(TRUNCATE, "a")], arrays[array_name(TRUNCATE, "c")]
+            self._truncations = unpacked(words, halves, count)
+
+    def of_truncation(self, count: int) -> TruncationMasks:
+        """For truncating so many numbers.
+
+        Raises:
+            MaterialUsedUp: see there.
+        """
+        start = self._used.get(TRUNCATE, 0)
+        place = self._use(TRUNCATE, start, start + count)
+        return TruncationMasks(self._truncations.bits[place], self._truncations.products[place])
 
     def masks(self, product: Product, layer: int, keys: int) -> Masks:
         """For a product in a pass after which there are `keys` tokens; of keys and values the masks of all of them.

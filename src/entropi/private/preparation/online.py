@@ -1,4 +1,4 @@
-"""A pass with prepared products: messages of masked numbers, and what the engine computes between them."""
+"""A pass with prepared products: messages of masked numbers, what each party computes by itself, and the engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from entropi.private.compute.engine import Engine
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product, Shape, cut
+from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.material import Masks, Material
 from entropi.private.preparation.products import masking, multiply
 from entropi.private.preparation.ring import Ring, SmallMatrix
+from entropi.private.preparation.truncation import Bits, masked_signs, truncated
 from entropi.records import StageCommunication
 
 _OPENED_ONCE = ("scores", "mix")  # kinds whose second operands, keys and values, grow from pass to pass
@@ -39,6 +41,7 @@ class PreparedPasses:
         self._weights = set(of_server)
         self._matrices = {name: None if matrix is None else SmallMatrix(matrix) for name, matrix in of_server.items()}
         self._opened: dict[str, Ring] = {}  # keys and values under their masks, of all tokens so far
+        self._shares: dict[str, Ring] = {}  # of values that were computed here, by name
 
     def run(self, stage: Stage, token: int, keys: int) -> Iterator[StageCommunication]:
         """Run one stage of the pass after which there are `keys` tokens, and say what each part of it cost.
@@ -49,20 +52,85 @@ class PreparedPasses:
         """
         engine = self._engine
         shapes: dict[str, Shape] = {name: engine.shape(name) for name in stage.inputs}
-        for step in cut(stage, shapes, self._bits):
+        for step in cut(stage, shapes):
             if step.products:
                 yield self._multiply(stage, step.products, token, keys)
             for part in step.parts:
-                yield engine.run(part, token)
+                if isinstance(part, LinearPart):
+                    yield from self._compute(stage, part, token)
+                else:
+                    yield self._run(part, token)
+        for name in [name for name in self._shares if name not in stage.outputs]:
+            del self._shares[name]  # the engine has results of stages, and inner values are no more
+        for name in stage.outputs:
+            if name in self._shares:
+                engine.set_numbers(name, self._shares.pop(name))
 
     def parts(self, stages: Iterable[Stage], compiler: Compiler) -> Iterator[Stage]:
         """What the engine runs of `stages`, without running it: for `compile_ahead` with this compiler."""
         for stage in stages:
             shapes: dict[str, Shape] = {name: compiler.shape(name) for name in stage.inputs}
-            for step in cut(stage, shapes, self._bits):
-                for product in step.products:
-                    compiler.note(product.result, product.result_shape)
-                yield from step.parts
+            for step in cut(stage, shapes):
+                for part in step.parts:
+                    if isinstance(part, LinearPart):
+                        for name, shape in zip(part.outputs, part.shapes):
+                            compiler.note(name, shape)
+                    else:
+                        yield part
+
+    def _share(self, name: str) -> Ring:
+        """This party's share of a value."""
+        return self._shares[name] if name in self._shares else self._engine.numbers(name)
+
+    def _run(self, part: Stage, token: int) -> StageCommunication:
+        """Have the engine compute a part."""
+        for name in part.inputs:
+            if name in self._shares:
+                self._engine.set_numbers(name, self._shares[name])
+        for name in part.outputs:
+            self._shares.pop(name, None)
+        return self._engine.run(part, token)
+
+    def _compute(self, stage: Stage, part: LinearPart, token: int) -> Iterator[StageCommunication]:
+        """Compute what is linear on this party's shares, and truncate by one message each way."""
+        started, server = time.perf_counter(), self._engine.rank == SERVER
+        computing = part.evaluate([self._share(name) for name in part.inputs], self._bits, server=server)
+        size, messages = 0, 0
+        try:
+            values = next(computing)
+            while True:
+                results, sent = self._truncate(values)
+                size, messages = size + sent, messages + 1
+                values = computing.send(results)
+        except StopIteration as done:
+            self._shares.update(zip(part.outputs, done.value))
+        yield StageCommunication(
+            name=stage.name,
+            layer=stage.layer,
+            token=token,
+            seconds=time.perf_counter() - started,
+            sent_bytes=size,
+            received_bytes=size,
+            sent_messages=messages,
+            received_messages=messages,
+        )
+
+    def _truncate(self, values: list[Ring]) -> tuple[list[Ring], int]:
+        """Shares of values without half their fraction bits, and the bytes that either party sends for it."""
+        flat, server = np.concatenate([value.reshape(-1) for value in values]), self._engine.rank == SERVER
+        masks = self._material.of_truncation(flat.size)
+        own = masked_signs(flat, masks, server=server)
+        theirs = self._swap(own)
+        result = truncated(flat, own, theirs, masks, self._bits, server=server)
+        ends = np.cumsum([value.size for value in values])[:-1]
+        parts = [part.reshape(value.shape) for part, value in zip(np.split(result, ends), values)]
+        return parts, -(-own.size // 8)
+
+    def _swap(self, own: Bits) -> Bits:
+        """Send the other party these bits, and receive as many."""
+        content = np.packbits(own).tobytes()
+        self._engine.send(content)
+        return np.unpackbits(np.frombuffer(self._engine.receive(len(content)), np.uint8), count=own.size)
 
     def _multiply(self, stage: Stage, products: Sequence[Product], token: int, keys: int) -> StageCommunication:
         """Compute products that do not wait for each other by one message each way, or one to the server."""
@@ -72,7 +140,7 @@ class PreparedPasses:
         theirs, sent, received = self._exchange(products, own)
         for product, mask, ours, other in zip(products, masks, own, theirs):
             opened = [x + y for x, y in zip(ours, other)]
-            self._engine.set_numbers(product.result, self._finished(product, mask, opened, stage.layer))
+            self._shares[product.result] = self._finished(product, mask, opened, stage.layer)
         return StageCommunication(
             name=stage.name,
             layer=stage.layer,
@@ -90,9 +158,9 @@ class PreparedPasses:
         Of an operand of the server's matrix the server has a share and no mask: that one it keeps.
         """
         if masking(product, self._weights) == "server":
-            share = self._engine.numbers(product.operands[0])
+            share = self._share(product.operands[0])
             return [share if masks.a is None else share - masks.a]
-        operands = [self._engine.numbers(name) for name in product.operands]
+        operands = [self._share(name) for name in product.operands]
         drawn = [mask for mask in (masks.a, masks.b) if mask is not None]
         assert len(drawn) == len(operands)
         if product.kind in _OPENED_ONCE:

@@ -22,8 +22,8 @@ from entropi.private.preparation.cutting import Product, Shape
 from entropi.private.preparation.ring import Ring
 
 # Who masks what: of two shared operands both parties open both; of a square its one; of a server's matrix the client
-# alone draws the other operand's mask, and the server alone sees that operand under it.
-Masking: TypeAlias = Literal["pair", "self", "server"]
+# alone draws the other operand's mask, and the server alone sees that operand under it. Signs are masked by bits.
+Masking: TypeAlias = Literal["pair", "self", "server", "signs"]
 OF_SERVER = ("times_matrix", "times_table")  # kinds whose second operand is one of the server's weights
 
 
@@ -92,7 +92,7 @@ def masking(product: Product, of_server: set[str]) -> Masking:
 
 def pool_of(kind: str, first: Shape) -> str | None:
     """The pool from which products of this kind and first operand take what they need, None if each has a place."""
-    if kind in ("square", "times"):
+    if kind in ("square", "times", "truncate"):
         return kind
     return f"{kind}.{first[-1]}" if kind in ("scale_rows", "sums_of_squares") else None
 
