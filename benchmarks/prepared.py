@@ -167,7 +167,7 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
     compute_on_processor()
     settings, random = Settings(embedding="public"), np.random.default_rng(0)
     engine = Engine(rank, open_link(rank, links), settings)
-    stage, shapes = warm_up()
+    stage, shapes = warm_up(prepared=True)
     for name, (shape, owner) in shapes.items():
         engine.hold(name, shape, np.zeros(shape) if (owner == "server") == (rank == SERVER) else None)
     engine.run(stage, 0)
@@ -254,7 +254,7 @@ def predicted(model: Description, tokens: int, new_tokens: int, line: str, prefi
         "offline_seconds": record.totals()["offline"].seconds,
         "client_kept_mb": record.client_bytes / 1e6,
         "server_kept_mb": record.server_bytes / 1e6,
-        "set_up_mb": record.set_up.bytes / 1e6,
+        "set_up_mb": record.online_set_up.bytes / 1e6,
         "prompt_mb": record.prompt.bytes / 1e6,
         "prompt_seconds": record.prompt.seconds + waiting * record.prompt.latency,
         "further_mb": further.bytes / 1e6,

@@ -191,6 +191,7 @@ MATERIAL = {
     "times": "products of numbers",
     "scale_rows": "rows times a factor each",
     "sums_of_squares": "sums of the squares of rows",
+    "truncate": "bits for truncations",
 }
 
 
@@ -257,10 +258,11 @@ class PreparedRecord(msgspec.Struct, kw_only=True):
 
     new_tokens: int  # the last of which is not computed with
     tokens: int  # that material is prepared for: prefix, prompt and all new ones but the last
-    set_up: PassCost  # once for preparing, and once for the session
+    set_up: PassCost  # once for preparing
     offline: PassCost  # before the prompt is known, by kind of product
     client_bytes: int  # kept until the session
     server_bytes: int
+    online_set_up: PassCost  # once for the session
     prompt: PassCost  # online
     further: PassCost | None  # the first token after the prompt, where more than one is asked for
     all_further: PassCost  # all of them together
@@ -269,7 +271,7 @@ class PreparedRecord(msgspec.Struct, kw_only=True):
     def totals(self) -> dict[str, OperationCost]:
         """Sums of the session: offline and online, each with its set-up, both, and what they take the place of."""
         offline = _total("offline", self.set_up, self.offline)
-        online = _total("online", self.set_up, self.prompt, self.all_further)
+        online = _total("online", self.online_set_up, self.prompt, self.all_further)
         both = msgspec.structs.replace(offline + online, name="both")
         return {one.name: one for one in (offline, online, both, _total("unprepared", self.unprepared))}
 

@@ -157,7 +157,7 @@ def test_both_phases_are_summed_beside_the_session_without_preparation():
     totals = found.totals()
     assert found.tokens == 18
     assert totals["offline"].bytes == pytest.approx(found.set_up.bytes + found.offline.bytes)
-    online = found.set_up.bytes + found.prompt.bytes + found.all_further.bytes
+    online = found.online_set_up.bytes + found.prompt.bytes + found.all_further.bytes
     assert totals["online"].bytes == pytest.approx(online)
     assert totals["both"].latency == pytest.approx(totals["offline"].latency + totals["online"].latency)
     usual = Predictor(preparation.described(SMALL), costs)

@@ -155,9 +155,9 @@ class Predictor:
             kept = prefix.shape(model, self._past)
             self._values |= {name: Value(kept, "server") for name in prefix.names(model)}
 
-    def set_up(self) -> PassCost:
-        """Keys and the first oblivious transfers, which a session pays once."""
-        stage, shapes = warm_up()
+    def set_up(self, *, prepared: bool = False) -> PassCost:
+        """Keys and the first oblivious transfers, which a session pays once; with `prepared` products no keys."""
+        stage, shapes = warm_up(prepared=prepared)
         self._values |= {name: Value(shape, party) for name, (shape, party) in shapes.items()}
         return self._price([(stage, list(trace_calls(stage, self._values)))])
 

@@ -83,7 +83,7 @@ def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> Pre
     """A session of a prompt and `new_tokens` answered to it, with and without preparation, set-up included.
 
     The last new token is not computed with, so that material is needed for one token less. Preparing is taken to be a
-    session of its own, which sets up as the other one does.
+    session of its own, which sets up as one without preparation does.
 
     Raises:
         UserError: no protocol that products are prepared for, or too few positions.
@@ -101,7 +101,7 @@ def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> Pre
     unprepared = Predictor(model, costs)
     material = before.needs(tokens, new_tokens)
     set_up, offline = before.set_up(), before.offline(material)
-    online.set_up()
+    online_set_up = online.set_up(prepared=True)
     prompt = online.run(seq_len)
     first = online.run(1) if new_tokens > 1 else None
     later = online.run_further(new_tokens - 2) if new_tokens > 2 else PassCost(operations=[])
@@ -111,6 +111,7 @@ def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> Pre
         tokens=tokens,
         set_up=set_up,
         offline=offline,
+        online_set_up=online_set_up,
         client_bytes=kept_bytes(material, CLIENT),
         server_bytes=kept_bytes(material, SERVER),
         prompt=prompt,

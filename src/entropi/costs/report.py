@@ -36,7 +36,7 @@ class CostReport:
         _add_sums(found["prediction"], self.prediction, ("set_up", "prompt", "further"))
         if self.prediction.prepared is not None:
             prepared = found["prediction"]["prepared"]
-            passes = ("set_up", "offline", "prompt", "further", "all_further", "unprepared")
+            passes = ("set_up", "offline", "online_set_up", "prompt", "further", "all_further", "unprepared")
             _add_sums(prepared, self.prediction.prepared, passes)
             totals = self.prediction.prepared.totals()
             prepared["totals"] = {name: {key: getattr(one, key) for key in _SUMS} for name, one in totals.items()}

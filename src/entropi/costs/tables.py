@@ -111,7 +111,7 @@ def _show_prepared(console: Console, record: PredictionRecord, prepared: Prepare
     for kind, operation in prepared.offline.by_operation().items():
         row(f"offline: {MATERIAL[kind]}", operation)
     table.add_section()
-    row("online: set-up", prepared.set_up)
+    row("online: set-up", prepared.online_set_up)
     row("online: prompt", prepared.prompt)
     if prepared.further is not None:
         row("online: each further token", prepared.further)

@@ -60,7 +60,7 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
         job = decode(line, Job)
         engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
         _emit(events, Linked())
-        _warm_up(engine, events)
+        _warm_up(engine, events, prepared=job.material is not None)
         if job.prepares:
             _prepare(engine, job, files, events)
         else:
@@ -191,9 +191,9 @@ def _reveal(engine: Engine, settings: Settings) -> Revealed:
     return Revealed(bytes=size, logits=logits, tokens=tokens)
 
 
-def _warm_up(engine: Engine, events: BinaryIO) -> None:
+def _warm_up(engine: Engine, events: BinaryIO, *, prepared: bool) -> None:
     """Keys and base oblivious transfers, before anything is counted as the prompt's."""
-    stage, shapes = warm_up()
+    stage, shapes = warm_up(prepared=prepared)
     for name, (shape, owner) in shapes.items():
         own = engine.rank == (SERVER if owner == "server" else CLIENT)
         engine.hold(name, shape, np.zeros(shape) if own else None)
