@@ -6,7 +6,7 @@ with keys and values of their own; n pairs of a query and a key it sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax import Array
 from entropi.private.compute.description import MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.functions import (
     bilinear,
-    inverse_root,
     power,
     product_bytes,
     reciprocal,
@@ -58,9 +57,11 @@ def project(
     return queries, keys, values, jnp.concatenate(plain)
 
 
-def normalise_heads(plain: Array, query: Array, key: Array, *, epsilon: float) -> tuple[Array, Array]:
+def normalise_heads(
+    plain: Array, query: Array, key: Array, *, epsilon: float, root: Callable[[Array], Array]
+) -> tuple[Array, Array]:
     """q `(H, r, k)` and k `(G, m, k)`, each row by the root mean square of its row of `plain` `(H r + G m, k)`."""
-    roots = inverse_root(sums_of_squares(plain) * (1.0 / plain.shape[1]) + epsilon)
+    roots = root(sums_of_squares(plain) * (1.0 / plain.shape[1]) + epsilon)
     width, many = plain.shape[1], query.shape[0] * query.shape[1]
     queries = scale_rows(query.reshape(-1, width), roots[:many]).reshape(query.shape)
     return queries, scale_rows(key.reshape(-1, width), roots[many:]).reshape(key.shape)

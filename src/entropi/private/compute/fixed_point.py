@@ -202,11 +202,10 @@ def largest_product(settings: Settings) -> float:
 def largest_mean_square(settings: Settings) -> float:
     """Mean square of a row below which its inverse root, a small number, is right to 0.2 %.
 
-    With 18 fraction bits or more that is where `functions.inverse_root` ends, whose root of larger ones is 0; with
-    fewer, the root itself has few digits, and so has what brings larger ones into its range.
+    The root of larger ones is 0, or has few digits with fewer than 18 fraction bits: see `functions.inverse_root`.
     """
     bits = settings.fraction_bits
-    return min(LARGEST_ROOT, 2.0 ** min(bits - 2, 2 * (bits - 9)))
+    return min(LARGEST_ROOT, 2.0 ** min(bits // 2 * 2 - 2, 2 * (bits - 9)))
 
 
 def resolved_mean_square(settings: Settings, shift: int = 0) -> float:

@@ -359,13 +359,19 @@ def _chebyshev(ratio: float, doublings: int) -> tuple[float, float]:
     return at_zero * half, half
 
 
-def _by_interval(x: Array, edges: np.ndarray, tables: np.ndarray) -> Array:
+def _by_interval(x: Array, edges: np.ndarray, tables: np.ndarray, exact: int = 0) -> Array:
     """From every table the entry of the interval that x lies in: entry i below edge i, the last one above all.
 
-    Tables `(t, edges + 1, ...)` fall, edges rise. They are summed from their small ends, so that float32 holds all.
+    Tables `(t, edges + 1, ...)` fall, edges rise. What is added up loses what the fraction bits or float32 do not hold
+    of every step. Begun with the small entries, these lose little. The first `exact` tables, of few digits each, are
+    begun with the large ones, and lose nothing until they reach the last digit.
     """
-    steps = (tables[:, :-1] - tables[:, 1:]).astype(x.dtype)
-    return tables[:, -1].astype(x.dtype) + jnp.where(x[None] < edges.astype(x.dtype), steps, 0.0).sum(axis=1)
+    steps = tables[:, :-1] - tables[:, 1:]
+    above, below = np.zeros_like(steps), steps.copy()
+    above[:exact], below[:exact] = -steps[:exact], 0.0
+    begun = np.concatenate([tables[:exact, 0], tables[exact:, -1]])
+    below, above, begun = (part.astype(x.dtype) for part in (below, above, begun))
+    return begun + jnp.where(x[None] < edges.astype(x.dtype), below, above).sum(axis=1)
 
 
 class _RootPolynomial(NamedTuple):
@@ -382,28 +388,30 @@ _ROOT = _RootPolynomial(
     0.36317886, 4.0, 2.017927, ((0.10155598, 0.33963751), (0.84363449, 0.891881), (1.6659658, 0.49131384))
 )
 _FEW_ROOT = _RootPolynomial(0.580258, 1.5, 1.8238104, ((0.6071504, 1.0548796),))
-_POWERS = 2.0 ** np.arange(13, -17, -1)  # that multiply x: with more digits they would not be exact
 LEAST_ROOT, LARGEST_ROOT = 2.0**-13, 2.0**16  # between which `inverse_root` holds
+_FEW_ROOT_FRACTION_BITS = 18
 
 
-def inverse_root(x: Array) -> Array:
-    """1 / sqrt(x) for x in [2^-13, 2^16], error 2^-15 (1 + x^-1/2) and 0.00006 x^-1/2; 2,880 bytes.
+def inverse_root(x: Array, fraction_bits: int = 18) -> Array:
+    """1 / sqrt(x) for x in [2^-13, 2^16], error 2^-16 (1 + x^-1/2) and 0.00006 x^-1/2; 2,880 bytes.
 
-    Beside that is what the error of x itself makes. Above this range it is 0 (see `fixed_point`), below it too small,
-    and never above 400.
+    Beside that is what the error of x itself makes. Above this range, or above 2^`fraction_bits` / 4 rounded down to a
+    power of four, it is 0 (see `fixed_point`); below it is too small, and never above 400.
 
     Comparisons find a power p of four for which y = p x is in the range of a polynomial, and 1 / sqrt(x) is
-    sqrt(p) y^-1/2: 4 products one after another. Few numbers have all powers of two and their halves times 3/2, and one
-    product less. No other p would do: where x is large, p has few digits.
+    sqrt(p) y^-1/2: 4 products one after another. No other p would do: where x is large, p has few digits. Few numbers
+    have p of all powers of two and 3/4 of them, and one product less; what fraction bits are too few for of each such
+    sqrt(p) would add up.
     """
-    more = 2 * len(_POWERS) - len(_POWERS) // 2
-    few = _is_few(x.size, more * (_COMPARE_BYTES + 2 * _SELECT_BYTES))
+    powers = 2.0 ** np.arange(13, -min(fraction_bits - 2, 16) - 1, -1)
+    more = 2 * len(powers) - len(powers) // 2
+    few = fraction_bits >= _FEW_ROOT_FRACTION_BITS and _is_few(x.size, more * (_COMPARE_BYTES + 2 * _SELECT_BYTES))
     form = _FEW_ROOT if few else _ROOT
-    powers = np.stack([_POWERS, 0.75 * _POWERS], axis=1).reshape(-1) if few else _POWERS[1::2]
+    powers = np.stack([powers, 0.75 * powers], axis=1).reshape(-1) if few else powers[1::2]
     powers = powers.reshape(-1, *[1] * x.ndim)
-    tables = np.round(np.stack([powers, np.sqrt(powers)]) * 2.0**18) / 2.0**18  # what is cut off would add up
+    tables = np.round(np.stack([powers, np.sqrt(powers)]) * 2.0**18) / 2.0**18
     tables = np.append(tables, np.zeros_like(tables[:, :1]), axis=1)
-    power, root = _by_interval(x, form.start * form.ratio / powers, tables)
+    power, root = _by_interval(x, form.start * form.ratio / powers, tables, exact=1)
 
     near_one = times(x, power)
     result = times(root, form.zero - near_one)
