@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ pytest.importorskip("spu")
 import jax.numpy as jnp  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 
+from entropi.costs.tracing import Value, trace_calls  # noqa: E402
 from entropi.private.compute import functions  # noqa: E402
 from entropi.private.compute.engine import PARTIES, Simulation  # noqa: E402
+from entropi.private.compute.fixed_point import largest_mean_square  # noqa: E402
 from entropi.private.compute.program import Stage  # noqa: E402
 from entropi.private.compute.settings import Settings  # noqa: E402
+from entropi.private.preparation.cutting import cut  # noqa: E402
 
 random = np.random.default_rng(7)
 RESOLUTION = 2.0**-18
@@ -231,17 +235,75 @@ FULL = 2 * functions.CIPHERTEXT
         (lambda x: functions.scale_rows(x, x[..., 0]), (2, 128, 64), 168),
         (lambda x: functions.scale_rows(x, x[..., 0]), (128, 256), 88),
         (functions.sums_of_squares, (128, 768), 56),
-        (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1350),
-        (functions.inverse_root, (FULL,), 2530),
+        (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1280),
+        (functions.inverse_root, (FULL,), 2880),
         (functions.argmax, (8192,), 115),
         (lambda x: functions.top_k(x, 8)[1], (8192,), 627),
-        (lambda x: functions.reciprocal_of_wide(x, 8), (FULL,), 2330),
+        (lambda x: functions.reciprocal_of_wide(x, 8), (FULL,), 2170),
     ],
 )
 def test_prices_under_cheetah(simulations, function, shape, claimed):
     # Transfers are made ten million at a time, in some operation or other: not in each of three that follow.
     size = min(run(simulations("cheetah"), function, uniform(0.5, 2, *shape))[1].bytes for _ in range(3))
     assert size / np.prod(shape) == pytest.approx(claimed, rel=0.04)
+
+
+def wide(x):
+    return functions.reciprocal_of_wide(x, 8)
+
+
+def narrow(x):
+    return functions.reciprocal(x, np.array(1024))
+
+
+@pytest.mark.parametrize("size", [4, 400])
+@pytest.mark.parametrize("fraction_bits", [14, 17, 18, 20])
+def test_outside_their_range_roots_and_reciprocals_are_small(size, fraction_bits):
+    """Above it 0, and below it too small: nothing explodes whatever the fraction bits resolve."""
+    simulation = Simulation("ref2k", Settings(fraction_bits=fraction_bits))
+    ends = np.resize(exact(np.exp2([16.6, 17.3, 18.0, 19.5])), size)
+    # Where a product may be as large as 2^(62 - 2 * 20), x times its power has to be below that.
+    ends = ends if fraction_bits < 20 else np.minimum(ends, 2.0**19).astype(np.float32)
+    root, _ = run(simulation, lambda x: functions.inverse_root(x, fraction_bits), ends)
+    np.testing.assert_allclose(root, 0.0, atol=2.0**-12)
+    reciprocal, _ = run(simulation, wide, np.resize(exact(np.exp2([9.6, 10.0, 13.0, 19.0])), size))
+    np.testing.assert_allclose(reciprocal, 0.0, atol=2.0**-12)
+
+    small = np.resize(np.array([0, 2 * 2.0**-fraction_bits, 2.0**-12, 2.0**-11], np.float32), size)
+    root, _ = run(simulation, lambda x: functions.inverse_root(x, fraction_bits), small)
+    assert root.min() > 0
+    assert (root <= np.minimum(400, 1.01 * np.maximum(small, 1e-9) ** -0.5)).all()
+    reciprocal, _ = run(simulation, wide, small)
+    assert reciprocal.min() > 0
+    assert reciprocal.max() <= 16 * 2.0**8
+
+
+@pytest.mark.parametrize("fraction_bits", [14, 16, 18, 20])
+@pytest.mark.parametrize("size", [8, 400])
+def test_the_root_holds_up_to_where_calibration_lets_it(size, fraction_bits):
+    settings = Settings(fraction_bits=fraction_bits)
+    most = np.log2(largest_mean_square(settings))
+    x = log_uniform(0, most - 0.001, size)
+    found, _ = run(Simulation("ref2k", settings), lambda x: functions.inverse_root(x, fraction_bits), x)
+    np.testing.assert_allclose(found, x.astype(np.float64) ** -0.5, rtol=0.0002, atol=4 * 2.0**-fraction_bits)
+
+
+@pytest.mark.parametrize("function", [wide, narrow, functions.inverse_root])
+def test_four_products_wait_for_one_another_or_three_of_few_numbers(function):
+    """All are marked, so that they can be prepared; and few numbers need no product that many would not."""
+    kinds = {}
+    for size, steps in ((400, 4), (8, 3)):
+        shapes = {"x": (size,)}
+        comparing, *multiplying = cut(Stage("", 0, function, ("x",), ("y",)), shapes, 18)
+        assert len(multiplying) == steps
+        assert not comparing.products
+        values = {"x": Value((size,))}
+        kinds[size] = Counter(product.kind for step in multiplying for product in step.products)
+        for step in (comparing, *multiplying):
+            values |= {product.result: Value(product.result_shape) for product in step.products}
+            calls = [call.kind for part in step.parts for call in trace_calls(part, values)]
+            assert calls == (["compare", "select"] if step is comparing else ["truncate"])
+    assert kinds[8] <= kinds[400]
 
 
 @pytest.mark.slow
@@ -362,15 +424,32 @@ def test_the_table_in_pieces_is_the_whole(monkeypatch, polynomials, rows):
     np.testing.assert_array_equal(functions.times_table(np.eye(603, dtype=np.float32)[ids], table), table[ids])
 
 
-@pytest.mark.parametrize("name", ["exp", "gelu", "silu"])
-def test_the_constants_are_those_of_the_script_that_fits_them(name):
+@pytest.fixture(scope="module")
+def fitting():
+    """The script that fits constants."""
     pytest.importorskip("scipy")
     script = Path(__file__).parents[3] / "benchmarks" / "fit_functions.py"
     spec = importlib.util.spec_from_file_location("fit_functions", script)
-    fitting = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = fitting  # which its data class needs
-    spec.loader.exec_module(fitting)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # which its data class needs
+    spec.loader.exec_module(module)
+    return module
 
+
+@pytest.mark.parametrize("form", [functions._ROOT, functions._FEW_ROOT])
+def test_the_roots_constants_are_those_of_the_script_that_fits_them(fitting, form):
+    found = fitting.fit_root(form.ratio, 2 * len(form.squares) + 1)
+    assert (found.start, found.zero) == pytest.approx((form.start, form.zero), rel=2e-5)
+    np.testing.assert_allclose(form.squares, found.squares, rtol=2e-4)
+    assert found.error < 6.3e-5
+
+    y = np.linspace(form.start, form.ratio * form.start, 8001)
+    wrong = (form.zero - y) * np.prod([(y - c) ** 2 + g for c, g in form.squares], axis=0) * np.sqrt(y) - 1
+    assert np.abs(wrong).max() == pytest.approx(found.error, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["exp", "gelu", "silu"])
+def test_the_constants_are_those_of_the_script_that_fits_them(fitting, name):
     constant = lambda part: getattr(functions, f"_{name.upper()}_{part}")  # noqa: E731
     fit = getattr(fitting, f"fit_{name}")
     found = fit(constant("END"))
