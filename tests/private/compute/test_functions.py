@@ -261,9 +261,8 @@ def narrow(x):
 def test_outside_their_range_roots_and_reciprocals_are_small(size, fraction_bits):
     """Above it 0, and below it too small: nothing explodes whatever the fraction bits resolve."""
     simulation = Simulation("ref2k", Settings(fraction_bits=fraction_bits))
-    ends = np.resize(exact(np.exp2([16.6, 17.3, 18.0, 19.5])), size)
-    # Where a product may be as large as 2^(62 - 2 * 20), x times its power has to be below that.
-    ends = ends if fraction_bits < 20 else np.minimum(ends, 2.0**19).astype(np.float32)
+    end = np.log2(functions.largest_root(fraction_bits))
+    ends = np.resize(exact(np.exp2(end + np.array([0.6, 1.0, 2.0, 3.5]))), size)
     root, _ = run(simulation, lambda x: functions.inverse_root(x, fraction_bits), ends)
     np.testing.assert_allclose(root, 0.0, atol=2.0**-12)
     reciprocal, _ = run(simulation, wide, np.resize(exact(np.exp2([9.6, 10.0, 13.0, 19.0])), size))

@@ -20,7 +20,7 @@ from jax import Array
 from entropi.errors import UserError
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.embedding import pair_limit
-from entropi.private.compute.functions import LARGEST_ROOT, LEAST_ROOT
+from entropi.private.compute.functions import LEAST_ROOT, largest_root
 from entropi.private.compute.program import Stage, cached_tokens, run_plain
 from entropi.private.compute.settings import MOST_SHIFT, Settings
 
@@ -202,10 +202,11 @@ def largest_product(settings: Settings) -> float:
 def largest_mean_square(settings: Settings) -> float:
     """Mean square of a row below which its inverse root, a small number, is right to 0.2 %.
 
-    The root of larger ones is 0, or has few digits with fewer than 18 fraction bits: see `functions.inverse_root`.
+    The root of larger ones has too few digits with fewer than 18 fraction bits, and with more it is soon 0: see
+    `functions.inverse_root`.
     """
     bits = settings.fraction_bits
-    return min(LARGEST_ROOT, 2.0 ** min(bits // 2 * 2 - 2, 2 * (bits - 9)))
+    return min(largest_root(bits), 4.0 ** (bits - 9))
 
 
 def resolved_mean_square(settings: Settings, shift: int = 0) -> float:

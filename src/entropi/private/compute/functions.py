@@ -390,28 +390,35 @@ _ROOT = _RootPolynomial(
     0.36317886, 4.0, 2.017927, ((0.10155598, 0.33963751), (0.84363449, 0.891881), (1.6659658, 0.49131384))
 )
 _FEW_ROOT = _RootPolynomial(0.580258, 1.5, 1.8238104, ((0.6071504, 1.0548796),))
-LEAST_ROOT, LARGEST_ROOT = 2.0**-13, 2.0**16  # between which `inverse_root` holds
+LEAST_ROOT = 2.0**-13  # from which on `inverse_root` holds
 _FEW_ROOT_FRACTION_BITS = 18
+
+
+def largest_root(fraction_bits: int) -> float:
+    """Up to which `inverse_root` holds: what x is multiplied by has to have digits."""
+    return 2.0 ** (fraction_bits // 2 * 2 - 2)
 
 
 def inverse_root(x: Array, fraction_bits: int = 18) -> Array:
     """1 / sqrt(x) for x in [2^-13, 2^16], error 2^-16 (1 + x^-1/2) and 0.00006 x^-1/2; 2,880 bytes.
 
-    Beside that is what the error of x itself makes. Above this range, or above 2^`fraction_bits` / 4 rounded down to a
-    power of four, it is 0 (see `fixed_point`); below it is too small, and never above 400.
+    Beside that is what the error of x itself makes. The upper end is that of 18 `fraction_bits`, see `largest_root`; of
+    larger x, from half as much again on, it is 0. Below the range it is too small, and never above 400.
 
     Comparisons find a power p of four for which y = p x is in the range of a polynomial, and 1 / sqrt(x) is
     sqrt(p) y^-1/2: 4 products one after another. No other p would do: where x is large, p has few digits. Few numbers
-    have p of all powers of two and 3/4 of them, and one product less; what fraction bits are too few for of each such
-    sqrt(p) would add up.
+    have p of all powers of two and 3/4 of them, and one product less; with few fraction bits, what they do not hold of
+    each such sqrt(p) would add up.
     """
-    powers = 2.0 ** np.arange(13, -min(fraction_bits - 2, 16) - 1, -1)
-    more = 2 * len(powers) - len(powers) // 2
-    few = fraction_bits >= _FEW_ROOT_FRACTION_BITS and _is_few(x.size, more * (_COMPARE_BYTES + 2 * _SELECT_BYTES))
-    form = _FEW_ROOT if few else _ROOT
-    powers = np.stack([powers, 0.75 * powers], axis=1).reshape(-1) if few else powers[1::2]
+    least = -int(np.log2(largest_root(fraction_bits)))
+    powers, more = 2.0 ** np.arange(12, least - 1, -2), 2.0 ** np.arange(13, least - 1, -1)
+    extra = (2 * len(more) - len(powers)) * (_COMPARE_BYTES + 2 * _SELECT_BYTES)
+    form = _ROOT
+    if fraction_bits >= _FEW_ROOT_FRACTION_BITS and _is_few(x.size, extra):
+        form, powers = _FEW_ROOT, np.stack([more, 0.75 * more], axis=1).reshape(-1)
     powers = powers.reshape(-1, *[1] * x.ndim)
-    tables = np.round(np.stack([powers, np.sqrt(powers)]) * 2.0**18) / 2.0**18
+    digits = 2.0 ** max(fraction_bits, 18)
+    tables = np.round(np.stack([powers, np.sqrt(powers)]) * digits) / digits
     tables = np.append(tables, np.zeros_like(tables[:, :1]), axis=1)
     power, root = _by_interval(x, form.start * form.ratio / powers, tables, exact=1)
 
