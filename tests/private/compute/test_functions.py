@@ -11,15 +11,14 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("spu")
 import jax.numpy as jnp  # noqa: E402
+from jax.extend.core import Literal  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 
-from entropi.costs.tracing import Value, trace_calls  # noqa: E402
 from entropi.private.compute import functions  # noqa: E402
 from entropi.private.compute.engine import PARTIES, Simulation  # noqa: E402
 from entropi.private.compute.fixed_point import largest_mean_square  # noqa: E402
 from entropi.private.compute.program import Stage  # noqa: E402
 from entropi.private.compute.settings import Settings  # noqa: E402
-from entropi.private.preparation.cutting import cut  # noqa: E402
 
 random = np.random.default_rng(7)
 RESOLUTION = 2.0**-18
@@ -290,19 +289,24 @@ def test_the_root_holds_up_to_where_calibration_lets_it(size, fraction_bits):
 @pytest.mark.parametrize("function", [wide, narrow, functions.inverse_root])
 def test_four_products_wait_for_one_another_or_three_of_few_numbers(function):
     """All are marked, so that they can be prepared; and few numbers need no product that many would not."""
-    kinds = {}
-    for size, steps in ((400, 4), (8, 3)):
-        shapes = {"x": (size,)}
-        comparing, *multiplying = cut(Stage("", 0, function, ("x",), ("y",)), shapes, 18)
-        assert len(multiplying) == steps
-        assert not comparing.products
-        values = {"x": Value((size,))}
-        kinds[size] = Counter(product.kind for step in multiplying for product in step.products)
-        for step in (comparing, *multiplying):
-            values |= {product.result: Value(product.result_shape) for product in step.products}
-            calls = [call.kind for part in step.parts for call in trace_calls(part, values)]
-            assert calls == (["compare", "select"] if step is comparing else ["truncate"])
-    assert kinds[8] <= kinds[400]
+    few, many = marked_products(function, 8), marked_products(function, 400)
+    assert max(few) == 3
+    assert max(many) == 4
+    assert sum(few.values(), Counter()) <= sum(many.values(), Counter())
+
+
+def marked_products(function, size):
+    """By how many products they wait for, themselves included, the kinds of all; there are no others."""
+    jaxpr = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((size,), np.float32)).jaxpr
+    waits, found = {}, {}
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name not in ("mul", "dot_general", "square", "div", "rsqrt")
+        depth = max((waits.get(v, 0) for v in equation.invars if not isinstance(v, Literal)), default=0)
+        if equation.params.get("name") in functions.BILINEAR:
+            depth += 1
+            found.setdefault(depth, Counter())[equation.params["name"]] += 1
+        waits.update(dict.fromkeys(equation.outvars, depth))
+    return found
 
 
 @pytest.mark.slow

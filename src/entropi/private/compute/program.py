@@ -12,7 +12,7 @@ n pairs of a query and a key it sees; V the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -377,7 +377,9 @@ def run_plain(
     keys and values stand beside the weights (see `prefix`).
 
     With `exact` the model's own functions are computed, the exact softmax (unless it was trained with another) and
-    GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
+    GELU, otherwise what stands for them in a secure run, but for norms: theirs holds on rows that the settings' shifts
+    have moved, and this run, by which the shifts are found, knows none. `watch` sees every stage's operands and each
+    value it writes.
     """
     values: dict[str, Any] = {name: jnp.asarray(w) for name, w in weights.items()}
     fresh, past = list(token_ids), cached_tokens(weights)
@@ -386,7 +388,7 @@ def run_plain(
     for _ in range(new_tokens):
         values["embedded"] = values["embedding"][np.asarray(fresh)]
         stages = forward(model, len(fresh), past, exact_softmax_as, embedding="public", every_row=every_row)
-        run_stages(stages, values, exact=exact, watch=watch)
+        run_stages(map(_with_exact_norm, stages), values, exact=exact, watch=watch)
         past += len(fresh)
         rows = np.asarray(values["logits"])
         logits = rows if every_row else rows[-1]
@@ -396,6 +398,10 @@ def run_plain(
     return generated, all_logits
 
 
+def _with_exact_norm(stage: Stage) -> Stage:
+    return replace(stage, function=stage.exact) if stage.name == "norm" and stage.exact is not None else stage
+
+
 def run_stages(
     stages: Iterable[Stage],
     values: dict[str, Any],
@@ -403,13 +409,9 @@ def run_stages(
     exact: bool = False,
     watch: Callable[[Stage, tuple[Array, ...], Array], None] | None = None,
 ) -> None:
-    """Run stages in plaintext on named `values`, which they read and write; `exact` and `watch` as for `run_plain`.
-
-    Norms are always exact: what stands for them holds on rows that the settings' shifts have moved, of which a run that
-    looks for these shifts knows nothing.
-    """
+    """Run stages in plaintext on named `values`, which they read and write; `exact` and `watch` as for `run_plain`."""
     for stage in stages:
-        function = stage.exact if stage.exact is not None and (exact or stage.name == "norm") else stage.function
+        function = stage.exact if exact and stage.exact is not None else stage.function
         operands = tuple(values[name] for name in stage.inputs)
         results = _run_compiled(Comparable.of(function), *operands)
         for name, value in zip(stage.outputs, results if len(stage.outputs) > 1 else (results,)):
