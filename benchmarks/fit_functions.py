@@ -1,9 +1,9 @@
-"""The constants of exp, GELU and SiLU in `private/compute/functions.py`: how they are found, and that they are these.
+"""The constants in `private/compute/functions.py` of exp, GELU, SiLU and the inverse root: how they are found.
 
     python benchmarks/fit_functions.py
 
-All three are quartics A (u^2 + alpha u + beta)^2 + gamma u + delta of a clipped u, two squarings of the secure engine;
-multiplied out that is any quartic in u.
+The first three are quartics A (u^2 + alpha u + beta)^2 + gamma u + delta of a clipped u, two squarings of the secure
+engine; multiplied out that is any quartic in u.
 
 - exp(x) for x <= 0 is the fourth power of a quartic in u = max(x / 4 + end, 0), so that the error of the fourth power
   is what has to be small: the base may be wrong by more where it is small. For a given error that is a linear
@@ -16,6 +16,9 @@ multiplied out that is any quartic in u.
   meets are mostly small numbers: half of them below 0.7, nine tenths below 2.3 (SmolLM2, weighted by the square of
   what is gated). So the squared error is made small under the density exp(-a / 1.5) with a floor, which leaves more to
   the tail (0.5 % of the positions, for the same bytes).
+
+The inverse root y^-1/2 on an interval is the polynomial of least relative error, a linear programme, in factors: it has
+one real zero, and its pairs of others make squares (y - c)^2 + g. Its scale is free.
 """
 
 from __future__ import annotations
@@ -137,6 +140,41 @@ def fit_exp(end: float) -> Fit:
     return Fit(**{**vars(fit), "error": float(wrong.max())})
 
 
+@dataclass(frozen=True)
+class RootFit:
+    """`zero` - y times all (y - c)^2 + g, for y^-1/2 on [start, ratio * start], and its relative error."""
+
+    start: float
+    zero: float
+    squares: tuple[tuple[float, float], ...]  # c and g, c rising
+    error: float
+
+
+def fit_root(ratio: float, degree: int) -> RootFit:
+    """The polynomial of this odd degree, in the scale of y in which its leading coefficient is -1."""
+    start = ratio**-0.5
+    middle, half = start * (ratio + 1) / 2, start * (ratio - 1) / 2
+    places = np.cos(np.linspace(0, np.pi, STEPS))
+    powers = np.polynomial.chebyshev.chebvander(places, degree) * np.sqrt(middle + half * places)[:, None]
+    ones = np.ones((STEPS, 1))
+    solved = linprog(
+        [*[0] * (degree + 1), 1],
+        A_ub=np.vstack([np.hstack([powers, -ones]), np.hstack([-powers, -ones])]),
+        b_ub=np.concatenate([np.ones(STEPS), -np.ones(STEPS)]),
+        bounds=[(None, None)] * (degree + 2),
+        method="highs",
+    )
+    polynomial = np.polynomial.Chebyshev(solved.x[:-1], [middle - half, middle + half]).convert(
+        kind=np.polynomial.Polynomial
+    )
+    zeros = polynomial.roots()
+    (zero,) = zeros[np.abs(zeros.imag) < 1e-6].real
+    scale = float(-polynomial.coef[-1]) ** (1 / (degree + 0.5))  # y^-1/2 has a scale too
+    pairs = sorted(scale * zeros[zeros.imag > 1e-6], key=lambda z: z.real)
+    squares = tuple((float(z.real), float(z.imag) ** 2) for z in pairs)
+    return RootFit(scale * start, float(scale * zero), squares, float(solved.x[-1]))
+
+
 def main() -> None:
     """Print the fits, and what the program has."""
     from entropi.private.compute import functions
@@ -150,6 +188,8 @@ def main() -> None:
         print(f"{name}: the best end is {best.end:.3f}, with an error of {best.error:.6f}; refitted, and in use:")
         print(f"  {fit(end)}")
         print(f"  { ({key: value for key, value in vars(functions).items() if key.startswith(f'_{name}_')}) }")
+    for form in (functions._ROOT, functions._FEW_ROOT):
+        print(f"ROOT, refitted, and in use:\n  {fit_root(form.ratio, 2 * len(form.squares) + 1)}\n  {form}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("spu")
 import jax.numpy as jnp  # noqa: E402
+from jax.extend.core import Literal  # noqa: E402
 from jax.scipy.stats import norm  # noqa: E402
 
 from entropi.private.compute import functions  # noqa: E402
 from entropi.private.compute.engine import PARTIES, Simulation  # noqa: E402
+from entropi.private.compute.fixed_point import largest_mean_square  # noqa: E402
 from entropi.private.compute.program import Stage  # noqa: E402
 from entropi.private.compute.settings import Settings  # noqa: E402
 
@@ -65,27 +68,41 @@ OPERATIONS = {
     "exp 3": (lambda x: functions.exp_of_nonpositive(x, 3), uniform(-20, 0, 200), kernel(3), 32 * RESOLUTION, 0),
     "exp 5": (lambda x: functions.exp_of_nonpositive(x, 5), uniform(-60, 0, 200), kernel(5), 128 * RESOLUTION, 0),
     "exp 8": (lambda x: functions.exp_of_nonpositive(x, 8), uniform(-400, 0, 200), kernel(8), 1024 * RESOLUTION, 0),
-    # Two last digits for each of the last two products.
+    # A few last digits of every factor, and the polynomial's own error, which is another one of few numbers.
     "reciprocal": (
         lambda x: functions.reciprocal(x, np.array(1024)),
         log_uniform(-5, 5, 200),
         lambda x: 1 / x,
         0,
-        33 * 4 * RESOLUTION,
+        0.00005 + 33 * 4 * RESOLUTION,
+    ),
+    "reciprocal of few": (
+        lambda x: functions.reciprocal(x, np.array(1024)),
+        log_uniform(-5, 5, 12),
+        lambda x: 1 / x,
+        0,
+        0.00005 + 33 * 4 * RESOLUTION,
     ),
     "reciprocal of rows": (
         lambda x: functions.reciprocal(x, np.array([[1], [2], [64], [256]])),
         exact(np.exp2(random.uniform(-1, 1, (4, 50)) * np.array([[0], [0.5], [3], [4]]))),
         lambda x: 1 / x,
         0,
-        17 * 4 * RESOLUTION,
+        0.00005 + 17 * 4 * RESOLUTION,
     ),
     "reciprocal of wide": (
         lambda x: functions.reciprocal_of_wide(x, 8),
         log_uniform(-8, 8, 400),
         lambda x: 1 / x,
-        0,
-        257 * 4 * RESOLUTION,
+        4 * RESOLUTION,
+        0.00005 + 8 * RESOLUTION,
+    ),
+    "reciprocal of few wide": (
+        lambda x: functions.reciprocal_of_wide(x, 8),
+        log_uniform(-8, 8, 12),
+        lambda x: 1 / x,
+        4 * RESOLUTION,
+        0.00005 + 8 * RESOLUTION,
     ),
     "reciprocal of wide, small": (
         lambda x: functions.reciprocal_of_wide(x, 8),
@@ -96,12 +113,18 @@ OPERATIONS = {
     ),
     "inverse_root": (
         functions.inverse_root,
-        log_uniform(-6, 12, 200),
+        log_uniform(-6, 15.9, 400),
         lambda x: x**-0.5,
-        4 * (1 + 64) * RESOLUTION,
-        0,
+        4 * RESOLUTION,
+        0.00007 + 8 * RESOLUTION,
     ),
-    "inverse_root of much": (functions.inverse_root, log_uniform(0, 12, 200), lambda x: x**-0.5, 8 * RESOLUTION, 0),
+    "inverse_root of few": (
+        functions.inverse_root,
+        log_uniform(-6, 15.9, 8),
+        lambda x: x**-0.5,
+        4 * RESOLUTION,
+        0.00006 + 8 * RESOLUTION,
+    ),
     "gelu": (functions.gelu, uniform(-12, 12, 400), exact_gelu, 0.0018, 1e-5),
     "gelu, many": (functions.gelu, uniform(-12, 12, 8000), exact_gelu, 0.0018, 1e-5),
     "silu": (functions.silu, uniform(-2.5, 2.5, 400), lambda x: x / (1 + np.exp(-x)), 0.0024, 1e-5),
@@ -191,7 +214,7 @@ def test_operation_in_plaintext(name):
     with jax.experimental.enable_x64():
         result = jax.jit(function)(jnp.asarray(operand, jnp.float64))  # by itself each operation takes as long
     np.testing.assert_allclose(result, definition(operand.astype(np.float64)), atol=max(absolute, 1e-9), rtol=relative)
-    if not (name.startswith(("gelu", "silu", "exp by")) or "reciprocal" in name):
+    if not (name.startswith(("gelu", "silu", "exp by", "inverse_root")) or "reciprocal" in name):
         np.testing.assert_allclose(result, definition(operand.astype(np.float64)), rtol=1e-9, atol=1e-12)
 
 
@@ -211,17 +234,79 @@ FULL = 2 * functions.CIPHERTEXT
         (lambda x: functions.scale_rows(x, x[..., 0]), (2, 128, 64), 168),
         (lambda x: functions.scale_rows(x, x[..., 0]), (128, 256), 88),
         (functions.sums_of_squares, (128, 768), 56),
-        (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1350),
-        (functions.inverse_root, (FULL,), 2530),
+        (lambda x: functions.reciprocal(x, np.array(128)), (FULL,), 1280),
+        (functions.inverse_root, (FULL,), 2880),
         (functions.argmax, (8192,), 115),
         (lambda x: functions.top_k(x, 8)[1], (8192,), 627),
-        (lambda x: functions.reciprocal_of_wide(x, 8), (FULL,), 2330),
+        (lambda x: functions.reciprocal_of_wide(x, 8), (FULL,), 2170),
     ],
 )
 def test_prices_under_cheetah(simulations, function, shape, claimed):
     # Transfers are made ten million at a time, in some operation or other: not in each of three that follow.
     size = min(run(simulations("cheetah"), function, uniform(0.5, 2, *shape))[1].bytes for _ in range(3))
     assert size / np.prod(shape) == pytest.approx(claimed, rel=0.04)
+
+
+def wide(x):
+    return functions.reciprocal_of_wide(x, 8)
+
+
+def narrow(x):
+    return functions.reciprocal(x, np.array(1024))
+
+
+@pytest.mark.parametrize("size", [4, 400])
+@pytest.mark.parametrize("fraction_bits", [14, 17, 18, 20])
+def test_outside_their_range_roots_and_reciprocals_are_small(size, fraction_bits):
+    """Above it 0, and below it too small: nothing explodes whatever the fraction bits resolve."""
+    simulation = Simulation("ref2k", Settings(fraction_bits=fraction_bits))
+    end = np.log2(functions.largest_root(fraction_bits))
+    ends = np.resize(exact(np.exp2(end + np.array([0.6, 1.0, 2.0, 3.5]))), size)
+    root, _ = run(simulation, lambda x: functions.inverse_root(x, fraction_bits), ends)
+    np.testing.assert_allclose(root, 0.0, atol=2.0**-12)
+    reciprocal, _ = run(simulation, wide, np.resize(exact(np.exp2([9.6, 10.0, 13.0, 19.0])), size))
+    np.testing.assert_allclose(reciprocal, 0.0, atol=2.0**-12)
+
+    small = np.resize(np.array([0, 2 * 2.0**-fraction_bits, 2.0**-12, 2.0**-11], np.float32), size)
+    root, _ = run(simulation, lambda x: functions.inverse_root(x, fraction_bits), small)
+    assert root.min() > 0
+    assert (root <= np.minimum(400, 1.01 * np.maximum(small, 1e-9) ** -0.5)).all()
+    reciprocal, _ = run(simulation, wide, small)
+    assert reciprocal.min() > 0
+    assert reciprocal.max() <= 16 * 2.0**8
+
+
+@pytest.mark.parametrize("fraction_bits", [14, 16, 18, 20])
+@pytest.mark.parametrize("size", [8, 400])
+def test_the_root_holds_up_to_where_calibration_lets_it(size, fraction_bits):
+    settings = Settings(fraction_bits=fraction_bits)
+    most = np.log2(largest_mean_square(settings))
+    x = log_uniform(0, most - 0.001, size)
+    found, _ = run(Simulation("ref2k", settings), lambda x: functions.inverse_root(x, fraction_bits), x)
+    np.testing.assert_allclose(found, x.astype(np.float64) ** -0.5, rtol=0.0002, atol=4 * 2.0**-fraction_bits)
+
+
+@pytest.mark.parametrize("function", [wide, narrow, functions.inverse_root])
+def test_four_products_wait_for_one_another_or_three_of_few_numbers(function):
+    """All are marked, so that they can be prepared; and few numbers need no product that many would not."""
+    few, many = marked_products(function, 8), marked_products(function, 400)
+    assert max(few) == 3
+    assert max(many) == 4
+    assert sum(few.values(), Counter()) <= sum(many.values(), Counter())
+
+
+def marked_products(function, size):
+    """By how many products they wait for, themselves included, the kinds of all; there are no others."""
+    jaxpr = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((size,), np.float32)).jaxpr
+    waits, found = {}, {}
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name not in ("mul", "dot_general", "square", "div", "rsqrt")
+        depth = max((waits.get(v, 0) for v in equation.invars if not isinstance(v, Literal)), default=0)
+        if equation.params.get("name") in functions.BILINEAR:
+            depth += 1
+            found.setdefault(depth, Counter())[equation.params["name"]] += 1
+        waits.update(dict.fromkeys(equation.outvars, depth))
+    return found
 
 
 @pytest.mark.slow
@@ -342,15 +427,32 @@ def test_the_table_in_pieces_is_the_whole(monkeypatch, polynomials, rows):
     np.testing.assert_array_equal(functions.times_table(np.eye(603, dtype=np.float32)[ids], table), table[ids])
 
 
-@pytest.mark.parametrize("name", ["exp", "gelu", "silu"])
-def test_the_constants_are_those_of_the_script_that_fits_them(name):
+@pytest.fixture(scope="module")
+def fitting():
+    """The script that fits constants."""
     pytest.importorskip("scipy")
     script = Path(__file__).parents[3] / "benchmarks" / "fit_functions.py"
     spec = importlib.util.spec_from_file_location("fit_functions", script)
-    fitting = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = fitting  # which its data class needs
-    spec.loader.exec_module(fitting)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # which its data class needs
+    spec.loader.exec_module(module)
+    return module
 
+
+@pytest.mark.parametrize("form", [functions._ROOT, functions._FEW_ROOT])
+def test_the_roots_constants_are_those_of_the_script_that_fits_them(fitting, form):
+    found = fitting.fit_root(form.ratio, 2 * len(form.squares) + 1)
+    assert (found.start, found.zero) == pytest.approx((form.start, form.zero), rel=2e-5)
+    np.testing.assert_allclose(form.squares, found.squares, rtol=2e-4)
+    assert found.error < 6.3e-5
+
+    y = np.linspace(form.start, form.ratio * form.start, 8001)
+    wrong = (form.zero - y) * np.prod([(y - c) ** 2 + g for c, g in form.squares], axis=0) * np.sqrt(y) - 1
+    assert np.abs(wrong).max() == pytest.approx(found.error, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["exp", "gelu", "silu"])
+def test_the_constants_are_those_of_the_script_that_fits_them(fitting, name):
     constant = lambda part: getattr(functions, f"_{name.upper()}_{part}")  # noqa: E731
     fit = getattr(fitting, f"fit_{name}")
     found = fit(constant("END"))

@@ -6,7 +6,7 @@ with keys and values of their own; n pairs of a query and a key it sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax import Array
 from entropi.private.compute.description import MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.functions import (
     bilinear,
-    inverse_root,
     power,
     product_bytes,
     reciprocal,
@@ -58,9 +57,11 @@ def project(
     return queries, keys, values, jnp.concatenate(plain)
 
 
-def normalise_heads(plain: Array, query: Array, key: Array, *, epsilon: float) -> tuple[Array, Array]:
+def normalise_heads(
+    plain: Array, query: Array, key: Array, *, epsilon: float, root: Callable[[Array], Array]
+) -> tuple[Array, Array]:
     """q `(H, r, k)` and k `(G, m, k)`, each row by the root mean square of its row of `plain` `(H r + G m, k)`."""
-    roots = inverse_root(sums_of_squares(plain) * (1.0 / plain.shape[1]) + epsilon)
+    roots = root(sums_of_squares(plain) * (1.0 / plain.shape[1]) + epsilon)
     width, many = plain.shape[1], query.shape[0] * query.shape[1]
     queries = scale_rows(query.reshape(-1, width), roots[:many]).reshape(query.shape)
     return queries, scale_rows(key.reshape(-1, width), roots[many:]).reshape(key.shape)
@@ -215,15 +216,25 @@ def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
     """
     rows = heads.shape[1]
     seen = np.arange(keys - rows + 1, keys + 1)
-    root = (seen**-0.5).astype(heads.dtype)
-    return scale_rows(heads, reciprocal(totals * root, seen)) * root[:, None]
+    heads, totals = _both(heads, totals, seen**-0.5)
+    return scale_rows(heads, reciprocal(totals, seen))
 
 
 def normalise_means(heads: Array, totals: Array, *, keys: int) -> Array:
-    """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`."""
+    """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`.
+
+    Error 2^-18 (1 / x + x) and what the reciprocal has, x the mean weight by the middle one, of values of about 1.
+    """
     rows = heads.shape[1]
-    share = (1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))).astype(heads.dtype)
-    return scale_rows(heads, reciprocal_of_wide(totals * share, MEAN_WEIGHT_BITS)) * share[:, None]
+    share = 1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))
+    heads, totals = _both(heads, totals, share)
+    return scale_rows(heads, reciprocal_of_wide(totals, MEAN_WEIGHT_BITS))
+
+
+def _both(heads: Array, totals: Array, share: np.ndarray) -> tuple[Array, Array]:
+    """Heads `(H, r, k)` and sums `(H, r)`, every row times its public share: one truncation, and one wait for it."""
+    joint = jnp.concatenate([heads, totals[..., None]], axis=-1) * share[:, None].astype(heads.dtype)
+    return joint[..., :-1], joint[..., -1]
 
 
 def divide(heads: Array, totals: Array) -> Array:

@@ -20,6 +20,7 @@ from jax import Array
 from entropi.errors import UserError
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, MEAN_WEIGHT_BITS, MIDDLE_WEIGHT, Description
 from entropi.private.compute.embedding import pair_limit
+from entropi.private.compute.functions import LEAST_ROOT, largest_root
 from entropi.private.compute.program import Stage, cached_tokens, run_plain
 from entropi.private.compute.settings import MOST_SHIFT, Settings
 
@@ -98,8 +99,6 @@ def measure_ranges(
             means = np.asarray(operands[1]) / np.arange(keys - rows + 1, keys + 1)
             _keep(ranges.largest_mean_weight, name, float(means.max()), max)
             _keep(ranges.low_mean_weight, name, float(np.quantile(means, 0.01)), min)
-        if stage.name == "normalise":  # multiplies by up to the root of the keys before it divides by it
-            magnitude = magnitude * np.sqrt(past + len(sequence))
         _keep(ranges.largest, name, _finite(magnitude), max)
         if stage.name not in ("exp", "max"):  # far keys weigh nothing, and the largest is 0
             _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), min)
@@ -203,10 +202,11 @@ def largest_product(settings: Settings) -> float:
 def largest_mean_square(settings: Settings) -> float:
     """Mean square of a row below which its inverse root, a small number, is right to 0.2 %.
 
-    The engine's root of larger ones is simply 0, from twice this on with even fraction bits and from this on with odd.
+    The root of larger ones has too few digits with fewer than 18 fraction bits, and with more it is soon 0: see
+    `functions.inverse_root`.
     """
     bits = settings.fraction_bits
-    return 2.0 ** min(bits // 2 * 2 - 2, 2 * (bits - 9))
+    return min(largest_root(bits), 4.0 ** (bits - 9))
 
 
 def resolved_mean_square(settings: Settings, shift: int = 0) -> float:
@@ -215,7 +215,12 @@ def resolved_mean_square(settings: Settings, shift: int = 0) -> float:
     A shift up gives a mean square more digits, not the row itself.
     """
     bits = settings.fraction_bits
-    return max(2.0 ** (_MEAN_SQUARE_BITS - bits) / 4.0**shift, 4.0 ** (_MEAN_SQUARE_BITS - bits - min(shift, 0)))
+    return max(_least_under_root(bits) / 4.0**shift, 4.0 ** (_MEAN_SQUARE_BITS - bits - min(shift, 0)))
+
+
+def _least_under_root(bits: int) -> float:
+    """The smallest mean square, as it is computed, that has digits enough and is in the range of the root."""
+    return max(LEAST_ROOT, 2.0 ** (_MEAN_SQUARE_BITS - bits))
 
 
 def norm_shifts(ranges: Ranges, settings: Settings) -> tuple[int, ...]:
@@ -242,7 +247,7 @@ def _shift(faintest: float, smallest: float, largest: float, total: float, setti
         return math.floor(math.log2(spare) / 2)
 
     shift = min(math.ceil(math.log2(_CLEAR / faintest) / 2) if faintest < _FAINT else 0, room(SQUARE_HEADROOM))
-    needed = math.ceil(math.log2(2.0 ** (_MEAN_SQUARE_BITS - settings.fraction_bits) / smallest) / 2)
+    needed = math.ceil(math.log2(_least_under_root(settings.fraction_bits) / smallest) / 2)
     if shift < needed:  # without room to spare, what just holds
         shift = min(needed, room(1.001))
     return max(-MOST_SHIFT, min(shift, MOST_SHIFT))

@@ -8,9 +8,10 @@ with public whole numbers are free; a product with another public number costs 3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,7 @@ def segment_max(packed: Array, lengths: np.ndarray) -> Array:
 # What a round is worth in bytes: what a line of 1 Gbit/s carries in 0.2 ms.
 _ROUND_BYTES = 25_000
 _COMPARE_BYTES, _COMPARE_ROUNDS, _SELECT_BYTES, _SELECT_ROUNDS = 82, 19, 16, 2
+_PRODUCT_ROUNDS = 3  # 2 of a prepared product, 4 of another one
 _MOST_ARITY = 8
 
 
@@ -281,68 +283,150 @@ def power(x: Array, iterations: int) -> Array:
 
 
 def reciprocal(x: Array, spread: np.ndarray) -> Array:
-    """1 / x for x in [spread^-1/2, spread^1/2], relative error 2^-16 (1 + sqrt(spread)); 1,350 bytes.
+    """1 / x for x in [spread^-1/2, spread^1/2], relative error 2^-16 (1 + sqrt(spread)) and 0.00005.
 
-    `spread` is public, at least 1 and broadcasts against x. Three comparisons find the quarter of the range, in
-    logarithms; there the best line a - b x starts Goldschmidt's iteration, whose two products do not wait for each
-    other. The engine's own, which knows no range, costs twice that and ten times the messages.
+    1,280 bytes for a spread of 128. `spread` is public, at least 1 and broadcasts against x. The engine's own
+    reciprocal, which knows no range, costs more than twice that and ten times the messages.
     """
-    edges = np.maximum(spread, 1.5) ** np.linspace(-0.5, 0.5, 5).reshape(5, *[1] * x.ndim)
-    error, offset, slope = _best_lines(edges[:-1], edges[1:])
-    edges, offset, slope = (part.astype(x.dtype) for part in (edges, offset, slope))
-    better = (offset[1:] - offset[:-1]) - (slope[1:] - slope[:-1]) * x[None]
-    guess = offset[0] - slope[0] * x + jnp.where(x[None] > edges[1:-1], better, 0.0).sum(axis=0)
-    return _goldschmidt(x, guess, 1.0 - x * guess, float(error.max()))
+    half = np.log2(np.maximum(spread, 1.5)) / 2 + _MARGIN
+    return _polynomial_reciprocal(x, -half, half)
 
 
 def reciprocal_of_wide(x: Array, bits: int) -> Array:
-    """1 / x for x in [2^-bits, 2^bits], relative error 2^-16 (1 + 2^bits); 2,330 bytes for 8 bits.
+    """1 / x for x in [2^-bits, 2^bits], relative error 2^-16 (1 + 2^bits) and 0.00005; 2,170 bytes for 8 bits.
 
-    Below this range the result is too small, by 1.5 % at x = 2^-bits / 4 with 8 bits; above it the result is useless.
-
-    Between the even powers of two, which `bits` - 1 comparisons find, x is first multiplied by another one into
-    [1/2, 2], because lines for so wide a range would have to cancel where others are meant.
+    That holds to 2.8 times this range. What is above is 0; what is below comes out too small, by 3 % at x = 2^-bits / 4
+    and never above 16 2^bits.
     """
-    powers = 2.0 ** np.arange(bits - 1, -bits, -2).reshape(-1, *[1] * x.ndim)
-    edges = 2.0 ** np.arange(2 - bits, bits, 2).reshape(-1, *[1] * x.ndim)
-    steps = (powers[1:] - powers[:-1]).astype(x.dtype)
-    power = powers[0].astype(x.dtype) + jnp.where(x[None] > edges.astype(x.dtype), steps, 0.0).sum(axis=0)
-    error, offset, slope = _best_lines(0.5, 2.0)
-    near_one = x * power
-    line = offset - slope * near_one
-    products = jnp.stack([near_one, power]) * line
-    return _goldschmidt(x, products[1], 1.0 - products[0], float(error))
+    return _polynomial_reciprocal(x, -bits - _WIDE_MARGIN, bits + _WIDE_MARGIN, zero_above=True)
 
 
-def _best_lines(low: Any, high: Any) -> tuple[Any, Any, Any]:
-    """Largest |1 - x (a - b x)| on [low, high], a and b: the Chebyshev polynomial of degree 2, scaled to be 1 at 0."""
-    error = 1 / (2 * ((low + high) / (high - low)) ** 2 - 1)
-    slope = 8 * error / (high - low) ** 2
-    return error, slope * (low + high), slope
+# Octaves beyond what a reciprocal promises, at either end: what rounding adds; and text that was not calibrated with.
+_MARGIN, _WIDE_MARGIN = 0.1, 1.5
 
 
-def _goldschmidt(x: Array, guess: Array, wrong: Array, largest: float) -> Array:
-    """1 / x = g (1 + w) (1 + w^2) (1 + w^4) ... of a guess g and w = 1 - x g, |w| <= `largest`, to 2^-20.
+def _polynomial_reciprocal(x: Array, low: Any, high: Any, *, zero_above: bool = False) -> Array:
+    """1 / x for x between 2^`low` and 2^`high`: comparisons, and then 4 products one after another, of few numbers 3.
 
-    The two products of a step do not wait for each other, and nothing corrects what they round. The last w is
-    therefore found from x: for one product's rounds more, only the last two count, two last digits each under CHEETAH.
+    Comparisons with all edges at once find the interval of x, and with it a p for which y = p x is near 1; 1 / x is
+    p C(y). The polynomial C is the one of least relative error: 1 - y C(y) is a Chebyshev polynomial T_n, scaled to be
+    1 at y = 0. With n a power of two it falls into factors, for T_2n = 2 T_n^2 - 1, and T_n(z)^2 - T_n(z0)^2 is a
+    product again. The scale of y makes the leading coefficient 1, so that no product with a public number is needed.
     """
-    if largest**2 > 2.0**-20:
-        while largest**4 > 2.0**-20:
-            products = jnp.stack([guess, wrong]) * wrong
-            guess, wrong, largest = guess + products[0], products[1], largest**2
-        guess = guess + guess * wrong
-        wrong = 1.0 - x * guess
-    return guess + guess * wrong
+    octaves = float(np.max(high - low))
+    count, squares = _intervals(x.size, octaves)
+    exponents = low + (high - low) * np.arange(count + 1).reshape(-1, *[1] * x.ndim) / count
+    middle, half = _chebyshev(2.0 ** (octaves / count), squares + 1)
+    powers = np.sqrt(middle**2 - half**2) * 2.0 ** (-(exponents[1:] + exponents[:-1]) / 2)
+    edges = 2.0 ** exponents[1:]
+    if zero_above:
+        powers = np.append(powers, np.zeros_like(powers[:1]), axis=0)
+    else:
+        edges = edges[:-1]
+    (power,) = _by_interval(x, edges, powers[None])
+
+    polynomial, at_zero = times(x, power) - middle, middle  # a multiple of T_1, and what it is less at y = 0
+    result = times(power, at_zero - polynomial)
+    for _ in range(squares):
+        half = half**2 / 2
+        polynomial, at_zero = square(polynomial) - half, at_zero**2 - half
+        result = times(result, at_zero + polynomial)
+    return result
 
 
-def inverse_root(x: Array) -> Array:
-    """1 / sqrt(x) for x in [2^-10, 2^16), error 2^-16 (1 + 1 / x) beside what the error of x itself makes; 2,530 bytes.
+def _intervals(size: int, octaves: float) -> tuple[int, int]:
+    """Into how many intervals `_polynomial_reciprocal` divides so many octaves, and how often it then squares.
 
-    The engine's is right to three digits; a Newton step doubles them. It is 0 for larger x: see `fixed_point`.
+    With five in two octaves there is a product less to wait for than with two in three, at a greater error of the two:
+    0.000046.
     """
-    guess = jax.lax.rsqrt(x)
-    return guess * (1.5 - (x * guess) * (0.5 * guess))
+    few, many = math.ceil(2.5 * octaves), math.ceil(octaves / 1.5)
+    return (few, 1) if _is_few(size, (few - many) * (_COMPARE_BYTES + _SELECT_BYTES)) else (many, 2)
+
+
+def _is_few(size: int, more: int) -> bool:
+    """Whether one product less to wait for is worth `more` bytes a number, for so many numbers."""
+    return size * more < _PRODUCT_ROUNDS * _ROUND_BYTES
+
+
+def _chebyshev(ratio: float, doublings: int) -> tuple[float, float]:
+    """Middle and half of the length of the interval whose ends have this ratio, in the scale without a factor.
+
+    There 1 - T_n(z(y)) / T_n(z(0)), n = 2^`doublings`, z from -1 to 1, is y times a product of which every factor's
+    leading coefficient is 1 or -1. Its largest error is 1 / T_n(z(0)).
+    """
+    at_zero, degree = (ratio + 1) / (ratio - 1), 2**doublings
+    largest = np.cosh(degree * np.arccosh(at_zero))
+    half = float((2.0 ** (degree - 1) / largest) ** (1 / degree))
+    return at_zero * half, half
+
+
+def _by_interval(x: Array, edges: np.ndarray, tables: np.ndarray, exact: int = 0) -> Array:
+    """From every table the entry of the interval that x lies in: entry i below edge i, the last one above all.
+
+    Tables `(t, edges + 1, ...)` fall, edges rise. What is added up loses what the fraction bits or float32 do not hold
+    of every step. Begun with the small entries, these lose little. The first `exact` tables, of few digits each, are
+    begun with the large ones, and lose nothing until they reach the last digit.
+    """
+    steps = tables[:, :-1] - tables[:, 1:]
+    above, below = np.zeros_like(steps), steps.copy()
+    above[:exact], below[:exact] = -steps[:exact], 0.0
+    begun = np.concatenate([tables[:exact, 0], tables[exact:, -1]])
+    below, above, begun = (part.astype(x.dtype) for part in (below, above, begun))
+    return begun + jnp.where(x[None] < edges.astype(x.dtype), below, above).sum(axis=1)
+
+
+class _RootPolynomial(NamedTuple):
+    """y^-1/2 on [start, ratio * start] as `zero` - y times squares (y - c)^2 + g, of least relative error."""
+
+    start: float
+    ratio: float
+    zero: float
+    squares: tuple[tuple[float, float], ...]  # c and g
+
+
+# In the scale of y that needs no factor before the product. `benchmarks/fit_functions.py` finds the constants.
+_ROOT = _RootPolynomial(
+    0.36317886, 4.0, 2.017927, ((0.10155598, 0.33963751), (0.84363449, 0.891881), (1.6659658, 0.49131384))
+)
+_FEW_ROOT = _RootPolynomial(0.580258, 1.5, 1.8238104, ((0.6071504, 1.0548796),))
+LEAST_ROOT = 2.0**-13  # from which on `inverse_root` holds
+_FEW_ROOT_FRACTION_BITS = 18
+
+
+def largest_root(fraction_bits: int) -> float:
+    """Up to which `inverse_root` holds: what x is multiplied by has to have digits."""
+    return 2.0 ** (fraction_bits // 2 * 2 - 2)
+
+
+def inverse_root(x: Array, fraction_bits: int = 18) -> Array:
+    """1 / sqrt(x) for x in [2^-13, 2^16], error 2^-16 (1 + x^-1/2) and 0.00006 x^-1/2; 2,880 bytes.
+
+    Beside that is what the error of x itself makes. The upper end is that of 18 `fraction_bits`, see `largest_root`; of
+    larger x, from half as much again on, it is 0. Below the range it is too small, and never above 400.
+
+    Comparisons find a power p of four for which y = p x is in the range of a polynomial, and 1 / sqrt(x) is
+    sqrt(p) y^-1/2: 4 products one after another. No other p would do: where x is large, p has few digits. Few numbers
+    have p of all powers of two and 3/4 of them, and one product less; with few fraction bits, what they do not hold of
+    each such sqrt(p) would add up.
+    """
+    least = -int(np.log2(largest_root(fraction_bits)))
+    powers, more = 2.0 ** np.arange(12, least - 1, -2), 2.0 ** np.arange(13, least - 1, -1)
+    extra = (2 * len(more) - len(powers)) * (_COMPARE_BYTES + 2 * _SELECT_BYTES)
+    form = _ROOT
+    if fraction_bits >= _FEW_ROOT_FRACTION_BITS and _is_few(x.size, extra):
+        form, powers = _FEW_ROOT, np.stack([more, 0.75 * more], axis=1).reshape(-1)
+    powers = powers.reshape(-1, *[1] * x.ndim)
+    digits = 2.0 ** max(fraction_bits, 18)
+    tables = np.round(np.stack([powers, np.sqrt(powers)]) * digits) / digits
+    tables = np.append(tables, np.zeros_like(tables[:, :1]), axis=1)
+    power, root = _by_interval(x, form.start * form.ratio / powers, tables, exact=1)
+
+    near_one = times(x, power)
+    result = times(root, form.zero - near_one)
+    first, *others = (square(near_one - centre) + rest for centre, rest in form.squares)
+    result = times(result, first)
+    return times(result, times(*others)) if others else result
 
 
 # GELU(x) = relu(x) - g(|x|), g(a) = a P(N > a) falls to nothing beyond _GELU_END. With u = max(_GELU_END - a, 0) the

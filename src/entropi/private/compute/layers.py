@@ -12,7 +12,6 @@ from entropi.private.compute.functions import (
     argmax,
     gelu,
     gelu_tanh,
-    inverse_root,
     relu,
     scale_rows,
     silu,
@@ -25,12 +24,15 @@ from entropi.private.compute.functions import (
 )
 
 
-def normalise_state(state: Array, *, kind: Norm, epsilon: float) -> Array:
-    """Rows by their root mean square, centred before where `kind` is "layer"; gain and bias are in what follows."""
+def normalise_state(state: Array, *, kind: Norm, epsilon: float, root: Callable[[Array], Array]) -> Array:
+    """Rows by their root mean square, centred before where `kind` is "layer"; gain and bias are in what follows.
+
+    `root` is the inverse root.
+    """
     if kind == "layer":
         state = state - state.sum(axis=-1, keepdims=True) * (1.0 / state.shape[1])
     mean = sums_of_squares(state) * (1.0 / state.shape[1])
-    return scale_rows(state, inverse_root(mean + epsilon))
+    return scale_rows(state, root(mean + epsilon))
 
 
 def move(state: Array, *, shift: int) -> Array:
@@ -60,11 +62,13 @@ def plain_and_gained(state: Array, matrix: Array, bias: Array, *, rows: int | No
     return joint[:, :width], joint[:, width:]
 
 
-def add_normalised(plain: Array, gained: Array, base: Array, *, epsilon: float) -> Array:
+def add_normalised(
+    plain: Array, gained: Array, base: Array, *, epsilon: float, root: Callable[[Array], Array]
+) -> Array:
     """base + gained / rms(plain), for the last rows of `base`: a branch with a norm after it."""
     rows, width = plain.shape
     mean = sums_of_squares(plain) * (1.0 / width)
-    return base[-rows:] + scale_rows(gained, inverse_root(mean + epsilon))
+    return base[-rows:] + scale_rows(gained, root(mean + epsilon))
 
 
 def bilinear(hidden: Array) -> Array:

@@ -12,7 +12,7 @@ n pairs of a query and a key it sees; V the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from entropi.private.compute.embedding import add_positions, embed, lower, pair_
 from entropi.private.compute.functions import (
     exp_by_quartic,
     exp_of_nonpositive,
+    inverse_root,
     reciprocal,
     times_matrix,
 )
@@ -121,34 +122,34 @@ def forward(
     """
     softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
-    add_branch = partial(add_normalised, epsilon=model.norm_epsilon)
     yield from embedding_stages(model, new, past, embedding, paired and not prepared, fraction_bits)
 
     for layer in range(model.layers):
         rows = new if every_row or layer < model.layers - 1 else last_rows
         has_ffn = layer in model.explicit_ffn or model.activation != "identity"
         if model.norm != "none":
-            yield from norm_stages(model, layer, norm_shifts, "normed")
+            yield from norm_stages(model, layer, norm_shifts, fraction_bits, "normed")
 
         base = "state"
         if model.parallel_residual:
-            yield from feed_forward(model, layer, rows, read, "base")
+            yield from feed_forward(model, layer, rows, read, "base", fraction_bits)
             base = "base" if has_ffn else "state"
 
-        yield from attention_stages(model, layer, rows, new, past, softmax, read, prepared)
+        yield from attention_stages(model, layer, rows, new, past, softmax, read, fraction_bits, prepared)
         weights = (f"{layer}.output", f"{layer}.output_bias")
         if model.branch_norm:
             yield Stage("output", layer, merge_before_norm, ("heads", *weights), ("plain", "gained"))
-            yield Stage("norm", layer, add_branch, ("plain", "gained", base), ("state",))
+            branch = ("plain", "gained", base)
+            yield _norm(layer, add_normalised, branch, ("state",), fraction_bits, epsilon=model.norm_epsilon)
         else:
             yield Stage("output", layer, partial(merge_heads, rows=rows), (base, "heads", *weights), ("state",))
 
         if not model.parallel_residual:
             if model.norm != "none" and has_ffn:
-                yield from norm_stages(model, layer, norm_shifts, "normed")
-            yield from feed_forward(model, layer, rows, read, "state")
+                yield from norm_stages(model, layer, norm_shifts, fraction_bits, "normed")
+            yield from feed_forward(model, layer, rows, read, "state", fraction_bits)
 
-    yield from head_stages(model, output, choices, logit_bits, norm_shifts)
+    yield from head_stages(model, output, choices, logit_bits, norm_shifts, fraction_bits)
 
 
 def embedding_stages(
@@ -170,15 +171,30 @@ def embedding_stages(
         yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
 
 
-def norm_stages(model: Description, layer: int, norm_shifts: Sequence[int], result: str) -> Iterator[Stage]:
+def _norm(
+    layer: int,
+    function: Callable[..., Any],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    fraction_bits: int,
+    **how: Any,
+) -> Stage:
+    """A stage of rows divided by their root mean square; `function` takes the inverse root that is computed."""
+    approximate = partial(function, root=partial(inverse_root, fraction_bits=fraction_bits), **how)
+    return Stage("norm", layer, approximate, inputs, outputs, exact=partial(function, root=jax.lax.rsqrt, **how))
+
+
+def norm_stages(
+    model: Description, layer: int, norm_shifts: Sequence[int], fraction_bits: int, result: str
+) -> Iterator[Stage]:
     """Stages from "state" to its rows divided by their root mean square, of a layer or before the head (-1)."""
     shift, read = norm_shifts[layer] if norm_shifts else 0, "state"
     if shift:
         yield Stage("norm", layer, partial(move, shift=shift), ("state",), ("moved",))
         read = "moved"
     kind = model.final_norm if layer < 0 else model.norm
-    norm = partial(normalise_state, kind=kind, epsilon=model.norm_epsilon * 4.0**shift)
-    yield Stage("norm", layer, norm, (read,), (result,))
+    epsilon = model.norm_epsilon * 4.0**shift
+    yield _norm(layer, normalise_state, (read,), (result,), fraction_bits, kind=kind, epsilon=epsilon)
 
 
 def attention_stages(
@@ -189,6 +205,7 @@ def attention_stages(
     past: int,
     softmax: SoftmaxForm,
     read: str,
+    fraction_bits: int,
     prepared: bool = False,
 ) -> Iterator[Stage]:
     """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
@@ -198,8 +215,8 @@ def attention_stages(
     if model.query_key_norm:
         projection = partial(project, model=model, rows=rows, wide=prepared)
         yield Stage("qkv", layer, projection, weights, ("q", "new_k", "new_v", "plain"))
-        norm = partial(normalise_heads, epsilon=model.norm_epsilon)
-        yield Stage("norm", layer, norm, ("plain", "q", "new_k"), ("q", "new_k"))
+        rows_read, written = ("plain", "q", "new_k"), ("q", "new_k")
+        yield _norm(layer, normalise_heads, rows_read, written, fraction_bits, epsilon=model.norm_epsilon)
         placing = partial(place, **where)
         yield Stage("qkv", layer, placing, ("q", "new_k", "new_v", *cached), ("q", w + "k", w + "v"))
     else:
@@ -230,13 +247,18 @@ def attention_stages(
 
 
 def head_stages(
-    model: Description, output: Output, choices: int, logit_bits: int | None, norm_shifts: Sequence[int]
+    model: Description,
+    output: Output,
+    choices: int,
+    logit_bits: int | None,
+    norm_shifts: Sequence[int],
+    fraction_bits: int,
 ) -> Iterator[Stage]:
     """Stages from "state" behind the last layer to what is revealed, see `forward`."""
     if model.centre:
         yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
     if model.final_norm != "none":
-        yield from norm_stages(model, -1, norm_shifts, "state")
+        yield from norm_stages(model, -1, norm_shifts, fraction_bits, "state")
     yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
 
     if output == "argmax":
@@ -269,7 +291,9 @@ def stages_of_pass(
     )
 
 
-def feed_forward(model: Description, layer: int, rows: int, read: str, result: str) -> Iterator[Stage]:
+def feed_forward(
+    model: Description, layer: int, rows: int, read: str, result: str, fraction_bits: int
+) -> Iterator[Stage]:
     """Stages of a layer's FFN, the residual connection included, from `read` and "state" to the value `result`."""
     w, base = f"{layer}.", "state"
     if model.activation != "identity":
@@ -287,8 +311,8 @@ def feed_forward(model: Description, layer: int, rows: int, read: str, result: s
     if model.branch_norm:
         down = partial(plain_and_gained, rows=rows)
         yield Stage("ffn", layer, down, ("hidden", w + "down", w + "down_bias"), ("plain", "gained"))
-        add_branch = partial(add_normalised, epsilon=model.norm_epsilon)
-        yield Stage("norm", layer, add_branch, ("plain", "gained", base), (result,))
+        branch = ("plain", "gained", base)
+        yield _norm(layer, add_normalised, branch, (result,), fraction_bits, epsilon=model.norm_epsilon)
     elif model.activation != "identity":
         down = partial(add_affine, rows=rows)
         yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
@@ -357,7 +381,9 @@ def run_plain(
     keys and values stand beside the weights (see `prefix`).
 
     With `exact` the model's own functions are computed, the exact softmax (unless it was trained with another) and
-    GELU, otherwise what stands for them in a secure run. `watch` sees every stage's operands and each value it writes.
+    GELU, otherwise what stands for them in a secure run, but for norms: theirs holds on rows that the settings' shifts
+    have moved, and this run, by which the shifts are found, knows none. `watch` sees every stage's operands and each
+    value it writes.
     """
     values: dict[str, Any] = {name: jnp.asarray(w) for name, w in weights.items()}
     fresh, past = list(token_ids), cached_tokens(weights)
@@ -366,7 +392,7 @@ def run_plain(
     for _ in range(new_tokens):
         values["embedded"] = values["embedding"][np.asarray(fresh)]
         stages = forward(model, len(fresh), past, exact_softmax_as, embedding="public", every_row=every_row)
-        run_stages(stages, values, exact=exact, watch=watch)
+        run_stages(map(_with_exact_norm, stages), values, exact=exact, watch=watch)
         past += len(fresh)
         rows = np.asarray(values["logits"])
         logits = rows if every_row else rows[-1]
@@ -374,6 +400,10 @@ def run_plain(
         generated += fresh
         all_logits.append(logits)
     return generated, all_logits
+
+
+def _with_exact_norm(stage: Stage) -> Stage:
+    return replace(stage, function=stage.exact) if stage.name == "norm" and stage.exact is not None else stage
 
 
 def run_stages(
