@@ -294,7 +294,7 @@ def test_asking_twice_or_for_too_much_is_refused():
         material.masks(product, layer, keys)
 
         def until_it_is_empty(ask=(product, layer, keys), material=material):
-            for _ in range(1000):
+            for _ in range(10_000):
                 material.masks(*ask)
 
         with pytest.raises(MaterialUsedUp):

@@ -185,6 +185,13 @@ def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, 
     return mix(weights, value, rows=rows), totals
 
 
+def mix_and_divide(
+    weights: Array, value: Array, *, mixing: Callable[..., tuple[Array, Array]], division: Callable[..., Array]
+) -> Array:
+    """`weighted_values` and the division of its results, as one function of two parts that wait for each other late."""
+    return division(*mixing(weights, value), apart=True)
+
+
 def as_rectangle(weights: Array, rows: int, keys: int) -> Array:
     """Packed weights `(H, n)` as `(H, r, s)`, zero where nothing is seen."""
     heads = weights.shape[0]
@@ -208,7 +215,7 @@ def mix(weights: Array, value: Array, *, rows: int) -> Array:
     return (matrix @ value).reshape(heads, rows, width)
 
 
-def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
+def normalise(heads: Array, totals: Array, *, keys: int, apart: bool = False) -> Array:
     """Divide after the value product: r d multiplications instead of H r s.
 
     A row of v weights sums to between 1 and v; divided by the root of v first, sum and reciprocal have the same number
@@ -216,24 +223,30 @@ def normalise(heads: Array, totals: Array, *, keys: int) -> Array:
     """
     rows = heads.shape[1]
     seen = np.arange(keys - rows + 1, keys + 1)
-    heads, totals = _both(heads, totals, seen**-0.5)
+    heads, totals = _both(heads, totals, seen**-0.5, apart)
     return scale_rows(heads, reciprocal(totals, seen))
 
 
-def normalise_means(heads: Array, totals: Array, *, keys: int) -> Array:
+def normalise_means(heads: Array, totals: Array, *, keys: int, apart: bool = False) -> Array:
     """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`.
 
     Error 2^-18 (1 / x + x) and what the reciprocal has, x the mean weight by the middle one, of values of about 1.
     """
     rows = heads.shape[1]
     share = 1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))
-    heads, totals = _both(heads, totals, share)
+    heads, totals = _both(heads, totals, share, apart)
     return scale_rows(heads, reciprocal_of_wide(totals, MEAN_WEIGHT_BITS))
 
 
-def _both(heads: Array, totals: Array, share: np.ndarray) -> tuple[Array, Array]:
-    """Heads `(H, r, k)` and sums `(H, r)`, every row times its public share: one truncation, and one wait for it."""
-    joint = jnp.concatenate([heads, totals[..., None]], axis=-1) * share[:, None].astype(heads.dtype)
+def _both(heads: Array, totals: Array, share: np.ndarray, apart: bool) -> tuple[Array, Array]:
+    """Heads `(H, r, k)` and sums `(H, r)`, every row times its public share: one truncation, and one wait for it.
+
+    Where sums are not to wait for heads: two, `apart`.
+    """
+    share = share.astype(heads.dtype)
+    if apart:
+        return heads * share[:, None], totals * share
+    joint = jnp.concatenate([heads, totals[..., None]], axis=-1) * share[:, None]
     return joint[..., :-1], joint[..., -1]
 
 

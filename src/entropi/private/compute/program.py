@@ -25,6 +25,7 @@ from entropi.private.compute.attention import (
     divide,
     merge_before_norm,
     merge_heads,
+    mix_and_divide,
     normalise,
     normalise_heads,
     normalise_means,
@@ -107,8 +108,8 @@ def forward(
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
 
-    With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more, and tokens are
-    never paired.
+    With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more, tokens are
+    never paired, and values are mixed and divided by their weights' sums in one stage.
     `norm_shifts` are those of the settings: what rows are multiplied by, as powers of two, before norms of the state.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -241,9 +242,14 @@ def attention_stages(
         exact = jnp.exp if model.softmax_form.exact else None
         yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
 
-    yield Stage("values", layer, partial(weighted_values, rows=rows), ("weights", w + "v"), ("heads", "totals"))
+    mixing = partial(weighted_values, rows=rows)
     division = partial(normalise if softmax.of_distance else normalise_means, keys=keys)
-    yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
+    if prepared:  # at once, for the comparisons of a division wait for no value, and mixed values for no comparison
+        joint = partial(mix_and_divide, mixing=mixing, division=division)
+        yield Stage("values", layer, joint, ("weights", w + "v"), ("heads",))
+    else:
+        yield Stage("values", layer, mixing, ("weights", w + "v"), ("heads", "totals"))
+        yield Stage("normalise", layer, division, ("heads", "totals"), ("heads",), exact=divide)
 
 
 def head_stages(

@@ -33,6 +33,11 @@ def _slice(x: Array, *, start_indices: Sequence[int], limit_indices: Sequence[in
     return x[tuple(map(slice, start_indices, limit_indices, steps))]
 
 
+def _dynamic_slice(x: Array, *starts: Array, slice_sizes: Sequence[int]) -> Array:
+    firsts = [min(max(int(start), 0), whole - size) for start, whole, size in zip(starts, x.shape, slice_sizes)]
+    return x[tuple(slice(first, first + size) for first, size in zip(firsts, slice_sizes))]
+
+
 def _select(which: Array, *cases: Array) -> Array:
     return np.where(which, cases[1], cases[0])
 
@@ -59,6 +64,7 @@ _MOVES: dict[str, Callable[..., Array]] = {
     "reshape": lambda x, *, new_sizes, **_: x.reshape(new_sizes),
     "transpose": lambda x, *, permutation: x.transpose(permutation),
     "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
     "squeeze": lambda x, *, dimensions: x.squeeze(dimensions),
     "gather": _gather,
     "copy": lambda x: x,
@@ -78,6 +84,11 @@ def is_secret(variable: Any, public: Mapping[Any, Any]) -> bool:
     return not isinstance(variable, Constant) and variable not in public
 
 
+def _known(variable: Any, public: Mapping[Any, Any]) -> Array:
+    """The value of a public variable."""
+    return np.asarray(variable.val if isinstance(variable, Constant) else public[variable])
+
+
 def evaluated(equation: Any, public: Mapping[Any, Any]) -> list[Any] | None:
     """Results of an equation of public values alone; None where one is secret, or the operation is not ours."""
     name = equation.primitive.name
@@ -85,7 +96,7 @@ def evaluated(equation: Any, public: Mapping[Any, Any]) -> list[Any] | None:
         return None
     if name == "gather" and not _is_take(equation):
         return None
-    operands = [np.asarray(v.val if isinstance(v, Constant) else public[v]) for v in equation.invars]
+    operands = [_known(v, public) for v in equation.invars]
     (out,) = equation.outvars
     return [_BY_NAME[name](*operands, **_options(equation)).astype(out.aval.dtype)]
 
@@ -179,7 +190,7 @@ class LinearPart:
 
         def constant(variable: Any, level: int) -> Ring:
             """Shares of a public number: all of it is the server's."""
-            value = np.asarray(variable.val if isinstance(variable, Constant) else self.public[variable], np.float64)
+            value = _known(variable, self.public).astype(np.float64)
             scaled = np.rint(value * 2.0 ** (fraction_bits * level)) if server else np.zeros(value.shape)
             return scaled.astype(np.int64).view(np.uint64)
 
@@ -209,17 +220,16 @@ class LinearPart:
             return product
         if name == "select_n":
             which, *cases = equation.invars
-            chosen = np.asarray(which.val if isinstance(which, Constant) else self.public[which])
-            return _select(chosen, *(operand(v, level) for v in cases))
+            return _select(_known(which, self.public), *(operand(v, level) for v in cases))
         if name in _MOVES:
-            others = [np.asarray(self.public[v]) for v in equation.invars[1:]]
+            others = [_known(v, self.public) for v in equation.invars[1:]]
             return _MOVES[name](operand(equation.invars[0], level), *others, **_options(equation))
         return _BY_NAME[name](*(operand(v, level) for v in equation.invars), **_options(equation))
 
 
 def _public_factor(equation: Any, public: Mapping[Any, Any]) -> Array:
     (variable,) = (v for v in equation.invars if not is_secret(v, public))
-    return np.asarray(variable.val if isinstance(variable, Constant) else public[variable], np.float64)
+    return _known(variable, public).astype(np.float64)
 
 
 def _is_whole(factor: Array) -> bool:
