@@ -300,8 +300,8 @@ def test_asking_twice_or_for_too_much_is_refused():
         with pytest.raises(MaterialUsedUp):
             until_it_is_empty()
     for product, layer, keys in products_of(SPREAD, [7]):
-        rows = token_rows(product.kind, product.shapes[0], product.result_shape)
-        if product.kind in ("scores", "mix") or (product.kind == "times_matrix" and rows == 7):
+        place = (product.kind, product.shapes[0], product.result_shape)
+        if product.kind in ("scores", "mix") or (product.kind == "times_matrix" and token_rows(*place) == 7):
             with pytest.raises(MaterialUsedUp, match="6 were prepared, 7 are needed"):
                 Material(wanted, numbered(wanted)).masks(product, layer, keys)
         with pytest.raises(MaterialUsedUp, match="0 were prepared"):

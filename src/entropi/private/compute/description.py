@@ -22,7 +22,7 @@ FORMAT = 3  # of folded models; `folded` reads older ones
 
 LEAST_PAIR_FRACTION_BITS = 18  # with fewer, the shift of a pair is more than the 24 digits of a float32 can tell apart
 # By a polynomial softmax a row's mean weight is about 16 (see folding). The division is right from 2^-8 to 2^8 of
-# MIDDLE_WEIGHT, below that too small, and above it useless: so the middle leaves a bit more room above the mean.
+# MIDDLE_WEIGHT, soon below that too small, and soon above it 0: so the middle leaves a bit more room above the mean.
 MIDDLE_WEIGHT, MEAN_WEIGHT_BITS = 32.0, 8
 
 
