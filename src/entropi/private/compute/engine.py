@@ -144,7 +144,7 @@ class Engine:
 
     def send(self, content: bytes) -> None:
         """Send the other party some bytes."""
-        self._link.send(1 - self.rank, content)
+        self._link.send_async(1 - self.rank, content)
 
     def receive(self, size: int) -> bytes:
         """What the other party sent, which has to have this size.
