@@ -170,7 +170,7 @@ OPERATIONS = {
     "power": "polynomial attention weights: powers of the logits",
     "max": "maximum of every row of logits, which is subtracted",
     "exp": "what stands for the exponential: the softmax kernel (1 + x/2^t)^(2^t), or the quartic exponential",
-    "values": "attention weights times values, and the sum of every row of weights",
+    "values": "attention weights times values, and the sum of every row of weights; prepared, the division by it too",
     "normalise": "the softmax's division by those sums",
     "output": "the heads' results put together: one matrix product",
     "ffn": "matrix products of the feed-forward network",

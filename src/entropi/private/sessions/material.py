@@ -19,7 +19,7 @@ from entropi.private.preparation.parts import kept_bytes, parts_for, together
 from entropi.private.preparation.ring import Ring
 from entropi.private.preparation.store import Store
 from entropi.private.preparation.tickets import Binding
-from entropi.private.wire.messages import Welcome, encode, part_file
+from entropi.private.wire.messages import PROTOCOL_VERSION, Welcome, encode, part_file
 from entropi.records import StageCommunication
 
 SWEEP_SECONDS = 600.0
@@ -45,7 +45,8 @@ class Material:
     def __init__(self, store: Store, welcome: Welcome, weights: str | None = None) -> None:
         self._store, self._welcome = store, welcome
         self._rank = CLIENT if weights is None else SERVER
-        self._model = hashlib.sha256(f"{welcome.digest()} {weights}".encode()).hexdigest()
+        # Another version may take other random numbers for the same model.
+        self._model = hashlib.sha256(f"{PROTOCOL_VERSION} {welcome.digest()} {weights}".encode()).hexdigest()
         self._settings = hashlib.sha256(encode(welcome.settings)).hexdigest()
 
     def _binding(self, size: Size, peer: str) -> Binding:
