@@ -43,17 +43,20 @@ def masked_signs(x: Ring, masks: TruncationMasks, *, server: bool) -> Bits:
 def truncated(x: Ring, own: Bits, theirs: Bits, masks: TruncationMasks, fraction_bits: int, *, server: bool) -> Ring:
     """This party's share of x / 2^f, of its share of x and of what both parties have sent."""
     moved, shift = _moved(x, server=server), np.uint64(fraction_bits)
-    one, two = np.uint64(1), np.uint64(2)
-    mine, other, drawn = own.astype(np.uint64), theirs.astype(np.uint64), masks.bits.astype(np.uint64)
 
-    # s t = (e + (1 - 2 e) u) (d + (1 - 2 d) v), of which everyone knows e and d: e d is the server's part.
-    product = other * (one - two * mine) * drawn + (one - two * mine) * (one - two * other) * masks.products
+    # s t = (e + (1 - 2 e) u) (d + (1 - 2 d) v), of which everyone knows e and d: e d is the server's part. What is not
+    # a share is one of a few small numbers, and 8 bits wide.
+    small = (theirs & masks.bits).astype(np.int8) * (1 - 2 * own.view(np.int8))
     if server:
-        product += mine * other
-    wrap = _sign(moved).astype(np.uint64) - product
+        small += (own & theirs).view(np.int8)
+    small = _sign(moved).view(np.int8) - small
+    products = masks.products.astype(np.int64)
+    np.negative(products, out=products, where=own == theirs)
+    wrap = (products + small).view(np.uint64)  # which is what remains of the signs less their product
+
     result: Ring = (moved >> shift) - (wrap << (np.uint64(WORD) - shift))
     if server:
-        result -= one << (_HALF - shift)
+        result -= np.uint64(1) << (_HALF - shift)
     return result
 
 
