@@ -9,10 +9,12 @@ import tempfile
 
 import pytest
 
+from entropi.private.wire import tunnel
 from entropi.temporary import swept_folder
 
 HOLD = """
 import sys, time
+from entropi.private.wire import tunnel
 from entropi.temporary import swept_folder
 with swept_folder("entropi-test-") as folder:
     (folder / "weights").write_text("secret")
@@ -72,3 +74,25 @@ def test_nothing_else_is_removed(base):
     left = sorted(path.name for path in base.iterdir())
     assert left == ["elsewhere", "entropi-other-x", "entropi-test-file", "entropi-test-link"]
     assert (base / "elsewhere" / "kept").exists()
+
+
+def test_a_folder_elsewhere_is_swept_there(base, tmp_path):
+    other = tmp_path / "other"
+    (other / "entropi-test-left").mkdir(parents=True)
+    (base / "entropi-test-stays").mkdir()
+    with swept_folder("entropi-test-", other) as folder:
+        assert [path.name for path in other.iterdir()] == [folder.name]
+    assert list(other.iterdir()) == []
+    assert (base / "entropi-test-stays").exists()
+
+
+def test_folders_of_links_are_swept(base, monkeypatch):
+    """They hold parts of prepared material for a moment."""
+    monkeypatch.setattr(tunnel, "_LONGEST_FOLDER", 1000)
+    left = base / "entropi-link-left"
+    left.mkdir()
+    (left / "part-0.safetensors").write_text("secret")
+    with tunnel.link_folder() as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert not left.exists()
+    assert list(base.iterdir()) == []

@@ -12,16 +12,18 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def swept_folder(prefix: str) -> Iterator[Path]:
+def swept_folder(prefix: str, base: Path | None = None) -> Iterator[Path]:
     """A folder of this user alone, mode 0700, that is removed at the end, or by the next caller if there is none.
+
+    It is in `base`, by default where the system has temporary files.
 
     A process that is killed cleans nothing up. So the folder is locked while its process lives, which the system ends
     with the process, and who makes a folder removes those of the same prefix that nobody holds.
     """
-    base = Path(tempfile.gettempdir())
+    base = base or Path(tempfile.gettempdir())
     _sweep(base, prefix)
     # Nobody sweeps it before it has its name, and then it is locked.
-    made = Path(tempfile.mkdtemp(prefix="entropi-new-"))
+    made = Path(tempfile.mkdtemp(prefix="entropi-new-", dir=base))
     held = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(held, fcntl.LOCK_EX)
     folder = base / (prefix + made.name.removeprefix("entropi-new-"))

@@ -48,7 +48,7 @@ async def confinement() -> str:
         process = await asyncio.create_subprocess_exec(
             *PARTY_COMMAND,
             "--confinement",
-            folder,
+            str(folder),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,

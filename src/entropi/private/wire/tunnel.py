@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from entropi.private.wire.link_frames import DEFAULT_UNREAD, BadFrame, LinkGuard
+from entropi.temporary import swept_folder
 
 CHUNK = 256 << 10  # bytes of one read; a binary message carries them, and what was kept of an incomplete head
 MAX_LINK_MESSAGE = CHUNK + 512  # aiohttp refuses messages of its limit and more
@@ -29,10 +30,13 @@ class LinkBroken(Exception):
     """The other side sent what is no part of a link; the text is one line."""
 
 
-def link_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder that only this user can enter, for sockets of both engines, removed in the end."""
+def link_folder() -> contextlib.AbstractContextManager[Path]:
+    """A folder that only this user can enter, for sockets of both engines and parts of prepared material.
+
+    What a killed process left there goes with the next folder.
+    """
     short = len(tempfile.gettempdir()) <= _LONGEST_FOLDER
-    return tempfile.TemporaryDirectory(prefix="entropi-link-", dir=None if short else "/tmp")
+    return swept_folder("entropi-link-", None if short else Path("/tmp"))
 
 
 class Tunnel:
@@ -59,14 +63,15 @@ class Tunnel:
         self._broken = asyncio.Event()
 
     async def __aenter__(self) -> Tunnel:
-        self._folder = link_folder()
+        self._folders = contextlib.ExitStack()
+        self._folder = self._folders.enter_context(link_folder())
         self._server = await asyncio.start_unix_server(self._accept, self._path("tunnel"), limit=_READ_LIMIT)
         return self
 
     @property
     def folder(self) -> Path:
         """That of the sockets, the only one that this side's party may write to."""
-        return Path(self._folder.name)
+        return self._folder
 
     def _path(self, name: str) -> Path:
         return self.folder / name
@@ -160,4 +165,4 @@ class Tunnel:
         for writer in self._writers.values():
             writer.transport.abort()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._folder.cleanup()
+        self._folders.close()
