@@ -476,7 +476,7 @@ class Site:
             for array in load_file(path).values()
             if array.size > 4  # not what is told beside the numbers
         }
-        for path in (self.folder / "temporary").rglob("entropi-link-*/*"):
+        for path in (self.folder / "temporary").rglob("entropi-tunnel-*/*"):
             with contextlib.suppress(SafetensorError, OSError):  # sockets, what a kill cut short
                 if kept & {array.tobytes() for array in load_file(path).values()}:
                     self.complain(f"{path.name} of {path.parent} is a copy of what a store keeps")

@@ -89,7 +89,7 @@ def test_a_folder_elsewhere_is_swept_there(base, tmp_path):
 def test_folders_of_links_are_swept(base, monkeypatch):
     """They hold parts of prepared material for a moment."""
     monkeypatch.setattr(tunnel, "_LONGEST_FOLDER", 1000)
-    left = base / "entropi-link-left"
+    left = base / "entropi-tunnel-left"
     left.mkdir()
     (left / "part-0.safetensors").write_text("secret")
     with tunnel.link_folder() as folder:

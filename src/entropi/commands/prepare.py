@@ -61,6 +61,8 @@ def run(
         raise UserError("--tokens and --sessions must be at least 1")
     if keep_ready < 0 or (keep_ready and sessions > 1):
         raise UserError("--keep-ready is how many sessions are to be there at any time, in place of --sessions")
+    if list and delete is not None:
+        raise UserError("--list shows and --delete destroys: one of them at a time")
     folder = material or default_folder()
     if (list or delete is not None) and not folder.is_dir():
         raise UserError(f"nothing was prepared: there is no folder {folder}")

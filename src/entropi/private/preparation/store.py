@@ -103,7 +103,8 @@ class Store:
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not 0 < expires <= MOST_EXPIRES_SECONDS:
-            raise UserError(f"prepared material expires after up to {MOST_EXPIRES_SECONDS / DAY_SECONDS:g} days")
+            most = MOST_EXPIRES_SECONDS / DAY_SECONDS
+            raise UserError(f"prepared material expires after more than 0 and up to {most:g} days")
         self._folder = folder.resolve()
         self._material = self._folder / MATERIAL
         self._expires, self._quota, self._clock = expires, quota or Quota(), clock

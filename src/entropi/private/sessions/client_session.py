@@ -114,6 +114,7 @@ class ClientSession(PartySession):
         self.http, self.generation, self.turns = http, generation, turns
         self.read = 0  # tokens whose keys and values the session has
         self.room = 0  # tokens that the server still lets it read or generate
+        self.passes: int | None = None  # that prepared material is left for
         self.welcome: Welcome
         self.tokenizer: Encoder
 
@@ -137,12 +138,13 @@ class ClientSession(PartySession):
 
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
-            ticket, most = await self._ticket(len(welcome.prefix) + len(ids), most)
+            ticket, most, passes = await self._ticket(len(welcome.prefix) + len(ids), most)
             length = len(welcome.prefix) + len(ids) + most
             await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
 
             accepted = await self.wait_for_slot()
-            taken = await self._material(ticket, Size(length - 1, most), accepted)
+            used = generation.left if self.turns is not None else most  # passes, at least
+            taken = await self._material(ticket, Size(length - 1, used), accepted)
             memory = memory_for(welcome.description, length, generation.memory_gb, taken.nbytes if taken else 0)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
@@ -162,23 +164,30 @@ class ClientSession(PartySession):
                     taken,
                 )
                 self.read, self.room = len(ids), most - 1
+                self.passes = passes - 1 if taken is not None else None
                 await self.finish(party, tunnel, self._generate(party))
 
-    async def _ticket(self, known: int, most: int) -> tuple[str | None, int]:
-        """Prepared material to offer the server, if there is any, and how many tokens may follow the `known` ones.
+    async def _ticket(self, known: int, most: int) -> tuple[str | None, int, int]:
+        """Prepared material to offer the server, if there is any; how many tokens may follow the `known` ones; passes.
 
         A conversation takes the largest there is for its next answer, and has as many tokens.
         """
         if self.generation.store is None:
-            return None, most
+            return None, most, 0
         self.material = Material(self.generation.store, self.welcome)
         talks = self.turns is not None
         wanted = self.generation.left if talks else most
         found = await self.material.fitting(Size(known + wanted - 1, wanted), self.where, largest=talks)
         if found is None:
-            return None, most
+            if (other := await self.material.fitting(Size(1, 1), self.where, largest=True)) is not None:
+                size = other[1]
+                self.status(
+                    f"what is prepared is too small, for {size.tokens} tokens and {size.passes} new ones of these: "
+                    f"{known + wanted - 1} and {wanted} are asked for, and everything is computed now"
+                )
+            return None, most, 0
         ticket, size = found
-        return ticket, min(most, size.tokens - known + 1, size.passes)
+        return ticket, min(most, size.tokens - known + 1), size.passes
 
     async def _material(self, ticket: str | None, size: Size, accepted: Accepted) -> Taken | None:
         """This side's half of the ticket, if the server has taken its own."""
@@ -213,6 +222,8 @@ class ClientSession(PartySession):
 
     def has_room(self, generation: Generation) -> bool:
         """Whether this session may still read a prepared generation and generate as much as it asks for."""
+        if self.passes is not None and generation.left > self.passes:
+            return False
         return len(generation.ids) - self.read + generation.left - 1 <= self.room
 
     def _room(self, generation: Generation, length: int) -> int:
@@ -383,6 +394,8 @@ class ClientSession(PartySession):
                         return
                     fresh = self.generation.ids[self.read :]
                     self.read, self.room = self.read + len(fresh), self.room - len(fresh)
+                    if self.passes is not None:
+                        self.passes -= 1
                     await self.say(Next(len(fresh)))
                     await party.proceed(len(fresh), fresh)
                 case Failed(reason):
@@ -404,7 +417,8 @@ class ClientSession(PartySession):
         model, generation = self.welcome.description, self.generation
         total, past, new = int(set_up), len(generation.ids) - fresh, fresh
         for _ in range(generation.left):
-            total += sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past))
+            prepared = self.passes is not None
+            total += sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past, prepared=prepared))
             past, new = past + new, 1
         generation.watcher.begin(generation.done + total)
 

@@ -236,7 +236,9 @@ class Session:
         """One pass for the prompt and one for every `Next`."""
         welcome, limits = self.state.welcome, self.state.limits
         length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
-        taken = await self._take(start, Size(length - 1, start.max_new_tokens))
+        # In a conversation messages' tokens are counted too, and which of all will be answers' is the client's affair.
+        passes = 1 if start.conversation else start.max_new_tokens
+        taken = await self._take(start, Size(length - 1, passes))
         job = self._job(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length)
         self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
         memory = memory_for(welcome.description, length, limits.memory_gb, taken.nbytes if taken is not None else 0)

@@ -36,7 +36,7 @@ def link_folder() -> contextlib.AbstractContextManager[Path]:
     What a killed process left there goes with the next folder.
     """
     short = len(tempfile.gettempdir()) <= _LONGEST_FOLDER
-    return swept_folder("entropi-link-", None if short else Path("/tmp"))
+    return swept_folder("entropi-tunnel-", None if short else Path("/tmp"))
 
 
 class Tunnel:
