@@ -71,7 +71,8 @@ class Linear:
 
     def count(self, call: ProtocolCall) -> Counter[str]:
         private = {call.left, call.right} != {"shared"}
-        name = f"{call.kind} with a known operand" if private else call.kind
+        kind = "select" if call.kind == "select public" else call.kind
+        name = f"{kind} with a known operand" if private else kind
         counted = Counter({f"{name}{CALLS}": 1, f"{name} numbers": call.size})
         if call.kind == "product":
             rows, inner, columns = call.shape
@@ -153,6 +154,7 @@ def trials() -> Iterator[Trial]:
         one = (((size,), shared),)
         yield Trial("compare", lambda x: x > 0.5, one)
         yield Trial("max", lambda x: jnp.maximum(x, 0.5), one)
+        yield Trial("select public", lambda x: jnp.where(x > 0.5, np.arange(x.size, dtype=np.float32), 0.0), one)
         yield Trial("truncate", lambda x: x * 0.37, one)
         yield Trial("multiply", pair, one * 2)
         yield Trial("multiply known", pair, (*one, ((size,), server)))

@@ -29,6 +29,7 @@ _FIRST, _EXTENSION = 470_016 - _RESERVED, 10_485_760 - _RESERVED  # transfers fr
 _TRANSFERS = {
     "compare": (64 + 15, 15),
     "select": (1, 1),
+    "select public": (1, 0),
     "truncate": (1, 0),
     "truncate with sign": (1, 0),
     "inverse_root": (1217, 1158),

@@ -21,7 +21,9 @@ from entropi.private.compute.program import Comparable, Stage
 # Who knows a value: everybody, one party, or nobody (each party holds a share).
 Known: TypeAlias = Literal["public", "server", "client", "shared"]
 
-Kind: TypeAlias = Literal["product", "multiply", "square", "compare", "select", "truncate", "inverse_root"]
+Kind: TypeAlias = Literal[
+    "product", "multiply", "square", "compare", "select", "select public", "truncate", "inverse_root"
+]
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
     if name in _LOCAL or size == 0 or (name == "xor" and "public" in operands):
         return
     if name == "select_n":
-        if operands[0] == "shared":
-            yield ProtocolCall("select", size)
+        if operands[0] == "shared":  # between numbers that everybody knows it takes half of the transfers
+            yield ProtocolCall("select public" if _together(operands[1:]) == "public" else "select", size)
     elif name in ("mul", "dot_general"):
         left, right = operands
         if known == "shared" and "public" not in (left, right):
