@@ -71,8 +71,7 @@ class Linear:
 
     def count(self, call: ProtocolCall) -> Counter[str]:
         private = {call.left, call.right} != {"shared"}
-        kind = "select" if call.kind == "select public" else call.kind
-        name = f"{kind} with a known operand" if private else kind
+        name = f"{call.kind} with a known operand" if private else call.kind
         counted = Counter({f"{name}{CALLS}": 1, f"{name} numbers": call.size})
         if call.kind == "product":
             rows, inner, columns = call.shape

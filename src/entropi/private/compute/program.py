@@ -338,7 +338,7 @@ def warm_up(*, prepared: bool = False) -> tuple[Stage, dict[str, tuple[tuple[int
         product = x @ y  # private times private, then shared times shared, then shared times private
         product = product @ product @ x[:, :4]
         larger = jnp.maximum(product[:, :2], product[:, 2:])
-        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger + 1.0, np.array(4))
+        return exp_of_nonpositive(larger - 1.0, 1) * reciprocal(larger[:, :1] + 1.0, np.array(4))
 
     stage = Stage("setup", -1, comparison if prepared else operations, ("warm_x", "warm_y"), ("warm_z",))
     return stage, {"warm_x": ((4, 8), "server"), "warm_y": ((8, 4), "client")}
