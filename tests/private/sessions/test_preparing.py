@@ -90,7 +90,11 @@ def right(answer, model, prompt_ids):
 def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, store, scratch):
     prompt_ids = model[2].encode(PROMPT).ids
     parts = []
-    ticket = preparing.prepare(running.address, TOKENS, store, preparing.Watcher(part=lambda n, c: parts.append(c)))
+    said = []
+    watcher = preparing.Watcher(part=lambda n, c: parts.append(c), status=said.append)
+    ticket = preparing.prepare(running.address, TOKENS, store, watcher)
+    (size,) = [entry.size for entry in store.entries()]
+    assert float(said[0].split(" MB will be kept here")[0]) == pytest.approx(size / 1e6, abs=0.1)
     assert [entry.ticket.hex() for entry in store.entries()] == [ticket]
     assert files_of(running.material, ticket)
     assert bytes.fromhex(ticket) in ready(running.material)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from entropi.errors import UserError
-from entropi.private.compute.settings import CLIENT
+from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.parts import kept_bytes, parts_for
 from entropi.private.preparation.store import Store
 from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.memory import memory_for, unread_for
@@ -94,6 +95,11 @@ async def _prepare(server: ServerAddress, asked: Size, store: Store, watcher: Wa
         ticket = await material.unfinished(size, server.name) or secrets.token_hex(16)
         growing = await material.grow(ticket, size, server.name)
         session = PartySession(server, socket, watcher.status)
+        parts = parts_for(welcome.description, welcome.settings, size.tokens, size.passes)
+        here, there = (kept_bytes(parts, rank) / 1e6 for rank in (CLIENT, SERVER))
+        watcher.status(
+            f"{here:,.1f} MB will be kept here and {there:,.1f} MB at {server.name}, until a session uses it"
+        )
         await session.say(Prepare(size.tokens, size.passes, welcome.digest(), ticket, await growing.done()))
 
         accepted = await session.wait_for_slot()
