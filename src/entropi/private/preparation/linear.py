@@ -134,11 +134,8 @@ def _is_take(equation: Any) -> bool:
 
 def _options(equation: Any) -> dict[str, Any]:
     """An equation's parameters, without those of its primitive that say nothing of the result here."""
-    ignored = {"indices_are_sorted", "unique_indices", "mode", "fill_value", "sharding", "dimensions_"}
-    options = {name: value for name, value in equation.params.items() if name not in ignored}
-    if equation.primitive.name in ("reshape",):
-        options.pop("dimensions", None)
-    return options
+    ignored = {"indices_are_sorted", "unique_indices", "mode", "fill_value", "sharding"}
+    return {name: value for name, value in equation.params.items() if name not in ignored}
 
 
 @dataclass(frozen=True, eq=False)

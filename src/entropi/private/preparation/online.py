@@ -57,7 +57,7 @@ class PreparedPasses:
                 yield self._multiply(stage, step.products, token, keys)
             for part in step.parts:
                 if isinstance(part, LinearPart):
-                    yield from self._compute(stage, part, token)
+                    yield self._compute(stage, part, token)
                 else:
                     yield self._run(part, token)
         for name in [name for name in self._shares if name not in stage.outputs]:
@@ -91,7 +91,7 @@ class PreparedPasses:
             self._shares.pop(name, None)
         return self._engine.run(part, token)
 
-    def _compute(self, stage: Stage, part: LinearPart, token: int) -> Iterator[StageCommunication]:
+    def _compute(self, stage: Stage, part: LinearPart, token: int) -> StageCommunication:
         """Compute what is linear on this party's shares, and truncate by one message each way."""
         started, server = time.perf_counter(), self._engine.rank == SERVER
         computing = part.evaluate([self._share(name) for name in part.inputs], self._bits, server=server)
@@ -104,16 +104,7 @@ class PreparedPasses:
                 values = computing.send(results)
         except StopIteration as done:
             self._shares.update(zip(part.outputs, done.value))
-        yield StageCommunication(
-            name=stage.name,
-            layer=stage.layer,
-            token=token,
-            seconds=time.perf_counter() - started,
-            sent_bytes=size,
-            received_bytes=size,
-            sent_messages=messages,
-            received_messages=messages,
-        )
+        return _cost(stage, token, started, (size, size), (messages, messages))
 
     def _truncate(self, values: list[Ring]) -> tuple[list[Ring], int]:
         """Shares of values without half their fraction bits, and the bytes that either party sends for it."""
@@ -141,16 +132,7 @@ class PreparedPasses:
         for product, mask, ours, other in zip(products, masks, own, theirs):
             opened = [x + y for x, y in zip(ours, other)]
             self._shares[product.result] = self._finished(product, mask, opened, stage.layer)
-        return StageCommunication(
-            name=stage.name,
-            layer=stage.layer,
-            token=token,
-            seconds=time.perf_counter() - started,
-            sent_bytes=sent,
-            received_bytes=received,
-            sent_messages=int(sent > 0),
-            received_messages=int(received > 0),
-        )
+        return _cost(stage, token, started, (sent, received), (int(sent > 0), int(received > 0)))
 
     def _masked(self, product: Product, masks: Masks, layer: int) -> list[Ring]:
         """This party's shares of the operands less its masks, of keys and values those that were not opened before.
@@ -218,3 +200,19 @@ class PreparedPasses:
             self._opened[place] = right
         share = multiply(product.kind, left, masks.b + right if server else masks.b)
         return share + multiply(product.kind, masks.a, right) + masks.c
+
+
+def _cost(
+    stage: Stage, token: int, started: float, moved: tuple[int, int], messages: tuple[int, int]
+) -> StageCommunication:
+    """What was begun at `started` cost: bytes `moved`, and messages, each sent and received."""
+    return StageCommunication(
+        name=stage.name,
+        layer=stage.layer,
+        token=token,
+        seconds=time.perf_counter() - started,
+        sent_bytes=moved[0],
+        received_bytes=moved[1],
+        sent_messages=messages[0],
+        received_messages=messages[1],
+    )
