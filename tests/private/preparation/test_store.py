@@ -333,7 +333,7 @@ def test_what_expired_is_destroyed_on_opening(tmp_path):
 
 @pytest.mark.parametrize("expires", [0, -1, REMEMBERED_SECONDS, float("nan"), float("inf")])
 def test_no_ticket_outlives_what_is_remembered(tmp_path, expires):
-    with pytest.raises(UserError, match="after up to 30 days"):
+    with pytest.raises(UserError, match="up to 30 days"):
         Store(tmp_path, expires=expires)
 
 
