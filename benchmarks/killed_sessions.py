@@ -547,8 +547,9 @@ class Site:
     def prepare(
         self, count: int, after_start: Callable[[subprocess.Popen[bytes]], None] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Prepare so many sessions, which may be disturbed."""
+        """Prepare so many sessions more, which may be disturbed."""
         self.before = {side: self.states(side) if self.store(side).exists() else {} for side in SIDES}
+        count += len(self.ready()) if all(self.before.values()) else 0
         size = ("--tokens", PROMPT_TOKENS + NEW_TOKENS, "--new-tokens", NEW_TOKENS, "--sessions", count)
         client = self.start("prepare", "--server", self.address, *size, "--material", self.store("client"))
         if after_start is not None:
