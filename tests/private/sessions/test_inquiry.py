@@ -187,6 +187,8 @@ def test_what_a_client_destroys_is_destroyed_at_the_server_if_it_is_its_own(stor
     assert asyncio.run(server_session.held(request, "eve", log, state)) == Held(["unknown", "unknown"])
     assert asyncio.run(server_session.held(request, "mallory", log, state)) == Held(["gone", "unknown"])
     assert not tickets(stores.server)
+    stores.server.close()  # as if its disk had failed
+    assert asyncio.run(server_session.held(request, "mallory", log, state)) == Held(["unknown"] * 2)
 
 
 def test_inquiries_are_bounded(stores):

@@ -18,7 +18,7 @@ from entropi.private import Watcher, connect
 from entropi.private.preparation.growth import Growth
 from entropi.private.preparation.store import DAY_SECONDS, Store
 from entropi.private.preparation.tickets import Binding
-from entropi.private.sessions import client, preparing, server_session
+from entropi.private.sessions import client, client_session, inquiry, preparing, server_session
 from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import PartySession
@@ -276,14 +276,21 @@ def test_tokens_of_messages_are_no_new_tokens(running, model, store):
     assert len(again.record.new_tokens) == 1
 
 
-def test_without_the_servers_half_everything_is_computed_as_ever(running, model, store):
-    ticket = preparing.prepare(running.address, TOKENS, store)
-    with Store(running.material) as theirs:
-        assert theirs.delete([ticket]) == 1
+def test_without_the_servers_half_everything_is_computed_as_ever(running, model, store, monkeypatch):
+    """Which the server had when it was asked, and not any more when it was to take it."""
+    preparing.prepare(running.address, TOKENS, store)
+
+    async def usable_until_now(*given):
+        found = await inquiry.usable(*given)
+        with Store(running.material) as theirs:
+            assert theirs.delete([ticket for ticket, _ in found]) == 1
+        return found
+
+    monkeypatch.setattr(client_session, "usable", usable_until_now)
     answer, said = ask(running.address, store)
     assert right(answer, model, model[2].encode(PROMPT).ids)
     assert answer.record.prepared_bytes == 0
-    assert any("going on without" in line for line in said)
+    assert any("has lost its half of what was prepared: going on without" in line for line in said)
     assert not store.entries()
 
 
