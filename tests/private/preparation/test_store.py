@@ -311,7 +311,7 @@ def test_two_processes_do_not_work_with_one_ticket(tmp_path):
     with Store(tmp_path) as store, Store(tmp_path) as other:
         claim = store.claim(ONE)
         assert other.claim(ONE) is None
-        assert other.claim(TWO) is not None
+        other.claim(TWO).release()
         claim.release()
         claim.release()
         again = other.claim(ONE)
@@ -328,7 +328,11 @@ def test_two_processes_do_not_work_with_one_ticket(tmp_path):
             assert store.claim(ONE) is None
             process.kill()
             process.wait()
+            store.sweep()
+            assert not list((tmp_path / store_module.CLAIMS).iterdir())
             assert store.claim(ONE) is not None
+            store.sweep()
+            assert store.claim(ONE) is None
 
 
 # --- Time and room ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from entropi.private.preparation.files import hold
@@ -43,8 +44,8 @@ def claim(path: Path) -> Claim | None:
         os.close(held)  # of a file that was removed before it was locked
 
 
-def release_abandoned(folder: Path) -> None:
-    """Remove what processes left that were killed."""
-    for path in folder.iterdir():
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove those of these files that nobody has, who were killed."""
+    for path in paths:
         if (abandoned := claim(path)) is not None:
             abandoned.release()

@@ -33,7 +33,7 @@ from typing import Literal
 import msgspec
 
 from entropi.errors import UserError
-from entropi.private.preparation.claims import Claim, claim, release_abandoned
+from entropi.private.preparation.claims import Claim, claim, remove_abandoned
 from entropi.private.preparation.files import (
     Arrays,
     PartFile,
@@ -130,8 +130,6 @@ class Store:
         self._index = Index(self._folder, self._destroy_everything)
         try:
             self.sweep()
-            with self._index.plainly():
-                release_abandoned(self._claims)
         except BaseException:
             self.close()
             raise
@@ -355,6 +353,8 @@ class Store:
         with self._index.plainly():
             for folder in left:
                 remove_folder(folder)
+            # Those of live tickets are left, so that nobody is kept from one by this.
+            remove_abandoned(path for path in self._claims.iterdir() if states.get(path.name) not in LIVE)
         if damaged:
             log.warning("destroyed %d prepared tickets whose files are missing, changed or restored", damaged)
 
