@@ -172,7 +172,8 @@ class Recording:
             kind, rank, size = struct.unpack_from("<BBQ", content, at)
             at += 10 + size
             if at <= len(content):
-                messages[KINDS[kind]].append(np.frombuffer(content[at - size : at], "<u8"))
+                # Bits of truncations are sent hidden by random bits: eight bytes of them are as good as any number.
+                messages[KINDS[kind]].append(np.frombuffer(content[at - size : at - size % 8], "<u8"))
         return cls(session, rank, messages) if any(messages.values()) else None
 
 
