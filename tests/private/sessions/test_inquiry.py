@@ -133,7 +133,7 @@ def test_a_client_keeps_what_a_server_does_not_know_and_destroys_what_it_has_los
             await usable(ours, socket, address, [(other.hex(), SIZE), (unknown.hex(), SIZE)], said.append)
             assert "other weights or settings than 1 prepared session would need: kept here" in said[1]
             assert "does not know 1 prepared session" in said[1]
-            assert said[1].endswith("going on without")
+            assert said[1].endswith("which another server may have a half of: kept here")
         assert tickets(stores.client) == {one, unknown, other}
         assert tickets(stores.server) == {one, other}
 

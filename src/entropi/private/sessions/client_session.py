@@ -193,8 +193,11 @@ class ClientSession(PartySession):
                     f"these: {size.tokens} and {wanted} are asked for, and everything is computed now"
                 )
             return None, most, 0
-        found = found[::-1] if talks else found
-        for ticket, own in await usable(self.material, self.socket, self.where, found, self.status):
+        said: list[str] = []
+        found = await usable(self.material, self.socket, self.where, found[::-1] if talks else found, said.append)
+        for line in said:
+            self.status(line if found else f"{line}; going on without")
+        for ticket, own in found:
             if (claim := await self.material.claim(ticket, own, self.where)) is not None:
                 self.claim = claim
                 return ticket, min(most, own.tokens - known + 1), own.passes

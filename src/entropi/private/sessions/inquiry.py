@@ -53,7 +53,7 @@ async def usable(
     found: list[tuple[str, Size]],
     status: Callable[[str], None],
 ) -> list[tuple[str, Size]]:
-    """Those of these tickets of which the server has its half ready; `status` is told what becomes of the others.
+    """Those of these tickets of which the server has its half ready; `status` hears in one line of the others.
 
     Raises:
         UserError: as `ask_about`, and what a store refuses.
@@ -61,7 +61,7 @@ async def usable(
     if not found:
         return []
     if (states := await ask_about(socket, where, [ticket for ticket, _ in found])) is None:
-        status(f"{where} was started without --material: what is prepared is kept here; going on without")
+        status(f"{where} was started without --material: what is prepared is kept here")
         return []
 
     told = []
@@ -69,8 +69,10 @@ async def usable(
     if gone := by_state.get("gone"):
         for ticket, size in gone:  # but not what another session of this user is taking in this moment
             if (claim := await material.claim(ticket, size, where)) is not None:
-                await material.discard(ticket)
-                claim.release()
+                try:
+                    await material.discard(ticket)
+                finally:
+                    claim.release()
         told.append(f"{where} has lost its half of {_prepared(gone)}: destroyed here too")
     ready = by_state.get("ready", [])
     if not ready and (other := by_state.get("other")):
@@ -78,7 +80,7 @@ async def usable(
     if not ready and (unknown := by_state.get("unknown")):
         told.append(f"{where} does not know {_prepared(unknown)}, which another server may have a half of: kept here")
     if told:
-        status("; ".join(told) + ("" if ready else "; going on without"))
+        status("; ".join(told))
     return ready
 
 
