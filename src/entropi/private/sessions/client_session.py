@@ -20,7 +20,9 @@ from entropi.errors import UserError
 from entropi.private.compute.folded import sha256_of
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
+from entropi.private.preparation.claims import Claim
 from entropi.private.sessions.generation import Answer, Generation
+from entropi.private.sessions.inquiry import usable
 from entropi.private.sessions.material import Material, Size, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
@@ -115,6 +117,7 @@ class ClientSession(PartySession):
         self.read = 0  # tokens whose keys and values the session has
         self.room = 0  # tokens that the server still lets it read or generate
         self.passes: int | None = None  # that prepared material is left for
+        self.claim: Claim | None = None  # on the ticket that is offered
         self.welcome: Welcome
         self.tokenizer: Encoder
 
@@ -140,11 +143,14 @@ class ClientSession(PartySession):
             table = await self._fetch_table(folder) if welcome.table is not None else None
             ticket, most, passes = await self._ticket(len(welcome.prefix) + len(ids), most)
             length = len(welcome.prefix) + len(ids) + most
-            await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
-
-            accepted = await self.wait_for_slot()
             used = generation.left if self.turns is not None else most  # passes, at least
-            taken = await self._material(ticket, Size(length - 1, used), accepted)
+            try:
+                await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
+                accepted = await self.wait_for_slot()
+                taken = await self._material(ticket, Size(length - 1, used), accepted)
+            finally:
+                if self.claim is not None:
+                    self.claim.release()
             memory = memory_for(welcome.description, length, generation.memory_gb, taken.nbytes if taken else 0)
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
@@ -177,17 +183,25 @@ class ClientSession(PartySession):
         self.material = Material(self.generation.store, self.welcome)
         talks = self.turns is not None
         wanted = self.generation.left if talks else most
-        found = await self.material.fitting(Size(known + wanted - 1, wanted), self.where, largest=talks)
-        if found is None:
-            if (other := await self.material.fitting(Size(1, 1), self.where, largest=True)) is not None:
-                size = other[1]
+        size = Size(known + wanted - 1, wanted)
+        found = await self.material.fitting(size, self.where)
+        if not found:
+            if smaller := await self.material.fitting(Size(1, 1), self.where):
+                largest = smaller[-1][1]
                 self.status(
-                    f"what is prepared is too small, for {size.tokens} tokens and {size.passes} new ones of these: "
-                    f"{known + wanted - 1} and {wanted} are asked for, and everything is computed now"
+                    f"what is prepared is too small, for {largest.tokens} tokens and {largest.passes} new ones of "
+                    f"these: {size.tokens} and {wanted} are asked for, and everything is computed now"
                 )
             return None, most, 0
-        ticket, size = found
-        return ticket, min(most, size.tokens - known + 1), size.passes
+        said: list[str] = []
+        found = await usable(self.material, self.socket, self.where, found[::-1] if talks else found, said.append)
+        for line in said:
+            self.status(line if found else f"{line}; going on without")
+        for ticket, own in found:
+            if (claim := await self.material.claim(ticket, own, self.where)) is not None:
+                self.claim = claim
+                return ticket, min(most, own.tokens - known + 1), own.passes
+        return None, most, 0
 
     async def _material(self, ticket: str | None, size: Size, accepted: Accepted) -> Taken | None:
         """This side's half of the ticket, if the server has taken its own."""
@@ -200,8 +214,8 @@ class ClientSession(PartySession):
             self.generation.prepared_bytes += taken.moved
             self.generation.prepared_seconds += taken.seconds
             return taken
-        await self.material.discard(ticket)
-        self.status(f"{self.where} does not have the other half of what was prepared: going on without")
+        await self.material.discard(ticket)  # which the server had a moment ago, and may have taken
+        self.status(f"{self.where} has lost its half of what was prepared: going on without")
         return None
 
     def prepare(self, generation: Generation) -> None:
