@@ -82,10 +82,9 @@ def target_of(
         UserError: nothing leaves, or the target has what the teacher has not; names all that is wrong.
     """
     before, after = teacher.parts, parse_architecture(architecture)
-    form, forms = parse_of_model(softmax), (str(teacher.softmax), softmax)
-    problems = _problems_of_parts(before, after, teacher, architecture)
-    if form.exact and not teacher.softmax_form.exact:
-        problems.append(f"the teacher's softmax is {forms[0]}, which does not become exact")
+    problems = _problems_of_parts(before, after, teacher)
+    if parse_of_model(softmax).exact and not teacher.softmax_form.exact:
+        problems.append(f"the teacher's softmax is {teacher.softmax}, which does not become exact")
     needed = set(BIASES[teacher.bias])
     if before.norm == "layernorm" and after.norm == "none":
         needed |= {"query", "key", "value", "ffn"}
@@ -117,7 +116,7 @@ def target_of(
     return config
 
 
-def _problems_of_parts(before: Parts, after: Parts, teacher: EntropiConfig, architecture: str) -> list[str]:
+def _problems_of_parts(before: Parts, after: Parts, teacher: EntropiConfig) -> list[str]:
     """Why a model of some parts cannot become one of others."""
     problems = []
     if before.weight_norm != "none" or after.weight_norm != "none":

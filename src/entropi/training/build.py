@@ -124,6 +124,7 @@ _OF_THE_TEACHER = {
     "leaky_slope_learned": "leaky_slope_learned",
     "log_length_scaling": "log_length_scaling",
 }
+_OF_ITS_TEMPERATURES = ("temperature_granularity", "temperature_parametrization")  # where it has any
 # Those that mean nothing to a model that is there already.
 _OF_NEW_MODELS = (
     "tokenizer",
@@ -140,9 +141,10 @@ def _tapered_config(recipe: Recipe) -> EntropiConfig:
     architecture, regularised = split_training_name(recipe.architecture)
     teacher = open_config(Path(recipe.taper_from))
     chosen = [field.name for field in fields(Recipe) if getattr(recipe, field.name) != field.default]
+    fixed = _OF_THE_TEACHER | ({name: name for name in _OF_ITS_TEMPERATURES} if teacher.parts.temperature else {})
     problems = [
         f"{name} is {getattr(recipe, name)}, the teacher has {getattr(teacher, theirs)}"
-        for name, theirs in _OF_THE_TEACHER.items()
+        for name, theirs in fixed.items()
         if name in chosen and getattr(recipe, name) != getattr(teacher, theirs)
     ]
     problems += [f"{name} is for models that begin anew: leave it out" for name in _OF_NEW_MODELS if name in chosen]
