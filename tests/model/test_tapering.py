@@ -147,8 +147,10 @@ def test_a_norm_fades_into_a_map_by_its_mean_scale(kind: type[nn.Module]):
     assert torch.allclose(tapered(batches[0]), expected, atol=1e-6)
     tapered.gate = 0.25
     assert torch.allclose(tapered(batches[0]), 0.25 * norm(batches[0]) + 0.75 * expected, atol=1e-6)
-    before = tapered.scale.clone()
     tapered.train()
+    (tapered(batches[1]) + tapered(batches[2])).sum().backward()  # though the scale has changed between them
+    assert bool(torch.isfinite(norm.weight.grad).all())
+    before = tapered.scale.clone()
     tapered.gate = 0.0
     tapered(batches[4])
     assert torch.equal(tapered.scale, before)  # a map stays as it is

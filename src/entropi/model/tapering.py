@@ -188,8 +188,9 @@ class TaperedNorm(nn.Module):
     def _measure(self, hidden: Tensor) -> None:
         squares = self._centred(hidden.to(self.scale.dtype)).square().mean(dim=-1)
         now = (squares + self.epsilon).rsqrt().mean()
-        self.batches += 1
-        self.scale.lerp_(now, (1.0 / self.batches).clamp(min=_SLOWEST).to(now.dtype))
+        self.batches = self.batches + 1
+        # A tensor of its own: the one before may be needed for a gradient yet.
+        self.scale = torch.lerp(self.scale, now, (1.0 / self.batches).clamp(min=_SLOWEST).to(now.dtype))
 
     def _centred(self, hidden: Tensor) -> Tensor:
         return hidden - hidden.mean(dim=-1, keepdim=True) if self.centres else hidden
@@ -299,19 +300,19 @@ class TaperedModel(EntropiForCausalLM):
     def _fade(self, names: Sequence[str]) -> dict[str, list[list[Any]]]:
         """Put what is to fade in the place of what is there; by operation, a list of modules a layer."""
         fading: dict[str, list[list[Any]]] = {name: [] for name in names}
-        for index, block in enumerate(self.model.blocks):
-            any_block: Any = block
+        blocks: list[Any] = list(self.model.blocks)
+        for index, block in enumerate(blocks):
             if "norm" in fading:
-                any_block.attention_norm = TaperedNorm(any_block.attention_norm)
-                any_block.feed_forward.norm = TaperedNorm(any_block.feed_forward.norm)
-                fading["norm"].append([any_block.attention_norm, any_block.feed_forward.norm])
+                block.attention_norm = TaperedNorm(block.attention_norm)
+                block.feed_forward.norm = TaperedNorm(block.feed_forward.norm)
+                fading["norm"].append([block.attention_norm, block.feed_forward.norm])
             if "activation" in fading:
-                any_block.feed_forward = TaperedFeedForward(any_block.feed_forward, self.target.parts.activation)
-                fading["activation"].append([any_block.feed_forward])
+                block.feed_forward = TaperedFeedForward(block.feed_forward, self.target.parts.activation)
+                fading["activation"].append([block.feed_forward])
             if "softmax" in fading:
                 attention = TaperedAttention(self.config, index, self.target.softmax_form)
-                attention.load_state_dict(any_block.attention.state_dict())
-                any_block.attention = attention
+                attention.load_state_dict(block.attention.state_dict())
+                block.attention = attention
                 fading["softmax"].append([attention])
         if "final_norm" in fading:
             norm: Any = self.model.final_norm
