@@ -21,6 +21,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.tapering import target_of
 from entropi.training.build import model_config
+from entropi.training.environment import bf16_is_fast
 from entropi.training.loading import open_model
 from entropi.training.recipe import Recipe
 from entropi.training.run import train
@@ -249,6 +250,15 @@ def test_a_converted_model_is_tapered(tmp_path: Path):
 def test_what_cannot_be_tapered_is_refused(corpus: str, teacher: Path, changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         model_config(tapering(corpus, teacher, **changes), 0)
+
+
+def test_arithmetic_is_measured_at_the_teacher_s_width(corpus: str, teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple[int, ...]] = []
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **options: made.append(shape) or ones(*shape, **options))
+    bf16_is_fast(tapering(corpus, teacher))
+    assert set(made) == {(64, 16), (16, 64)}
 
 
 def test_several_processes_and_shards_are_refused(

@@ -78,7 +78,7 @@ class Recipe:
         compile: compile the layers, the loss and the regulariser with torch.compile, which takes up to a minute at the
             start and needs a C++ compiler, on GPUs Triton
         seed: of initial weights and data order
-        entropy_weight: lambda, the weight of the entropy penalty (used with EReg)
+        entropy_weight: lambda, the weight of the entropy penalty (used with EReg, and where a model is tapered)
         entropy_margin: gamma, tolerated deviation as a share of the maximum entropy
         entropy_granularity: penalise every query row ("query", the published listing) or the mean of each head
         entropy_maximum: log T for every row ("context", the paper) or log(i+1) for row i ("causal")
@@ -103,7 +103,8 @@ class Recipe:
             not; the model's sizes, positions and vocabulary are then the teacher's
         taper_stages: in which order operations leave: activation, norm, softmax, final_norm, with commas; those that
             stay are passed over
-        taper_layers: layers leave an operation "together", one by one from the first ("upwards") or from the last
+        taper_layers: layers leave an operation "together", or one by one: "upwards" from the first one,
+            "downwards" from the last
         taper_start: share of the steps before the first stage
         taper_end: share of the steps after which nothing is left to leave; the stages share what is between, equally
         taper_cross_entropy: weight of the cross-entropy
