@@ -54,6 +54,8 @@ class RunStarted(Base, tag="run"):
     tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
     corpus_sources: list[CorpusSource] = []  # where they are known
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
+    teacher: str = ""  # of a tapering, the model that it began as
+    teacher_hash: str = ""  # SHA-256 over its configuration and weights
 
 
 class TrainingStep(Base, tag="step"):
@@ -74,6 +76,17 @@ class EntropySnapshot(Base, tag="entropy"):
     entropy: Matrix  # (L, H), nats
     threshold: Matrix | None = None  # (L, H), fraction of the maximum entropy (Algorithm 1, theta)
     temperature: Matrix | None = None  # (L, H), mean over positions
+
+
+class TaperSnapshot(Base, tag="taper"):
+    """Where a tapering stands at a step, and how far the model is from its teacher, before its update."""
+
+    step: int
+    stage: str  # the operation that leaves: "activation", "norm", "softmax", "final_norm"; "before", "after" all
+    gates: dict[str, list[float]]  # by operation, 1 to 0 for each layer; of the final norm one
+    distance: Matrix  # (L, H), nats, mean over rows of the difference of a row's entropies
+    divergence: float  # nats per token, Kullback-Leibler, of the next token's distribution from the teacher's
+    hidden: float | None  # relative mean square of the difference of hidden states; None where it has no weight
 
 
 class Evaluation(Base, tag="evaluation"):
@@ -501,6 +514,7 @@ Record: TypeAlias = (
     RunStarted
     | TrainingStep
     | EntropySnapshot
+    | TaperSnapshot
     | Evaluation
     | SkippedUpdate
     | RolledBack

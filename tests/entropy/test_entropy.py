@@ -10,7 +10,7 @@ from entropi.entropy import attention, secure_softmax
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.patterns import attention_pattern
-from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
+from entropi.entropy.regularizer import EntropyRegularizer, entropy_distance_penalty, entropy_penalty
 from entropi.softmax import SoftmaxForm
 from exactness import squared
 
@@ -541,7 +541,8 @@ def test_under_autocast_the_three_are_taken_in_its_dtype(implementation):
 # The regulariser against a scalar double-precision evaluation of Algorithm 1, written as loops.
 
 
-def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reduction):
+def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reduction, targets=None):
+    """With `targets` like `entropies`, their values are aimed at in place of theta E_max."""
     layers, batch, heads, length = entropies.shape
     limit = [math.log(length) if max_entropy == "context" else math.log(i + 1) for i in range(length)]
     total = 0.0
@@ -549,12 +550,13 @@ def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reducti
         layer_total = 0.0
         for head in range(heads):
             if granularity == "head":
-                rows = [(float(entropies[layer, :, head].mean()), sum(limit) / length)]
+                rows = [((slice(None), head), sum(limit) / length)]
             else:
-                rows = [(float(entropies[layer, b, head, i]), limit[i]) for b in range(batch) for i in range(length)]
+                rows = [((b, head, i), limit[i]) for b in range(batch) for i in range(length)]
             penalties = []
-            for entropy, top in rows:
-                deviation = entropy - float(theta[layer, head]) * top
+            for place, top in rows:
+                aim = float(theta[layer, head]) * top if targets is None else float(targets[layer][place].mean())
+                deviation = float(entropies[layer][place].mean()) - aim
                 penalties.append(deviation**2 if abs(deviation) > margin * top else 0.0)
             layer_total += sum(penalties) / (len(penalties) if reduction == "mean" else 1)
         total += layer_total / heads
@@ -576,6 +578,28 @@ def test_regularizer_is_algorithm_1(granularity, max_entropy, reduction, dtype):
     expected = penalty_by_loops(entropies, module.threshold.detach(), 0.15, granularity, max_entropy, reduction)
     assert expected > 0
     assert float(got.detach()) == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("granularity", ["query", "head"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_penalty_around_another_models_entropies(granularity, reduction):
+    generator = torch.Generator().manual_seed(2)
+    limits = torch.arange(1, 12, dtype=torch.float64).log()
+    ours, theirs = torch.rand(2, 3, 2, 4, 11, generator=generator, dtype=torch.float64) * limits
+    ours.requires_grad_()
+    theirs.requires_grad_()
+    options = dict(margin=0.02, granularity=granularity, max_entropy="causal", reduction=reduction)
+    got = entropy_distance_penalty(list(ours), list(theirs), **options)
+    expected = penalty_by_loops(ours.detach(), None, targets=theirs.detach(), **options)
+    assert expected > 0
+    assert float(got.detach()) == pytest.approx(expected, rel=1e-9)
+    got.backward()
+    assert ours.grad.abs().max() > 0
+    assert theirs.grad is None
+    with pytest.raises(ValueError, match="differ in shape"):
+        entropy_distance_penalty(list(ours), list(theirs[:, :1]))
+    with pytest.raises(ValueError, match="granularity"):
+        entropy_distance_penalty(list(ours), list(theirs), granularity="rows")
 
 
 @pytest.mark.parametrize("granularity", ["query", "head"])

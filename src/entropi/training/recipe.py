@@ -16,6 +16,7 @@ from entropi.errors import UserError
 from entropi.softmax import FORMER, from_former, parse_of_model
 
 CONFIG_FILE = "config.yaml"
+TAPER_STAGES = ("activation", "norm", "softmax", "final_norm")  # what may leave a trained model, one after the other
 _MAY_BE_ZERO = (
     "evaluate_every",
     "save_every",
@@ -77,7 +78,7 @@ class Recipe:
         compile: compile the layers, the loss and the regulariser with torch.compile, which takes up to a minute at the
             start and needs a C++ compiler, on GPUs Triton
         seed: of initial weights and data order
-        entropy_weight: lambda, the weight of the entropy penalty (used with EReg)
+        entropy_weight: lambda, the weight of the entropy penalty (used with EReg, and where a model is tapered)
         entropy_margin: gamma, tolerated deviation as a share of the maximum entropy
         entropy_granularity: penalise every query row ("query", the published listing) or the mean of each head
         entropy_maximum: log T for every row ("context", the paper) or log(i+1) for row i ("causal")
@@ -97,6 +98,19 @@ class Recipe:
         evaluation_blocks: held-out sequences used by those evaluations (the last one uses all of them)
         save_every: steps between checkpoints (0: at the end only); an interrupt saves as well
         keep_checkpoints: how many to keep
+        taper_from: the model to taper, its teacher: a run folder, a saved model, or a checkpoint of another family. Not
+            empty, the run starts from a copy of it and takes away what `architecture`, `softmax` and `final_norm` have
+            not; the model's sizes, positions and vocabulary are then the teacher's
+        taper_stages: in which order operations leave: activation, norm, softmax, final_norm, with commas; those that
+            stay are passed over
+        taper_layers: layers leave an operation "together", or one by one: "upwards" from the first one,
+            "downwards" from the last
+        taper_start: share of the steps before the first stage
+        taper_end: share of the steps after which nothing is left to leave; the stages share what is between, equally
+        taper_cross_entropy: weight of the cross-entropy
+        taper_divergence: weight of the Kullback-Leibler divergence of the model's next tokens from the teacher's
+        taper_hidden: weight of the distance of hidden states from the teacher's, relative mean squares. The distance of
+            entropies from the teacher's has entropy_weight, and the other options of EReg
     """
 
     architecture: str = "EReg(SM(t)+ScFuFFN)"
@@ -155,6 +169,14 @@ class Recipe:
     evaluation_blocks: int = 64
     save_every: int = 100
     keep_checkpoints: int = 2
+    taper_from: str = ""
+    taper_stages: str = ", ".join(TAPER_STAGES)
+    taper_layers: Literal["together", "upwards", "downwards"] = "together"
+    taper_start: float = 0.1
+    taper_end: float = 0.8
+    taper_cross_entropy: float = 1.0
+    taper_divergence: float = 1.0
+    taper_hidden: float = 0.1
 
     def __post_init__(self) -> None:
         if problems := _type_problems(dataclasses.asdict(self)) or self._range_problems():
@@ -202,7 +224,30 @@ class Recipe:
             problems.append(f"collapse_below is {self.collapse_below}, a share in (0, 1) is needed")
         if not 0 <= self.entropy_margin < 1:
             problems.append(f"entropy_margin is {self.entropy_margin}, a share in [0, 1) is needed")
+        return problems + self._taper_problems()
+
+    def _taper_problems(self) -> list[str]:
+        problems = []
+        if sorted(self.stages_of_taper) != sorted(TAPER_STAGES):
+            problems.append(
+                f"taper_stages is {self.taper_stages!r}, {', '.join(TAPER_STAGES)} are needed, in any order"
+            )
+        if not 0 <= self.taper_start < self.taper_end <= 1:
+            problems.append(
+                f"taper_start and taper_end are {self.taper_start} and {self.taper_end}, two shares of the steps are "
+                "needed, the first the smaller one"
+            )
+        for name in ("taper_cross_entropy", "taper_divergence", "taper_hidden"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)}, it cannot be negative")
+        if self.taper_from and self.compile:
+            problems.append("compile is not for tapering, whose gates change at every step: leave it out")
         return problems
+
+    @property
+    def stages_of_taper(self) -> list[str]:
+        """Names in `taper_stages`."""
+        return [name.strip() for name in self.taper_stages.split(",")]
 
 
 def _type_problems(settings: dict[str, Any]) -> list[str]:
