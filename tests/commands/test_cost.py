@@ -159,7 +159,10 @@ def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.Captur
     softmax, squares, fourth = predicted
     assert squares["bytes"] < fourth["bytes"] < softmax["bytes"]
     assert squares["rounds"] < 0.7 * softmax["rounds"]
-    with pytest.raises(UserError, match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8"):
+    with pytest.raises(
+        UserError,
+        match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys",
+    ):
         Shape(softmax="polynomial")
 
 

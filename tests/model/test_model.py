@@ -223,7 +223,8 @@ def test_the_kernel_can_be_changed_after_training():
     torch.testing.assert_close(model(tokens()).logits, other(tokens()).logits)
     assert model.config.softmax == "power-3"
     with pytest.raises(
-        UserError, match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8, got"
+        UserError,
+        match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys, got",
     ):
         model.set_softmax("power-9")
     assert model.config.softmax == "power-3"

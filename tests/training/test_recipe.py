@@ -84,7 +84,10 @@ def test_recipe_tells_all_problems_at_once(tmp_path: Path):
         ({"bias": "some", "steps": "3"}, "bias is 'some', expected one of .*; steps is '3', expected int"),
         ({"steps": True}, "steps is True, expected int"),
         ({"softmax": "power-9"}, "softmax must be exact, power-1 to power-8 or .*, got 'power-9'"),
-        ({"softmax": "polynomial"}, "softmax must be exact, .* or polynomial-1 to polynomial-8, got 'polynomial'"),
+        (
+            {"softmax": "polynomial"},
+            "softmax must be exact, .* or polynomial-1 to polynomial-8 with or without /keys, got 'polynomial'",
+        ),
         ({"softmax": 2}, "softmax is 2, expected str"),
     ],
 )
