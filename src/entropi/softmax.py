@@ -172,8 +172,18 @@ class SoftmaxForm:
 
 
 EXACT = SoftmaxForm()
+OVER_KEYS = SoftmaxForm("polynomial", 1, "keys")  # of architectures of powers for which nobody says another
 FORMER = ("exp_iterations", "polynomial")  # settings of older files, see `from_former`
 USUAL_FOR_EXACT = "quartic"  # which private inference evaluates for models trained with the exact softmax
+
+
+def share_scale(positions: int) -> float:
+    """K of the public K / n by which a row's sum over n keys is multiplied in private; folding divides by it.
+
+    As fixed-point numbers 1 / n would be wrong by a share of up to n / 2^19 at 18 fraction bits, and what is divided by
+    K loses as many digits: the root of the `positions` is where both are as large, 0.05 % with 1,024.
+    """
+    return max(1.0, positions**0.5 / 8)
 
 
 def parse_of_model(text: str) -> SoftmaxForm:

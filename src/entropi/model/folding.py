@@ -32,6 +32,11 @@ a product that is sent anyway, where a multiplication by g would be one of every
 **Of the polynomial softmax** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
 that a row's mean weight is about 16: larger ones would leave fixed-point numbers less room, smaller ones be less exact.
+
+**Over the number of keys** nothing is proportional: temperatures stay what they are elsewhere, factors on the queries;
+a^(2^t) that weights of (a + a s / (2^t T))^(2^t) are too large by goes out of them again in the output matrix, with the
+constant that the private program multiplies by (`softmax.share_scale`); and since rows of weights do not sum to 1, the
+value bias stays with the values. Mean weights are about 1: what is not divided has to be right by itself.
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward
 from entropi.model.shape import describe
+from entropi.softmax import share_scale
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
@@ -70,7 +76,7 @@ class Folded:
 
     Shapes, with H heads and G heads of keys and values of width k, m the FFN's inner width, P positions: `embedding
     (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, (H + 2 G) k)`, `l.qkv_bias`,
-    `l.output (H k, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position, or
+    `l.output (H k, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position,
     `l.offset (H, P)` of a polynomial softmax;
     `l.up (d, m)`, `l.up_bias`, `l.down (m, d)`, `l.down_bias` around an activation (bilinear: `l.up (d, 2 m)`, whose
     halves are multiplied); `l.ffn (d, d)` and `l.ffn_bias` in the layers of `explicit_ffn`, which multiply the
@@ -138,11 +144,13 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     if decoder.position_embedding is not None:
         weights["positions"] = _array(decoder.position_embedding.weight) @ stream.writing[0]
 
-    of_distance = config.softmax_form.of_distance
+    softmax = config.softmax_form
     tempered = (
-        config.parts.temperature and of_distance and any(_by_position(block.attention.temperature) for block in blocks)
+        config.parts.temperature
+        and not softmax.has_offsets
+        and any(_by_position(block.attention.temperature) for block in blocks)
     )
-    sizes: list[Array | None] = [None] * len(blocks) if of_distance else [*_sizes_of_bases(model)]
+    sizes: list[Array | None] = [None] * len(blocks) if softmax.of_distance else [*_sizes_of_bases(model)]
     for index, (block, network, size) in enumerate(zip(blocks, networks, sizes)):
         layer = _fold_layer(index, block, network, stream, config, tempered, size)
         weights |= {f"{index}.{name}": value for name, value in layer.items()}
@@ -183,7 +191,11 @@ def _fold_layer(
     """One layer's part of `Folded.weights`, by the names without its number."""
     layer = _fold_attention(copy.deepcopy(block.attention).double(), block.attention_norm, tempered, size)
     if size is not None:
-        layer["offset"] = np.broadcast_to(layer["offset"], (config.num_attention_heads, config.max_position_embeddings))
+        positions = config.max_position_embeddings
+        layer["offset"] = np.broadcast_to(layer["offset"], (config.num_attention_heads, positions))
+        if config.softmax_form.over_keys:
+            too_large = size ** (2.0**config.softmax_form.iterations) / share_scale(positions)
+            layer["output"] = np.repeat(too_large, config.head_dim)[:, None] * layer["output"]
     reading, after = stream.reading[index], stream.writing[index + 1]
     written = after if config.parallel_residual else stream.writing[index]
     layer["qkv"] = reading @ layer["qkv"]
@@ -221,15 +233,18 @@ def _fold_head(model: EntropiForCausalLM, stream: _Stream) -> dict[str, Array]:
 
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 4, 512  # of random tokens
 MEAN_WEIGHT = 16.0  # of rows by a polynomial softmax
+MEAN_WEIGHT_OVER_KEYS = 1.0
 
 
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
-    """For every layer the size of the polynomial's base 2^t T + s by head, `(H,)`.
+    """For every layer the size of the polynomial's base 2^t T + s, or over keys 1 + s / (2^t T), by head, `(H,)`.
 
-    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, over random tokens. The first row is
-    left out, whose only weight may be anything.
+    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, or `MEAN_WEIGHT_OVER_KEYS`, over
+    random tokens. The first row is left out, whose only weight may be anything.
     """
     config, found = model.config, list[Array]()
+    over_keys = config.softmax_form.over_keys
+    wanted = MEAN_WEIGHT_OVER_KEYS if over_keys else MEAN_WEIGHT
     tokens = torch.randint(
         config.vocab_size,
         (CALIBRATION_SEQUENCES, min(config.max_position_embeddings, CALIBRATION_LENGTH)),
@@ -242,14 +257,17 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
         query = attention.queries(hidden, position_ids, rotation).double()
         key = attention.keys(hidden, rotation).double()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        offset: Any = power if attention.temperature is None else power * attention.temperature(position_ids).double()
+        offset = torch.ones(1, 1, dtype=torch.float64, device=query.device) * power
+        if attention.temperature is not None:
+            offset = power * attention.temperature(position_ids)[0].double()
         means = []
         for one in range(len(query)):
             logits = query[one] @ key[one].transpose(-1, -2) * attention.head_dim**-0.5
-            weights = (logits + (offset if isinstance(offset, float) else offset[0, ..., None])) ** power
+            bases = logits + offset[..., None]
+            weights = (bases / offset[..., None] if over_keys else bases) ** power
             seen = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
             means.append((weights.tril().sum(dim=-1) / seen)[:, 1:])
-        found.append((torch.stack(means) / MEAN_WEIGHT).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
+        found.append((torch.stack(means) / wanted).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
 
     blocks: list[Any] = list(model.model.blocks)
     hooks = [block.attention.register_forward_pre_hook(measure) for block in blocks]
@@ -277,11 +295,15 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
     scale = np.full(query.shape[1], head_dim**-0.5)
     if attention.length_scale is not None:
         scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
+    softmax, power = attention.softmax, 2.0**attention.softmax.iterations
     if size is not None:
-        temperature = 1.0 if attention.temperature is None else _array(attention.temperature.values())
-        folded["offset"] = 2.0**attention.softmax.iterations * temperature / size[:, None]
-        scale = scale / np.repeat(size, head_dim)
-    elif attention.temperature is not None:
+        temperature: Any = 1.0
+        if softmax.has_offsets and attention.temperature is not None:
+            temperature = _array(attention.temperature.values())
+        own = power if softmax.over_keys else 1.0  # by which 1 + s / 2^t is smaller than 2^t + s
+        folded["offset"] = power * temperature / (own * size[:, None])
+        scale = scale / np.repeat(own * size, head_dim)
+    if attention.temperature is not None and not softmax.has_offsets:
         inverse_temperature = 1.0 / _array(attention.temperature.values())
         if tempered:
             factors: Array = np.broadcast_to(
@@ -294,6 +316,10 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
         else:
             scale = scale * np.repeat(inverse_temperature[:, 0], head_dim)
     groups = query.shape[1] // key.shape[1]  # query heads that share one head of keys and values
+    if softmax.over_keys:  # the bias of values counts as often as weights sum to
+        kept_bias, value_bias = value_bias, np.zeros_like(value_bias)
+    else:
+        kept_bias = np.zeros_like(value_bias)
     per_head = np.repeat(value_bias.reshape(-1, head_dim), groups, axis=0).reshape(-1)
     queries, keys = [(query, query_bias)], [(key, key_bias)]
     if not isinstance(attention.query_norm, nn.Identity):  # what is divided has the gain, what it is divided by not
@@ -301,7 +327,7 @@ def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array
         gain = np.tile(_array(attention.key_norm.weight), len(key_bias) // head_dim)
         queries, keys = [queries[0], queries[0]], [(key * gain, key_bias * gain), keys[0]]
     queries[0] = query * scale, query_bias * scale
-    columns = [*queries, keys[0], (value, np.zeros_like(value_bias)), *keys[1:]]
+    columns = [*queries, keys[0], (value, kept_bias), *keys[1:]]
     folded["qkv"] = np.concatenate([matrix for matrix, _ in columns], axis=1)
     folded["qkv_bias"] = np.concatenate([bias for _, bias in columns])
     folded["output"], folded["output_bias"] = output, per_head @ output + output_bias
