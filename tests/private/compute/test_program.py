@@ -97,6 +97,7 @@ SIMULATED = {
     "softmax only": dict(softmax="power-5"),
     "temperature": dict(softmax="power-3"),
     "polynomial": {},
+    "powers": {},
     "layer norm": {},
     "rms norm, linear map and branch": {},
     "square": {},
@@ -131,7 +132,7 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     return found, communication
 
 
-QUICK = {"llama"}  # the rest is slow
+QUICK = {"llama", "powers"}  # the rest is slow
 
 
 @pytest.mark.parametrize(
