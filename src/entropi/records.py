@@ -140,7 +140,9 @@ class AttentionPattern(Base, tag="attention"):
 class OperationCount(msgspec.Struct, kw_only=True):
     """`count` evaluations of a nonlinear operation on tensors of shape `shape`."""
 
-    operation: str  # "softmax", "powers", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu"
+    operation: (
+        str  # "softmax", "powers", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu"
+    )
     count: int
     shape: tuple[int, int]
 

@@ -211,6 +211,8 @@ def folded_parameters(config: Configuration) -> int:
     layer = (width + 1) * (own + 2 * shared + plain) + (own + 1) * written
     if parts.temperature and config.temperature_granularity == "position":
         layer += config.num_attention_heads * config.max_position_embeddings
+    if parts.powers:  # offsets
+        layer += config.num_attention_heads * config.max_position_embeddings
     if parts.activation != "identity":
         up = 2 * inner if parts.gated else inner
         layer += (width + 1) * up + (inner + 1) * written
