@@ -61,7 +61,7 @@ def test_texts_are_those_of_files():
 def test_a_form_has_one_text(text):
     with pytest.raises(
         UserError,
-        match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys, got",
+        match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys",
     ):
         SoftmaxForm.parse(text)
 
@@ -76,7 +76,7 @@ def test_a_form_has_one_text(text):
 def test_there_are_no_other_forms(form):
     with pytest.raises(
         UserError,
-        match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys, got",
+        match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys",
     ):
         SoftmaxForm(*form)
 

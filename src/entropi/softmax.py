@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from entropi.errors import UserError
 
-
 Divisor: TypeAlias = Literal["sum", "keys"]  # what a row's weights are divided by: their sum, or how many they are
 
 

@@ -118,7 +118,8 @@ class Implementation(NamedTuple):
 
     `load()` gives the function: (query, key, value, mask, sinks, seen, is_causal, softmax, softcap), and after
     these the scale where it `scales` the logits itself, to output, entropy and whatever else; `seen` are the numbers of
-    keys that rows are divided by, `(B, H, T)` or what broadcasts against it, or None. `unavailable_reason` says why it cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
+    keys that rows are divided by, `(B, H, T)` or what broadcasts against it, or None. `unavailable_reason` says why it
+    cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
     """
 
     name: str

@@ -15,11 +15,11 @@ softmax. The polynomial does without: k(s) = (1 + s / 2^t)^(2^t) of the logit it
 even. It is e^s for small s and grows like s^(2^t) on both sides; a softmax temperature T makes it proportional to
 (2^t T + s)^(2^t), an offset. With l = 2^t log |1 + s / 2^t| in the logits' place, ds_j = g_j / (1 + s_j / 2^t).
 
-**Over the number of keys.** A division is comparisons too. So the polynomial's weights k may be divided by n, the number
-of keys that the row sees, which everyone knows: O = sum_j k_j v_j / n = f P V, with the softmax P of l, its log-sum-exp L
-and f = e^L / n. The entropy stays that of P. As nothing divides, nothing flows through the row's sum either: with
-gradients g_O and g_H, dl_j = p_j (f g_O . v_j - g_H (log p_j + H)) and dv_j = sum_i f_i p_ij g_O,i. That is the
-softmax's backward pass, given f g_O for the output's gradient and 0 for the output (`mean_factors`).
+**Over the number of keys.** A private division is comparisons too. So the polynomial's weights k may be divided by n, the
+number of keys that the row sees, which everyone knows: O = sum_j k_j v_j / n = f P V, with the softmax P of l, its
+log-sum-exp L and f = e^L / n. The entropy stays that of P. As nothing divides by the row's sum, nothing flows through
+it: with gradients g_O and g_H, dl_j = p_j (f g_O . v_j - g_H (log p_j + H)) and dv_j = sum_i f_i p_ij g_O,i. That is
+the softmax's backward pass, given f g_O for the output's gradient and 0 for the output (`mean_factors`).
 
 `entropi.softmax` names the forms.
 """

@@ -5,9 +5,9 @@
     + WNorm(..) | SNorm(..)   norm on weights, instead      + G | R | LeakyR | Square | Bilinear   FFN activation
                                                             + ScFFN | ScFuFFN      scaled linear FFN (Eq. 8)
 
-Parts are in this order, all but the first optional. Pow, RMS, Square and Bilinear are not the paper's; LeakyR is that of
-the authors' "ReLU's Revival" (2410.09637). Pow+ScFuFFN and Pow(t)+ScFuFFN are nothing but products: without a norm in the
-layers, architectures of powers have none before the head either, unless they are told to.
+Parts are in this order, all but the first optional. Pow, RMS, Square and Bilinear are not the paper's; LeakyR is that
+of the authors' "ReLU's Revival" (2410.09637). Pow+ScFuFFN and Pow(t)+ScFuFFN are nothing but products: without a norm
+in the layers, architectures of powers have none before the head either, unless they are told to.
 """
 
 from __future__ import annotations
