@@ -17,6 +17,7 @@ from entropi.softmax import (
     parse_of_model,
 )
 
+POSSIBLE = "softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys"
 FORMS = [
     SoftmaxForm(name, iterations, divisor)
     for name, kind in KINDS.items()
@@ -59,10 +60,7 @@ def test_texts_are_those_of_files():
     ],
 )
 def test_a_form_has_one_text(text):
-    with pytest.raises(
-        UserError,
-        match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys",
-    ):
+    with pytest.raises(UserError, match=POSSIBLE):
         SoftmaxForm.parse(text)
 
 
@@ -74,10 +72,7 @@ def test_a_form_has_one_text(text):
     ],
 )
 def test_there_are_no_other_forms(form):
-    with pytest.raises(
-        UserError,
-        match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys",
-    ):
+    with pytest.raises(UserError, match=POSSIBLE):
         SoftmaxForm(*form)
 
 

@@ -16,6 +16,7 @@ mathematics in `entropi.entropy.secure_softmax` and `entropi.private.compute`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -182,7 +183,7 @@ def share_scale(positions: int) -> float:
     As fixed-point numbers 1 / n would be wrong by a share of up to n / 2^19 at 18 fraction bits, and what is divided by
     K loses as many digits: the root of the `positions` is where both are as large, 0.05 % with 1,024.
     """
-    return max(1.0, positions**0.5 / 8)
+    return max(1.0, math.sqrt(positions) / 8)
 
 
 def parse_of_model(text: str) -> SoftmaxForm:

@@ -106,8 +106,8 @@ def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = 
 
     Softmax, or powers of logits, L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`, 4L times where
     branches have norms of their own, and L (H + G) times on `(T, k)` where queries and keys have; the activation L
-    times on `(T, m)`, m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of two secrets, and
-    SwiGLU as one function of its two halves.
+    times on `(T, m)`, m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of
+    two secrets, and SwiGLU as one function of its two halves.
     Folding turns LayerNorm into RMSNorm without parameters and leaky ReLU into ReLU. Like the paper, this leaves out
     the one norm before the language-model head. Raises `UserError` for a `seq_len` that the model has no positions for.
     """

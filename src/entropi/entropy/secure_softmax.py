@@ -15,8 +15,8 @@ softmax. The polynomial does without: k(s) = (1 + s / 2^t)^(2^t) of the logit it
 even. It is e^s for small s and grows like s^(2^t) on both sides; a softmax temperature T makes it proportional to
 (2^t T + s)^(2^t), an offset. With l = 2^t log |1 + s / 2^t| in the logits' place, ds_j = g_j / (1 + s_j / 2^t).
 
-**Over the number of keys.** A private division is comparisons too. So the polynomial's weights k may be divided by n, the
-number of keys that the row sees, which everyone knows: O = sum_j k_j v_j / n = f P V, with the softmax P of l, its
+**Over the number of keys.** A private division is comparisons too. So the polynomial's weights k may be divided by n,
+the number of keys that the row sees, which everyone knows: O = sum_j k_j v_j / n = f P V, with the softmax P of l, its
 log-sum-exp L and f = e^L / n. The entropy stays that of P. As nothing divides by the row's sum, nothing flows through
 it: with gradients g_O and g_H, dl_j = p_j (f g_O . v_j - g_H (log p_j + H)) and dv_j = sum_i f_i p_ij g_O,i. That is
 the softmax's backward pass, given f g_O for the output's gradient and 0 for the output (`mean_factors`).
@@ -76,8 +76,8 @@ def numbers_of_keys(logits: tuple[int, int, int], mask: Tensor | None, is_causal
 
     Args:
         logits: H, T and S.
-        mask: as `entropy_attention` takes it, with four dimensions; of a boolean one with a row for all queries the
-            T x S matrix of causality is not made.
+        mask: as `entropy_attention` takes it, with four dimensions; where it has one row for all queries, no T x S
+            matrix is made.
     """
     _, queries, keys = logits
     wide = torch.promote_types(like.dtype, torch.float32)
@@ -87,12 +87,12 @@ def numbers_of_keys(logits: tuple[int, int, int], mask: Tensor | None, is_causal
         return ends.to(wide)[None, None]
     visible = mask if mask.dtype == torch.bool else mask > HIDDEN
     visible = visible.expand(*visible.shape[:3], keys)
-    if not is_causal:
-        return visible.sum(dim=-1).to(wide)
-    counts = torch.nn.functional.pad(visible.cumsum(dim=-1), (1, 0))  # of the first 0, 1, .. S keys
-    if visible.shape[2] == 1:
-        return counts[:, :, 0, ends].to(wide)
-    return counts.gather(-1, ends[None, None, :, None].expand(*counts.shape[:3], 1))[..., 0].to(wide)
+    if is_causal and visible.shape[2] == 1:
+        first = torch.nn.functional.pad(visible[:, :, 0].cumsum(dim=-1), (1, 0))  # of the first 0, 1, .. S keys
+        return first[:, :, ends].to(wide)
+    if is_causal:
+        visible = visible & (torch.arange(keys, device=like.device) < ends[:, None])
+    return visible.sum(dim=-1).to(wide)
 
 
 def _base(logits: Tensor, softmax: SoftmaxForm) -> Tensor:
