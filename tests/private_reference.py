@@ -211,7 +211,7 @@ def reference_logits(model, weights, tokens):
                 weights = (1 + np.maximum(x, -0.9 * power) / power) ** power
             divisor = weights.sum()
             if model.softmax.endswith("/keys"):
-                divisor = len(weights) / max(1, model.positions**0.5 / 8)
+                divisor = len(weights) / max(1, model.positions**0.5 / 4)
             out.append(sum(a * one[group] for a, one in zip(weights, values[layer])) / divisor)
         return branch(np.concatenate(out) @ w[f"{layer}.output"] + w[f"{layer}.output_bias"])
 

@@ -178,12 +178,12 @@ USUAL_FOR_EXACT = "quartic"  # which private inference evaluates for models trai
 
 
 def share_scale(positions: int) -> float:
-    """K of the public K / n by which a row's sum over n keys is multiplied in private; folding divides by it.
+    """K of the public K / n by which a row's sum over n keys is multiplied in private; its weights are K times smaller.
 
-    As fixed-point numbers 1 / n would be wrong by a share of up to n / 2^19 at 18 fraction bits, and what is divided by
-    K loses as many digits: the root of the `positions` is where both are as large, 0.05 % with 1,024.
+    As a fixed-point number 1 / n would be wrong by a share of up to n / 2^19 at 18 fraction bits, 0.2 % of 1,024 keys;
+    but what short rows are wrong by grows with K. This one of the `positions` makes the former 0.02 % at 1,024.
     """
-    return max(1.0, math.sqrt(positions) / 8)
+    return max(1.0, math.sqrt(positions) / 4)
 
 
 def parse_of_model(text: str) -> SoftmaxForm:

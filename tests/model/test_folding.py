@@ -136,7 +136,7 @@ def interpret(description, weights, ids):
         elif kind == "power":
             a = np.where(np.isfinite(s), (1 + np.maximum(s, -0.9 * n_steps) / n_steps) ** n_steps, 0.0)
         if d["softmax"].endswith("/keys"):
-            a = a / np.arange(1, length + 1)[:, None] * max(1, d["positions"] ** 0.5 / 8)
+            a = a / np.arange(1, length + 1)[:, None] * max(1, d["positions"] ** 0.5 / 4)
         else:
             a = a / a.sum(-1, keepdims=True)
         attended = branch((a @ v).transpose(1, 0, 2).reshape(length, -1) @ w["output"] + w["output_bias"])
