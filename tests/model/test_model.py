@@ -238,6 +238,22 @@ def test_the_kernel_can_be_changed_after_training():
     assert (model.config.softmax, squares.config.softmax) == ("power-3", "polynomial-1")
 
 
+def test_powers_over_the_number_of_keys_go_with_the_name():
+    plain, normed = EntropiConfig(architecture="Pow(t)+ScFuFFN"), EntropiConfig(architecture="Pow+RMS+G")
+    assert (plain.softmax, plain.final_norm) == ("polynomial-1/keys", False)
+    assert (normed.softmax, normed.final_norm) == ("polynomial-1/keys", True)
+    asked = EntropiConfig(architecture="Pow+ScFuFFN", softmax="polynomial-3/keys", final_norm=True)
+    again = EntropiConfig.from_dict(asked.to_diff_dict())
+    assert (again.softmax, again.final_norm) == ("polynomial-3/keys", True)
+    for softmax in ("polynomial-1", "power-2"):
+        with pytest.raises(UserError, match=f"softmax must be polynomial-1/keys to polynomial-8/keys, got '{softmax}'"):
+            EntropiConfig(architecture="Pow+ScFuFFN", softmax=softmax)
+    with pytest.raises(UserError, match="softmax polynomial-1/keys is for architectures that begin with Pow"):
+        EntropiConfig(architecture="SM+ScFuFFN", softmax="polynomial-1/keys")
+    with pytest.raises(UserError, match="polynomial-1 stands for no other softmax"):
+        make_model("Pow+ScFuFFN").set_softmax("polynomial-1")
+
+
 @pytest.mark.parametrize(("slope", "same_as"), [(0.0, "SM+R"), (1.0, "SM")])
 def test_leaky_slopes_from_relu_to_the_identity(slope, same_as):
     leaky = make_model("SM+LeakyR", leaky_slope=slope)

@@ -89,6 +89,8 @@ def test_recipe_tells_all_problems_at_once(tmp_path: Path):
             "softmax must be exact, .* or polynomial-1 to polynomial-8 with or without /keys, got 'polynomial'",
         ),
         ({"softmax": 2}, "softmax is 2, expected str"),
+        ({"architecture": "EReg(Pow+ScFuFFN)", "softmax": "power-2"}, "must be polynomial-1/keys to .*, got 'power-2'"),
+        ({"final_norm": "no"}, "final_norm is 'no', expected bool"),
     ],
 )
 def test_impossible_recipes_from_python(changes: dict[str, Any], message: str):

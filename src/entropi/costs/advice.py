@@ -103,8 +103,8 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         bare = re.sub(r"\+(LN|RMS)(?=\+|$)", "", name)
         yield f"no norms in the layers ({bare})", replace(shape, architecture=bare, branch_norm=False), options
     if not parts.softmax_only:
-        softmax_only = "SM(t)+ScFuFFN" if parts.temperature else "SM+ScFuFFN"
-        words = f"softmax only ({softmax_only}): linear networks fold away"
+        softmax_only = f"{name.split('+')[0]}+ScFuFFN"
+        words = f"{'attention' if parts.powers else 'softmax'} only ({softmax_only}): linear networks fold away"
         yield words, replace(shape, architecture=softmax_only, branch_norm=False), options
     if shape.query_key_norm:
         yield "no norms of queries and keys", replace(shape, query_key_norm=False), options
