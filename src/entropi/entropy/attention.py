@@ -4,8 +4,7 @@ Notation, per row: s = scaled, masked logits (temperature included); p = softmax
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
 E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
 are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another form of the softmax the
-log-weights l of `secure_softmax` take the place of s; where it is one over the number of keys, what p is multiplied by
-in the output is not what the entropy is of.
+log-weights l of `secure_softmax` take the place of s. Over the number of keys the output differs, not the entropy.
 """
 
 from __future__ import annotations
@@ -92,9 +91,7 @@ def entropy_attention(
 
     chosen = _implementation(implementation, query, softmax)
     query, scale = _scaled(query, scale, temperature, chosen)
-    seen = (
-        numbers_of_keys((*query.shape[1:3], key.shape[2]), attn_mask, is_causal, query) if softmax.over_keys else None
-    )
+    seen = numbers_of_keys(query, key.shape[2], attn_mask, is_causal) if softmax.over_keys else None
     if sinks is not None:
         sinks = attention_sinks.per_row(sinks, query)
 

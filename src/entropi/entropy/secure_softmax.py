@@ -71,17 +71,14 @@ def mean_factors(lse: Tensor, keys: Tensor) -> Tensor:
     return torch.where(keys > 0, lse.exp() / keys, 0.0)
 
 
-def numbers_of_keys(logits: tuple[int, int, int], mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor:
-    """How many keys each row sees, `(B or 1, H or 1, T or 1)` in the dtype that `like`'s entropies have.
+def numbers_of_keys(query: Tensor, keys: int, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """How many of so many keys each row of `query` `(B, H, T, D)` sees, `(B or 1, H or 1, T or 1)`; at least float32.
 
-    Args:
-        logits: H, T and S.
-        mask: as `entropy_attention` takes it, with four dimensions; where it has one row for all queries, no T x S
-            matrix is made.
+    The mask is as `entropy_attention` takes it, with four dimensions. Where it has one row for all queries, no T x S
+    matrix is made.
     """
-    _, queries, keys = logits
-    wide = torch.promote_types(like.dtype, torch.float32)
-    ends = torch.arange(queries, device=like.device) + 1 + keys - queries  # of what each row sees of a causal model
+    queries, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+    ends = torch.arange(queries, device=query.device) + 1 + keys - queries  # of what each row sees of a causal model
     ends = ends.clamp(min=0) if is_causal else torch.full_like(ends, keys)
     if mask is None:
         return ends.to(wide)[None, None]
@@ -91,7 +88,7 @@ def numbers_of_keys(logits: tuple[int, int, int], mask: Tensor | None, is_causal
         first = torch.nn.functional.pad(visible[:, :, 0].cumsum(dim=-1), (1, 0))  # of the first 0, 1, .. S keys
         return first[:, :, ends].to(wide)
     if is_causal:
-        visible = visible & (torch.arange(keys, device=like.device) < ends[:, None])
+        visible = visible & (torch.arange(keys, device=query.device) < ends[:, None])
     return visible.sum(dim=-1).to(wide)
 
 

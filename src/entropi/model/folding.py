@@ -237,8 +237,8 @@ MEAN_WEIGHT = 16.0  # of rows by a polynomial softmax
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
     """For every layer the size of the polynomial's base 2^t T + s, or over keys 1 + s / (2^t T), by head, `(H,)`.
 
-    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, or over keys what `share_scale` leaves,
-    over random tokens. The first row is left out, whose only weight may be anything.
+    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, or over keys 1 / `share_scale`, over
+    random tokens. The first row is left out, whose only weight may be anything.
     """
     config, found = model.config, list[Array]()
     over_keys = config.softmax_form.over_keys
@@ -319,7 +319,7 @@ def _fold_temperature(attention: Any, tempered: bool, size: Array | None) -> tup
     """What the columns of queries are multiplied by, `(H k,)`, and what is left of temperatures and bases."""
     folded: dict[str, Array] = {}
     head_dim, softmax = attention.head_dim, attention.softmax
-    scale = np.full(attention.query.weight.shape[0], head_dim**-0.5)
+    scale: Array = np.full(attention.query.weight.shape[0], head_dim**-0.5)
     if attention.length_scale is not None:
         scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
     if size is not None:
