@@ -25,6 +25,7 @@ VARIANTS = {
     "LN": dict(architecture="SM+LN+G"),
     "fused": dict(architecture="SM(t)+ScFuFFN"),
     "kernel": dict(architecture="SM(t)+ScFuFFN", softmax="power-3"),
+    "powers": dict(architecture="Pow(t)+ScFuFFN", num_key_value_heads=2),
     "rotary, grouped": dict(architecture="SM+RMS+Bilinear", position_embedding="rotary", num_key_value_heads=2),
     "parallel": dict(
         architecture="SM+LN+R", parallel_residual=True, position_embedding="rotary", rotary_fraction=1 / 3
