@@ -145,7 +145,7 @@ def test_no_command():
         (["cost", "--record"], ["--record needs --architecture with one run folder"]),
         (
             ["cost", "--architecture", "LSTM"],
-            ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM or SM(t); "],
+            ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM, SM(t), Pow or Pow(t); "],
         ),
     ],
     ids=" ".join,
