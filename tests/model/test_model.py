@@ -421,7 +421,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         )
     message = str(raised.value)
     for part in (
-        "'Q' is unknown; legal are SM or SM(t); then at most one of +LN",
+        "'Q' is unknown; legal are SM, SM(t), Pow or Pow(t); then at most one of +LN",
         "hidden_size 10 is not a multiple of num_attention_heads 3",
         "num_attention_heads 3 is not a multiple of num_key_value_heads 2",
         "bias must be 'qk', 'qkv', 'attention', 'ffn', 'all' or 'none', got 'some'",
