@@ -123,7 +123,7 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
             size *= 0.5
         weights[name] = scale * size * random.normal(size=shape)
         if part == "qkv":
-            # What nothing divides grows from layer to layer with the cube of its size.
+            # What nothing divides grows from layer to layer, with the fifth power of its size.
             spread = {"polynomial-1": 3, "polynomial-1/keys": 0.2}.get(model.softmax, 1)
             weights[name][:, : model.query_size] *= model.head_size**-0.5 * spread
         if part in ("ffn", "centre") and model.norm == "none":
