@@ -13,7 +13,8 @@ import yaml
 
 from entropi.data.tokenizer import MIN_VOCAB_SIZE
 from entropi.errors import UserError
-from entropi.softmax import FORMER, from_former, parse_of_model
+from entropi.model.architectures import softmax_problem, with_defaults
+from entropi.softmax import FORMER, from_former
 
 CONFIG_FILE = "config.yaml"
 TAPER_STAGES = ("activation", "norm", "softmax", "final_norm")  # what may leave a trained model, one after the other
@@ -46,10 +47,12 @@ class Recipe:
         intermediate_size: width between the two feed-forward matrices (0: 4 * hidden_size)
         key_value_heads: heads of keys and values, fewer than heads for grouped queries (0: as many as heads)
         position_embedding: "learned" positions or "rotary" ones
-        final_norm: a norm before the language-model head; the paper keeps it in models that have no other
+        final_norm: a norm before the language-model head; the paper keeps it in models that have no other. By default
+            there is one, but not in architectures of powers (Pow) without a norm
         softmax: "exact"; "power-1" to "power-8", the (1 + x/2^t)^(2^t) of private inference, cheap at t of 1 to 3; or
             "polynomial-1" to "polynomial-8", that power of the logits themselves, without maximum and clip: fewest
-            bytes and rounds
+            bytes and rounds of a softmax; architectures of powers (Pow) have "polynomial-1/keys", their default, to
+            "polynomial-8/keys", divided by the number of keys and not by their sum
         activation_function: which GELU "G" is: "gelu_new" (GPT-2's tanh form) or "gelu" (the authors' erf form)
         leaky_slope: negative slope of LeakyR
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
@@ -125,7 +128,7 @@ class Recipe:
     intermediate_size: int = 0
     key_value_heads: int = 0
     position_embedding: Literal["learned", "rotary"] = "learned"
-    final_norm: bool = True
+    final_norm: bool | None = None
     softmax: str = "exact"
     activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     leaky_slope: float = 0.01
@@ -179,6 +182,10 @@ class Recipe:
     taper_hidden: float = 0.1
 
     def __post_init__(self) -> None:
+        if isinstance(self.architecture, str) and isinstance(self.softmax, str):
+            softmax, final_norm = with_defaults(self.architecture, self.softmax, self.final_norm)
+            object.__setattr__(self, "softmax", softmax)
+            object.__setattr__(self, "final_norm", final_norm)
         if problems := _type_problems(dataclasses.asdict(self)) or self._range_problems():
             raise UserError("; ".join(problems))
 
@@ -210,10 +217,8 @@ class Recipe:
             )
         if self.learning_rate_floor > 0 and self.schedule == "constant":
             problems.append("learning_rate_floor is for schedules that fall: linear and cosine")
-        try:
-            parse_of_model(self.softmax)
-        except UserError as error:
-            problems.append(str(error))
+        if problem := softmax_problem(self.architecture, self.softmax):
+            problems.append(problem)
         if not 0 <= self.adam_beta2 < 1:
             problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
         if not 0 <= self.embedding_dropout < 1:
@@ -256,6 +261,10 @@ def _type_problems(settings: dict[str, Any]) -> list[str]:
     types = get_type_hints(Recipe)
     for name, value in settings.items():
         wanted = types[name]
+        if wanted == (bool | None):
+            if value is None:
+                continue
+            wanted = bool
         if choices := get_args(wanted):
             if value not in choices:
                 problems.append(f"{name} is {value!r}, expected one of {', '.join(choices)}")
