@@ -190,7 +190,7 @@ def test_layers_have_gates_of_their_own():
         ("RMS+SwiGLU", "SM+LN", {}, "the teacher has no LayerNorm"),
         ("RMS+SwiGLU", "SM+R", {}, "swiglu, which does not become relu"),
         ("LN+G", "SM+Bilinear", {}, "gelu, which does not become bilinear"),
-        ("ScFFN", "SM+ScFuFFN", {}, "the teacher has temperatures, so the target is SM"),
+        ("ScFFN", "SM+ScFuFFN", {}, "the teacher has temperatures, so the target has them"),
         ("ScFFN", "SM(t)", {}, "feed-forward networks are scaled, which cannot become plain ones"),
         ("LN+G", "SM+WNorm(FFN)+G", {}, "norms on weights"),
         ("LN+G", "SM+G", {"bias": "qk"}, "bias 'qk' has no place for the biases of ffn, value"),
