@@ -333,7 +333,9 @@ class StageCommunication(msgspec.Struct, kw_only=True):
 
     name: str  # "scores", "exp", ...
     layer: int  # -1 outside the layers
-    token: int  # 0 for the pass over the prompt, then 1, 2, ... for each further token
+    token: (
+        int  # 0 for the pass over the prompt, else the new tokens before the pass: 1, 2, ..., fewer where drafts held
+    )
     seconds: float
     sent_bytes: int
     received_bytes: int
@@ -382,9 +384,16 @@ class PrivateRun(Base, tag="private"):
     # What had been prepared for this run's sessions took so much before, both directions; not in `bytes` and `seconds`.
     prepared_bytes: int = 0
     prepared_seconds: float = 0.0
+    drafted_tokens: int = 0  # computed with before it was known whether they are the answer's
+    held_tokens: int = 0  # of these
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
+
+    @property
+    def passes(self) -> int:
+        """How many the new tokens took, the one over the prompt included; fewer than tokens where drafts held."""
+        return len({stage.token for stage in self.stages})
 
     @property
     def kernel(self) -> str:

@@ -24,6 +24,7 @@ def run(
     server: str = "127.0.0.1:9000",
     tokens: int = 192,
     new_tokens: int | None = None,
+    draft_tokens: int = 0,
     sessions: int = 1,
     keep_ready: int = 0,
     material: Path | None = None,
@@ -44,6 +45,8 @@ def run(
         server: HOST:PORT of an `entropi serve --material`
         tokens: most tokens of a session, prompt and answer together
         new_tokens: of these, most that are answered; by default 64, or all if there are fewer
+        draft_tokens: beside these, drafts that may turn out wrong (ask --draft), which use up what was prepared for
+            them; as many as new tokens are always enough
         sessions: so many sessions are prepared, one after another
         keep_ready: stay, and prepare another session whenever fewer than so many are left, until this is interrupted
         material: folder to keep it in, as secret as keys; by default entropi/material in the user's state folder
@@ -86,7 +89,14 @@ def run(
             with display:
                 watcher = preparing.Watcher(display.begin, display.part, display.piece, display.status)
                 ticket = preparing.prepare(
-                    server, tokens, store, watcher, new_tokens=new_tokens, tls=tls, memory_gb=memory_gb
+                    server,
+                    tokens,
+                    store,
+                    watcher,
+                    new_tokens=new_tokens,
+                    draft_tokens=draft_tokens,
+                    tls=tls,
+                    memory_gb=memory_gb,
                 )
             kept = next((entry for entry in store.entries() if entry.ticket.hex() == ticket), None)
             size = f", {kept.size / 1e6:.1f} MB kept here" if kept is not None else ""
@@ -100,7 +110,8 @@ def run(
             for number in range(sessions if not keep_ready else 0):
                 prepare(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
             if keep_ready:
-                ready = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, tls=tls)
+                sizes = dict(new_tokens=new_tokens, draft_tokens=draft_tokens)
+                ready = partial(preparing.ready, server, tokens, store, tls=tls, **sizes)
                 _keep_ready(keep_ready, ready, prepare)
 
 
