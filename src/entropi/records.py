@@ -265,6 +265,7 @@ class PreparedRecord(msgspec.Struct, kw_only=True):
     online_set_up: PassCost  # once for the session
     prompt: PassCost  # online
     further: PassCost | None  # the first token after the prompt, where more than one is asked for
+    drafted: PassCost | None = None  # one token after the prompt and drafts of those behind it, where asked for
     all_further: PassCost  # all of them together
     unprepared: PassCost  # the same session without preparation, its set-up included
 
@@ -302,6 +303,8 @@ class PredictionRecord(Base, tag="prediction"):
     prefix_tokens: int = 0  # public ones that the prompt continues
     own_kernel: bool | None = None  # whether the model is trained with this softmax; None in older records
     prepared: PreparedRecord | None = None  # the same model with prepared products, where that was asked for
+    draft_tokens: int = 0
+    drafted: PassCost | None = None  # one token after the prompt and so many drafts of those behind it
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)

@@ -83,9 +83,8 @@ def run(
         material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
         no_prepared: compute everything now, and keep what was prepared
         draft: off; ngram, what followed the latest words where they occurred before; or the folder of a small model of
-            the same tokenizer, which runs here: several tokens are computed in one pass and those kept that would have
-            been chosen anyway. The server learns how many were. It pays where waiting dominates (entropi cost
-            --draft-tokens)
+            the same tokenizer, which runs here: several tokens are computed in one pass, and those kept that would have
+            been chosen anyway; the server learns how many. It pays where waiting dominates (cost --draft-tokens)
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
@@ -110,15 +109,13 @@ def run(
 
     check = None
     chat = chat or system_prompt is not None
-    if canary and chat:
-        raise UserError("the canary's prompt is no chat: give either --canary or --chat")
+    if canary and (chat or draft != "off"):
+        raise UserError(f"the canary's prompt is no chat: give either --canary or {'--chat' if chat else '--draft'}")
     if canary:
         if prompt is not None:
             raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
         check = _CanaryCheck(server, tls)
         prompt, max_new_tokens = check.published.prompt, len(check.published.tokens)
-        if draft != "off":
-            raise UserError("the canary is asked without drafts: leave out --draft")
         sampling, privacy = Sampling(), replace(privacy, pad_to=1, full_length=True)
     text, drafts = _prompt(prompt), drafter(draft)
     if logits is not None:

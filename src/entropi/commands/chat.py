@@ -69,9 +69,8 @@ def run(
         material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
         no_prepared: compute everything now, and keep what was prepared
         draft: off; ngram, what followed the latest words where they occurred before; or the folder of a small model of
-            the same tokenizer, which runs here: several tokens are computed in one pass and those kept that would have
-            been chosen anyway. The server learns how many were. It pays where waiting dominates (entropi cost
-            --draft-tokens)
+            the same tokenizer, which runs here: several tokens are computed in one pass, and those kept that would have
+            been chosen anyway; the server learns how many. It pays where waiting dominates (cost --draft-tokens)
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         record: run folder to add the answers' records to, for its report
     """

@@ -110,8 +110,8 @@ def run(
             for number in range(sessions if not keep_ready else 0):
                 prepare(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
             if keep_ready:
-                sizes = dict(new_tokens=new_tokens, draft_tokens=draft_tokens)
-                ready = partial(preparing.ready, server, tokens, store, tls=tls, **sizes)
+                asked = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, tls=tls)
+                ready = partial(asked, draft_tokens=draft_tokens)
                 _keep_ready(keep_ready, ready, prepare)
 
 

@@ -173,8 +173,7 @@ def run(
     check_parents(audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store))
     if not (Path(model) / "folded.json").exists():
         check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
-    path = on_disk(model)
-    refuse_unknown_families(path)
+    refuse_unknown_families(path := on_disk(model))
 
     kept = _material(material, material_gb, client_material_gb, material_days)
     with terminated_like_interrupted(), kept as store, swept_folder("entropi-serve-") as temporary:
