@@ -35,11 +35,9 @@ QUESTIONS = (
     "Name three rivers in Europe and say where they end.",
 )
 TEXTS = (
-    "A conversation is one session: what was said stays shared between both sides. " * 2,
-    (
-        "The museum opens at nine in the morning and closes at six in the evening. On Mondays it is closed. A ticket costs "
-        "twelve euros, and eight for students and pupils. The café on the first floor closes at five."
-    ),
+    "A conversation is one session: what was said stays shared between both sides, and a message costs its own tokens.",
+    "The museum opens at nine in the morning and closes at six in the evening. On Mondays it is closed. A ticket costs "
+    "twelve euros, and eight for students and pupils.",
 )
 REWRITE = "Correct the spelling of this text and give it back otherwise unchanged: "
 NETWORKS = ("wan", "lan")
@@ -150,12 +148,14 @@ def main() -> None:
 
 def report(options, counts, number, costs) -> Iterator[str]:
     yield "# Drafts\n"
-    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name in ASKED)
+    words = " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name in ASKED and value
+    )
     yield f"`python benchmarks/drafts.py {options.model.name} {words}`, {machine()}.\n"
     yield (
-        "Greedy answers of the model in the clear, and how many tokens a pass makes on average after the prompt's. Seconds a "
-        f"token are predicted for the model's shape after {options.prompt_tokens} tokens (CHEETAH, both parties on the calibrated "
-        "machine), by the passes that there were. Prepared: seconds online.\n"
+        "Greedy answers of the model in the clear, and how many tokens a pass makes on average after the prompt's. "
+        f"Seconds a token are predicted for the model's shape after {options.prompt_tokens} tokens (CHEETAH, both "
+        "parties on the calibrated machine), by the passes that there were. Prepared: seconds online.\n"
     )
     heads = [f"{network}{', prepared' * prepared}" for network, prepared in costs]
     yield "| prompts | drafts | at most | tokens a pass | " + " | ".join(f"s a token, {head}" for head in heads) + " |"

@@ -8,6 +8,7 @@ but the two directions of a product of two shared operands.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -170,9 +171,9 @@ class Predictor:
 
     def run_drafted(self, drafts: int) -> PassCost:
         """A pass over one further token and so many drafts, and the logits after each; what follows is as before it."""
-        past, values = self._past, dict(self._values)
+        before = self._past, dict(self._values), copy.deepcopy(self._counter)
         cost = self.run(1 + drafts, last_rows=1 + drafts)
-        self._past, self._values = past, values
+        self._past, self._values, self._counter = before
         return cost
 
     def run_further(self, passes: int) -> PassCost:

@@ -81,7 +81,7 @@ def _show_passes(console: Console, record: PredictionRecord) -> None:
         ("set-up, once", record.set_up),
         ("prompt", record.prompt),
         ("each further token", record.further),
-        (f"one with {record.draft_tokens} drafts", record.drafted),
+        (f"with {_draft_tokens(record.draft_tokens)}", record.drafted),
     ):
         if part is not None:
             console.print(
@@ -93,14 +93,18 @@ def _show_passes(console: Console, record: PredictionRecord) -> None:
         console.print(_break_even(record.drafted, record.further, record.draft_tokens))
 
 
+def _draft_tokens(number: int) -> str:
+    return f"{number} draft token{'s' * (number != 1)}"
+
+
 def _break_even(drafted: PassCost, further: PassCost, drafts: int) -> str:
     """From how many drafts that hold on a pass with some saves time."""
     tokens = drafted.latency / further.latency
     if tokens > 1 + drafts:
-        return f"{drafts} drafts save no time here, were all of them to hold"
+        return f"{_draft_tokens(drafts)} a pass save no time here, were all of them to hold"
     size = drafted.bytes / further.bytes
     return (
-        f"{drafts} drafts save time where more than {tokens - 1:.1f} of them hold on average, "
+        f"{_draft_tokens(drafts)} a pass save time where more than {tokens - 1:.1f} of them hold on average, "
         f"and bytes where more than {size - 1:.1f} do"
     )
 
@@ -131,7 +135,7 @@ def _show_prepared(console: Console, record: PredictionRecord, prepared: Prepare
     if prepared.further is not None:
         row("online: each further token", prepared.further)
     if prepared.drafted is not None:
-        row(f"online: one with {record.draft_tokens} drafts", prepared.drafted)
+        row(f"online: with {_draft_tokens(record.draft_tokens)}", prepared.drafted)
     table.add_section()
     totals = prepared.totals()
     for name, words in PHASES.items():

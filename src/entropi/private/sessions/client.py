@@ -168,6 +168,7 @@ class Connection:
         sampling: Sampling = GREEDY,
         retries: int = 0,
         privacy: Privacy = USUAL,
+        draft: str | Drafter | None = None,
     ) -> Iterator[str]:
         """The pieces of the answer as they are received; closing the iterator ends the session.
 
@@ -175,7 +176,8 @@ class Connection:
             UserError: as for `ask`, after the pieces that were received.
         """
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        generation = Generation(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put), privacy)
+        watcher = Watcher(text=pieces.put)
+        generation = Generation(prompt, max_new_tokens, sampling, retries, watcher, privacy, drafter=drafter_of(draft))
         generation.digest = self._welcome.digest()
         loop = asyncio.new_event_loop()
         task = loop.create_task(generate(self._server, generation))
