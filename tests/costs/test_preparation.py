@@ -160,7 +160,7 @@ def test_a_pass_with_drafts_leaves_the_next_one_as_it_was(kind):
     drafted = predictor.run_drafted(3)
     alone, following = predictor.run_drafted(0), predictor.run(1)
     assert (alone.bytes, alone.latency) == pytest.approx((following.bytes, following.latency))
-    assert following.bytes < drafted.bytes < 4 * following.bytes
+    assert following.bytes < drafted.bytes < 5 * following.bytes
     assert drafted.rounds < 4 * following.rounds
     if kind is PreparedPredictor:  # logits after each of them; ciphertexts have room for four rows
         sizes = [one.by_operation()["head"].bytes for one in (drafted, following)]

@@ -245,7 +245,8 @@ def _refuse_ignored_drafts(asked: int, modes: Mapping[str, object]) -> None:
 def _refuse_drafts(asked: int, before: int, shapes: Sequence[tuple[str, Shape]]) -> None:
     """Raise `UserError` for fewer drafts than none, or more than a model takes after `before` tokens and a further."""
     name, shape = min(shapes, key=lambda named: named[1].max_position_embeddings)
-    if not 0 <= asked <= (most := max(shape.max_position_embeddings - before - 1, 0)):
+    most = max(shape.max_position_embeddings - before - 1, 0)
+    if not 0 <= asked <= most:
         raise UserError(f"--draft-tokens is {asked} but must be between 0 and the {most:,} that {name} takes")
 
 
