@@ -9,14 +9,17 @@ import pytest
 pytest.importorskip("spu")
 
 from entropi import cli
+from entropi.commands import common
 from entropi.errors import UserError
 from entropi.model.reading import Reader
 from entropi.private import Privacy, Sampling, Watcher, connect
+from entropi.private.compute.engine import EngineError
 from entropi.private.preparation.store import Store
 from entropi.private.sessions import client, preparing
 from entropi.private.sessions.drafting import NOTHING, Draft, ModelDrafter, NgramDrafter, Window, drafter_of
+from entropi.private.sessions.party import _Budget
 from entropi.private.sessions.server_session import Asking
-from entropi.private.wire.messages import Next
+from entropi.private.wire.messages import Next, Proceed
 from entropi.private.wire.server_channel import SessionError
 from serving import Server, plain_logits, run_cli, save_model, scratch, served_cache, wait_for
 
@@ -110,7 +113,7 @@ def talking(tmp_path_factory):
 
 def test_a_model_drafts_what_it_would_answer(talking):
     """Whatever it has read before: its keys and values of the same text are used, and no others."""
-    drafter = ModelDrafter(Reader(talking.model, talking.tokenizer.get_vocab(), "a model"))
+    drafter = common.drafter(str(talking.folder))
     drafter.check(talking.tokenizer, "the server")
     ids, random = talking.tokenizer.encode(PROMPT).ids, np.random.default_rng(0)
     vocab_size = talking.tokenizer.get_vocab_size() + 2
@@ -164,6 +167,18 @@ def test_a_server_counts_drafts(asked, complaint):
         asking.count(following)
     with pytest.raises(SessionError, match=complaint):
         asking.count(asked[-1])
+
+
+def test_a_party_counts_drafts_too():
+    """Both sides' processes, whose parents tell them the same."""
+    budget = _Budget(9, 6)
+    for asked in (Proceed(4, None, 3), Proceed(4, None, 3, 3), Proceed(1, None, 0, 3)):
+        budget.take(asked)
+    assert (budget.left, budget.drafts, budget.drafted) == (5, 0, 0)
+    for asked in (Proceed(1, None, 0, 1), Proceed(6), Proceed(2, None, 1), Proceed(1, None, 1)):
+        with pytest.raises(EngineError):
+            budget.take(asked)
+    assert (budget.left, budget.drafts) == (5, 0)
 
 
 # --- Sessions ---------------------------------------------------------------------------------------------------------
@@ -250,14 +265,21 @@ def test_drafts_use_up_what_is_prepared(running, talking, answered, tmp_path):
 @pytest.mark.two_party
 @pytest.mark.slow
 def test_a_model_drafts_for_a_conversation(running, talking):
-    """The served model itself: by its own probabilities nearly all drafts hold, and the session goes on behind them."""
+    """The served model itself: by its own probabilities nearly all drafts hold. One answer is stopped in a pass, of
+    which then the first token is taken and no draft behind it; the session goes on there."""
     drafter = ModelDrafter(Reader(talking.model, talking.tokenizer.get_vocab(), "the model itself"))
     with connect(running.address).conversation(sampling=Sampling(1.0, seed=3), draft=drafter) as conversation:
-        before = right(talking, first := conversation.say("the key?", 5))
-        second = conversation.say("and the wall?", 4)
-        right(talking, second, before)
-    for answer, count in ((first, 5), (second, 4)):
-        record = answer.record
-        assert len(record.new_tokens) == count or record.new_tokens[-1] == 0  # the end of a text
-        assert record.held_tokens >= len(record.new_tokens) - 2 > 0
-        assert record.passes <= 2
+
+        def stop(done, communication):
+            conversation.stop()
+
+        first = conversation.say("the key?", 5)
+        before = right(talking, first)
+        stopped = conversation.say("and the wall?", 4, Watcher(stage=stop))
+        before = right(talking, stopped, before)
+        right(talking, conversation.say("and the garden?", 1), before)
+    assert len(first.record.new_tokens) == 5 or first.record.new_tokens[-1] == 0  # the end of a text
+    assert first.record.held_tokens >= len(first.record.new_tokens) - 2 > 0
+    assert first.record.passes <= 2
+    assert (len(stopped.record.new_tokens), stopped.record.passes) == (1, 1)
+    assert stopped.record.drafted_tokens == 3
