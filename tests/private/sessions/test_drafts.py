@@ -264,11 +264,16 @@ def test_drafts_use_up_what_is_prepared(running, talking, answered, tmp_path):
 
 @pytest.mark.two_party
 @pytest.mark.slow
-def test_a_model_drafts_for_a_conversation(running, talking):
+def test_a_model_drafts_for_a_conversation(running, talking, tmp_path):
     """The served model itself: by its own probabilities nearly all drafts hold. One answer is stopped in a pass, of
-    which then the first token is taken and no draft behind it; the session goes on there."""
+    which then the first token is taken and no draft behind it; the session goes on there, with what is prepared."""
     drafter = ModelDrafter(Reader(talking.model, talking.tokenizer.get_vocab(), "the model itself"))
-    with connect(running.address).conversation(sampling=Sampling(1.0, seed=3), draft=drafter) as conversation:
+    options = dict(sampling=Sampling(1.0, seed=3), draft=drafter)
+    with (
+        Store(tmp_path / "material") as store,
+        connect(running.address).conversation(**options, store=store) as conversation,
+    ):
+        preparing.prepare(running.address, 64, store, new_tokens=16, draft_tokens=8)
 
         def stop(done, communication):
             conversation.stop()
@@ -283,3 +288,5 @@ def test_a_model_drafts_for_a_conversation(running, talking):
     assert first.record.passes <= 2
     assert (len(stopped.record.new_tokens), stopped.record.passes) == (1, 1)
     assert stopped.record.drafted_tokens == 3
+    assert first.record.prepared_bytes > 0
+    assert stopped.record.setup_seconds == 0  # it is the same session
