@@ -116,7 +116,8 @@ def whole_session(
         print(f"\rpreparing {done} parts, {mb(*parts):.0f} MB", end="", file=sys.stderr, flush=True)
 
     started = time.monotonic()
-    watcher = PreparingWatcher(part=part)
+    set_up: list[StageCommunication] = []
+    watcher = PreparingWatcher(part=part, piece=lambda cost: set_up.append(cost) if cost.name == "setup" else None)
     # The last new token is not computed with.
     prepare(address, tokens + new_tokens - 1, store, watcher, new_tokens=new_tokens, tls=tls, memory_gb=0)
     preparing = time.monotonic() - started
@@ -134,7 +135,9 @@ def whole_session(
     answer = connect(address, tls).ask(prompt, new_tokens, watcher=Watcher(stage=stage), store=store, memory_gb=0)
     print(file=sys.stderr)
     run = answer.record
-    assert run.prepared_bytes == sum(stage.bytes for stage in parts), "the session did not use what was prepared"
+    assert run.prepared_bytes == sum(stage.bytes for stage in [*set_up, *parts]), (
+        "the session did not use what was prepared"
+    )
     first, *others = by_token(run)
     return {
         "tokens": tokens,

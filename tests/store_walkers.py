@@ -198,7 +198,7 @@ def one_session(store: Store, folder: Path, lines: Any) -> None:
             raise ConnectionError
         return reply.strip()
 
-    growing = store.oldest_growing(binding())
+    growing = next(iter(store.growing(binding())), None)
     if len(store.entries()) < OFFERS or growing is not None:
         ticket = growing or os.urandom(16)
         growth = store.grow(ticket, binding(), SIZE)
@@ -276,7 +276,7 @@ def every_line(folder: Path, step: int) -> None:
 
     def work(case: Path) -> None:
         with Store(case / "client") as store:
-            ticket = store.oldest_growing(binding()) or first_ready(store, binding()) or os.urandom(16)
+            ticket = next(iter(store.growing(binding())), None) or first_ready(store, binding()) or os.urandom(16)
             if first_ready(store, binding()) is None:
                 prepare(store, ticket)
             take_and_log(store, ticket, "client", case / "client.log")

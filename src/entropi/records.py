@@ -384,7 +384,8 @@ class PrivateRun(Base, tag="private"):
     padding_tokens: int = 0  # put before the prompt, so that its length tells less
     prefix_tokens: int = 0  # public ones that the server put before both
     past_tokens: int = 0  # of the conversation before this message
-    # What had been prepared for this run's sessions took so much before, both directions; not in `bytes` and `seconds`.
+    # What had been prepared for this run's sessions took so much before, both directions, set-ups included; not in
+    # `bytes` and `seconds`.
     prepared_bytes: int = 0
     prepared_seconds: float = 0.0
     drafted_tokens: int = 0  # computed with before it was known whether they are the answer's

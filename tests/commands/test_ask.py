@@ -121,6 +121,29 @@ def test_ask_leaves_record_and_logits(entropi: Callable[..., Done], answering: C
     assert np.load(tmp_path / "logits").shape == (2, 4)  # under the name that was given
 
 
+def test_a_canary_uses_nothing_that_is_prepared_unless_it_is_said(
+    entropi: Callable[..., Done], answering: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    answering(["a", "b"], "ab")
+    from entropi.private.preparation.store import Store
+    from entropi.private.sessions import client
+    from entropi.private.wire.messages import Canary
+
+    stores: list[bool] = []
+    ask, serving = client.ask, client.connect("")
+    serving.canary = Canary("public", [2, 2], [0.0, 1.0])  # as is answered here
+    monkeypatch.setattr(client, "connect", lambda *given: serving)
+    monkeypatch.setattr(
+        client, "ask", lambda *given, **named: stores.append(bool(named["store"])) or ask(*given, **named)
+    )
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "entropi" / "material"
+    Store(folder).close()
+    for words in (("hello",), ("--canary",), ("--canary", "--material", folder), ("hello", "--no-prepared")):
+        assert entropi("ask", *words).status == 0
+    assert stores == [True, False, True, False]
+
+
 @pytest.mark.parametrize("prompt", ["--max-new-tokens", "-x", "null", "3", "[1]", "{a: 1}", "a: b", "", " x ", "--"])
 def test_a_prompt_is_text_whatever_it_looks_like(
     entropi: Callable[..., Done], answering: Callable[..., None], tmp_path: Path, prompt: str

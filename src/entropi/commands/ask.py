@@ -78,7 +78,8 @@ def run(
         stop: names of the tokens that end an answer; by default those that usually end a text
         full_length: ask for all tokens and cut the answer afterwards, so that its length tells the server nothing
         no_prefix: refuse a server that puts a public text before every prompt; otherwise that text is shown
-        canary: ask the public prompt that the server names, and compare the answer with the one it published
+        canary: ask the public prompt that the server names, and compare the answer with the one it published; it uses
+            nothing that is prepared, unless --material says from where
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
         no_prepared: compute everything now, and keep what was prepared
@@ -122,7 +123,9 @@ def run(
         _refuse_without_logits(server, tls)
 
     display = AnswerDisplay(quiet=json)
-    kept = contextlib.nullcontext() if no_prepared else existing(material)
+    # Preparing takes minutes and is for prompts; who wants to check that way as well says so.
+    unprepared = no_prepared or (canary and material is None)
+    kept = contextlib.nullcontext() if unprepared else existing(material)
     with kept as store, display, terminated_like_interrupted():  # nothing stays in the temporary folder
         watcher = Watcher(display.begin, display.stage, display.text, display.status)
         answer = ask(

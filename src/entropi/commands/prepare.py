@@ -28,6 +28,8 @@ def run(
     sessions: int = 1,
     keep_ready: int = 0,
     material: Path | None = None,
+    material_gb: float = 10.0,
+    material_sessions: int = 50,
     expires_days: float = 7.0,
     list: bool = False,
     delete: str | None = None,
@@ -47,18 +49,22 @@ def run(
         new_tokens: of these, most that are answered; by default 64, or all if there are fewer
         draft_tokens: beside these, drafts that may turn out wrong (ask --draft), which use up what was prepared for
             them; as many as new tokens are always enough
-        sessions: so many sessions are prepared, one after another
+        sessions: how many of this size are to be ready on both sides; those that are count, and what is missing is
+            prepared, one after another
         keep_ready: stay, and prepare another session whenever fewer than so many are left, until this is interrupted
         material: folder to keep it in, as secret as keys; by default entropi/material in the user's state folder
-        expires_days: after which it is destroyed, used or not, up to 30
+        material_gb: most of it for one server, in GB
+        material_sessions: most sessions for one server, up to 1,000; the server has a limit of its own
+        expires_days: after which it is destroyed, used or not, up to 30; on both sides, if the server keeps it as long
         list: show what is kept, and nothing else
-        delete: destroy what is kept: all, expired, or what a ticket's name in --list begins with, several with commas
+        delete: destroy what is kept, here and at the server: all, expired, or what a ticket's name in --list begins
+            with, several with commas
         tls_cert: certificate of this client, PEM (see `entropi certificates`); not needed on the server's machine
         tls_key: its private key
         server_ca: certificate of the authority that the server's certificate is from
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
     """
-    from entropi.private.preparation.store import DAY_SECONDS, Store, default_folder
+    from entropi.private.preparation.store import DAY_SECONDS, Store, default_folder, quota_for_one
 
     if tokens < 1 or sessions < 1:
         raise UserError("--tokens and --sessions must be at least 1")
@@ -66,16 +72,16 @@ def run(
         raise UserError("--keep-ready is how many sessions are to be there at any time, in place of --sessions")
     if list and delete is not None:
         raise UserError("--list shows and --delete destroys: one of them at a time")
+    quota = quota_for_one(material_gb, material_sessions, "--material-gb", "--material-sessions")
     folder = material or default_folder()
     if (list or delete is not None) and not folder.is_dir():
         raise UserError(f"nothing was prepared: there is no folder {folder}")
-    with Store(folder, expires=expires_days * DAY_SECONDS) as store:
-        if delete is not None:
-            which = delete if delete in ("all", "expired") else delete.split(",")
-            print(f"{store.delete(which)} destroyed")
-            return
+    with Store(folder, expires=expires_days * DAY_SECONDS, quota=quota) as store:
         if list:
             _show(store)
+            return
+        if delete is not None:
+            _delete(store, delete, tls_cert, tls_key, server_ca)
             return
 
         with secure_engine():
@@ -99,35 +105,76 @@ def run(
                     memory_gb=memory_gb,
                 )
             kept = next((entry for entry in store.entries() if entry.ticket.hex() == ticket), None)
-            size = f", {kept.size / 1e6:.1f} MB kept here" if kept is not None else ""
+            size = ""
+            if kept is not None:
+                until = preparing.when(kept.expires)
+                size = f", {kept.size / 1e6:.1f} MB kept here for model {kept.model[:8]} until {until}"
             print(
                 f"{ticket[:8]}: a session of up to {tokens} tokens; {display.moved / 1e6:.1f} MB were sent and "
                 f"received in {time.monotonic() - started:.0f} s{size}",
                 flush=True,
             )
 
+        asked = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, draft_tokens=draft_tokens)
+        ready = partial(asked, tls=tls, status=_Told())
         with terminated_like_interrupted():
-            for number in range(sessions if not keep_ready else 0):
-                prepare(f"preparing {number + 1} of {sessions}" if sessions > 1 else "preparing")
             if keep_ready:
-                asked = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, tls=tls)
-                ready = partial(asked, draft_tokens=draft_tokens)
                 _keep_ready(keep_ready, ready, prepare)
+            _prepare_missing(sessions, ready, prepare)
+
+
+def _prepare_missing(wanted: int, ready: Callable[[], int], prepare: Callable[[str], None]) -> None:
+    """Prepare as many as are missing."""
+    if (there := ready()) >= wanted:
+        print(f"{there} of {wanted} ready already: --sessions {there + 1} prepares another one", flush=True)
+    for number in range(there, wanted):
+        prepare(f"preparing {number + 1} of {wanted}" if wanted > 1 else "preparing")
 
 
 def _keep_ready(wanted: int, ready: Callable[[], int], prepare: Callable[[str], None]) -> NoReturn:
     """Prepare whenever fewer are ready than wanted; what fails after the first look is told, and tried again."""
-    there = ready()  # a wrong address or certificate ends this
+    there, waits = ready(), False  # a wrong address or certificate ends this
+    if there < wanted:
+        print(f"{there} of {wanted} ready", flush=True)
     while True:
         try:
             if there < wanted:
+                waits = False
                 prepare(f"preparing, {there} of {wanted} ready")
             else:
+                if not waits:
+                    print(f"{there} of {wanted} ready: waiting until one is used", flush=True)
+                waits = True
                 time.sleep(LOOK_SECONDS)
             there = ready()
         except UserError as error:
             print(f"{error}; trying again in {LOOK_SECONDS:.0f} s", file=sys.stderr, flush=True)
             time.sleep(LOOK_SECONDS)
+
+
+class _Told:
+    """Says on standard error what is not what it has said just before."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, line: str) -> None:
+        if line != self._last:
+            print(without_controls(line), file=sys.stderr, flush=True)
+        self._last = line
+
+
+def _delete(store: Store, which: str, cert: Path | None, key: Path | None, authority: Path | None) -> None:
+    """Destroy what is chosen, here first, and have the servers destroy their halves."""
+    chosen = store.chosen(which if which in ("all", "expired") else which.split(","))
+    print(f"{store.discard(*(entry.ticket for entry in chosen))} destroyed", flush=True)
+    if not chosen:
+        return
+    with secure_engine():
+        from entropi.private.sessions import preparing
+        from entropi.private.wire.certificates import tls_files
+    for line in preparing.tell_deleted(chosen, tls_files(cert, key, authority, "--server-ca")):
+        print(without_controls(line), file=sys.stderr, flush=True)
 
 
 def _show(store: Store) -> None:
@@ -138,7 +185,7 @@ def _show(store: Store) -> None:
         left = f"expires in {days:.1f} days" if days > 0 else "expired"
         state = "ready" if entry.state == "ready" else "begun"
         size = f"{entry.tokens} tokens, {entry.passes} new  {entry.size / 1e6:.1f} MB"
-        print(f"{entry.name}  {state}  {size}  {entry.peer or '-'}  {left}")
+        print(f"{entry.name}  {state}  {size}  {entry.peer or '-'}  model {entry.model[:8]}  {left}")
 
 
 class _Display:

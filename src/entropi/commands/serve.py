@@ -63,6 +63,7 @@ def run(
     material: Path | None = None,
     material_gb: float = 50.0,
     client_material_gb: float = 10.0,
+    client_material_sessions: int = 50,
     material_days: float = 7.0,
     output: Literal["logits", "top_k", "argmax"] = "logits",
     choices: int = 8,
@@ -114,7 +115,8 @@ def run(
         material: folder for what clients prepare (see `entropi prepare`), as secret as keys; without it nothing is
         material_gb: most of it, in GB
         client_material_gb: most of it for one client
-        material_days: after which it is destroyed, used or not, up to 30
+        client_material_sessions: most prepared sessions of one client, up to 1,000
+        material_days: after which it is destroyed, used or not, up to 30; earlier if the client keeps its half for less
         output: what the client learns of each token: all logits, the likeliest tokens with theirs, or the likeliest
         choices: how many tokens top_k reveals, 1 to 16
         round_logits: binary places that the logits a client learns are rounded to, 0 to 8: 3 for steps of 1/8
@@ -175,7 +177,7 @@ def run(
         check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
     refuse_unknown_families(path := on_disk(model))
 
-    kept = _material(material, material_gb, client_material_gb, material_days)
+    kept = _material(material, material_gb, client_material_gb, client_material_sessions, material_days)
     with terminated_like_interrupted(), kept as store, swept_folder("entropi-serve-") as temporary:
         folder = _folded(path, temporary)
         refuse_ignored_softmax(softmax, load_description(folder).softmax, "the model")
@@ -211,16 +213,16 @@ def _prefix(file: Path | None, chats: bool) -> str | None:
     return prefix
 
 
-def _material(folder: Path | None, most: float, most_of_client: float, days: float) -> Any:
+def _material(folder: Path | None, most: float, most_of_client: float, sessions_of_client: int, days: float) -> Any:
     """The store in `folder` as a context manager, of None where there is none; sizes in GB."""
-    from entropi.private.preparation.store import DAY_SECONDS, Quota, Store
+    from entropi.private.preparation.store import DAY_SECONDS, MOST_GB, Store, quota_for_one
 
     if folder is None:
         return contextlib.nullcontext()
-    for option, size in (("--material-gb", most), ("--client-material-gb", most_of_client)):
-        if not 0 < size <= 1e6:
-            raise UserError(f"{option} is {size:g} but must be between 0 and 1,000,000")
-    quota = Quota(size=int(most * 1e9), peer_size=int(most_of_client * 1e9))
+    if not 0 < most <= MOST_GB:
+        raise UserError(f"--material-gb is {most:g} but must be between 0 and {MOST_GB:,.0f}")
+    options = "--client-material-gb", "--client-material-sessions"
+    quota = msgspec.structs.replace(quota_for_one(most_of_client, sessions_of_client, *options), size=int(most * 1e9))
     return Store(folder, expires=days * DAY_SECONDS, quota=quota)
 
 

@@ -137,7 +137,6 @@ class Trial:
 
 def trials() -> Iterator[Trial]:
     """Every protocol at several sizes; small ones last, when everything is set up."""
-    import jax
     import jax.numpy as jnp
 
     from entropi.private.compute.functions import square
@@ -160,9 +159,6 @@ def trials() -> Iterator[Trial]:
         yield Trial("multiply known", pair, (*one, ((size,), client)))
         if size > 4_000:
             yield Trial("square", square, one)
-        if size < 8_000:
-            # Larger ones use more workers inside than their size says.
-            yield Trial("root", jax.lax.rsqrt, (((size // 7,), shared),))
     for rows, inner, columns in _MATRICES:
         left, right = (rows, inner), (inner, columns)
         yield Trial("product", jnp.matmul, ((left, shared), (right, shared)))

@@ -32,11 +32,9 @@ _TRANSFERS = {
     "select public": (1, 0),
     "truncate": (1, 0),
     "truncate with sign": (1, 0),
-    "inverse_root": (1217, 1158),
 }
 _TRIPLES = 4096  # products that one ciphertext each way prepares
 _DIRECT = 2 * SLOTS  # from so many numbers on products are made directly, without prepared ones
-_ROOT_PRODUCTS = 6  # products inside an inverse root
 
 CALLS = " calls"  # how names of counted things end that only rounds are attributed to
 
@@ -65,12 +63,6 @@ class Cheetah:
             self._multiply(call.size, known if len(known) == 1 else set(), counted)
         elif call.kind == "square":
             self._square(call.size, counted)
-        elif call.kind == "inverse_root":
-            counted["inverse_root numbers"] += call.size
-            counted["inverse_root tiles"] += self._transfer("inverse_root", call.size, counted)
-            counted["inverse_root calls"] += 1
-            for _ in range(_ROOT_PRODUCTS):
-                self._multiply(call.size, set(), counted)
         else:
             self._transferred(call.kind, call.size, counted)
         return counted

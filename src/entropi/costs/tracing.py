@@ -21,9 +21,7 @@ from entropi.private.compute.program import Comparable, Stage
 # Who knows a value: everybody, one party, or nobody (each party holds a share).
 Known: TypeAlias = Literal["public", "server", "client", "shared"]
 
-Kind: TypeAlias = Literal[
-    "product", "multiply", "square", "compare", "select", "select public", "truncate", "inverse_root"
-]
+Kind: TypeAlias = Literal["product", "multiply", "square", "compare", "select", "select public", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
         if known == "shared" and not _whole(result):
             yield ProtocolCall("truncate", size)
     elif known != "shared":
-        if name not in ("max", "rsqrt", "square", *_COMPARISONS):
+        if name not in ("max", "square", *_COMPARISONS):
             raise UnknownPrimitive(name)
     elif name == "max":
         yield ProtocolCall("compare", size)
@@ -157,8 +155,6 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
         yield ProtocolCall("compare", size)
     elif name == "square":
         yield ProtocolCall("square", size)
-    elif name == "rsqrt":
-        yield ProtocolCall("inverse_root", size)
     else:
         raise UnknownPrimitive(name)
 

@@ -76,7 +76,7 @@ def test_a_ticket_grows_is_offered_and_taken_once(store, tmp_path):
     assert growth.parts() == {"layer 0"}
     assert "not prepared to the end" in refusal(lambda: store.take(ONE, binding()))
     assert first_ready(store, binding()) is None
-    assert store.oldest_growing(binding()) == ONE
+    assert store.growing(binding()) == [ONE]
 
     growth.add("layer 1", {"mask": square + np.uint64(1)})
     growth.finish()
@@ -189,9 +189,9 @@ def test_discarded_and_deleted_tickets_are_gone_and_remembered(store, tmp_path):
     ]
     assert {(entry.peer, entry.tokens) for entry in store.entries()} == {("server", 8)}
 
-    store.discard(ONE)
-    store.discard(b"never met before")
-    assert "another party" in refusal(lambda: store.discard(TWO, binding(peer="mallory")))
+    assert store.discard(ONE) == 1
+    assert store.discard(ONE, b"never met before") == 0
+    assert store.discard(ONE, TWO, peer="mallory") == 0
     assert store.entries()[0].ticket == TWO
     assert "was destroyed" in refusal(lambda: store.take(ONE, binding()))
     assert "no ticket begins" in refusal(lambda: store.delete(["0101"]))
@@ -201,7 +201,7 @@ def test_discarded_and_deleted_tickets_are_gone_and_remembered(store, tmp_path):
     with pytest.raises(ValueError, match="as a list"):
         store.delete("0202")
     assert store.delete("expired") == 0
-    assert store.delete("all") == 2
+    assert store.discard(*(entry.ticket for entry in store.entries()), peer="server") == 2
     assert store.delete("all") == 0
     assert "was destroyed" in refusal(lambda: store.grow(THREE, binding(), SIZE))
     assert files_in(tmp_path / "store") == []
@@ -290,6 +290,51 @@ def test_all_is_on_the_disk_before_anything_is_returned(store, tmp_path, monkeyp
     ]
 
 
+def test_the_other_side_is_told_what_it_may_count_on(tmp_path):
+    now = [0.0]
+    with Store(tmp_path, expires=60, clock=lambda: now[0]) as store:
+        for ticket in (ONE, TWO, THREE):
+            prepare(store, ticket, "server")
+        store.grow(FOUR, binding("server"), SIZE)
+        store.discard(TWO)
+        right(store, THREE, "server")
+        every = [ONE, TWO, THREE, FOUR, b"never met before"]
+        size = {"tokens": 1, "passes": 1}  # are the client's to know
+        assert store.states(every, binding("server", **size)) == ["ready", "gone", "gone", "gone", "unknown"]
+        assert store.states(every, binding("server", model="n"))[0] == "other"
+        assert store.states(every, binding("server", peer="mallory")) == ["unknown"] * 5
+        now[0] = 60
+        assert store.states([ONE], binding("server")) == ["gone"]
+
+
+def test_two_processes_do_not_work_with_one_ticket(tmp_path):
+    with Store(tmp_path) as store, Store(tmp_path) as other:
+        claim = store.claim(ONE)
+        assert other.claim(ONE) is None
+        other.claim(TWO).release()
+        claim.release()
+        claim.release()
+        again = other.claim(ONE)
+        claim.release()
+        assert store.claim(ONE) is None
+        again.release()
+    holding = "import sys; from pathlib import Path; from entropi.private.preparation.store import Store;"
+    holding += "claim = Store(Path(sys.argv[1])).claim(bytes.fromhex(sys.argv[2])); print(claim); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, tmp_path, ONE.hex()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert b"Claim" in process.stdout.readline()
+        with Store(tmp_path) as store:
+            assert store.claim(ONE) is None
+            process.kill()
+            process.wait()
+            store.sweep()
+            assert not list((tmp_path / store_module.CLAIMS).iterdir())
+            assert store.claim(ONE) is not None
+            store.sweep()
+            assert store.claim(ONE) is None
+
+
 # --- Time and room ----------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +366,18 @@ def test_tickets_expire_and_tombstones_are_forgotten_later(tmp_path):
         store.sweep()
         for ticket in (ONE, TWO, THREE, FOUR):
             assert "not in this store" in refusal(lambda ticket=ticket: store.take(ticket, binding()))
+
+
+def test_the_earlier_expiry_counts(tmp_path):
+    now = [1000.0]
+    with Store(tmp_path, expires=60, clock=lambda: now[0]) as store:
+        growth = store.grow(ONE, binding(), SIZE)
+        now[0] += 10
+        assert growth.expire_within(float("inf")) == growth.expire_within(70) == 50
+        assert growth.expire_within(20) == growth.expire_within(30) == 20
+        now[0] += 20
+        store.sweep()
+        assert not store.entries()
 
 
 def test_what_expired_is_destroyed_on_opening(tmp_path):
@@ -374,10 +431,11 @@ def test_nobody_else_can_read_anything(tmp_path):
     try:
         with Store(tmp_path / "store") as store:
             prepare(store, ONE)
+            store.claim(ONE)
             modes = {path: path.stat().st_mode & 0o777 for path in [*tmp_path.rglob("*")] if path != tmp_path}
     finally:
         os.umask(before)
-    assert len(modes) == 6
+    assert len(modes) == 8
     for path, mode in modes.items():
         assert mode == (0o700 if path.is_dir() else 0o600), path
 

@@ -16,9 +16,9 @@ pytest.importorskip("spu")
 from entropi.errors import UserError
 from entropi.private import Watcher, connect
 from entropi.private.preparation.growth import Growth
-from entropi.private.preparation.store import Store
+from entropi.private.preparation.store import DAY_SECONDS, Store
 from entropi.private.preparation.tickets import Binding
-from entropi.private.sessions import client, preparing, server_session
+from entropi.private.sessions import client, client_session, inquiry, preparing, server_session
 from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import PartySession
@@ -27,6 +27,7 @@ from entropi.private.wire.messages import part_file
 from entropi.private.wire.server_channel import SessionError
 from entropi.records import StageCommunication
 from serving import (
+    HANGING,
     PROMPT,
     Server,
     command,
@@ -60,7 +61,7 @@ def running(folded, scratch, tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path):
-    with Store(tmp_path / "material") as store:
+    with Store(tmp_path / "material", expires=DAY_SECONDS) as store:  # the server would keep its half for longer
         yield store
 
 
@@ -89,15 +90,19 @@ def right(answer, model, prompt_ids):
 
 def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, store, scratch):
     prompt_ids = model[2].encode(PROMPT).ids
-    parts = []
-    said = []
-    watcher = preparing.Watcher(part=lambda n, c: parts.append(c), status=said.append)
+    parts, pieces, said = [], [], []
+    watcher = preparing.Watcher(part=lambda n, c: parts.append(c), piece=pieces.append, status=said.append)
     ticket = preparing.prepare(running.address, TOKENS, store, watcher)
+    (set_up,) = [piece for piece in pieces if piece.name == "setup"]
     (size,) = [entry.size for entry in store.entries()]
     assert float(said[0].split(" MB will be kept here")[0]) == pytest.approx(size / 1e6, abs=0.1)
     assert [entry.ticket.hex() for entry in store.entries()] == [ticket]
     assert files_of(running.material, ticket)
     assert bytes.fromhex(ticket) in ready(running.material)
+    with Store(running.material) as theirs:
+        halves = [next(entry for entry in one.entries() if entry.ticket.hex() == ticket) for one in (store, theirs)]
+    assert halves[1].expires - halves[1].made == pytest.approx(DAY_SECONDS, abs=HANGING)
+    assert halves[0].expires == pytest.approx(halves[1].expires, abs=HANGING)
 
     assert preparing.ready(running.address, TOKENS, store) == 1
     assert preparing.ready(running.address, TOKENS + 1, store) == 0
@@ -110,7 +115,7 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     assert bytes.fromhex(ticket) not in ready(running.material)
     assert not files_of(running.material, ticket)
     record = fast.record
-    assert record.prepared_bytes == sum(part.bytes for part in parts) > 1e6
+    assert record.prepared_bytes == set_up.bytes + sum(part.bytes for part in parts) > set_up.bytes + 1e6
 
     slow, _ = ask(running.address, store)
     assert right(slow, model, prompt_ids)
@@ -127,7 +132,11 @@ def test_what_is_too_small_is_kept(running, store):
     preparing.prepare(running.address, 2, store)
     answer, said = ask(running.address, store, 1)
     assert answer.record.prepared_bytes == 0
-    assert len(store.entries()) == 1
+    (entry,) = store.entries()
+    assert entry.ticket in ready(running.material)
+    store.discard(entry.ticket)
+    assert preparing.tell_deleted([entry]) == []
+    assert entry.ticket not in ready(running.material)
     count = len(answer.record.prompt_tokens)
     assert f"what is prepared is too small, for 2 tokens and 2 new ones of these: {count} and 1 are asked for" in str(
         said
@@ -267,14 +276,21 @@ def test_tokens_of_messages_are_no_new_tokens(running, model, store):
     assert len(again.record.new_tokens) == 1
 
 
-def test_without_the_servers_half_everything_is_computed_as_ever(running, model, store):
-    ticket = preparing.prepare(running.address, TOKENS, store)
-    with Store(running.material) as theirs:
-        assert theirs.delete([ticket]) == 1
+def test_without_the_servers_half_everything_is_computed_as_ever(running, model, store, monkeypatch):
+    """Which the server had when it was asked, and not any more when it was to take it."""
+    preparing.prepare(running.address, TOKENS, store)
+
+    async def usable_until_now(*given):
+        found = await inquiry.usable(*given)
+        with Store(running.material) as theirs:
+            assert theirs.delete([ticket for ticket, _ in found]) == 1
+        return found
+
+    monkeypatch.setattr(client_session, "usable", usable_until_now)
     answer, said = ask(running.address, store)
     assert right(answer, model, model[2].encode(PROMPT).ids)
     assert answer.record.prepared_bytes == 0
-    assert any("going on without" in line for line in said)
+    assert any("has lost its half of what was prepared: going on without" in line for line in said)
     assert not store.entries()
 
 
@@ -297,11 +313,15 @@ def test_other_servers(folded, model, scratch, tmp_path, options):
     """A private token table and a public prefix; fewer logits; and a server that prepares nothing."""
     public = tmp_path / "prefix.txt"
     public.write_text("the secret garden lies ")
-    more = ("--prefix-file", public, "--material", tmp_path / "theirs")
+    more = ("--prefix-file", public, "--material", tmp_path / "theirs", "--material-days", 0.5)
     server = Server(folded, tmp_path / "log", *options, *more)
     try:
         with Store(tmp_path / "ours") as store:
-            preparing.prepare(server.address(), TOKENS, store)
+            said = []
+            preparing.prepare(server.address(), TOKENS, store, preparing.Watcher(status=said.append))
+            (entry,) = store.entries()
+            assert entry.expires - entry.made < 0.5 * DAY_SECONDS + HANGING
+            assert f"keeps its half until {preparing.when(entry.expires)[:10]}" in said[1]
             answer, _ = ask(server.address(), store)
             assert answer.record.prepared_bytes
             assert not store.entries()
@@ -332,6 +352,7 @@ def test_what_cannot_be_prepared(running, folded, scratch, store, tmp_path, monk
             preparing.prepare(none.address(), 4, store)
         with pytest.raises(UserError, match="no room for the material of 4 tokens"):
             preparing.prepare(small.address(), 4, store)
+        assert not store.entries()
     finally:
         for server in (none, small):
             server.process.kill()

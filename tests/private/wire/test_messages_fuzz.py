@@ -25,16 +25,19 @@ from entropi.private.wire.messages import (
     Accepted,
     BadMessage,
     Failed,
+    Held,
     Hello,
     Job,
     Linked,
     Next,
+    Prepare,
     Proceed,
     Queued,
     Refused,
     Revealed,
     StageDone,
     Start,
+    Tickets,
     Welcome,
     encode,
 )
@@ -91,9 +94,11 @@ def samples(description):
     settings = Settings(output="top_k")
     job = Job(0, "0" * 32, ("unix:/a", "unix:/b"), description, settings, 3, 2, [1, 2])
     from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64, True, drafts=2), Next(7, 2, 1)]
+    from_client += [Tickets(["3" * 32, "4" * 32], True), Prepare(4, 2, "0" * 64, "5" * 32, 86_400.0, 3)]
     chat = ChatForm((1, "user: "), (0, "assistant: "), (0, "user: "), ((1,), ("user: ",)), True)
     welcome = Welcome(description, "{}", settings, "1" * 64, chat=chat, conversation_tokens=64, draft_tokens=8)
-    from_server = [welcome, Queued(3), Accepted("2" * 32), Refused("no")]
+    from_server = [welcome, Queued(3), Accepted("2" * 32, parts=1, expires_in=60.0), Refused("no")]
+    from_server += [Held(["ready", "other", "gone", "unknown"]), Held(None)]
     events = [Linked(), StageDone(communication), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
     return (
         [(m, messages.decode_from_client) for m in from_client]

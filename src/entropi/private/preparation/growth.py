@@ -20,9 +20,17 @@ from entropi.private.preparation.tickets import Row, bytes_of, digest_of, known,
 class Growth:
     """A ticket while its material is made, see `Store.grow`, which after any error also goes on with it."""
 
-    def __init__(self, index: Index, folder: Path, sweep: Callable[[], None], ticket: bytes, run: bytes) -> None:
+    def __init__(
+        self,
+        index: Index,
+        folder: Path,
+        sweep: Callable[[], None],
+        clock: Callable[[], float],
+        ticket: bytes,
+        run: bytes,
+    ) -> None:
         self.ticket = ticket
-        self._index, self._folder, self._sweep, self._run = index, folder, sweep, run
+        self._index, self._folder, self._sweep, self._clock, self._run = index, folder, sweep, clock, run
 
     def parts(self) -> frozenset[str]:
         """Names of the parts that are there for good."""
@@ -37,6 +45,15 @@ class Growth:
             for part in set(parts_of(index, self.ticket)) - set(parts):
                 index.execute("DELETE FROM parts WHERE ticket = ? AND part = ?", (self.ticket, part))
         self._sweep()
+
+    def expire_within(self, seconds: float) -> float:
+        """Let the ticket expire so many seconds from now, if it would later; how many seconds it has then."""
+        with self._index.transaction() as index:
+            self._ours(index)
+            now = self._clock()
+            index.execute("UPDATE tickets SET expires = MIN(expires, ?) WHERE id = ?", (now + seconds, self.ticket))
+            (expires,) = index.execute("SELECT expires FROM tickets WHERE id = ?", (self.ticket,)).fetchone()
+            return float(expires) - now
 
     def add(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep one part's arrays (uint64); when it returns they are on the disk, all or none of them."""

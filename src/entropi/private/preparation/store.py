@@ -26,13 +26,14 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from entropi.errors import UserError
+from entropi.private.preparation.claims import Claim, claim, remove_abandoned
 from entropi.private.preparation.files import (
     Arrays,
     PartFile,
@@ -51,6 +52,7 @@ from entropi.private.preparation.tickets import (
     Binding,
     Entry,
     Row,
+    State,
     bytes_of,
     digest_of,
     encoded,
@@ -61,6 +63,7 @@ from entropi.private.preparation.tickets import (
     only,
     parts_of,
     short,
+    state_for,
 )
 
 DAY_SECONDS = 24 * 3600.0
@@ -68,7 +71,7 @@ MOST_EXPIRES_SECONDS = 30 * DAY_SECONDS
 # How long it is remembered that a ticket was taken or destroyed. The other side's half has expired by then, whatever
 # its store was told, with a day for clocks that differ. What is forgotten is unknown, which is refused as well.
 REMEMBERED_SECONDS = MOST_EXPIRES_SECONDS + DAY_SECONDS
-MATERIAL = "material"
+MATERIAL, CLAIMS = "material", "claims"  # folders
 log = logging.getLogger("entropi.preparation")
 
 
@@ -79,6 +82,19 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
     tickets: int = 1000
     peer_size: int = 10_000_000_000
     peer_tickets: int = 50
+
+
+MOST_GB, MOST_TICKETS = 1e6, 1000
+
+
+def quota_for_one(gigabytes: float, tickets: int, size_option: str, count_option: str) -> Quota:
+    """A quota with these limits for one peer, and in all no less than usually; `UserError` names the option."""
+    if not 0 < gigabytes <= MOST_GB:
+        raise UserError(f"{size_option} is {gigabytes:g} but must be between 0 and {MOST_GB:,.0f}")
+    if not 1 <= tickets <= MOST_TICKETS:
+        raise UserError(f"{count_option} is {tickets} but must be between 1 and {MOST_TICKETS:,}")
+    size = int(gigabytes * 1e9)
+    return Quota(size=max(size, Quota().size), peer_size=size, peer_tickets=tickets)
 
 
 class Store:
@@ -106,10 +122,11 @@ class Store:
             most = MOST_EXPIRES_SECONDS / DAY_SECONDS
             raise UserError(f"prepared material expires after more than 0 and up to {most:g} days")
         self._folder = folder.resolve()
-        self._material = self._folder / MATERIAL
+        self._material, self._claims = self._folder / MATERIAL, self._folder / CLAIMS
         self._expires, self._quota, self._clock = expires, quota or Quota(), clock
         private_folder(self._folder)
         private_folder(self._material)
+        private_folder(self._claims)
         self._index = Index(self._folder, self._destroy_everything)
         try:
             self.sweep()
@@ -162,7 +179,15 @@ class Store:
                 index.execute("INSERT INTO tickets VALUES (?, ?, ?, 'growing', ?, ?, ?, ?, x'')", values)
                 self._path(ticket).mkdir(mode=0o700, exist_ok=True)
                 sync(self._material)
-        return Growth(self._index, self._path(ticket), self.sweep, ticket, run)
+        return Growth(self._index, self._path(ticket), self.sweep, self._clock, ticket, run)
+
+    def claim(self, ticket: bytes) -> Claim | None:
+        """Keep others who claim tickets first from this one, be it still to be begun; None while somebody has it.
+
+        What is known of the ticket may have changed until it was claimed.
+        """
+        with self._index.plainly():
+            return claim(self._claims / ticket.hex())
 
     def ready(self, binding: Binding) -> list[tuple[Binding, bytes]]:
         """Tickets to offer to the other side, of as many tokens and passes or more, smallest and oldest first.
@@ -183,12 +208,16 @@ class Store:
         ]
         return sorted(fitting, key=lambda one: (one[0].tokens, one[0].passes))
 
-    def oldest_growing(self, binding: Binding) -> bytes | None:
-        """The ticket to go on with, of exactly as many tokens and passes."""
+    def growing(self, binding: Binding) -> list[bytes]:
+        """Tickets to go on with, of exactly as many tokens and passes, the oldest first."""
         query = "SELECT id FROM tickets WHERE binding = ? AND state = 'growing' AND expires > ? ORDER BY made, id"
         with self._index.transaction() as index:
-            found = index.execute(query, (encoded(binding), self._clock())).fetchone()
-        return None if found is None else bytes(found[0])
+            return [bytes(ticket) for (ticket,) in index.execute(query, (encoded(binding), self._clock())).fetchall()]
+
+    def states(self, tickets: Sequence[bytes], binding: Binding) -> list[State]:
+        """What the other side, which the binding names, may count on of tickets that it has its half of."""
+        with self._index.transaction() as index:
+            return [state_for(find(index, ticket), binding, self._clock()) for ticket in tickets]
 
     def take(self, ticket: bytes, binding: Binding) -> dict[str, Arrays]:
         """All parts of a ticket, which from then on is nowhere but in the result.
@@ -243,16 +272,24 @@ class Store:
                 os.close(held)
         remove_folder(self._path(ticket))
 
-    def discard(self, ticket: bytes, binding: Binding | None = None) -> None:
-        """Destroy a ticket if it is there, and if it is for this binding, where one is given."""
+    def discard(self, *tickets: bytes, peer: str | None = None) -> int:
+        """Destroy those of these tickets that have material, or get some; returns how many.
+
+        Args:
+            peer: those of this other side alone, where one is given.
+        """
+        found = []
         with self._index.transaction() as index:
-            row = find(index, ticket)
-            if row is not None and binding is not None:
-                must_fit(ticket, row, binding)
-            if row is not None and row.state in LIVE:
+            for ticket in tickets:
+                row = find(index, ticket)
+                if row is None or row.state not in LIVE or peer not in (None, row.binding.peer):
+                    continue
                 self._bury(index, ticket, "destroyed")
+                found.append(ticket)
         with self._index.plainly():
-            remove_folder(self._path(ticket))
+            for ticket in found:
+                remove_folder(self._path(ticket))
+        return len(found)
 
     def room_for(self, size: int, peer: str) -> int:
         """How many further tickets of so many bytes may be kept for a peer, by quota and by what the disk has free."""
@@ -274,6 +311,7 @@ class Store:
                     tokens=binding.tokens,
                     passes=binding.passes,
                     size=size,
+                    model=binding.model,
                     peer=binding.peer,
                     made=made,
                     expires=expires,
@@ -281,18 +319,19 @@ class Store:
                 entries.append(entry)
         return entries
 
-    def delete(self, which: Collection[str] | Literal["all", "expired"]) -> int:
-        """Destroy tickets by the beginnings of their ids, or all, or those that have expired; returns how many."""
+    def chosen(self, which: Collection[str] | Literal["all", "expired"]) -> list[Entry]:
+        """What there is of tickets by the beginnings of their ids, or all, or those that have expired."""
         entries, now = self.entries(), self._clock()
         if isinstance(which, str):
             if which not in ("all", "expired"):
                 raise ValueError("beginnings of ids come as a list")
-            chosen = {entry.ticket for entry in entries if which == "all" or entry.expires <= now}
-        else:
-            chosen = {only(entries, beginning) for beginning in which}
-        for ticket in chosen:
-            self.discard(ticket)
-        return len(chosen)
+            return [entry for entry in entries if which == "all" or entry.expires <= now]
+        tickets = {only(entries, beginning) for beginning in which}
+        return [entry for entry in entries if entry.ticket in tickets]
+
+    def delete(self, which: Collection[str] | Literal["all", "expired"]) -> int:
+        """Destroy what is `chosen`; returns how many there were."""
+        return self.discard(*(entry.ticket for entry in self.chosen(which)))
 
     def sweep(self) -> None:
         """Destroy what has expired, and what crashes, changes of files and restored copies left; done on opening."""
@@ -314,6 +353,8 @@ class Store:
         with self._index.plainly():
             for folder in left:
                 remove_folder(folder)
+            # Those of live tickets are left, so that nobody is kept from one by this.
+            remove_abandoned(path for path in self._claims.iterdir() if states.get(path.name) not in LIVE)
         if damaged:
             log.warning("destroyed %d prepared tickets whose files are missing, changed or restored", damaged)
 

@@ -14,6 +14,9 @@ from entropi.private.preparation.files import PartFile
 
 ID_BYTES = 16
 LIVE = ("growing", "ready")  # states of tickets that have material
+# What one side may count on of a ticket that it has its half of: the other half is ready; is there, and not for what is
+# computed now; is gone, and will not be there again; or nothing is known of it, and another store may have it.
+State = Literal["ready", "other", "gone", "unknown"]
 _REFUSED = {
     "growing": "is not prepared to the end",
     "ready": "is prepared already",
@@ -50,6 +53,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     passes: int
     size: int  # bytes of arrays that are kept
+    model: str  # digest
     peer: str
     made: float  # seconds since 1970
     expires: float
@@ -105,6 +109,16 @@ def must_fit(ticket: bytes, row: Row, binding: Binding) -> None:
         had, wanted = getattr(row.binding, what), getattr(binding, what)
         if had < wanted:
             raise UserError(f"ticket {short(ticket)} was prepared for {had} {what}, not {wanted}")
+
+
+def state_for(row: Row | None, binding: Binding, now: float) -> State:
+    """See `State`: as the other side, which the binding names, is told; nothing of tickets that are not its own."""
+    if row is None or row.binding.peer != binding.peer:
+        return "unknown"
+    if row.state != "ready" or row.expires <= now:  # one that grows is prepared anew, with other numbers
+        return "gone"
+    size = {"tokens": row.binding.tokens, "passes": row.binding.passes}
+    return "ready" if msgspec.structs.replace(binding, **size) == row.binding else "other"
 
 
 def parts_of(index: sqlite3.Connection, ticket: bytes) -> dict[str, PartFile]:

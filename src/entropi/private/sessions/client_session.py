@@ -20,8 +20,10 @@ from entropi.errors import UserError
 from entropi.private.compute.folded import sha256_of
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
+from entropi.private.preparation.claims import Claim
 from entropi.private.sessions.drafting import NOTHING, Draft
 from entropi.private.sessions.generation import Answer, Generation
+from entropi.private.sessions.inquiry import usable
 from entropi.private.sessions.material import Material, Size, Taken
 from entropi.private.sessions.memory import memory_for, unread_for
 from entropi.private.sessions.party_handle import Party
@@ -118,6 +120,7 @@ class ClientSession(PartySession):
         self.passes: int | None = None  # logits that prepared material is left for
         self.drafts = 0  # tokens that the server still lets it drop
         self.draft, self.held = NOTHING, 0  # of the latest pass, and how many of these tokens held
+        self.claim: Claim | None = None  # on the ticket that is offered
         self.welcome: Welcome
         self.tokenizer: Encoder
 
@@ -144,11 +147,14 @@ class ClientSession(PartySession):
             table = await self._fetch_table(folder) if welcome.table is not None else None
             ticket, most, passes = await self._ticket(len(welcome.prefix) + len(ids), most)
             length, drafts = len(welcome.prefix) + len(ids) + most, self.drafts
-            await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket, drafts))
-
-            accepted = await self.wait_for_slot()
             used = generation.left if self.turns is not None else most  # passes, at least
-            taken = await self._material(ticket, Size(length - 1 + drafts, used + drafts), accepted)
+            try:
+                await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket, drafts))
+                accepted = await self.wait_for_slot()
+                taken = await self._material(ticket, Size(length - 1 + drafts, used + drafts), accepted)
+            finally:
+                if self.claim is not None:
+                    self.claim.release()
             memory = memory_for(
                 welcome.description,
                 length,
@@ -190,31 +196,40 @@ class ClientSession(PartySession):
         self.material = Material(self.generation.store, self.welcome)
         talks = self.turns is not None
         wanted = self.generation.left if talks else most
-        found = None
-        if self.drafts:
-            size = Size(known + 2 * wanted - 1, 2 * wanted)
-            found = await self.material.fitting(size, self.where, largest=talks)
-        if found is None:
-            found = await self.material.fitting(Size(known + wanted - 1, wanted), self.where, largest=talks)
-        if found is None:
-            if (other := await self.material.fitting(Size(1, 1), self.where, largest=True)) is not None:
-                size = other[1]
+        size = Size(known + wanted - 1, wanted)
+        found = await self.material.fitting(size, self.where)
+        if not found:
+            if smaller := await self.material.fitting(Size(1, 1), self.where):
+                largest = smaller[-1][1]
                 self.status(
-                    f"what is prepared is too small, for {size.tokens} tokens and {size.passes} new ones of these: "
-                    f"{known + wanted - 1} and {wanted} are asked for, and everything is computed now"
+                    f"what is prepared is too small, for {largest.tokens} tokens and {largest.passes} new ones of "
+                    f"these: {size.tokens} and {wanted} are asked for, and everything is computed now"
                 )
             return None, most, 0
-        ticket, size = found
-        room = size.tokens - known + 1
-        if self.drafts:
-            spare = min(room, size.passes) - wanted
-            self.drafts = min(spare // 2 if talks else spare, most)
-            if self.drafts < wanted:
-                self.status(
-                    f"what is prepared has room for {self.drafts} drafts that do not hold, and for {wanted} new tokens "
-                    f"as many may be needed (entropi prepare --draft-tokens): after these there are no more drafts"
-                )
-        return ticket, min(most, room - self.drafts), size.passes
+        if self.drafts and not talks:  # those with room for all drafts that may be dropped come first
+            found.sort(key=lambda one: one[1].tokens < size.tokens + wanted or one[1].passes < 2 * wanted)
+        said: list[str] = []
+        found = await usable(self.material, self.socket, self.where, found[::-1] if talks else found, said.append)
+        for line in said:
+            self.status(line if found else f"{line}; going on without")
+        for ticket, own in found:
+            if (claim := await self.material.claim(ticket, own, self.where)) is not None:
+                self.claim = claim
+                room = own.tokens - known + 1
+                self._share_drafts(min(room, own.passes) - wanted, wanted, most)
+                return ticket, min(most, room - self.drafts), own.passes
+        return None, most, 0
+
+    def _share_drafts(self, spare: int, wanted: int, most: int) -> None:
+        """Note how many drafts may be dropped where material has a place for so many tokens beside the wanted ones."""
+        if not self.drafts:
+            return
+        self.drafts = min(spare // 2 if self.turns is not None else spare, most)
+        if self.drafts < wanted:
+            self.status(
+                f"what is prepared has room for {self.drafts} drafts that do not hold, and for {wanted} new tokens as "
+                "many may be needed (entropi prepare --draft-tokens): after these there are no more drafts"
+            )
 
     async def _material(self, ticket: str | None, size: Size, accepted: Accepted) -> Taken | None:
         """This side's half of the ticket, if the server has taken its own."""
@@ -227,8 +242,8 @@ class ClientSession(PartySession):
             self.generation.prepared_bytes += taken.moved
             self.generation.prepared_seconds += taken.seconds
             return taken
-        await self.material.discard(ticket)
-        self.status(f"{self.where} does not have the other half of what was prepared: going on without")
+        await self.material.discard(ticket)  # which the server had a moment ago, and may have taken
+        self.status(f"{self.where} has lost its half of what was prepared: going on without")
         return None
 
     def prepare(self, generation: Generation) -> None:

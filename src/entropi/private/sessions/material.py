@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import os
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +17,12 @@ from safetensors.numpy import load_file
 
 from entropi.errors import UserError
 from entropi.private.compute.settings import CLIENT, SERVER
+from entropi.private.preparation.claims import Claim
 from entropi.private.preparation.growth import Growth
 from entropi.private.preparation.parts import kept_bytes, parts_for, together
 from entropi.private.preparation.ring import Ring
 from entropi.private.preparation.store import Store
-from entropi.private.preparation.tickets import Binding
+from entropi.private.preparation.tickets import ID_BYTES, Binding, State
 from entropi.private.wire.messages import PROTOCOL_VERSION, Welcome, encode, part_file
 from entropi.records import StageCommunication
 
@@ -61,36 +65,66 @@ class Material:
         )
 
     async def grow(self, ticket: str, size: Size, peer: str) -> Growing:
-        """Begin to prepare a ticket for sessions of up to this size, or go on with it (`UserError`)."""
+        """At the server: begin to prepare a ticket for sessions of up to this size, or go on with it (`UserError`)."""
+        return await asyncio.to_thread(self._grow, bytes.fromhex(ticket), size, peer, None)
+
+    async def begin(self, size: Size, peer: str) -> Growing:
+        """At the client: go on with a ticket of exactly this size on which nobody works, or begin one (`UserError`)."""
 
         def begin() -> Growing:
-            parts = parts_for(self._welcome.description, self._welcome.settings, size.tokens, size.passes)
-            growth = self._store.grow(
-                bytes.fromhex(ticket),
-                self._binding(size, peer),
-                kept_bytes(parts, self._rank) + _TOLD_BYTES * len(parts),
-                reopen=self._rank == SERVER,  # a client that was killed before its own end asks again
-            )
-            return Growing(growth, len(parts), size)
+            binding = self._binding(size, peer)
+            begun = self._store.growing(binding)
+            new = (secrets.token_bytes(ID_BYTES) for _ in itertools.count())
+            for ticket in itertools.chain(begun, new):
+                if (claim := self._store.claim(ticket)) is None:
+                    continue
+                try:
+                    if ticket not in begun or ticket in self._store.growing(binding):
+                        return self._grow(ticket, size, peer, claim)
+                except BaseException:
+                    claim.release()
+                    raise
+                claim.release()  # it was finished meanwhile
+            raise AssertionError
 
         return await asyncio.to_thread(begin)
 
-    async def unfinished(self, size: Size, peer: str) -> str | None:
-        """A ticket that was begun for exactly this size."""
-        found = await asyncio.to_thread(self._store.oldest_growing, self._binding(size, peer))
-        return None if found is None else found.hex()
+    def _grow(self, ticket: bytes, size: Size, peer: str, claim: Claim | None) -> Growing:
+        parts = parts_for(self._welcome.description, self._welcome.settings, size.tokens, size.passes)
+        growth = self._store.grow(
+            ticket,
+            self._binding(size, peer),
+            kept_bytes(parts, self._rank) + _TOLD_BYTES * len(parts),
+            reopen=self._rank == SERVER,  # a client that was killed before its own end asks again
+        )
+        return Growing(growth, len(parts), size, claim)
 
-    async def fitting(self, size: Size, peer: str, *, largest: bool = False) -> tuple[str, Size] | None:
-        """The smallest ticket, or the largest, with material for a session of this size, and its own size."""
+    async def fitting(self, size: Size, peer: str) -> list[tuple[str, Size]]:
+        """Tickets with material for a session of this size, and their own sizes, the smallest first."""
         found = await asyncio.to_thread(self._store.ready, self._binding(size, peer))
-        if not found:
-            return None
-        binding, ticket = found[-1 if largest else 0]
-        return ticket.hex(), Size(binding.tokens, binding.passes)
+        return [(ticket.hex(), Size(binding.tokens, binding.passes)) for binding, ticket in found]
 
-    async def count(self, size: Size, peer: str) -> int:
-        """How many tickets have material for a session of this size."""
-        return len(await asyncio.to_thread(self._store.ready, self._binding(size, peer)))
+    async def claim(self, ticket: str, size: Size, peer: str) -> Claim | None:
+        """Keep other sessions of this user from a ticket that is still ready; None if it is not, or one has it."""
+
+        def claim() -> Claim | None:
+            if (found := self._store.claim(bytes.fromhex(ticket))) is None:
+                return None
+            try:
+                if any(one.hex() == ticket for _, one in self._store.ready(self._binding(size, peer))):
+                    return found
+            except BaseException:
+                found.release()
+                raise
+            found.release()
+            return None
+
+        return await asyncio.to_thread(claim)
+
+    async def held(self, tickets: Sequence[str], peer: str) -> list[State]:
+        """What a client may count on of its tickets, see `State`."""
+        ids = [bytes.fromhex(ticket) for ticket in tickets]
+        return await asyncio.to_thread(self._store.states, ids, self._binding(Size(1, 1), peer))
 
     async def take(self, ticket: str, size: Size, peer: str) -> Taken:
         """The material of a ticket, which from then on is nowhere else (`UserError`)."""
@@ -113,9 +147,9 @@ class Material:
             except UserError as error:
                 log.error("expired material could not be destroyed: %s", error)
 
-    async def discard(self, ticket: str) -> None:
-        """Destroy a ticket whose other half is gone."""
-        await asyncio.to_thread(self._store.discard, bytes.fromhex(ticket))
+    async def discard(self, *tickets: str, peer: str | None = None) -> int:
+        """Destroy tickets, those of one client alone where its name is given; how many there were."""
+        return await asyncio.to_thread(self._store.discard, *map(bytes.fromhex, tickets), peer=peer)
 
 
 @dataclass(frozen=True)
@@ -134,10 +168,34 @@ class Taken:
 
 
 class Growing:
-    """A ticket while its parts are computed, in their order."""
+    """A ticket while its parts are computed, in their order.
 
-    def __init__(self, growth: Growth, total: int, size: Size) -> None:
-        self._growth, self.total, self.size = growth, total, size
+    Args:
+        claim: on the ticket, at the client; see `release`.
+    """
+
+    def __init__(self, growth: Growth, total: int, size: Size, claim: Claim | None = None) -> None:
+        self._growth, self._claim, self.total, self.size = growth, claim, total, size
+        self._set_up_bytes, self._set_up_seconds = 0, 0.0
+
+    @property
+    def ticket(self) -> str:
+        return self._growth.ticket.hex()
+
+    def release(self) -> None:
+        """Let others of this user go on with the ticket."""
+        if self._claim is not None:
+            self._claim.release()
+
+    async def expire_within(self, seconds: float) -> float:
+        """Let the ticket expire so many seconds from now, if it would later; how many seconds it has then."""
+        return await asyncio.to_thread(self._growth.expire_within, seconds)
+
+    def note(self, cost: StageCommunication) -> None:
+        """Count an operation with the next part that is added, if it is the set-up and so of no part."""
+        if cost.name == "setup":
+            self._set_up_bytes += cost.bytes
+            self._set_up_seconds += cost.seconds
 
     async def done(self) -> int:
         """How many parts are there, from the first on without a gap."""
@@ -153,12 +211,14 @@ class Growing:
 
         def keep() -> None:
             path = folder / part_file(number)
-            told = np.array([self.size.tokens, self.size.passes, cost.bytes, round(cost.seconds * 1e3)], np.uint64)
+            moved, seconds = cost.bytes + self._set_up_bytes, cost.seconds + self._set_up_seconds
+            told = np.array([self.size.tokens, self.size.passes, moved, round(seconds * 1e3)], np.uint64)
             arrays = {**load_file(path), _TOLD: told}
             os.unlink(path)  # first: whoever is killed here leaves no copy of what the store has
             self._growth.add(_name(number), arrays)
 
         await asyncio.to_thread(keep)
+        self._set_up_bytes, self._set_up_seconds = 0, 0.0
 
     async def finish(self) -> None:
         """All parts are there."""

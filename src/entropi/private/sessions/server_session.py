@@ -28,10 +28,12 @@ from entropi.private.sessions.party_handle import GRACE_SECONDS, PREPARING_GRACE
 from entropi.private.sessions.server_state import ServerState
 from entropi.private.wire.certificates import Peer
 from entropi.private.wire.messages import (
+    MAX_INQUIRIES,
     PROTOCOL_VERSION,
     Accepted,
     Event,
     Failed,
+    Held,
     Hello,
     Job,
     Linked,
@@ -43,6 +45,7 @@ from entropi.private.wire.messages import (
     Revealed,
     StageDone,
     Start,
+    Tickets,
     encode,
 )
 from entropi.private.wire.server_channel import (
@@ -165,7 +168,7 @@ async def _talk(
         raise Refusal(f"versions differ: the server speaks protocol {PROTOCOL_VERSION} on engine {engine_version()}")
 
     await leave_in_time(_greet(request, state.greeting), WELCOME_SECONDS)
-    start: Start | Prepare = await receive(socket, Start, Prepare, timeout=START_SECONDS)
+    start = await _first_request(socket, name, session_log, state)
     if start.digest != state.digest:
         raise Refusal("the description of the model that reached the client is not the server's")
     if isinstance(start, Start):
@@ -193,6 +196,37 @@ async def _talk(
             raise SessionError("the session's time limit was reached") from None
         finally:
             state.counters.session_seconds += time.monotonic() - began
+
+
+async def _first_request(
+    socket: web.WebSocketResponse, name: str, session_log: SessionLog, state: ServerState
+) -> Start | Prepare:
+    """What a client wants, which may ask before what is left of its tickets, a bounded number of times."""
+    for left in range(MAX_INQUIRIES, -1, -1):
+        request: Start | Prepare | Tickets = await receive(socket, Start, Prepare, Tickets, timeout=START_SECONDS)
+        if not isinstance(request, Tickets):
+            return request
+        if left:
+            await send(socket, await held(request, name, session_log, state))
+    raise Refusal("too many tickets were asked for over one connection")
+
+
+async def held(request: Tickets, name: str, session_log: SessionLog, state: ServerState) -> Held:
+    """What this side has of a client's tickets, after it has destroyed it where that is asked for.
+
+    Args:
+        name: in the client's certificate; of tickets that are not this client's nothing is destroyed, and nothing told.
+    """
+    if state.material is None:
+        return Held(None)
+    try:
+        if request.destroy:
+            count = await state.material.discard(*request.tickets, peer=name)
+            session_log.info("destroyed %d prepared sessions, as the client asked for", count)
+        return Held(list(await state.material.held(request.tickets, name)))
+    except UserError as error:  # a client keeps what is unknown, and goes on without
+        session_log.warning("without prepared material: %s", error)
+        return Held(["unknown"] * len(request.tickets))
 
 
 def _check_length(start: Start, state: ServerState) -> None:
@@ -264,13 +298,15 @@ class Session:
             growing = await self.state.material.grow(request.ticket, size, self.client)
             done = min(await growing.done(), request.parts)
             await growing.go_back(done)
+            left = await growing.expire_within(request.expires_in)
         except UserError as error:
             raise Refusal(str(error)) from None
         self.log.info("preparing %d tokens, from part %d of %d on", request.tokens, done, growing.total)
         asked = dict(material_tokens=request.tokens, material_passes=request.passes)
         job = self._job(prepares=True, first_part=done, **asked)
         memory = memory_for(self.state.welcome.description, request.tokens, self.state.limits.memory_gb, prepares=True)
-        await self._compute(job, memory, Accepted(job.session, parts=done), Asking(0), growing=growing)
+        accepted = Accepted(job.session, parts=done, expires_in=max(left, 1.0))
+        await self._compute(job, memory, accepted, Asking(0), growing=growing)
 
     async def _take(self, start: Start, size: Size) -> Taken | None:
         """This side's half of the ticket that the client offers; None where there is none, and the client is told."""
@@ -462,6 +498,8 @@ async def _watch_party(
                 assert growing is not None
                 await growing.add(number, folder, communication)
             case StageDone(communication):
+                if growing is not None:
+                    growing.note(communication)
                 sent, received = sent + communication.sent_bytes, received + communication.received_bytes
                 state.counters.sent_bytes += communication.sent_bytes
                 state.counters.received_bytes += communication.received_bytes

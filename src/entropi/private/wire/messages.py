@@ -18,6 +18,8 @@ MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
 MAX_TOKENS = 1 << 14
 MAX_DRAFT = 16  # tokens of one pass
+MAX_TICKETS = 50  # in one message, which is shorter than `MAX_CLIENT_MESSAGE` then
+MAX_INQUIRIES = 20  # over one connection
 
 Text = Annotated[str, msgspec.Meta(max_length=300)]
 Address = Annotated[str, msgspec.Meta(max_length=120)]
@@ -26,6 +28,7 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 PartCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 DraftCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFT)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=31 * 86_400)]
 
 
 # Control channel, client to server: text messages of a WebSocket. Its binary messages are the engines' (`tunnel`).
@@ -56,15 +59,23 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 class Prepare(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Ask for a session that prepares material for a later one of at most `tokens` tokens, the public prefix included.
 
-    And of at most so many `passes`: tokens of the answers. `ticket` is the material's name; the client has the first
-    `parts` parts of it already.
+    And of at most so many `passes`: tokens of the answers. `ticket` is the material's name, which the client keeps for
+    so many seconds from now on; it has the first `parts` parts of it already.
     """
 
     tokens: TokenCount
     passes: TokenCount
     digest: Digest
     ticket: SessionId
+    expires_in: Seconds
     parts: PartCount = 0
+
+
+class Tickets(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Ask, before anything is begun, what the server has of these tickets of this client; or to `destroy` it first."""
+
+    tickets: Annotated[list[SessionId], msgspec.Meta(min_length=1, max_length=MAX_TICKETS)]
+    destroy: bool = False
 
 
 class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -79,7 +90,7 @@ class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     kept: DraftCount = 0
 
 
-FromClient: TypeAlias = Hello | Start | Prepare | Next
+FromClient: TypeAlias = Hello | Start | Prepare | Tickets | Next
 
 
 # Control channel, server to client.
@@ -112,6 +123,16 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
         return hashlib.sha256(encode(self)).hexdigest()
 
 
+class Held(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """What the server has of the tickets that were asked for, in their order; None where it keeps no material at all.
+
+    Its half of a ticket is ready to be taken; is for other weights or settings than it serves now; was there, and never
+    will be again; or it knows nothing of it, and another server may have it.
+    """
+
+    states: Annotated[list[Literal["ready", "other", "gone", "unknown"]], msgspec.Meta(max_length=MAX_TICKETS)] | None
+
+
 class Queued(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """All slots are taken; so many other clients will be served before this one."""
 
@@ -122,12 +143,14 @@ class Accepted(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """The session begins; `session` marks the engines' messages.
 
     `prepared` if the server has taken its half of the ticket that was offered; where material is prepared, `parts` are
-    those that both sides have.
+    those that both sides have, and the server keeps it for so many seconds from now on, which are no more than the
+    client's.
     """
 
     session: SessionId
     prepared: bool = False
     parts: PartCount = 0
+    expires_in: Seconds | None = None
 
 
 class Prepared(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -140,7 +163,7 @@ class Refused(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     reason: Text
 
 
-FromServer: TypeAlias = Welcome | Queued | Accepted | Prepared | Refused
+FromServer: TypeAlias = Welcome | Held | Queued | Accepted | Prepared | Refused
 
 
 # Between a process and the party it started, over pipes.

@@ -19,6 +19,7 @@ from entropi.private.wire.messages import (
     Next,
     Prepare,
     Start,
+    Tickets,
     decode_from_client,
     encode,
 )
@@ -88,7 +89,7 @@ async def leave_in_time(sending: Awaitable[object], seconds: float = SEND_SECOND
         raise ClientLeft(f"the client took nothing for {seconds:g} s") from None
 
 
-M = TypeVar("M", bound=Hello | Start | Prepare | Next)
+M = TypeVar("M", bound=Hello | Start | Prepare | Tickets | Next)
 
 
 async def receive(socket: web.WebSocketResponse, *kinds: type[M], timeout: float) -> M:
