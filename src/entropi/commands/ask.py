@@ -108,8 +108,7 @@ def run(
     check_parents(logits)
     check_run_folder(record)
 
-    check = None
-    chat = chat or system_prompt is not None
+    check, chat = None, chat or system_prompt is not None
     if canary and (chat or draft != "off"):
         raise UserError(f"the canary's prompt is no chat: give either --canary or {'--chat' if chat else '--draft'}")
     if canary:
