@@ -18,7 +18,11 @@ from entropi.records import CountRecord
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 SEQ_LEN = 128
-SHORT = {"softmax": "SM", "layernorm": "LN", "rmsnorm": "RMS", "gelu": "G", "relu": "R", "leaky_relu": "LeakyR"}
+SHORT = {"softmax": "SM", "powers": "Pow", "layernorm": "LN", "rmsnorm": "RMS"} | {
+    "gelu": "G",
+    "relu": "R",
+    "leaky_relu": "LeakyR",
+}
 
 
 def rows() -> list[tuple[str, CountRecord, CountRecord]]:

@@ -17,9 +17,11 @@ def make(queries, keys, width, dtype=torch.float32, batch=2, heads=3, seed=0, va
 
 
 def squared(iterations):
-    """Options for the exact softmax (None), the power of t squarings (t) or the polynomial (-t)."""
+    """Options for the exact softmax (None), the power of t squarings (t), the polynomial (-t), or a form's text."""
     if iterations is None:
         return {}
+    if isinstance(iterations, str):
+        return {"softmax": iterations}
     return {"softmax": SoftmaxForm("power" if iterations > 0 else "polynomial", abs(iterations))}
 
 

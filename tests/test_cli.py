@@ -127,7 +127,10 @@ def test_no_command():
         (["cost", "--architecture", "./none/of/these"], ["there is no file or folder none/of/these"]),
         (
             ["cost", "--softmax", "power-9"],
-            ["--softmax must be quartic, power-1 to power-8 or polynomial-1 to polynomial-8, got 'power-9'"],
+            [
+                "--softmax must be quartic, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys, "
+                "got 'power-9'"
+            ],
         ),
         (["cost", "--prefix-tokens", "1", "--seq-len", "0"], ["seq_len is 0"]),
         (["cost", "--compare", "SM", "LSTM"], ["unknown architecture 'LSTM'"]),
@@ -142,7 +145,7 @@ def test_no_command():
         (["cost", "--record"], ["--record needs --architecture with one run folder"]),
         (
             ["cost", "--architecture", "LSTM"],
-            ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM or SM(t); "],
+            ["unknown architecture 'LSTM': it begins with 'LSTM' ", "legal are SM, SM(t), Pow or Pow(t); "],
         ),
     ],
     ids=" ".join,

@@ -33,6 +33,7 @@ from entropi.records import (
     StudyClaim,
     StudyRow,
     StudyRun,
+    TaperSnapshot,
     TrainingStep,
 )
 
@@ -78,6 +79,14 @@ EXAMPLES: list[Record] = [
     started(),
     step(1),
     EntropySnapshot(step=1, entropy=[[1.0, 2.0], [0.1, 0.25]], threshold=[[0.5, 0.5], [0.5, 0.5]], temperature=None),
+    TaperSnapshot(
+        step=1,
+        stage="norm",
+        gates={"norm": [1.0, 0.5], "final_norm": [1.0]},
+        distance=[[0.0, 0.1], [0.2, 0.3]],
+        divergence=0.01,
+        hidden=None,
+    ),
     evaluation(10),
     SkippedUpdate(step=4, reason='step 4: "quoted", with a\nline break'),
     RolledBack(step=100, from_step=140, reason="step 140: the gradient is not finite", rate_factor=0.5),

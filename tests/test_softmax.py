@@ -17,9 +17,11 @@ from entropi.softmax import (
     parse_of_model,
 )
 
+POSSIBLE = "softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys"
 FORMS = [
-    SoftmaxForm(name, iterations)
+    SoftmaxForm(name, iterations, divisor)
     for name, kind in KINDS.items()
+    for divisor in kind.divisors
     for iterations in range(bool(kind.most), kind.most + 1)
 ]
 
@@ -37,28 +39,41 @@ def test_texts_are_those_of_files():
         "power-2",
         "polynomial-1",
     ]
-    assert len({str(form) for form in FORMS}) == len(FORMS) == 1 + 1 + 16 + 8
+    assert str(SoftmaxForm("polynomial", 2, "keys")) == "polynomial-2/keys"
+    assert str(SoftmaxForm("polynomial", 2, "keys").over_sum) == "polynomial-2"
+    assert len({str(form) for form in FORMS}) == len(FORMS) == 1 + 1 + 16 + 8 + 8
 
 
 @pytest.mark.parametrize(
-    "text", ["power-02", "power-2 ", "Power-2", "power--2", "power-1e1", "power-٣", "exact-0", "\n"]
+    "text",
+    [
+        "power-02",
+        "power-2 ",
+        "Power-2",
+        "power--2",
+        "power-1e1",
+        "power-٣",
+        "exact-0",
+        "\n",
+        "polynomial-1/sum",
+        "/keys",
+    ],
 )
 def test_a_form_has_one_text(text):
-    with pytest.raises(
-        UserError, match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8, got"
-    ):
+    with pytest.raises(UserError, match=POSSIBLE):
         SoftmaxForm.parse(text)
 
 
 @pytest.mark.parametrize(
-    ("kind", "iterations"),
-    [("exact", 1), ("power", 0), ("power", 17), ("polynomial", 9), ("power", 2.0), ("power", True), ("cubic", 2)],
+    "form",
+    [
+        *(("exact", 1), ("power", 0), ("power", 17), ("polynomial", 9), ("power", 2.0), ("power", True), ("cubic", 2)),
+        *(("exact", 0, "keys"), ("power", 2, "keys"), ("polynomial", 2, "values")),
+    ],
 )
-def test_there_are_no_other_forms(kind, iterations):
-    with pytest.raises(
-        UserError, match="softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8, got"
-    ):
-        SoftmaxForm(kind, iterations)
+def test_there_are_no_other_forms(form):
+    with pytest.raises(UserError, match=POSSIBLE):
+        SoftmaxForm(*form)
 
 
 def test_refusals_are_one_short_line():
@@ -77,7 +92,7 @@ def test_models_and_servers_have_fewer():
         parse_of_model("quartic")
     with pytest.raises(UserError, match=r"softmax must be exact, power-1 to power-16 or .*, got 'quartic'"):
         parse_of_attention("quartic")
-    for text in ("exact", "power-9", "polynomial-1"):
+    for text in ("exact", "power-9", "polynomial-1", "polynomial-1/keys"):
         with pytest.raises(UserError, match=f"--softmax must be quartic or power-1 to power-8, got '{text}'"):
             parse_for_exact(text, "--softmax")
 
@@ -93,6 +108,10 @@ def test_words():
         "t=8",
         "polynomial t=1",
     ]
+    over_keys = SoftmaxForm.parse("polynomial-1/keys")
+    assert over_keys.words == "polynomial kernel t=1 over the number of keys"
+    assert over_keys.label == "polynomial t=1/keys"
+    assert over_keys.formula == "(1 + x/2)^2 of the logit itself, nothing compared, over the number of keys"
     assert [SoftmaxForm.parse(text).formula for text in ("power-3", "polynomial-1")] == [
         "(1 + x/8)^8 of the distance to the row's largest logit",
         "(1 + x/2)^2 of the logit itself, nothing compared",
@@ -155,13 +174,16 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("kind", [name for name, known in KINDS.items() if known.trained])
-def test_every_kind_has_its_formula(kind, implementation):
+@pytest.mark.parametrize(
+    ("kind", "divisor"), [(name, over) for name, known in KINDS.items() if known.trained for over in known.divisors]
+)
+def test_every_kind_has_its_formula(kind, divisor, implementation):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
-    form = SoftmaxForm(kind, min(3, KINDS[kind].most))
+    form = SoftmaxForm(kind, min(3, KINDS[kind].most), divisor)
     found, _ = entropy_attention(
         query, key, value, is_causal=False, scale=2.0, softmax=form, implementation=implementation
     )
     weights = FORMULAS[kind](2.0 * query @ key.transpose(-1, -2), form.iterations)
-    torch.testing.assert_close(found, weights / weights.sum(-1, keepdim=True) @ value)
+    divided_by = weights.sum(-1, keepdim=True) if divisor == "sum" else 5
+    torch.testing.assert_close(found, weights / divided_by @ value)

@@ -54,6 +54,8 @@ class RunStarted(Base, tag="run"):
     tokenizer_hash: str = ""  # SHA-256; empty in runs begun before it was recorded
     corpus_sources: list[CorpusSource] = []  # where they are known
     resumed_at: int = 0  # the step whose checkpoint was taken up; 0 for a fresh start
+    teacher: str = ""  # of a tapering, the model that it began as
+    teacher_hash: str = ""  # SHA-256 over its configuration and weights
 
 
 class TrainingStep(Base, tag="step"):
@@ -74,6 +76,17 @@ class EntropySnapshot(Base, tag="entropy"):
     entropy: Matrix  # (L, H), nats
     threshold: Matrix | None = None  # (L, H), fraction of the maximum entropy (Algorithm 1, theta)
     temperature: Matrix | None = None  # (L, H), mean over positions
+
+
+class TaperSnapshot(Base, tag="taper"):
+    """Where a tapering stands at a step, and how far the model is from its teacher, before its update."""
+
+    step: int
+    stage: str  # the operation that leaves: "activation", "norm", "softmax", "final_norm"; "before", "after" all
+    gates: dict[str, list[float]]  # by operation, 1 to 0 for each layer; of the final norm one
+    distance: Matrix  # (L, H), nats, mean over rows of the difference of a row's entropies
+    divergence: float  # nats per token, Kullback-Leibler, of the next token's distribution from the teacher's
+    hidden: float | None  # relative mean square of the difference of hidden states; None where it has no weight
 
 
 class Evaluation(Base, tag="evaluation"):
@@ -140,7 +153,9 @@ class AttentionPattern(Base, tag="attention"):
 class OperationCount(msgspec.Struct, kw_only=True):
     """`count` evaluations of a nonlinear operation on tensors of shape `shape`."""
 
-    operation: str  # "softmax", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu"
+    operation: (
+        str  # "softmax", "powers", "layernorm", "rmsnorm", "gelu", "relu", "leaky_relu", "square", "bilinear", "swiglu"
+    )
     count: int
     shape: tuple[int, int]
 
@@ -172,6 +187,7 @@ OPERATIONS = {
     "exp": "what stands for the exponential: the softmax kernel (1 + x/2^t)^(2^t), or the quartic exponential",
     "values": "attention weights times values, and the sum of every row of weights; prepared, the division by it too",
     "normalise": "the softmax's division by those sums",
+    "average": "the weighted values over the number of keys, which is public: nothing is divided",
     "output": "the heads' results put together: one matrix product",
     "ffn": "matrix products of the feed-forward network",
     "activation": "the feed-forward network's nonlinearity",
@@ -513,6 +529,7 @@ Record: TypeAlias = (
     RunStarted
     | TrainingStep
     | EntropySnapshot
+    | TaperSnapshot
     | Evaluation
     | SkippedUpdate
     | RolledBack

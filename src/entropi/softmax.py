@@ -1,11 +1,14 @@
 """The forms of a softmax: which function stands in the exponential's place, by one name everywhere.
 
-| text | weight of a key, before it is divided by its row's sum |
+| text | weight of a key, before it is divided |
 |---|---|
 | `exact` | exp(s) of the logit s |
 | `quartic` | exp(x) to 0.0002 of the distance x to the row's largest logit, by two quartics; in private only |
 | `power-t` | (1 + x / 2^t)^(2^t) of the distance x to the row's largest logit, clipped |
 | `polynomial-t` | (1 + s / 2^t)^(2^t) of the logit s itself; nothing is compared |
+| `polynomial-t/keys` | the same, divided by the number of keys that the row sees, which is public; no softmax |
+
+Weights are divided by their row's sum, but for the last form. Its entropy is that of the weights divided by their sum.
 
 Configurations, recipes, messages and the command line hold the text. A further form is an entry of `KINDS`, and its
 mathematics in `entropi.entropy.secure_softmax` and `entropi.private.compute`.
@@ -13,12 +16,15 @@ mathematics in `entropi.entropy.secure_softmax` and `entropi.private.compute`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from entropi.errors import UserError
+
+Divisor: TypeAlias = Literal["sum", "keys"]  # what a row's weights are divided by: their sum, or how many they are
 
 
 class Kind(NamedTuple):
@@ -26,12 +32,13 @@ class Kind(NamedTuple):
 
     words: str  # before "t=3"
     label: str  # likewise, short enough to stand beside a figure
-    formula: str  # of a weight before it is divided by its row's sum, {n} being 2^t
+    formula: str  # of a weight before it is divided, {n} being 2^t
     most: int  # t that attention takes, the least is 1; 0 where there is no t
     most_in_models: int  # more squarings than fixed-point arithmetic has use for are not for models
     trained: bool  # models may be trained with it
     stands_for_exact: bool  # private inference may evaluate it for models trained with the exact softmax
     of_distance: bool  # weights are of the distance to the row's largest logit: T divides it, and the sum is 1 or more
+    divisors: tuple[Divisor, ...] = ("sum",)  # a number of keys is for weights that nothing has made small before
 
 
 KINDS = {
@@ -66,6 +73,7 @@ KINDS = {
         trained=True,
         stands_for_exact=False,
         of_distance=False,
+        divisors=("sum", "keys"),
     ),
 }
 
@@ -77,21 +85,29 @@ class SoftmaxForm:
     Attributes:
         kind: a name of `KINDS`: "exact", "quartic", "power" or "polynomial".
         iterations: t, the number of squarings; 0 where the kind has none.
+        divisor: what a row's weights are divided by: their "sum", or the number of "keys" that the row sees.
 
     Raises:
-        UserError: another kind, or an impossible t; lists what is possible.
+        UserError: another kind, an impossible t, or a divisor that the kind does not have; lists what is possible.
     """
 
     kind: str = "exact"
     iterations: int = 0
+    divisor: Divisor = "sum"
 
     def __post_init__(self) -> None:
         kind = KINDS.get(self.kind)
-        if kind is None or type(self.iterations) is not int or not bool(kind.most) <= self.iterations <= kind.most:
+        if (
+            kind is None
+            or type(self.iterations) is not int
+            or not bool(kind.most) <= self.iterations <= kind.most
+            or self.divisor not in kind.divisors
+        ):
             raise _refusal("softmax", str(self), {name: known.most for name, known in KINDS.items()})
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.iterations}" if self.iterations else self.kind
+        text = f"{self.kind}-{self.iterations}" if self.iterations else self.kind
+        return text if self.divisor == "sum" else f"{text}/{self.divisor}"
 
     @classmethod
     def parse(cls, text: SoftmaxForm | str) -> SoftmaxForm:
@@ -112,10 +128,24 @@ class SoftmaxForm:
     def of_distance(self) -> bool:
         """Whether weights depend on the distance to the row's largest logit alone.
 
-        Where they do not, no logits are compared in private, a temperature is an offset of the logits, and the mean
-        weight of a row may be of any size.
+        Where they do not, no logits are compared in private, and the mean weight of a row may be of any size.
         """
         return KINDS[self.kind].of_distance
+
+    @property
+    def over_keys(self) -> bool:
+        """Whether weights are divided by their number, which is public, and not by their sum."""
+        return self.divisor == "keys"
+
+    @property
+    def over_sum(self) -> SoftmaxForm:
+        """The form of the same weights divided by their sum, which all is of that speaks of a row's distribution."""
+        return replace(self, divisor="sum")
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether a temperature is an offset of the logits: where weights may be multiplied by anything."""
+        return not self.of_distance and not self.over_keys
 
     @property
     def stands_for_exact(self) -> bool:
@@ -125,22 +155,35 @@ class SoftmaxForm:
     @property
     def words(self) -> str:
         """For people: "softmax kernel t=8"."""
-        return KINDS[self.kind].words + (f" t={self.iterations}" if self.iterations else "")
+        over = " over the number of keys" if self.over_keys else ""
+        return KINDS[self.kind].words + (f" t={self.iterations}" if self.iterations else "") + over
 
     @property
     def label(self) -> str:
         """The same, short enough to stand beside a figure: "t=8"."""
-        return " ".join(filter(None, (KINDS[self.kind].label, f"t={self.iterations}" if self.iterations else "")))
+        label = " ".join(filter(None, (KINDS[self.kind].label, f"t={self.iterations}" if self.iterations else "")))
+        return label + ("/keys" if self.over_keys else "")
 
     @property
     def formula(self) -> str:
-        """The weight of a key, before it is divided by its row's sum: "(1 + x/4)^4 of ..."."""
-        return KINDS[self.kind].formula.replace("{n}", str(2**self.iterations))
+        """The weight of a key, before it is divided: "(1 + x/4)^4 of ..."."""
+        over = ", over the number of keys" if self.over_keys else ""
+        return KINDS[self.kind].formula.replace("{n}", str(2**self.iterations)) + over
 
 
 EXACT = SoftmaxForm()
+OVER_KEYS = SoftmaxForm("polynomial", 1, "keys")  # of architectures of powers for which nobody says another
 FORMER = ("exp_iterations", "polynomial")  # settings of older files, see `from_former`
 USUAL_FOR_EXACT = "quartic"  # which private inference evaluates for models trained with the exact softmax
+
+
+def share_scale(positions: int) -> float:
+    """K of the public K / n by which a row's sum over n keys is multiplied in private; its weights are K times smaller.
+
+    As a fixed-point number 1 / n would be wrong by a share of up to n / 2^19 at 18 fraction bits, 0.2 % of 1,024 keys;
+    but what short rows are wrong by grows with K. This one of the `positions` makes the former 0.02 % at 1,024.
+    """
+    return max(1.0, math.sqrt(positions) / 4)
 
 
 def parse_of_model(text: str) -> SoftmaxForm:
@@ -207,13 +250,18 @@ def from_former(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parsed(text: object, name: str, most: Mapping[str, int]) -> SoftmaxForm:
     """The form of a text, if it is one of those with t up to `most` of their kind."""
-    found = re.fullmatch(r"([a-z]+)(?:-([1-9][0-9]?))?", text) if isinstance(text, str) else None
+    found = re.fullmatch(r"([a-z]+)(?:-([1-9][0-9]?))?(/keys)?", text) if isinstance(text, str) else None
     kind, iterations = (found[1], int(found[2] or 0)) if found else ("", 0)
-    if kind not in most or not bool(most[kind]) <= iterations <= most[kind]:
+    divisor: Divisor = "keys" if found and found[3] else "sum"
+    if kind not in most or not bool(most[kind]) <= iterations <= most[kind] or divisor not in KINDS[kind].divisors:
         raise _refusal(name, text, most)
-    return SoftmaxForm(kind, iterations)
+    return SoftmaxForm(kind, iterations, divisor)
 
 
 def _refusal(name: str, got: object, most: Mapping[str, int]) -> UserError:
-    *first, last = (f"{kind}-1 to {kind}-{iterations}" if iterations else kind for kind, iterations in most.items())
+    *first, last = (
+        (f"{kind}-1 to {kind}-{iterations}" if iterations else kind)
+        + (" with or without /keys" if "keys" in KINDS[kind].divisors else "")
+        for kind, iterations in most.items()
+    )
     return UserError(f"{name} must be {' or '.join(filter(None, (', '.join(first), last)))}, got {str(got)[:60]!r}")

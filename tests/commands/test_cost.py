@@ -159,7 +159,28 @@ def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.Captur
     softmax, squares, fourth = predicted
     assert squares["bytes"] < fourth["bytes"] < softmax["bytes"]
     assert squares["rounds"] < 0.7 * softmax["rounds"]
-    with pytest.raises(UserError, match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8"):
+
+    assert main([*words, "--softmax", "polynomial-1"]) == 0
+    assert "powers of logits over the number of keys (Pow(t)+ScFuFFN): no division" in capsys.readouterr().out
+    words[2] = "Pow(t)+ScFuFFN"
+    assert main([*words, "--json"]) == 0
+    over_keys = json.loads(capsys.readouterr().out)["prediction"]
+    names = {operation["name"] for operation in over_keys["prompt"]["operations"]}
+    assert names == {"embedding", "qkv", "temperature", "scores", "power", "values", "average", "output", "head"}
+    assert over_keys["softmax"] == "polynomial-1/keys"
+    assert over_keys["further"]["total"]["rounds"] < 0.5 * predictions[1]["further"]["total"]["rounds"]
+    assert main([*words, "--softmax", "polynomial-2/keys"]) == 0
+    assert "polynomial kernel t=2 over the number of keys" in capsys.readouterr().out
+    words[2] = "Pow+LN+G"
+    assert main(words) == 0
+    assert "attention only (Pow+ScFuFFN)" in capsys.readouterr().out
+    words[2] = "SM(t)+ScFuFFN"
+    assert main([*words, "--softmax", "polynomial-1/keys"]) == 2
+    assert "softmax polynomial-1/keys is for architectures that begin with Pow" in capsys.readouterr().err
+    with pytest.raises(
+        UserError,
+        match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys",
+    ):
         Shape(softmax="polynomial")
 
 

@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
+import torch
 
 from command_line import TINY, Done, assert_refused, spawn
 from entropi import record_files, records
@@ -46,6 +49,32 @@ def test_recipe_file_and_options_that_override_it(entropi: Callable[..., Done], 
     again = entropi("train", tmp_path / "run", "--config", tmp_path / "run" / "config.yaml")
     assert again.status == 0
     assert "nothing to do" in again.err
+
+
+def test_nothing_but_products_is_trained_folded_and_the_same_in_private(
+    entropi: Callable[..., Done], tmp_path: Path, corpus: Path
+):
+    pytest.importorskip("jax")
+    from entropi.model.folding import fold
+    from entropi.private.compute.description import Description
+    from entropi.private.compute.program import forward, run_plain
+    from entropi.training.loading import open_model
+
+    words = ["--architecture", "Pow(t)+ScFuFFN", "--optimizer", "muon", "--steps", "30"]
+    done = entropi("train", tmp_path / "run", "--corpus", corpus, *TINY, *words)
+    assert done.status == 0, done
+    recipe = load_recipe(tmp_path / "run" / "config.yaml")
+    assert (recipe.softmax, recipe.final_norm) == ("polynomial-1/keys", False)
+    model, *_ = open_model(tmp_path / "run")
+    folded = fold(model.eval())
+    description = msgspec.convert(folded.description, Description)
+    stages = {stage.name for stage in forward(description, 3, 0, "power-3", embedding="public")}
+    assert stages == {"embedding", "qkv", "temperature", "scores", "power", "values", "average", "output", "head"}
+    prompt = list(range(10))
+    (_, (logits,)) = run_plain(description, folded.weights, prompt, 1, "power-3")
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].float().numpy()
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
 
 
 def test_recipe_file_with_mistakes_tells_all(entropi: Callable[..., Done], tmp_path: Path):

@@ -30,6 +30,8 @@ from two_engines import metered_session
 
 MODELS = {
     "SM+ScFuFFN": dict(layers=3, heads=4, key_value_heads=4, hidden_size=64, softmax="polynomial-1"),
+    "Pow+ScFuFFN": dict(layers=2, heads=4, key_value_heads=4, hidden_size=64, softmax="polynomial-1/keys",
+                        final_norm="none", centre=False),
     "SM+LN+G": dict(layers=2, heads=3, key_value_heads=3, hidden_size=96, norm="rms", activation="gelu",
                     intermediate_size=384, centre=False),
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",

@@ -10,7 +10,7 @@ from entropi.entropy import attention, secure_softmax
 from entropi.entropy.attention import entropy_attention
 from entropi.entropy.diagnosis import diagnose
 from entropi.entropy.patterns import attention_pattern
-from entropi.entropy.regularizer import EntropyRegularizer, entropy_penalty
+from entropi.entropy.regularizer import EntropyRegularizer, entropy_distance_penalty, entropy_penalty
 from entropi.softmax import SoftmaxForm
 from exactness import squared
 
@@ -39,13 +39,17 @@ def definition(query, key, value, visible, temperature=None, iterations=None, so
                     logits = softcap * torch.tanh(logits / softcap)
                 if sinks is not None:
                     logits = torch.cat([logits, sinks[b, h, i, None]])
-                p = torch.softmax(logits, dim=0)
+                p = shares = torch.softmax(logits, dim=0)
                 if iterations is not None:
-                    n = 2 ** abs(iterations)
-                    x = (logits - logits.max()).clamp(min=-0.9 * n) if iterations > 0 else logits
+                    over_keys = isinstance(iterations, str)
+                    t = -SoftmaxForm.parse(iterations).iterations if over_keys else iterations
+                    n = 2 ** abs(t)
+                    x = (logits - logits.max()).clamp(min=-0.9 * n) if t > 0 else logits
                     weights = (1 + x / n) ** n
-                    p = weights / weights.sum()
-                output[b, h, i] = p[: len(seen)] @ value[b, h, seen]
+                    p = shares = weights / weights.sum()
+                    if over_keys:
+                        shares = weights / len(seen)
+                output[b, h, i] = shares[: len(seen)] @ value[b, h, seen]
                 entropy[b, h, i] = -(p * p.log()).sum()
     return output, entropy
 
@@ -77,7 +81,7 @@ def assert_same_values_and_gradients(function, other, tensors):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 16, -1, -2, -5, -8])
+@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 16, -1, -2, -5, -8, "polynomial-1/keys", "polynomial-3/keys"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (5, 12), (7, 4)])
 def test_secure_softmax_and_its_gradients_are_the_definition(implementation, iterations, queries, keys):
     """Logits spread far enough for clipped ones at t = 1 and 2, as the next test makes sure."""
@@ -236,10 +240,13 @@ def test_secure_softmax_is_what_the_secure_engine_computes(iterations):
     np.testing.assert_allclose(got, np.sort(expected), rtol=2.0**iterations * 6e-7 + 3e-7, atol=1e-37)
 
 
-@pytest.mark.parametrize("wrong", ["power", "power-0", "power-17", "polynomial-9", "exact-1", "cubic-2", "", 5, None])
+@pytest.mark.parametrize(
+    "wrong",
+    ["power", "power-0", "power-17", "polynomial-9", "exact-1", "exact/keys", "power-2/keys", "cubic-2", "", 5, None],
+)
 def test_an_impossible_softmax_is_refused(wrong):
     query, key, value = make_qkv()
-    legal = "softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8, got"
+    legal = "softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys, got"
     with pytest.raises(ValueError, match=legal):
         entropy_attention(query, key, value, softmax=wrong)
 
@@ -269,7 +276,7 @@ def test_a_weight_of_exactly_zero_is_no_danger():
         assert all(torch.isfinite(grad).all() for grad in grads)
 
 
-@pytest.mark.parametrize("iterations", [None, 2, 7, -1])
+@pytest.mark.parametrize("iterations", [None, 2, 7, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize("length", [1, 2, 63, 65, 111, 300])
 def test_blockwise_gradients_equal_the_reference(length, iterations):
     """T above and below the block size."""
@@ -285,7 +292,7 @@ def test_blockwise_gradients_equal_the_reference(length, iterations):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("iterations", [None, 1, 4, -1, -3])
+@pytest.mark.parametrize("iterations", [None, 1, 4, -1, -3, "polynomial-2/keys"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_double_precision_gradcheck(is_causal, iterations, implementation):
     query, key, value = make_qkv(batch=1, heads=2, queries=5, keys=6, width=3)
@@ -313,7 +320,7 @@ def test_double_precision_gradcheck_with_sinks_and_softcap(is_causal, implementa
     assert torch.autograd.gradcheck(both, (*tensors, sinks))
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8, -1])
+@pytest.mark.parametrize("iterations", [None, 1, 8, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation, additive, iterations):
@@ -541,7 +548,8 @@ def test_under_autocast_the_three_are_taken_in_its_dtype(implementation):
 # The regulariser against a scalar double-precision evaluation of Algorithm 1, written as loops.
 
 
-def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reduction):
+def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reduction, targets=None):
+    """With `targets` like `entropies`, their values are aimed at in place of theta E_max."""
     layers, batch, heads, length = entropies.shape
     limit = [math.log(length) if max_entropy == "context" else math.log(i + 1) for i in range(length)]
     total = 0.0
@@ -549,12 +557,13 @@ def penalty_by_loops(entropies, theta, margin, granularity, max_entropy, reducti
         layer_total = 0.0
         for head in range(heads):
             if granularity == "head":
-                rows = [(float(entropies[layer, :, head].mean()), sum(limit) / length)]
+                rows = [((slice(None), head), sum(limit) / length)]
             else:
-                rows = [(float(entropies[layer, b, head, i]), limit[i]) for b in range(batch) for i in range(length)]
+                rows = [((b, head, i), limit[i]) for b in range(batch) for i in range(length)]
             penalties = []
-            for entropy, top in rows:
-                deviation = entropy - float(theta[layer, head]) * top
+            for place, top in rows:
+                aim = float(theta[layer, head]) * top if targets is None else float(targets[layer][place].mean())
+                deviation = float(entropies[layer][place].mean()) - aim
                 penalties.append(deviation**2 if abs(deviation) > margin * top else 0.0)
             layer_total += sum(penalties) / (len(penalties) if reduction == "mean" else 1)
         total += layer_total / heads
@@ -576,6 +585,28 @@ def test_regularizer_is_algorithm_1(granularity, max_entropy, reduction, dtype):
     expected = penalty_by_loops(entropies, module.threshold.detach(), 0.15, granularity, max_entropy, reduction)
     assert expected > 0
     assert float(got.detach()) == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("granularity", ["query", "head"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_penalty_around_another_models_entropies(granularity, reduction):
+    generator = torch.Generator().manual_seed(2)
+    limits = torch.arange(1, 12, dtype=torch.float64).log()
+    ours, theirs = torch.rand(2, 3, 2, 4, 11, generator=generator, dtype=torch.float64) * limits
+    ours.requires_grad_()
+    theirs.requires_grad_()
+    options = dict(margin=0.02, granularity=granularity, max_entropy="causal", reduction=reduction)
+    got = entropy_distance_penalty(list(ours), list(theirs), **options)
+    expected = penalty_by_loops(ours.detach(), None, targets=theirs.detach(), **options)
+    assert expected > 0
+    assert float(got.detach()) == pytest.approx(expected, rel=1e-9)
+    got.backward()
+    assert ours.grad.abs().max() > 0
+    assert theirs.grad is None
+    with pytest.raises(ValueError, match="differ in shape"):
+        entropy_distance_penalty(list(ours), list(theirs[:, :1]))
+    with pytest.raises(ValueError, match="granularity"):
+        entropy_distance_penalty(list(ours), list(theirs), granularity="rows")
 
 
 @pytest.mark.parametrize("granularity", ["query", "head"])

@@ -24,7 +24,7 @@ def test_awkward_shapes(length, width, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("iterations", [1, 5, 6, 16, -1, -3])
+@pytest.mark.parametrize("iterations", [1, 5, 6, 16, -1, -3, "polynomial-2/keys"])
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (2, 32), (63, 48), (65, 100), (111, 256), (300, 64)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
     assert_as_exact("native", *make(length, length, width), is_causal=is_causal, **squared(iterations))
@@ -108,13 +108,13 @@ def test_a_thousand_rows(iterations):
     assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), **squared(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 3, -1])
+@pytest.mark.parametrize("iterations", [None, 3, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 200), (5, 130), (7, 4), (200, 129), (49, 400)])
 def test_queries_and_keys_of_different_length(queries, keys, iterations):
     assert_as_exact("native", *make(queries, keys, 32), **squared(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 5, -1])
+@pytest.mark.parametrize("iterations", [None, 5, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [65, 300])
 def test_half_precision_is_no_worse_than_plain(dtype, length, iterations):
@@ -196,7 +196,7 @@ def test_masks_broadcast(shape, additive, is_causal):
     mask = visible
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
-    for iterations in (None, 2, -1):
+    for iterations in (None, 2, -1, "polynomial-1/keys"):
         options = dict(attn_mask=mask, is_causal=is_causal, **squared(iterations))
         assert_as_exact("native", *make(150, 170, 24), **options)
 
@@ -213,7 +213,7 @@ def test_masks_that_have_to_be_converted(dtype):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8, -1])
+@pytest.mark.parametrize("iterations", [None, 1, 8, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing(additive, iterations):
     visible = torch.ones(140, 140, dtype=torch.bool)
@@ -343,7 +343,9 @@ def test_a_sink_that_is_not_a_number_is_not_hidden():
         assert torch.isfinite(output[:, ::2]).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "sinks": True}, {"softmax": "power-5"}, squared(-1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 20.0, "sinks": True}, {"softmax": "power-5"}, {"softmax": "polynomial-1/keys"}]
+)
 def test_compiled_without_graph_breaks(options):
     (query, key, value), grad_output, grad_entropy = make(70, 70, 16, value_width=12)
     mask = torch.rand(2, 1, 1, 70, generator=torch.Generator().manual_seed(1)) > 0.1
@@ -368,11 +370,13 @@ def test_compiled_without_graph_breaks(options):
 def test_the_operator_is_registered_correctly():
     (query, key, value), *_ = make(20, 20, 8)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(native.operator, (*inputs, None, None, True, 0, 0, None))
-    torch.library.opcheck(native.operator, (*inputs, None, None, True, 5, 0, None))
+    torch.library.opcheck(native.operator, (*inputs, None, None, None, True, 0, 0, None))
+    torch.library.opcheck(native.operator, (*inputs, None, None, None, True, 5, 0, None))
+    seen = torch.arange(1.0, 21.0)[None, None]
+    torch.library.opcheck(native.operator, (*inputs, None, None, seen, True, 0, 1, None))
     inputs[2] = torch.randn(2, 3, 20, 12, requires_grad=True)
     sinks = torch.randn(3, 1, requires_grad=True).expand(2, 3, 20)
-    torch.library.opcheck(native.operator, (*inputs, None, sinks, True, 0, 0, 20.0))
+    torch.library.opcheck(native.operator, (*inputs, None, sinks, None, True, 0, 0, 20.0))
 
 
 @pytest.mark.slow

@@ -35,3 +35,10 @@ def test_patterns_are_sums_of_weights(queries, keys, is_causal, with_sinks, soft
     if with_sinks:
         without = attention_pattern(query, key, is_causal=is_causal, softcap=softcap, enable_gqa=True)
         assert (found.first_weight < without.first_weight).all()
+
+
+def test_patterns_are_shares_whatever_weights_are_divided_by():
+    (query, key, _), *_ = make(12, 19, 8, torch.float64)
+    found, expected = (attention_pattern(query, key, softmax=f"polynomial-2{over}") for over in ("/keys", ""))
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)

@@ -30,13 +30,13 @@ def test_awkward_shapes(length, width, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("iterations", [1, 5, 8, -1])
+@pytest.mark.parametrize("iterations", [1, 5, 8, -1, "polynomial-2/keys"])
 @pytest.mark.parametrize(("length", "width"), [(1, 32), (63, 48), (65, 100)])
 def test_awkward_shapes_with_the_secure_softmax(length, width, iterations, is_causal):
     assert_as_exact("triton", *on_device(length, length, width), is_causal=is_causal, **squared(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 3, -2])
+@pytest.mark.parametrize("iterations", [None, 3, -2, "polynomial-1/keys"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 90), (5, 70), (7, 4), (40, 33)])
 def test_queries_and_keys_of_different_length(queries, keys, iterations):
     assert_as_exact("triton", *on_device(queries, keys, 32), **squared(iterations))
@@ -94,7 +94,7 @@ def test_a_sink_that_is_not_a_number_is_not_hidden():
     assert torch.isfinite(output[:, 0]).all()
 
 
-@pytest.mark.parametrize("iterations", [None, 5, -1])
+@pytest.mark.parametrize("iterations", [None, 5, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_plain(dtype, iterations):
     if dtype == torch.bfloat16 and DEVICE == "cpu":
@@ -102,7 +102,7 @@ def test_half_precision_is_no_worse_than_plain(dtype, iterations):
     assert_as_exact("triton", *on_device(65, 65, 64, dtype=dtype), dtype=dtype, **squared(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 1, -1])
+@pytest.mark.parametrize("iterations", [None, 1, -1, "polynomial-1/keys"])
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 50, 70), (1, 1, 1, 70), (50, 70)])
 def test_masks_broadcast_and_rows_may_see_nothing(shape, additive, iterations):
@@ -213,6 +213,7 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
         (torch.float32, 300, 64, squared(5)),
         (torch.bfloat16, 300, 64, squared(-1)),
         (torch.float32, 300, 64, squared(-1)),
+        (torch.bfloat16, 300, 64, squared("polynomial-1/keys")),
     ],
 )
 def test_kernels_on_a_gpu(untuned, dtype, length, width, options):

@@ -124,7 +124,7 @@ def interpret(description, weights, ids):
             q = q * np.log(np.arange(1, length + 1))[:, None] / np.log(d["positions"])
         s = q @ k.transpose(0, 2, 1)
         future = np.triu(np.ones((length, length), bool), 1)
-        kind, _, iterations = d["softmax"].partition("-")
+        kind, _, iterations = d["softmax"].removesuffix("/keys").partition("-")
         n_steps = 2 ** int(iterations or 0)
         if kind == "polynomial":
             a = (s + w["offset"][:, :length, None]) ** n_steps
@@ -135,7 +135,10 @@ def interpret(description, weights, ids):
             a = np.exp(s)
         elif kind == "power":
             a = np.where(np.isfinite(s), (1 + np.maximum(s, -0.9 * n_steps) / n_steps) ** n_steps, 0.0)
-        a = a / a.sum(-1, keepdims=True)
+        if d["softmax"].endswith("/keys"):
+            a = a / np.arange(1, length + 1)[:, None] * max(1, d["positions"] ** 0.5 / 4)
+        else:
+            a = a / a.sum(-1, keepdims=True)
         attended = branch((a @ v).transpose(1, 0, 2).reshape(length, -1) @ w["output"] + w["output_bias"])
         if not d["parallel_residual"]:
             x = x + attended
@@ -171,7 +174,7 @@ def test_every_architecture_folds_exactly(architecture):
         assert folded.description["explicit_ffn"] == []
         assert {name.split(".")[-1] for name in folded.weights} <= {
             *("embedding", "positions", "qkv", "qkv_bias", "output", "output_bias", "inverse_temperature"),
-            *("centre", "head", "head_bias"),
+            *("offset", "centre", "head", "head_bias"),
         }
 
 
@@ -179,6 +182,24 @@ def test_every_architecture_folds_exactly(architecture):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_option_folds_exactly(architecture, variant):
     check(trained(architecture, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("architecture", ["Pow+LN+G", "Pow(t)+RMS+LeakyR", "Pow(t)+ScFuFFN"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bias="all", num_key_value_heads=2),
+        dict(softmax="polynomial-2/keys", max_position_embeddings=100),  # the public factor is not 1
+        dict(temperature_granularity="head", position_embedding="rotary", bias="qkv"),
+        dict(log_length_scaling=True, query_key_norm=True),
+        dict(parallel_residual=True, bias="all", final_norm=True),
+    ],
+    ids=str,
+)
+def test_powers_over_the_number_of_keys_fold_exactly(architecture, options):
+    """The bias of values stays where it is: rows of weights do not sum to 1."""
+    folded = check(trained(architecture, **options))
+    assert folded.description["temperature"] == ("(t)" in architecture and "temperature_granularity" not in options)
 
 
 @pytest.mark.parametrize("architecture", ["SM+RMS+GeGLU", "SM+RMS+G", "SM(t)+RMS+Square"])

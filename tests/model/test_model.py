@@ -25,6 +25,7 @@ VARIANTS = {
     "LN": dict(architecture="SM+LN+G"),
     "fused": dict(architecture="SM(t)+ScFuFFN"),
     "kernel": dict(architecture="SM(t)+ScFuFFN", softmax="power-3"),
+    "powers": dict(architecture="Pow(t)+ScFuFFN", num_key_value_heads=2),
     "rotary, grouped": dict(architecture="SM+RMS+Bilinear", position_embedding="rotary", num_key_value_heads=2),
     "parallel": dict(
         architecture="SM+LN+R", parallel_residual=True, position_embedding="rotary", rotary_fraction=1 / 3
@@ -223,7 +224,8 @@ def test_the_kernel_can_be_changed_after_training():
     torch.testing.assert_close(model(tokens()).logits, other(tokens()).logits)
     assert model.config.softmax == "power-3"
     with pytest.raises(
-        UserError, match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8, got"
+        UserError,
+        match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys, got",
     ):
         model.set_softmax("power-9")
     assert model.config.softmax == "power-3"
@@ -235,6 +237,22 @@ def test_the_kernel_can_be_changed_after_training():
         with pytest.raises(UserError, match=r"polynomial-\d stands for no other softmax"):
             squares.set_softmax(other_form)
     assert (model.config.softmax, squares.config.softmax) == ("power-3", "polynomial-1")
+
+
+def test_powers_over_the_number_of_keys_go_with_the_name():
+    plain, normed = EntropiConfig(architecture="Pow(t)+ScFuFFN"), EntropiConfig(architecture="Pow+RMS+G")
+    assert (plain.softmax, plain.final_norm) == ("polynomial-1/keys", False)
+    assert (normed.softmax, normed.final_norm) == ("polynomial-1/keys", True)
+    asked = EntropiConfig(architecture="Pow+ScFuFFN", softmax="polynomial-3/keys", final_norm=True)
+    again = EntropiConfig.from_dict(asked.to_diff_dict())
+    assert (again.softmax, again.final_norm) == ("polynomial-3/keys", True)
+    for softmax in ("polynomial-1", "power-2"):
+        with pytest.raises(UserError, match=f"softmax must be polynomial-1/keys to polynomial-8/keys, got '{softmax}'"):
+            EntropiConfig(architecture="Pow+ScFuFFN", softmax=softmax)
+    with pytest.raises(UserError, match="softmax polynomial-1/keys is for architectures that begin with Pow"):
+        EntropiConfig(architecture="SM+ScFuFFN", softmax="polynomial-1/keys")
+    with pytest.raises(UserError, match="polynomial-1 stands for no other softmax"):
+        make_model("Pow+ScFuFFN").set_softmax("polynomial-1")
 
 
 @pytest.mark.parametrize(("slope", "same_as"), [(0.0, "SM+R"), (1.0, "SM")])
@@ -403,7 +421,7 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         )
     message = str(raised.value)
     for part in (
-        "'Q' is unknown; legal are SM or SM(t); then at most one of +LN",
+        "'Q' is unknown; legal are SM, SM(t), Pow or Pow(t); then at most one of +LN",
         "hidden_size 10 is not a multiple of num_attention_heads 3",
         "num_attention_heads 3 is not a multiple of num_key_value_heads 2",
         "bias must be 'qk', 'qkv', 'attention', 'ffn', 'all' or 'none', got 'some'",

@@ -41,6 +41,7 @@ from entropi.records import (
     RunStarted,
     SkippedUpdate,
     StageCommunication,
+    TaperSnapshot,
     TrainingStep,
 )
 from entropi.report import figures
@@ -112,6 +113,20 @@ def training(scale: float = 1.0, thresholds: bool = True) -> list[Record]:
                 )
             )
     return result
+
+
+def tapering() -> list[TaperSnapshot]:
+    return [
+        TaperSnapshot(
+            step=step,
+            stage="norm" if step < 600 else "after",
+            gates={"norm": [1 - step / 600] * LAYERS, "final_norm": [1.0]},
+            distance=(step / 600 * np.random.default_rng(0).random((LAYERS, HEADS))).tolist(),
+            divergence=0.25,
+            hidden=None,
+        )
+        for step in range(100, 700, 100)
+    ]
 
 
 def diagnosis(shares: Iterable[float] = (0.0417, 0.25, 0.2917, 0.4166), verdict: str = "Entropic overload") -> Record:
@@ -349,6 +364,9 @@ def drawings() -> dict[str, Any]:
         "bytes": figures.bytes_per_operation(stages()),
         "no bytes": figures.bytes_per_operation([zero]),
         "no stages": figures.bytes_per_operation([]),
+        "gates": figures.taper_gates(tapering()),
+        "distances": figures.entropy_distance(tapering()[-1].distance),
+        "distances with holes": figures.entropy_distance([[NAN, 0.0]]),
     }
 
 
@@ -549,6 +567,20 @@ def test_one_run_with_everything(tmp_path: Path) -> None:
     ]
     found = [page.text.index(title, page.text.index("costs. Entropies")) for title in order]
     assert found == sorted(found)
+
+
+def test_a_tapering_shows_what_leaves_and_how_far_the_heads_are(tmp_path: Path) -> None:
+    begun = msgspec.structs.replace(started, teacher="runs/baseline", teacher_hash="ab")
+    page = report([folder(tmp_path / "run", [begun, *training(), *tapering()])], tmp_path / "report.html")
+    plain = report([folder(tmp_path / "plain", [started, *training()])], tmp_path / "plain.html")
+    assert len(page.all("img")) == len(plain.all("img")) + 2
+    most = max(map(max, tapering()[-1].distance))
+    for fact in [
+        "The teacher is runs/baseline, and what leaves it norm, final_norm",
+        f"at most {most:.2f} nats",
+        "is 0.250 nats",
+    ]:
+        assert fact in page.text, fact
 
 
 def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:

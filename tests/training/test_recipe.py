@@ -84,8 +84,13 @@ def test_recipe_tells_all_problems_at_once(tmp_path: Path):
         ({"bias": "some", "steps": "3"}, "bias is 'some', expected one of .*; steps is '3', expected int"),
         ({"steps": True}, "steps is True, expected int"),
         ({"softmax": "power-9"}, "softmax must be exact, power-1 to power-8 or .*, got 'power-9'"),
-        ({"softmax": "polynomial"}, "softmax must be exact, .* or polynomial-1 to polynomial-8, got 'polynomial'"),
+        (
+            {"softmax": "polynomial"},
+            "softmax must be exact, .* or polynomial-1 to polynomial-8 with or without /keys, got 'polynomial'",
+        ),
         ({"softmax": 2}, "softmax is 2, expected str"),
+        ({"architecture": "EReg(Pow+ScFuFFN)", "softmax": "power-2"}, "must be polynomial-1/keys to .*, got 'power-2'"),
+        ({"final_norm": "no"}, "final_norm is 'no', expected bool"),
     ],
 )
 def test_impossible_recipes_from_python(changes: dict[str, Any], message: str):

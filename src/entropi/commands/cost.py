@@ -24,7 +24,7 @@ from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
-from entropi.softmax import USUAL_FOR_EXACT, parse_in_private
+from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_in_private
 
 USUAL_LENGTH = 128  # tokens of the prompt, unless told otherwise
 USUAL_NEW_TOKENS = 64  # of the answer, for a session whose products are prepared
@@ -81,7 +81,8 @@ def run(
         embedding: token table private to the server, or public
         softmax: quartic or power-1 to power-8, what is evaluated for models that were trained with the exact softmax,
             by default quartic; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with
-            which a model has to be trained
+            which a model has to be trained; or polynomial-1/keys to polynomial-8/keys, for architectures of powers
+            (Pow), which have the first of these by default
         prepared: price a session whose products are prepared before its prompt is known (entropi prepare), offline and
             online, and what each side stores, beside the same session without preparation
         new_tokens: tokens of the answer in this session, by default 64, and fewer for a model that takes fewer
@@ -276,7 +277,9 @@ def _base(asked: Mapping[str, Any], positions: int, trained_with: str) -> Shape:
     for name in ("intermediate_size", "key_value_heads"):
         if asked.get(name, 1) < 1:
             raise UserError(f"{name} is {asked[name]}, at least 1 is needed")
+    over_keys = SoftmaxForm.parse(trained_with).over_keys
     return Shape(
+        architecture="Pow" if over_keys else "SM",  # those by name take its place
         **{names.get(name, name): value for name, value in asked.items()},
         max_position_embeddings=max(positions, 1024),
         softmax=trained_with,
@@ -290,7 +293,7 @@ def _shape_of(model: str, otherwise: Shape) -> tuple[str, Shape]:
         return name_of(model), read_shape(on_disk(model, CONFIGURATION))
     if _brings_its_own(model):
         return model, read_shape(on_disk(model, CONFIGURATION))
-    return model, replace(otherwise, architecture=split_training_name(model)[0])
+    return model, replace(otherwise, architecture=split_training_name(model)[0], final_norm=None)
 
 
 def _read_prices(path: Path, protocol: str) -> Any:

@@ -37,6 +37,13 @@ def run(
         return
     if recipe == Recipe() and recipe_of_run(run) is None:  # a mistyped name, perhaps, or one interrupted too early
         make_console().print(f"there is no run in {run}: this is a new one, with the default settings", markup=False)
+    train_and_tell(run, recipe, report_to, shard)
+
+
+def train_and_tell(
+    run: Path, recipe: Recipe, report_to: Literal["none", "tensorboard", "trackio", "wandb"], shard: bool
+) -> None:
+    """Train, and print how well the model predicts held-out text and where it is."""
     from entropi.training import distributed
     from entropi.training.run import train
 

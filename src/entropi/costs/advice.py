@@ -103,17 +103,21 @@ def _alternatives(shape: Shape, options: Options) -> Iterator[tuple[str, Shape, 
         bare = re.sub(r"\+(LN|RMS)(?=\+|$)", "", name)
         yield f"no norms in the layers ({bare})", replace(shape, architecture=bare, branch_norm=False), options
     if not parts.softmax_only:
-        softmax_only = "SM(t)+ScFuFFN" if parts.temperature else "SM+ScFuFFN"
-        words = f"softmax only ({softmax_only}): linear networks fold away"
+        softmax_only = f"{name.split('+')[0]}+ScFuFFN"
+        words = f"{'attention' if parts.powers else 'softmax'} only ({softmax_only}): linear networks fold away"
         yield words, replace(shape, architecture=softmax_only, branch_norm=False), options
     if shape.query_key_norm:
         yield "no norms of queries and keys", replace(shape, query_key_norm=False), options
     if shape.branch_norm:
         yield "no norms after attention and feed-forward networks", replace(shape, branch_norm=False), options
-    if parts.temperature and shape.temperature_granularity == "position" and shape.softmax_form.of_distance:
+    if parts.temperature and shape.temperature_granularity == "position" and not shape.softmax_form.has_offsets:
         words = "temperatures by head, which fold away"
         yield words, replace(shape, temperature_granularity="head"), options
 
+    if not parts.powers:
+        powers = re.sub("^SM", "Pow", name)
+        words = f"training with powers of logits over the number of keys ({powers}): no division"
+        yield words, replace(shape, architecture=powers, softmax="exact"), options
     if shape.softmax_form.of_distance:
         words = "training with squares of logits as attention weights (polynomial-1)"
         yield words, replace(shape, softmax="polynomial-1"), options

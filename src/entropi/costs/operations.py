@@ -18,6 +18,8 @@ class Parts(Protocol):
     """What an architecture string stands for."""
 
     @property
+    def powers(self) -> bool: ...  # of logits over the number of keys, in the softmax's place
+    @property
     def temperature(self) -> bool: ...
     @property
     def norm(self) -> str: ...  # "layernorm", "rmsnorm" or "none"
@@ -67,7 +69,7 @@ class Configuration(Protocol):
     @property
     def bias(self) -> str: ...  # a key of `shape.BIASES`
     @property
-    def final_norm(self) -> bool: ...
+    def final_norm(self) -> bool | None: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
 
@@ -102,16 +104,17 @@ def _has_linear_map(config: Configuration) -> bool:
 def nonlinear_operations(config: Configuration, seq_len: int, *, folded: bool = False) -> list[OperationCount]:
     """Nonlinear operations of one forward pass over `seq_len` tokens (2501.03489, Tables 2, 3, 5 and 6).
 
-    Softmax L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`, 4L times where branches have norms of
-    their own, and L (H + G) times on `(T, k)` where queries and keys have; the activation L times on `(T, m)`,
-    m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of two secrets, and
-    SwiGLU as one function of its two halves.
+    Softmax, or powers of logits, L*H times on `(T, T)`; LayerNorm or RMSNorm 2L times on `(T, d)`, 4L times where
+    branches have norms of their own, and L (H + G) times on `(T, k)` where queries and keys have; the activation L
+    times on `(T, m)`, m = 4d in the paper; a square and a bilinear product count as what they are, multiplications of
+    two secrets, and SwiGLU as one function of its two halves.
     Folding turns LayerNorm into RMSNorm without parameters and leaky ReLU into ReLU. Like the paper, this leaves out
     the one norm before the language-model head. Raises `UserError` for a `seq_len` that the model has no positions for.
     """
     _check_length(config, seq_len)
     layers, parts = config.num_hidden_layers, config.parts
-    counts = [OperationCount(operation="softmax", count=layers * config.num_attention_heads, shape=(seq_len, seq_len))]
+    attention = "powers" if parts.powers else "softmax"
+    counts = [OperationCount(operation=attention, count=layers * config.num_attention_heads, shape=(seq_len, seq_len))]
     if parts.norm != "none":
         norm = "rmsnorm" if folded else parts.norm
         norms = 4 if config.branch_norm else 2
@@ -207,6 +210,8 @@ def folded_parameters(config: Configuration) -> int:
     plain = own + shared if config.query_key_norm else 0
     layer = (width + 1) * (own + 2 * shared + plain) + (own + 1) * written
     if parts.temperature and config.temperature_granularity == "position":
+        layer += config.num_attention_heads * config.max_position_embeddings
+    if parts.powers:  # offsets
         layer += config.num_attention_heads * config.max_position_embeddings
     if parts.activation != "identity":
         up = 2 * inner if parts.gated else inner

@@ -4,7 +4,7 @@ Notation, per row: s = scaled, masked logits (temperature included); p = softmax
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
 E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
 are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another form of the softmax the
-log-weights l of `secure_softmax` take the place of s.
+log-weights l of `secure_softmax` take the place of s. Over the number of keys the output differs, not the entropy.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from entropi.entropy import native
 from entropi.entropy import sinks as attention_sinks
-from entropi.entropy.operators import COMPILED_KINDS
-from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward
+from entropi.entropy.operators import COMPILED_KINDS, as_mean, before_mean
+from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, numbers_of_keys
 from entropi.softmax import EXACT, KINDS, SoftmaxForm, parse_of_attention
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
@@ -65,7 +65,8 @@ def entropy_attention(
             gradients.
         softmax: a `SoftmaxForm` or its text, "exact" by default; "power-t" is what private inference evaluates,
             "polynomial-t" does without comparisons, see `entropi.softmax`. Entropy is that of the weights so found. The
-            exact one alone has `softcap` and `sinks`.
+            exact one alone has `softcap` and `sinks`. "polynomial-t/keys" divides these weights by the number of keys
+            that the row sees, masks counted, and not by their sum; the entropy is that of the weights over their sum.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`. Matrix products are
@@ -90,6 +91,7 @@ def entropy_attention(
 
     chosen = _implementation(implementation, query, softmax)
     query, scale = _scaled(query, scale, temperature, chosen)
+    seen = numbers_of_keys(query, key.shape[2], attn_mask, is_causal) if softmax.over_keys else None
     if sinks is not None:
         sinks = attention_sinks.per_row(sinks, query)
 
@@ -104,16 +106,17 @@ def entropy_attention(
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
     options = (is_causal, softmax, softcap) if scale is None else (is_causal, softmax, softcap, scale)
-    output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, *options)
+    output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, seen, *options)
     return (output, entropy) if output.shape == shape else (output.reshape(shape), entropy.reshape(shape[:3]))
 
 
 class Implementation(NamedTuple):
     """One way to compute `entropy_attention`.
 
-    `load()` gives the function: (query, key, value, mask, sinks, is_causal, softmax, softcap), and after
-    these the scale where it `scales` the logits itself, to output, entropy and whatever else. `unavailable_reason`
-    says why it cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
+    `load()` gives the function: (query, key, value, mask, sinks, seen, is_causal, softmax, softcap), and after
+    these the scale where it `scales` the logits itself, to output, entropy and whatever else; `seen` are the numbers of
+    keys that rows are divided by, `(B, H, T)` or what broadcasts against it, or None. `unavailable_reason` says why it
+    cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
     """
 
     name: str
@@ -278,6 +281,7 @@ def _reference(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     is_causal: bool,
     softmax: SoftmaxForm,
     softcap: float | None,
@@ -290,7 +294,10 @@ def _reference(
     probabilities = torch.softmax(logits, dim=-1) * visible
     log_probabilities = torch.log_softmax(logits, dim=-1).masked_fill(~visible, 0.0)
     entropy = -(probabilities * log_probabilities).sum(dim=-1)
-    return probabilities[..., : key.shape[2]].to(value.dtype) @ value, entropy
+    weights = probabilities[..., : key.shape[2]]
+    if seen is not None:
+        weights = logits.exp() * visible / visible.sum(dim=-1, keepdim=True).clamp(min=1)
+    return weights.to(value.dtype) @ value, entropy
 
 
 class _Blockwise(torch.autograd.Function):
@@ -308,6 +315,7 @@ class _Blockwise(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         sinks: Tensor | None,
+        seen: Tensor | None,
         is_causal: bool,
         softmax: SoftmaxForm,
         softcap: float | None,
@@ -335,18 +343,20 @@ class _Blockwise(torch.autograd.Function):
                 mean_logit = p.mul_(logits.sub_(largest)).sum(dim=-1, keepdim=True)
                 entropy[:, :, rows] = ((log_total - mean_logit) * sees).squeeze(-1).clamp(min=0.0)
                 lse[:, :, rows] = (log_total + largest).squeeze(-1)
-        ctx.save_for_backward(query, key, value, mask, sinks, output, entropy, lse)
+            output = as_mean(output, lse, seen)
+        ctx.save_for_backward(query, key, value, mask, sinks, seen, output, entropy, lse)
         ctx.is_causal, ctx.softmax, ctx.softcap = is_causal, softmax, softcap
         return output, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, sinks, output, entropy, lse = ctx.saved_tensors
+        query, key, value, mask, sinks, seen, output, entropy, lse = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         grad_sinks = None
         if ctx.needs_input_grad[4]:
             grad_sinks = attention_sinks.gradient(sinks, lse, output, entropy, grad_output, grad_entropy)
         with torch.autocast(query.device.type, enabled=False):
+            output, grad_output = before_mean(output, grad_output, lse, seen)
             for rows, keys, first_row in _blocks(query.shape[2], key.shape[2], ctx.is_causal):
                 part = _mask_block(mask, rows, keys)
                 q, k, v, g = query[:, :, rows], key[:, :, keys], value[:, :, keys], grad_output[:, :, rows]
@@ -371,7 +381,7 @@ class _Blockwise(torch.autograd.Function):
                 grad_s = grad_s.to(q.dtype)
                 grad_query[:, :, rows] = grad_s @ k
                 grad_key[:, :, keys] += grad_s.transpose(-1, -2) @ q
-        return grad_query, grad_key, grad_value, None, grad_sinks, None, None, None
+        return grad_query, grad_key, grad_value, None, grad_sinks, None, None, None, None
 
 
 def _blocks(queries: int, keys: int, is_causal: bool) -> list[tuple[slice, slice, int]]:

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from entropi.cache import default_cache_dir
-from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
+from entropi.entropy.operators import (
+    as_mean,
+    before_mean,
+    contiguous_rows,
+    make_differentiable,
+    row_results,
+    squarings,
+    with_empty,
+)
 from entropi.entropy.secure_softmax import CLIP
 from entropi.errors import UserError
 from entropi.softmax import SoftmaxForm
@@ -197,12 +205,16 @@ def operator(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     power: int,
     polynomial: int,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output `(B, H, T, E)`, entropy and log-sum-exp `(B, H, T)` of scaled queries; see `row_results`."""
+    """Output `(B, H, T, E)`, entropy and log-sum-exp `(B, H, T)` of scaled queries; see `row_results`.
+
+    With `seen`, which broadcasts against `(B, H, T)`, weights are divided by these numbers of keys.
+    """
     library = _load()
     assert isinstance(library, ctypes.CDLL)
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
@@ -229,7 +241,7 @@ def operator(
     library.entropi_forward(
         ctypes.byref(problem), ctypes.c_long(chunks), ctypes.c_uint(torch.get_num_threads()), _parallel()
     )
-    return output, *rows
+    return as_mean(output, rows[1], seen), *rows
 
 
 @torch.library.custom_op("entropi::attention_backward", mutates_args=(), device_types="cpu")
@@ -239,6 +251,7 @@ def operator_backward(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     power: int,
     polynomial: int,
@@ -254,6 +267,7 @@ def operator_backward(
     """Gradients of queries, keys and values."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
+    output, grad_output = before_mean(output, grad_output, lse, seen)
     query, key, value, grad_output = (
         contiguous_rows(query),
         contiguous_rows(key),
@@ -300,10 +314,11 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     softmax: SoftmaxForm,
     softcap: float | None,
 ) -> tuple[Tensor, ...]:
     """What `operator` returns, of any form of the softmax that it computes."""
-    result: tuple[Tensor, ...] = operator(query, key, value, mask, sinks, causal, *squarings(softmax), softcap)
+    result: tuple[Tensor, ...] = operator(query, key, value, mask, sinks, seen, causal, *squarings(softmax), softcap)
     return result

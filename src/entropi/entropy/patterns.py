@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.attention import entropy_attention
-from entropi.softmax import EXACT, SoftmaxForm
+from entropi.softmax import EXACT, SoftmaxForm, parse_of_attention
 
 BLOCK_ROWS = 64  # rows that are asked at a time; values get as many columns
 FIRST_ROW = 2  # the first row in which first token, previous token and itself are three
@@ -22,7 +22,8 @@ FIRST_ROW = 2  # the first row in which first token, previous token and itself a
 class Pattern(NamedTuple):
     """Of every head, `(B, H)` means over the query rows from the third on (over all, where there are fewer).
 
-    Weights are those of the whole row: with a sink those of the keys sum to less than 1.
+    Weights are those of the whole row: with a sink those of the keys sum to less than 1, otherwise to 1, whatever they
+    are divided by.
     """
 
     distance: Tensor  # tokens back, sum over keys of a_ij (i - j): what goes to a sink goes no way
@@ -79,7 +80,7 @@ def attention_pattern(
             attn_mask=None if attn_mask is None else attn_mask[:, :, rows, :keys],
             sinks=None if sinks is None else sinks[..., rows],
             enable_gqa=enable_gqa,
-            softmax=softmax,
+            softmax=parse_of_attention(softmax).over_sum,
             implementation="blockwise",
         )
         at = torch.arange(rows.stop - rows.start, device=query.device)  # of each row in its block

@@ -61,20 +61,69 @@ def entropy_penalty(
     if len(layers) != threshold.shape[0] or any(e.shape[1] != threshold.shape[1] for e in layers):
         shapes = [tuple(e.shape) for e in layers]
         raise ValueError(f"entropies {shapes} do not fit thresholds (L, H) = {tuple(threshold.shape)}")
+    limit = _limit(layers, max_entropy)
+    theta = threshold.to(limit.dtype)
+    if granularity == "query":
+        aims = [theta_layer[None, :, None] * limit for theta_layer in theta]
+        return _penalty_of_rows(layers, aims, margin * limit, reduction)
+    if granularity == "head":
+        return _penalty_of_heads(layers, theta * limit.mean(), margin * limit.mean())
+    raise ValueError(f"granularity must be 'query' or 'head', got {granularity!r}")
+
+
+def entropy_distance_penalty(
+    entropies: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    margin: float = 0.2,
+    granularity: Granularity = "query",
+    max_entropy: MaxEntropy = "context",
+    reduction: Reduction = "sum",
+) -> Tensor:
+    """L_entropy of Algorithm 1 with given entropies in place of theta * E_max, a scalar in nats squared.
+
+    The deviation is E - E_target, of a row ("query") or of a head's mean ("head"); all else is as in `entropy_penalty`.
+
+    Args:
+        entropies: L tensors `(B, H, T)` nats.
+        targets: as many of the same shapes, such as another model's on the same tokens; they get no gradient.
+
+    Raises:
+        ValueError: shapes that differ, or a granularity that is none of those named.
+    """
+    layers, aims = list(entropies), [target.detach() for target in targets]
+    if [e.shape for e in layers] != [a.shape for a in aims]:
+        shapes = [[tuple(e.shape) for e in one] for one in (layers, aims)]
+        raise ValueError(f"entropies {shapes[0]} and targets {shapes[1]} differ in shape")
+    limit = _limit(layers, max_entropy)
+    if granularity == "query":
+        return _penalty_of_rows(layers, [aim.to(limit.dtype) for aim in aims], margin * limit, reduction)
+    if granularity == "head":
+        means = torch.stack([aim.to(limit.dtype).mean(dim=(0, 2)) for aim in aims])
+        return _penalty_of_heads(layers, means, margin * limit.mean())
+    raise ValueError(f"granularity must be 'query' or 'head', got {granularity!r}")
+
+
+def _limit(layers: Sequence[Tensor], max_entropy: MaxEntropy) -> Tensor:
+    """E_max of the rows of `layers`, `(T,)`, at least float32."""
     like = layers[0]
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    limit = maximum_entropy(like.shape[-1], max_entropy, wide, like.device)
-    theta = threshold.to(wide)
-    if granularity == "query":
-        per_head = []
-        for entropy, theta_layer in zip(layers, theta):
-            penalty = _outside_margin(entropy - theta_layer[None, :, None] * limit, margin * limit)
-            per_head.append(penalty.sum(dim=(0, 2)) if reduction == "sum" else penalty.mean(dim=(0, 2)))
-        return torch.stack(per_head).mean(dim=1).mean()
-    if granularity == "head":
-        mean_entropy = torch.stack([e.mean(dim=(0, 2)) for e in layers])
-        return _outside_margin(mean_entropy - theta * limit.mean(), margin * limit.mean()).mean(dim=1).mean()
-    raise ValueError(f"granularity must be 'query' or 'head', got {granularity!r}")
+    return maximum_entropy(like.shape[-1], max_entropy, wide, like.device)
+
+
+def _penalty_of_rows(layers: Sequence[Tensor], aims: Sequence[Tensor], margin: Tensor, reduction: Reduction) -> Tensor:
+    """Penalty of every row `(B, H, T)` of every layer around its aim `(B or 1, H, T)`."""
+    per_head = []
+    for entropy, aim in zip(layers, aims):
+        penalty = _outside_margin(entropy - aim, margin)
+        per_head.append(penalty.sum(dim=(0, 2)) if reduction == "sum" else penalty.mean(dim=(0, 2)))
+    return torch.stack(per_head).mean(dim=1).mean()
+
+
+def _penalty_of_heads(layers: Sequence[Tensor], aims: Tensor, margin: Tensor) -> Tensor:
+    """Penalty of every head's mean over batch and rows around its aim `(L, H)`."""
+    mean_entropy = torch.stack([e.mean(dim=(0, 2)) for e in layers])
+    return _outside_margin(mean_entropy - aims, margin).mean(dim=1).mean()
 
 
 def _outside_margin(deviation: Tensor, margin: Tensor) -> Tensor:

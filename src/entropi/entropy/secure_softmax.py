@@ -15,6 +15,12 @@ softmax. The polynomial does without: k(s) = (1 + s / 2^t)^(2^t) of the logit it
 even. It is e^s for small s and grows like s^(2^t) on both sides; a softmax temperature T makes it proportional to
 (2^t T + s)^(2^t), an offset. With l = 2^t log |1 + s / 2^t| in the logits' place, ds_j = g_j / (1 + s_j / 2^t).
 
+**Over the number of keys.** A private division is comparisons too. So the polynomial's weights k may be divided by n,
+the number of keys that the row sees, which everyone knows: O = sum_j k_j v_j / n = f P V, with the softmax P of l, its
+log-sum-exp L and f = e^L / n. The entropy stays that of P. As nothing divides by the row's sum, nothing flows through
+it: with gradients g_O and g_H, dl_j = p_j (f g_O . v_j - g_H (log p_j + H)) and dv_j = sum_i f_i p_ij g_O,i. That is
+the softmax's backward pass, given f g_O for the output's gradient and 0 for the output (`mean_factors`).
+
 `entropi.softmax` names the forms.
 """
 
@@ -58,6 +64,32 @@ def log_weights_backward(grad: Tensor, logits: Tensor, softmax: SoftmaxForm) -> 
     rate = (1.0 + x / 2.0**softmax.iterations).reciprocal_().masked_fill_(x < _lowest(softmax), 0.0)
     grad = grad * rate
     return grad.scatter_add_(-1, argmax, -grad.sum(dim=-1, keepdim=True))
+
+
+def mean_factors(lse: Tensor, keys: Tensor) -> Tensor:
+    """f = e^L / n `(B, H, T)` of log-sum-exps in nats and numbers of keys that broadcast; 0 where there are none."""
+    return torch.where(keys > 0, lse.exp() / keys, 0.0)
+
+
+def numbers_of_keys(query: Tensor, keys: int, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """How many of so many keys each row of `query` `(B, H, T, D)` sees, `(B or 1, H or 1, T or 1)`; at least float32.
+
+    The mask is as `entropy_attention` takes it, with four dimensions. Where it has one row for all queries, no T x S
+    matrix is made.
+    """
+    queries, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+    ends = torch.arange(queries, device=query.device) + 1 + keys - queries  # of what each row sees of a causal model
+    ends = ends.clamp(min=0) if is_causal else torch.full_like(ends, keys)
+    if mask is None:
+        return ends.to(wide)[None, None]
+    visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+    visible = visible.expand(*visible.shape[:3], keys)
+    if is_causal and visible.shape[2] == 1:
+        first = torch.nn.functional.pad(visible[:, :, 0].cumsum(dim=-1), (1, 0))  # of the first 0, 1, .. S keys
+        return first[:, :, ends].to(wide)
+    if is_causal:
+        visible = visible & (torch.arange(keys, device=query.device) < ends[:, None])
+    return visible.sum(dim=-1).to(wide)
 
 
 def _base(logits: Tensor, softmax: SoftmaxForm) -> Tensor:

@@ -48,7 +48,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from entropi.entropy import secure_softmax
-from entropi.entropy.operators import contiguous_rows, make_differentiable, row_results, squarings, with_empty
+from entropi.entropy.operators import (
+    as_mean,
+    before_mean,
+    contiguous_rows,
+    make_differentiable,
+    row_results,
+    squarings,
+    with_empty,
+)
 from entropi.entropy.sinks import gradient as gradient_of_sinks
 from entropi.softmax import SoftmaxForm
 
@@ -674,6 +682,7 @@ def _forward(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     power: int,
     polynomial: int,
@@ -696,7 +705,7 @@ def _forward(
         scale, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides,
         heads, length, key.shape[2], size, **constants, HAS_SINKS=sinks is not None,
     )  # fmt: skip
-    return output, entropy, lse, largest, argmax
+    return as_mean(output, lse * math.log(2.0), seen), entropy, lse, largest, argmax
 
 
 def _backward(
@@ -704,6 +713,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     power: int,
     polynomial: int,
@@ -715,6 +725,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; `rows` is what `_forward` returned."""
     output, entropy, lse, largest, argmax = rows
+    output, grad_output = before_mean(output, grad_output, lse * math.log(2.0), seen)
     query, key, value, grad_output = (contiguous_rows(x) for x in (query, key, value, grad_output))
     if not output.transpose(1, 2).is_contiguous():  # a compiler may have laid it out anew
         output = output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -754,23 +765,23 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        query, key, value, mask, sinks, *ctx.options = inputs
-        ctx.save_for_backward(query, key, value, mask, sinks, *output)
+        query, key, value, mask, sinks, seen, *ctx.options = inputs
+        ctx.save_for_backward(query, key, value, mask, sinks, seen, *output)
         ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, sinks, *rows = ctx.saved_tensors
+        query, key, value, mask, sinks, seen, *rows = ctx.saved_tensors
         incoming = grad_output.to(query.dtype), grad_entropy.float().contiguous()
         causal, power, polynomial, softcap, scale = ctx.options
         grads = _backward(
-            query, key, value, mask, causal, power, polynomial, softcap, scale, tuple(rows), *incoming
+            query, key, value, mask, seen, causal, power, polynomial, softcap, scale, tuple(rows), *incoming
         )  # fmt: skip
         grad_sinks = None
         if ctx.needs_input_grad[4]:
             grad_sinks = gradient_of_sinks(sinks, rows[2] * math.log(2.0), rows[0], rows[1], *incoming)
-        return (*grads, None, grad_sinks, *(None for _ in ctx.options))
+        return (*grads, None, grad_sinks, None, *(None for _ in ctx.options))
 
 
 @torch.library.custom_op("entropi::attention_triton", mutates_args=())
@@ -780,6 +791,7 @@ def operator(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     power: int,
     polynomial: int,
@@ -787,7 +799,7 @@ def operator(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_forward` returns, tensors of no elements in the place of None."""
-    return with_empty(*_forward(query, key, value, mask, sinks, causal, power, polynomial, softcap, scale))
+    return with_empty(*_forward(query, key, value, mask, sinks, seen, causal, power, polynomial, softcap, scale))
 
 
 @torch.library.custom_op("entropi::attention_triton_backward", mutates_args=())
@@ -797,6 +809,7 @@ def operator_backward(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     power: int,
     polynomial: int,
@@ -814,7 +827,7 @@ def operator_backward(
     extra = (largest, argmax) if power else (None, None)
     rows = (output, entropy, lse, *extra)
     options = (causal, power, polynomial, softcap, scale)
-    return _backward(query, key, value, mask, *options, rows, grad_output, grad_entropy)
+    return _backward(query, key, value, mask, seen, *options, rows, grad_output, grad_entropy)
 
 
 make_differentiable(operator, operator_backward, unit=math.log(2.0), empty=_heads_inside)
@@ -826,6 +839,7 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     softmax: SoftmaxForm,
     softcap: float | None,
@@ -835,7 +849,7 @@ def attention(
 
     The operator is for who has to see it as one: compilers, tracers, fake and distributed tensors.
     """
-    inputs = (query, key, value, mask, sinks, causal, *squarings(softmax), softcap, scale)
+    inputs = (query, key, value, mask, sinks, seen, causal, *squarings(softmax), softcap, scale)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return tuple(operator(*inputs))
     if not all(type(x) in (Tensor, torch.nn.Parameter) for x in (query, key, value)):

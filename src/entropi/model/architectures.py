@@ -1,11 +1,13 @@
 """Architecture names in the paper's notation, parsed into the choices they stand for. Imports nothing heavy.
 
     SM | SM(t)   softmax, with learnable temperatures       + LN | RMS             norm before attention and FFN
+    Pow | Pow(t)   powers of logits over the number of keys, in the softmax's place
     + WNorm(..) | SNorm(..)   norm on weights, instead      + G | R | LeakyR | Square | Bilinear   FFN activation
                                                             + ScFFN | ScFuFFN      scaled linear FFN (Eq. 8)
 
-Parts are in this order, all but the first optional. RMS, Square and Bilinear are not the paper's; LeakyR is that of
-the authors' "ReLU's Revival" (2410.09637).
+Parts are in this order, all but the first optional. Pow, RMS, Square and Bilinear are not the paper's; LeakyR is that
+of the authors' "ReLU's Revival" (2410.09637). Pow+ScFuFFN and Pow(t)+ScFuFFN are nothing but products: without a norm
+in the layers, architectures of powers have none before the head either, unless they are told to.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Literal
 
 from entropi.activations import ACTIVATIONS, known_activation
 from entropi.errors import UserError
+from entropi.softmax import OVER_KEYS, parse_of_model
 
 # What WNorm and SNorm may be applied to (Table 5 of the paper): linear layers by their names in the model.
 WEIGHT_NORM_TARGETS: dict[str, frozenset[str]] = {
@@ -31,6 +34,7 @@ WEIGHT_NORM_TARGETS: dict[str, frozenset[str]] = {
 class Parts:
     """The choices an architecture name stands for (Table 1 and section 4 of the paper)."""
 
+    powers: bool = False  # powers of logits over the number of keys in the softmax's place, "Pow"
     temperature: bool = False  # learnable softmax temperature, "SM(t)"
     norm: Literal["layernorm", "rmsnorm", "none"] = "none"
     weight_norm: Literal["weight", "spectral", "none"] = "none"
@@ -46,7 +50,7 @@ class Parts:
 
     @property
     def softmax_only(self) -> bool:
-        """Softmax is the only nonlinear operation in the layers."""
+        """Softmax, or what stands in its place, is the only nonlinear operation in the layers."""
         return self.norm == "none" and self.activation == "identity"
 
     def normalises(self, linear: str) -> bool:
@@ -55,6 +59,7 @@ class Parts:
 
 
 _NORMS = {"LN": Parts(norm="layernorm"), "RMS": Parts(norm="rmsnorm")}
+_HEADS = ("SM", "SM(t)", "Pow", "Pow(t)")
 _SCALED = {"ScFFN": Parts(ffn="scaled"), "ScFuFFN": Parts(ffn="fused")}
 
 
@@ -62,7 +67,7 @@ def legal_names() -> str:
     """What an architecture's name may be, in words."""
     networks = ", ".join(f"+{name}" for name in (*ACTIVATIONS, *_SCALED))
     return (
-        "SM or SM(t); then at most one of +LN, +RMS, +WNorm(TARGET), +SNorm(TARGET), where TARGET is "
+        f"{_either(_HEADS)}; then at most one of +LN, +RMS, +WNorm(TARGET), +SNorm(TARGET), where TARGET is "
         f"{', '.join(WEIGHT_NORM_TARGETS)}; then at most one of {networks} "
         "(+ScFFN and +ScFuFFN without +LN or +RMS), for example SM+LN+G, SM+SNorm(QK+FFN), SM(t)+ScFuFFN"
     )
@@ -77,9 +82,9 @@ def parse_architecture(name: str) -> Parts:
     bare = name.replace(" ", "")
     head, *rest = re.split(r"\+(?![^()]*\))", bare)  # pluses within parentheses belong to a target
     problems = []
-    if head not in ("SM", "SM(t)"):
-        problems.append(f"it begins with {head!r} instead of SM or SM(t)")
-    parts = Parts(temperature=head == "SM(t)")
+    if head not in _HEADS:
+        problems.append(f"it begins with {head!r} instead of {_either(_HEADS)}")
+    parts = Parts(powers=head.startswith("Pow"), temperature=head.endswith("(t)"))
     seen: list[str] = []
     for word in rest:
         weight_norm = re.fullmatch(r"([WS])Norm\((.*)\)", word)
@@ -114,6 +119,40 @@ def parse_architecture(name: str) -> Parts:
     return parts
 
 
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def with_defaults(architecture: str, softmax: str, final_norm: bool | None) -> tuple[str, bool]:
+    """Softmax and final norm of an architecture by name, where "exact" and None stand for its own.
+
+    Of powers these are squares of logits, and no final norm where the layers have none; otherwise the exact softmax and
+    a norm. A name that is not legal is another function's to refuse.
+    """
+    name = architecture.replace(" ", "").removeprefix("EReg(")
+    powers = name.startswith("Pow")
+    norms = {"LN", "RMS"} & set(re.split(r"[+)]", name))
+    own = str(OVER_KEYS) if powers and softmax == "exact" else softmax
+    return own, bool(norms or not powers) if final_norm is None else final_norm
+
+
+def softmax_problem(architecture: str, softmax: str) -> str | None:
+    """What is wrong with a softmax, by itself or in this architecture, or None."""
+    try:
+        form = parse_of_model(softmax)
+    except UserError as error:
+        return str(error)
+    powers = architecture.replace(" ", "").removeprefix("EReg(").startswith("Pow")
+    if powers == form.over_keys:
+        return None
+    if powers:
+        return (
+            f"{architecture} has powers of logits over the number of keys: softmax must be polynomial-1/keys to "
+            f"polynomial-8/keys, got {softmax!r}"
+        )
+    return f"softmax {softmax} is for architectures that begin with Pow, such as Pow(t)+ScFuFFN, not {architecture}"
+
+
 PAPER_ARCHITECTURES = (
     "SM+LN+G",
     "SM+LN+R",
@@ -143,6 +182,9 @@ FURTHER_ARCHITECTURES = (
     "SM(t)+SNorm(QKVO+FFN)+ScFuFFN",
     "SM(t)+WNorm(QKV+FFN)+ScFFN",
     "SM+SNorm(FFN)+R",
+    "Pow+ScFuFFN",
+    "Pow(t)+ScFuFFN",
+    "Pow(t)+LN+G",
 )
 # The named ones and some combinations: what tests and tables go through. Every name that parses is legal.
 ARCHITECTURES: dict[str, Parts] = {

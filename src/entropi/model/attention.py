@@ -141,9 +141,13 @@ class EntropiAttention(nn.Module):
         if self.measure_logits and self.training:
             largest = largest_logits(query, key, settings["temperature"])
             self.largest_logits = largest if self.largest_logits is None else largest.maximum(self.largest_logits)
-        heads, entropy = entropy_attention(query, key, value, **settings)
+        heads, entropy = self.attend(query, key, value, settings)
         observe(self, entropy, visible.counted, lambda: attention_pattern(query, key, **settings))
         return self.output(heads.transpose(1, 2).reshape(batch, length, -1)), entropy
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Heads `(B, H, T, k)` and row entropies `(B, H, T)`; `settings` are those of `entropy_attention`."""
+        return entropy_attention(query, key, value, **settings)
 
     def queries(self, hidden: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """`(B, T, d)` -> queries `(B, H, T, k)`, turned by position and scaled by length where the model does that."""

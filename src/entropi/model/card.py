@@ -37,7 +37,7 @@ def model_card(config: EntropiConfig, parameters: int, facts: Mapping[str, str] 
         facts: further rows of the table, such as what the model was trained on and its perplexity.
     """
     parts = config.parts
-    kept = ["softmax"]
+    kept = ["powers of attention's logits" if parts.powers else "softmax"]
     kept += [_NORMS[parts.norm]] if parts.norm in _NORMS else []
     kept += ["RMSNorm after attention and feed-forward network"] if config.branch_norm else []
     kept += ["RMSNorm of queries and keys"] if config.query_key_norm else []

@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from entropi.errors import UserError
-from entropi.model.architectures import Parts, parse_architecture
+from entropi.model.architectures import Parts, parse_architecture, softmax_problem, with_defaults
 from entropi.model.shape import BIASES
-from entropi.softmax import SoftmaxForm, from_former, parse_of_model
+from entropi.softmax import SoftmaxForm, from_former
 
 _CHOICES = {
     "bias": tuple(BIASES),
@@ -50,7 +50,8 @@ class EntropiConfig(PreTrainedConfig):
         bias: which linear layers have one: "qk" (query and key, as in the authors' training code), "qkv" (Qwen2),
             "attention", "ffn", "all" (GPT-2) or "none".
         final_norm: the norm before the LM head, LayerNorm in models without a norm; the authors keep it in their
-            LayerNorm-free models too, and do not count it.
+            LayerNorm-free models too, and do not count it. By default there is one, but not in architectures of powers
+            (Pow) without a norm.
         activation_function: which GELU stands for "G" and in "GeGLU": "gelu_new" (GPT-2's tanh form) or "gelu".
         leaky_slope: negative slope of "LeakyR", where it starts if it is learned.
         leaky_slope_learned: "fixed", or learned one a "layer" or one for all layers ("global").
@@ -65,7 +66,9 @@ class EntropiConfig(PreTrainedConfig):
         softmax: "exact"; "power-t", (1 + x / 2^t)^(2^t) as private inference evaluates it: a model trained with it
             answers in private exactly as in the open, and a small t is cheap; or "polynomial-t", that power of the
             logit itself, not of its distance to the row's largest: nothing is compared, which takes most of the rounds
-            out of a private softmax. t is 1 to 8. See `entropi.softmax`.
+            out of a private softmax; "polynomial-t/keys" divides these by the number of keys that a row sees, which
+            is public, and not by their sum: what architectures of powers (Pow) have, polynomial-1/keys by default, and
+            no others. t is 1 to 8. See `entropi.softmax`.
         temperature_init: initial t of SM(t). The paper's 1e-2 (1e-1 on Languini), read literally with 1/t,
             multiplies the logits by 100 (10); 1 starts at the plain softmax.
         temperature_granularity: a temperature per head and query "position" (the paper), or one per "head", which
@@ -102,7 +105,7 @@ class EntropiConfig(PreTrainedConfig):
     embedding_scale: float = 1.0
     parallel_residual: bool = False
     bias: str = "qk"
-    final_norm: bool = True
+    final_norm: bool | None = None
     activation_function: str = "gelu_new"
     leaky_slope: float = 0.01
     leaky_slope_learned: str = "fixed"
@@ -127,7 +130,8 @@ class EntropiConfig(PreTrainedConfig):
         self.architecture = self.architecture.replace(" ", "")
         # Files of older models have two other settings for it.
         kwargs = from_former(kwargs if self.softmax == "exact" else {**kwargs, "softmax": self.softmax})
-        self.softmax = kwargs.pop("softmax", "exact")
+        softmax = kwargs.pop("softmax", "exact")
+        self.softmax, self.final_norm = with_defaults(self.architecture, softmax, self.final_norm)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -141,11 +145,12 @@ class EntropiConfig(PreTrainedConfig):
     def problems(self) -> list[str]:
         """Everything that is wrong with the values."""
         problems = []
-        for parse, text in ((parse_architecture, self.architecture), (parse_of_model, self.softmax)):
-            try:
-                parse(text)
-            except UserError as error:
-                problems.append(str(error))
+        try:
+            parse_architecture(self.architecture)
+        except UserError as error:
+            problems.append(str(error))
+        if problem := softmax_problem(self.architecture, self.softmax):
+            problems.append(problem)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 problems.append(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")

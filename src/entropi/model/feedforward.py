@@ -73,22 +73,24 @@ class PlainFeedForward(nn.Module):
 
     def branch(self, hidden: Tensor, common_slope: Tensor | None) -> Tensor:
         """The network without its residual connection."""
-        inner = self.up(hidden)
+        return self.down(self.activate(self.up(hidden), common_slope))
+
+    def activate(self, inner: Tensor, common_slope: Tensor | None) -> Tensor:
+        """What stands between the two matrices: `(B, T, m)`, or `(B, T, 2 m)` of a gated one, -> `(B, T, m)`."""
         match self.activation:
             case "gelu":
-                inner = self.gelu(inner)
+                return self.gelu(inner)
             case "geglu":
                 left, right = inner.chunk(2, dim=-1)
-                inner = self.gelu(left) * right
+                return self.gelu(left) * right
             case "leaky_relu":
                 slope = common_slope if self.leaky_slope is None else self.leaky_slope
                 assert slope is not None
-                inner = functional.relu(inner) * (1 - slope) + inner * slope
+                return functional.relu(inner) * (1 - slope) + inner * slope
             case "identity":
-                pass
+                return inner
             case name:
-                inner = ACTIVATIONS[name](inner)
-        return self.down(inner)
+                return ACTIVATIONS[name](inner)
 
 
 class ScaledFeedForward(PlainFeedForward):

@@ -32,6 +32,12 @@ a product that is sent anyway, where a multiplication by g would be one of every
 **Of the polynomial softmax** the weights (1 + s / (2^t T))^(2^t) are proportional to (a 2^t T + a s)^(2^t) for any a of
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
 that a row's mean weight is about 16: larger ones would leave fixed-point numbers less room, smaller ones be less exact.
+
+**Over the number of keys** nothing is proportional: temperatures stay what they are elsewhere, factors on the queries;
+the private program multiplies sums by K / n (`softmax.share_scale`), weights (a + a s / (2^t T))^(2^t) have a mean of
+about 1 / K, and what they are wrong by in all, by head, goes out again in the output matrix. Larger weights would make
+that matrix so small that it loses digits, as 2^t sqrt(d_k) would W_Q: half of it goes into W_K. Since rows of weights
+do not sum to 1, the value bias stays with the values.
 """
 
 from __future__ import annotations
@@ -54,6 +60,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward
 from entropi.model.shape import describe
+from entropi.softmax import share_scale
 
 WEIGHTS_FILE = "folded.safetensors"
 DESCRIPTION_FILE = "folded.json"
@@ -70,7 +77,7 @@ class Folded:
 
     Shapes, with H heads and G heads of keys and values of width k, m the FFN's inner width, P positions: `embedding
     (V, d)`, `positions (P, d)` where they are learned; for each layer l `l.qkv (d, (H + 2 G) k)`, `l.qkv_bias`,
-    `l.output (H k, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position, or
+    `l.output (H k, d)`, `l.output_bias`; `l.inverse_temperature (H, P)` where temperatures depend on the position,
     `l.offset (H, P)` of a polynomial softmax;
     `l.up (d, m)`, `l.up_bias`, `l.down (m, d)`, `l.down_bias` around an activation (bilinear: `l.up (d, 2 m)`, whose
     halves are multiplied); `l.ffn (d, d)` and `l.ffn_bias` in the layers of `explicit_ffn`, which multiply the
@@ -138,11 +145,13 @@ def fold(model: EntropiForCausalLM, worst_condition: float = WORST_CONDITION) ->
     if decoder.position_embedding is not None:
         weights["positions"] = _array(decoder.position_embedding.weight) @ stream.writing[0]
 
-    of_distance = config.softmax_form.of_distance
+    softmax = config.softmax_form
     tempered = (
-        config.parts.temperature and of_distance and any(_by_position(block.attention.temperature) for block in blocks)
+        config.parts.temperature
+        and not softmax.has_offsets
+        and any(_by_position(block.attention.temperature) for block in blocks)
     )
-    sizes: list[Array | None] = [None] * len(blocks) if of_distance else [*_sizes_of_bases(model)]
+    sizes: list[Array | None] = [None] * len(blocks) if softmax.of_distance else [*_sizes_of_bases(model)]
     for index, (block, network, size) in enumerate(zip(blocks, networks, sizes)):
         layer = _fold_layer(index, block, network, stream, config, tempered, size)
         weights |= {f"{index}.{name}": value for name, value in layer.items()}
@@ -181,9 +190,11 @@ def _fold_layer(
     size: Array | None,
 ) -> dict[str, Array]:
     """One layer's part of `Folded.weights`, by the names without its number."""
-    layer = _fold_attention(copy.deepcopy(block.attention).double(), block.attention_norm, tempered, size)
+    positions = config.max_position_embeddings
+    attention = copy.deepcopy(block.attention).double()
+    layer = _fold_attention(attention, block.attention_norm, tempered, size, positions)
     if size is not None:
-        layer["offset"] = np.broadcast_to(layer["offset"], (config.num_attention_heads, config.max_position_embeddings))
+        layer["offset"] = np.broadcast_to(layer["offset"], (config.num_attention_heads, positions))
     reading, after = stream.reading[index], stream.writing[index + 1]
     written = after if config.parallel_residual else stream.writing[index]
     layer["qkv"] = reading @ layer["qkv"]
@@ -224,12 +235,14 @@ MEAN_WEIGHT = 16.0  # of rows by a polynomial softmax
 
 
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
-    """For every layer the size of the polynomial's base 2^t T + s by head, `(H,)`.
+    """For every layer the size of the polynomial's base 2^t T + s, or over keys 1 + s / (2^t T), by head, `(H,)`.
 
-    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, over random tokens. The first row is
-    left out, whose only weight may be anything.
+    Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, or over keys 1 / `share_scale`, over
+    random tokens. The first row is left out, whose only weight may be anything.
     """
     config, found = model.config, list[Array]()
+    over_keys = config.softmax_form.over_keys
+    wanted = 1.0 / share_scale(config.max_position_embeddings) if over_keys else MEAN_WEIGHT
     tokens = torch.randint(
         config.vocab_size,
         (CALIBRATION_SEQUENCES, min(config.max_position_embeddings, CALIBRATION_LENGTH)),
@@ -242,14 +255,17 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
         query = attention.queries(hidden, position_ids, rotation).double()
         key = attention.keys(hidden, rotation).double()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        offset: Any = power if attention.temperature is None else power * attention.temperature(position_ids).double()
+        offset = torch.ones(1, 1, dtype=torch.float64, device=query.device) * power
+        if attention.temperature is not None:
+            offset = power * attention.temperature(position_ids)[0].double()
         means = []
         for one in range(len(query)):
             logits = query[one] @ key[one].transpose(-1, -2) * attention.head_dim**-0.5
-            weights = (logits + (offset if isinstance(offset, float) else offset[0, ..., None])) ** power
+            bases = logits + offset[..., None]
+            weights = (bases / offset[..., None] if over_keys else bases) ** power
             seen = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
             means.append((weights.tril().sum(dim=-1) / seen)[:, 1:])
-        found.append((torch.stack(means) / MEAN_WEIGHT).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
+        found.append((torch.stack(means) / wanted).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
 
     blocks: list[Any] = list(model.model.blocks)
     hooks = [block.attention.register_forward_pre_hook(measure) for block in blocks]
@@ -263,49 +279,69 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
     return found
 
 
-def _fold_attention(attention: Any, norm: nn.Module, tempered: bool, size: Array | None) -> dict[str, Array]:
+def _fold_attention(
+    attention: Any, norm: nn.Module, tempered: bool, size: Array | None, positions: int
+) -> dict[str, Array]:
     """Joint matrix and bias of q, k and v, output matrix and bias, temperatures that depend on the position.
 
-    With the `size` of the polynomial's bases `offset (H, P or 1)` instead.
+    With the `size` of the polynomial's bases `offset (H, P or 1)` besides; it has temperatures in it, or over keys not.
     """
-    folded: dict[str, Array] = {}
     query, query_bias = _linear(attention.query, norm)
     key, key_bias = _linear(attention.key, norm)
     value, value_bias = _linear(attention.value, norm)
     output, output_bias = _linear(attention.output)
+    scale, folded = _fold_temperature(attention, tempered, size)
     head_dim = attention.head_dim
-    scale = np.full(query.shape[1], head_dim**-0.5)
-    if attention.length_scale is not None:
-        scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
-    if size is not None:
-        temperature = 1.0 if attention.temperature is None else _array(attention.temperature.values())
-        folded["offset"] = 2.0**attention.softmax.iterations * temperature / size[:, None]
-        scale = scale / np.repeat(size, head_dim)
-    elif attention.temperature is not None:
-        inverse_temperature = 1.0 / _array(attention.temperature.values())
-        if tempered:
-            factors: Array = np.broadcast_to(
-                inverse_temperature, (len(inverse_temperature), attention.temperature.parameter.shape[1])
-            )
-            if attention.length_scale is not None:  # the private factor of a row takes its public one in
-                positions = attention.length_scale.positions
-                factors = factors * np.log(np.arange(1, positions + 1)) / np.log(positions)
-            folded["inverse_temperature"] = factors
-        else:
-            scale = scale * np.repeat(inverse_temperature[:, 0], head_dim)
     groups = query.shape[1] // key.shape[1]  # query heads that share one head of keys and values
+    kept_bias, key_scale = np.zeros_like(value_bias), 1.0
+    if attention.softmax.over_keys:
+        assert size is not None
+        power = 2.0**attention.softmax.iterations
+        key_scale = (power * head_dim**0.5) ** -0.5  # W_Q alone would become so small that it loses digits
+        output = np.repeat(size**power / share_scale(positions), head_dim)[:, None] * output
+        kept_bias, value_bias = value_bias, kept_bias
     per_head = np.repeat(value_bias.reshape(-1, head_dim), groups, axis=0).reshape(-1)
     queries, keys = [(query, query_bias)], [(key, key_bias)]
     if not isinstance(attention.query_norm, nn.Identity):  # what is divided has the gain, what it is divided by not
         scale = scale * np.tile(_array(attention.query_norm.weight), len(query_bias) // head_dim)
         gain = np.tile(_array(attention.key_norm.weight), len(key_bias) // head_dim)
         queries, keys = [queries[0], queries[0]], [(key * gain, key_bias * gain), keys[0]]
-    queries[0] = query * scale, query_bias * scale
-    columns = [*queries, keys[0], (value, np.zeros_like(value_bias)), *keys[1:]]
+    queries[0] = query * scale / key_scale, query_bias * scale / key_scale
+    keys[0] = keys[0][0] * key_scale, keys[0][1] * key_scale
+    columns = [*queries, keys[0], (value, kept_bias), *keys[1:]]
     folded["qkv"] = np.concatenate([matrix for matrix, _ in columns], axis=1)
     folded["qkv_bias"] = np.concatenate([bias for _, bias in columns])
     folded["output"], folded["output_bias"] = output, per_head @ output + output_bias
     return folded
+
+
+def _fold_temperature(attention: Any, tempered: bool, size: Array | None) -> tuple[Array, dict[str, Array]]:
+    """What the columns of queries are multiplied by, `(H k,)`, and what is left of temperatures and bases."""
+    folded: dict[str, Array] = {}
+    head_dim, softmax = attention.head_dim, attention.softmax
+    scale: Array = np.full(attention.query.weight.shape[0], head_dim**-0.5)
+    if attention.length_scale is not None:
+        scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
+    if size is not None:
+        base: Any = 2.0**softmax.iterations  # 2^t T + s, or over keys 1 + s / (2^t T)
+        if softmax.over_keys:
+            base, scale = 1.0, scale / base
+        elif attention.temperature is not None:
+            base = base * _array(attention.temperature.values())
+        folded["offset"] = base / size[:, None]
+        scale = scale / np.repeat(size, head_dim)
+    if attention.temperature is not None and not softmax.has_offsets:
+        inverse_temperature = 1.0 / _array(attention.temperature.values())
+        if not tempered:
+            return scale * np.repeat(inverse_temperature[:, 0], head_dim), folded
+        factors: Array = np.broadcast_to(
+            inverse_temperature, (len(inverse_temperature), attention.temperature.parameter.shape[1])
+        )
+        if attention.length_scale is not None:  # the private factor of a row takes its public one in
+            positions = attention.length_scale.positions
+            factors = factors * np.log(np.arange(1, positions + 1)) / np.log(positions)
+        folded["inverse_temperature"] = factors
+    return scale, folded
 
 
 def _by_position(temperature: Any) -> bool:

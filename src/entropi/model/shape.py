@@ -13,10 +13,10 @@ from typing import Any
 
 from entropi.activations import folded_name
 from entropi.errors import UserError
-from entropi.model.architectures import Parts, parse_architecture
+from entropi.model.architectures import Parts, parse_architecture, softmax_problem, with_defaults
 from entropi.model.convert import options_of
 from entropi.model.gguf import configuration_of, is_gguf
-from entropi.softmax import SoftmaxForm, from_former, parse_of_model
+from entropi.softmax import SoftmaxForm, from_former
 
 FOLDED_FORMAT = 3
 # Which linear layers have a bias, by the value of the option `bias`; "ffn" are those of the feed-forward network.
@@ -56,7 +56,7 @@ class Shape:
     branch_norm: bool = False
     parallel_residual: bool = False
     bias: str = "qk"
-    final_norm: bool = True
+    final_norm: bool | None = None  # None: as the architecture has it, see `with_defaults`
     softmax: str = "exact"
     temperature_granularity: str = "position"
     log_length_scaling: bool = False
@@ -83,13 +83,14 @@ class Shape:
                 problems.append(
                     f"{self.num_attention_heads} heads are no multiple of {self.num_key_value_heads} key-value heads"
                 )
-        try:
-            parse_of_model(self.softmax)
-        except UserError as error:
-            problems.append(str(error))
+        softmax, final_norm = with_defaults(self.architecture, self.softmax, self.final_norm)
+        if problem := softmax_problem(self.architecture, softmax):
+            problems.append(problem)
         parse_architecture(self.architecture)
         if problems:
             raise UserError("; ".join(problems))
+        object.__setattr__(self, "softmax", softmax)
+        object.__setattr__(self, "final_norm", final_norm)
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         object.__setattr__(self, "intermediate_size", self.intermediate_size or 4 * self.hidden_size)
 
@@ -169,7 +170,7 @@ def expected_description(config: Any) -> dict[str, Any]:
         explicit_ffn=list(range(config.num_hidden_layers)) if linear else [],
         temperature=parts.temperature
         and config.temperature_granularity == "position"
-        and config.softmax_form.of_distance,
+        and not config.softmax_form.has_offsets,
     )
 
 

@@ -29,6 +29,7 @@ from entropi.records import (
     RolledBack,
     RunStarted,
     SkippedUpdate,
+    TaperSnapshot,
     TrainingStep,
 )
 from entropi.report import figures
@@ -48,6 +49,7 @@ class Run:
     started: RunStarted | None = None
     steps: list[TrainingStep] = field(default_factory=list)
     snapshots: list[EntropySnapshot] = field(default_factory=list)
+    tapers: list[TaperSnapshot] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     skipped: list[SkippedUpdate] = field(default_factory=list)
     rolled_back: list[RolledBack] = field(default_factory=list)
@@ -171,6 +173,8 @@ def read_run(folder: Path) -> Run:
                 run.steps.append(record)
             case EntropySnapshot():
                 run.snapshots.append(record)
+            case TaperSnapshot():
+                run.tapers.append(record)
             case Evaluation():
                 if run.evaluations and run.evaluations[-1].step == record.step:
                     run.evaluations.pop()  # a last step is measured again, on more text

@@ -176,6 +176,32 @@ def _thresholds(run: Run, dpi: float) -> Panel | None:
     return _panel(title, figures.thresholds(latest.threshold), alt, note, dpi)
 
 
+def _gates(run: Run, dpi: float) -> Panel | None:
+    if not run.tapers:
+        return None
+    last = run.tapers[-1]
+    leave = ", ".join(last.gates)
+    alt = f"Gates of {run.name} over steps, one line each for {leave}; at step {last.step:,} the stage is {last.stage}."
+    teacher = run.started.teacher if run.started is not None else ""
+    note = f"The teacher is {teacher}, and what leaves it {leave}. Gates are means over layers: 1 is before, 0 after."
+    return _panel("What leaves the teacher", figures.taper_gates(run.tapers), alt, note, dpi)
+
+
+def _distances(run: Run, dpi: float) -> Panel | None:
+    if not run.tapers:
+        return None
+    last = run.tapers[-1]
+    most = max((value for row in last.distance for value in row if math.isfinite(value)), default=math.nan)
+    alt = (
+        f"Heatmap of the distance of the entropies of {run.name} from its teacher's by head; the largest is {most:.2f}."
+    )
+    note = (
+        f"Step {last.step:,}: mean over rows of the difference of entropies on the same text, at most {number(most)} "
+        f"nats. The next token's distribution is {number(last.divergence, 3)} nats from the teacher's."
+    )
+    return _panel("Entropies, from the teacher's", figures.entropy_distance(last.distance), alt, note, dpi)
+
+
 def _loss(run: Run, dpi: float) -> Panel | None:
     return _losses([run], dpi)
 
@@ -392,13 +418,11 @@ def _render(runs: Sequence[Run], dpi: float, moments: int) -> bytes:
     contexts = sorted({context for run in runs if (context := run.context_length)})
     several = len(runs) > 1
     private_runs = [run for run in runs if run.private is not None]
+    drawings = (_loss, _layerwise, _positions, _thresholds, _gates, _distances)
     parts: dict[str, Any] = {
         "cells": [cells(run, explored["colours"], top) for run in runs],
         "columns": _columns(runs),
-        "panels": [
-            [panel for draw in (_loss, _layerwise, _positions, _thresholds) if (panel := draw(run, dpi)) is not None]
-            for run in runs
-        ],
+        "panels": [[panel for draw in drawings if (panel := draw(run, dpi)) is not None] for run in runs],
         "folding": [_folding(run, dpi) for run in runs],
         "predictions": [_prediction(run, dpi) for run in runs],
         "traffic": [_bytes(run, dpi) for run in private_runs],

@@ -15,9 +15,11 @@ from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.model.tapering import target_of
 from entropi.training import distributed
 from entropi.training.checkpoints import CHECKPOINTS_FOLDER
 from entropi.training.live import Live
+from entropi.training.loading import model_folder, open_config
 from entropi.training.recipe import Recipe
 
 
@@ -29,12 +31,13 @@ def prepare_corpus(recipe: Recipe, console: Console, content_hash: str = "") -> 
     Raises:
         UserError: a corpus or tokenizer that cannot be used, or too little text for one update.
     """
+    tapered = recipe.taper_from
     prepared = prepare(
         recipe.corpus,
         recipe.vocab_size,
         recipe.context_length,
         console=console,
-        tokenizer=recipe.tokenizer,
+        tokenizer=str(model_folder(Path(tapered))) if tapered else recipe.tokenizer,
         per_document=recipe.packing == "document",
         content_hash=content_hash,
     )
@@ -64,11 +67,13 @@ def tokens_per_step(recipe: Recipe) -> int:
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> EntropiConfig:
-    """The model that a recipe asks for.
+    """The model that a recipe asks for; of a tapering what is left in the end, which has the teacher's vocabulary.
 
     Raises:
         UserError: no such model can be built.
     """
+    if recipe.taper_from:
+        return _tapered_config(recipe)
     architecture, regularised = split_training_name(recipe.architecture)
     regularizer = {
         "weight": recipe.entropy_weight,
@@ -106,6 +111,71 @@ def model_config(recipe: Recipe, vocab_size: int) -> EntropiConfig:
     )
 
 
+# Settings of models that are new, and what the teacher's configuration calls them; a tapered one has its teacher's.
+_OF_THE_TEACHER = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "key_value_heads": "num_key_value_heads",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "position_embedding": "position_embedding",
+    "activation_function": "activation_function",
+    "leaky_slope": "leaky_slope",
+    "leaky_slope_learned": "leaky_slope_learned",
+    "log_length_scaling": "log_length_scaling",
+}
+_OF_ITS_TEMPERATURES = ("temperature_granularity", "temperature_parametrization")  # where it has any
+# Those that mean nothing to a model that is there already.
+_OF_NEW_MODELS = (
+    "tokenizer",
+    "initializer_range",
+    "initialization",
+    "spectral_gain",
+    "threshold_init",
+    "temperature_init",
+)
+
+
+def _tapered_config(recipe: Recipe) -> EntropiConfig:
+    """What the teacher of `recipe` becomes."""
+    architecture, regularised = split_training_name(recipe.architecture)
+    teacher = open_config(Path(recipe.taper_from))
+    chosen = [field.name for field in fields(Recipe) if getattr(recipe, field.name) != field.default]
+    fixed = _OF_THE_TEACHER | ({name: name for name in _OF_ITS_TEMPERATURES} if teacher.parts.temperature else {})
+    problems = [
+        f"{name} is {getattr(recipe, name)}, the teacher has {getattr(teacher, theirs)}"
+        for name, theirs in fixed.items()
+        if name in chosen and getattr(recipe, name) != getattr(teacher, theirs)
+    ]
+    problems += [f"{name} is for models that begin anew: leave it out" for name in _OF_NEW_MODELS if name in chosen]
+    if regularised:
+        problems.append("heads are held near the teacher's entropies with entropy_weight: leave EReg(...) out")
+    if recipe.context_length > teacher.max_position_embeddings:
+        most = teacher.max_position_embeddings
+        problems.append(f"context_length is {recipe.context_length}, the teacher takes {most} tokens")
+    if problems:
+        raise UserError(f"{recipe.taper_from} cannot be tapered so: {'; '.join(problems)}")
+    return target_of(
+        teacher,
+        architecture,
+        softmax=recipe.softmax,
+        final_norm=recipe.final_norm,
+        bias=recipe.bias if "bias" in chosen else None,
+        embedding_dropout=recipe.embedding_dropout,
+        temperature_granularity=recipe.temperature_granularity,
+        temperature_parametrization=recipe.temperature_parametrization,
+    )
+
+
+def check_vocabulary(recipe: Recipe, config: EntropiConfig, prepared: Prepared) -> None:
+    """Refuse to taper a model whose tokenizer has tokens that it has no embedding for."""
+    if recipe.taper_from and (entries := prepared.tokenizer.get_vocab_size()) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {recipe.taper_from} has {entries} tokens, and the model embeddings for "
+            f"{config.vocab_size}: text may hold tokens that it cannot read"
+        )
+
+
 def new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
     """The model before its first step: the same in every process."""
     set_seed(recipe.seed)
@@ -115,6 +185,8 @@ def new_model(recipe: Recipe, prepared: Prepared) -> EntropiForCausalLM:
 def check_processes(recipe: Recipe, shard: bool) -> None:
     """Refuse a number of processes that would change the training, or what cannot be sharded."""
     count = distributed.launched()
+    if recipe.taper_from and (count > 1 or shard):
+        raise UserError("a model is tapered in one process, not sharded: start entropi without torchrun and --shard")
     if recipe.gradient_accumulation % count:
         raise UserError(
             f"{count} processes share out the micro-batches of an update, and gradient_accumulation is "

@@ -134,6 +134,7 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         self._steps += 1
         step, last = state.global_step, state.global_step >= state.max_steps
+        with_entropy = self.records_entropy(state)
         if not self._refused:
             # With losses scaled for accumulation, the micro-batches of an update add up to the update's loss.
             losses = [torch.stack([loss for loss, _ in self._losses]).sum().float()]
@@ -143,13 +144,18 @@ class RunRecorder(TrainerCallback):
             self._cross_entropy.append(sums[0])
             if penalties:
                 self._penalty.append(sums[1])
-        if step % self.entropy_every == 0 or step == 1 or last:
+        if with_entropy:
             self._record_entropy(step, model)
         self._refused, self._losses, self.entropies = False, [], []
         control.should_log = step % self.log_every == 0 or last
         if last:
             control.should_evaluate = False  # all of the held-out text is evaluated right after
         self.progress.update(step, f"{self._status}{self._heads}")
+
+    def records_entropy(self, state: TrainerState) -> bool:
+        """Whether the entropies of the update that has ended are recorded."""
+        step = state.global_step
+        return step % self.entropy_every == 0 or step == 1 or step >= state.max_steps
 
     def _record_entropy(self, step: int, model: Any) -> None:
         entropy = all_reduce_sum(torch.stack(self.entropies).mean(dim=0)) / world_size()

@@ -16,6 +16,7 @@ import torch
 
 from entropi.errors import UserError
 from entropi.machine import processor
+from entropi.training.loading import open_config
 from entropi.training.recipe import Recipe
 
 
@@ -31,11 +32,12 @@ def bf16_is_fast(recipe: Recipe) -> bool:
     """Whether bfloat16 matrix products of this model's size run at least 1.5 times as fast as float32 ones here."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    width = open_config(Path(recipe.taper_from)).hidden_size if recipe.taper_from else recipe.hidden_size
     rows = min(recipe.batch_size * recipe.context_length, 4096)
 
     def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(rows, recipe.hidden_size, dtype=dtype)
-        b = torch.ones(recipe.hidden_size, 4 * recipe.hidden_size, dtype=dtype)
+        a = torch.ones(rows, width, dtype=dtype)
+        b = torch.ones(width, 4 * width, dtype=dtype)
         times = []
         for _ in range(5):
             started = time.perf_counter()

@@ -27,7 +27,7 @@ from entropi.errors import UserError, is_failure
 from entropi.machine import available_memory
 from entropi.model.chat_template import chat_form
 from entropi.model.configuration import EntropiConfig
-from entropi.model.convert import Weights
+from entropi.model.convert import Weights, options_of
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.gguf import configuration_of, is_gguf, source_of
 from entropi.model.shape import read_shape, shape_of
@@ -91,6 +91,27 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
             raise
         raise UserError(f"the model in {folder} is damaged: tokenizer.json cannot be read: {error}") from None
     return model.eval(), tokenizer, folder
+
+
+def open_config(path: Path) -> EntropiConfig:
+    """The configuration of what `open_model` opens, without its weights; GGUF files excepted, which have no tokenizer.
+
+    Raises:
+        UserError: as `open_model`.
+    """
+    match model_type(path):
+        case "gguf":
+            raise UserError(f"{path} has no tokenizer.json: entropi convert makes a folder of it")
+        case None:
+            return open_model(path)[0].config  # which says what is wrong
+        case EntropiConfig.model_type:
+            try:
+                return EntropiConfig.from_pretrained(model_folder(path), local_files_only=True)
+            except Exception as error:  # as in `open_model`
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"the model in {model_folder(path)} is damaged: {reason}") from None
+        case _:
+            return EntropiConfig(**options_of(_configuration(model_folder(path)))[0])
 
 
 def open_chat_form(path: Path) -> ChatForm | None:

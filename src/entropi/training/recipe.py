@@ -13,9 +13,11 @@ import yaml
 
 from entropi.data.tokenizer import MIN_VOCAB_SIZE
 from entropi.errors import UserError
-from entropi.softmax import FORMER, from_former, parse_of_model
+from entropi.model.architectures import softmax_problem, with_defaults
+from entropi.softmax import FORMER, from_former
 
 CONFIG_FILE = "config.yaml"
+TAPER_STAGES = ("activation", "norm", "softmax", "final_norm")  # what may leave a trained model, one after the other
 _MAY_BE_ZERO = (
     "evaluate_every",
     "save_every",
@@ -45,10 +47,12 @@ class Recipe:
         intermediate_size: width between the two feed-forward matrices (0: 4 * hidden_size)
         key_value_heads: heads of keys and values, fewer than heads for grouped queries (0: as many as heads)
         position_embedding: "learned" positions or "rotary" ones
-        final_norm: a norm before the language-model head; the paper keeps it in models that have no other
+        final_norm: a norm before the language-model head; the paper keeps it in models that have no other. By default
+            there is one, but not in architectures of powers (Pow) without a norm
         softmax: "exact"; "power-1" to "power-8", the (1 + x/2^t)^(2^t) of private inference, cheap at t of 1 to 3; or
             "polynomial-1" to "polynomial-8", that power of the logits themselves, without maximum and clip: fewest
-            bytes and rounds
+            bytes and rounds of a softmax; architectures of powers (Pow) have "polynomial-1/keys", their default, to
+            "polynomial-8/keys", divided by the number of keys and not by their sum
         activation_function: which GELU "G" is: "gelu_new" (GPT-2's tanh form) or "gelu" (the authors' erf form)
         leaky_slope: negative slope of LeakyR
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")
@@ -77,7 +81,7 @@ class Recipe:
         compile: compile the layers, the loss and the regulariser with torch.compile, which takes up to a minute at the
             start and needs a C++ compiler, on GPUs Triton
         seed: of initial weights and data order
-        entropy_weight: lambda, the weight of the entropy penalty (used with EReg)
+        entropy_weight: lambda, the weight of the entropy penalty (used with EReg, and where a model is tapered)
         entropy_margin: gamma, tolerated deviation as a share of the maximum entropy
         entropy_granularity: penalise every query row ("query", the published listing) or the mean of each head
         entropy_maximum: log T for every row ("context", the paper) or log(i+1) for row i ("causal")
@@ -97,6 +101,19 @@ class Recipe:
         evaluation_blocks: held-out sequences used by those evaluations (the last one uses all of them)
         save_every: steps between checkpoints (0: at the end only); an interrupt saves as well
         keep_checkpoints: how many to keep
+        taper_from: the model to taper, its teacher: a run folder, a saved model, or a checkpoint of another family. Not
+            empty, the run starts from a copy of it and takes away what `architecture`, `softmax` and `final_norm` have
+            not; the model's sizes, positions and vocabulary are then the teacher's
+        taper_stages: in which order operations leave: activation, norm, softmax, final_norm, with commas; those that
+            stay are passed over
+        taper_layers: layers leave an operation "together", or one by one: "upwards" from the first one,
+            "downwards" from the last
+        taper_start: share of the steps before the first stage
+        taper_end: share of the steps after which nothing is left to leave; the stages share what is between, equally
+        taper_cross_entropy: weight of the cross-entropy
+        taper_divergence: weight of the Kullback-Leibler divergence of the model's next tokens from the teacher's
+        taper_hidden: weight of the distance of hidden states from the teacher's, relative mean squares. The distance of
+            entropies from the teacher's has entropy_weight, and the other options of EReg
     """
 
     architecture: str = "EReg(SM(t)+ScFuFFN)"
@@ -111,7 +128,7 @@ class Recipe:
     intermediate_size: int = 0
     key_value_heads: int = 0
     position_embedding: Literal["learned", "rotary"] = "learned"
-    final_norm: bool = True
+    final_norm: bool | None = None
     softmax: str = "exact"
     activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     leaky_slope: float = 0.01
@@ -155,8 +172,20 @@ class Recipe:
     evaluation_blocks: int = 64
     save_every: int = 100
     keep_checkpoints: int = 2
+    taper_from: str = ""
+    taper_stages: str = ", ".join(TAPER_STAGES)
+    taper_layers: Literal["together", "upwards", "downwards"] = "together"
+    taper_start: float = 0.1
+    taper_end: float = 0.8
+    taper_cross_entropy: float = 1.0
+    taper_divergence: float = 1.0
+    taper_hidden: float = 0.1
 
     def __post_init__(self) -> None:
+        if isinstance(self.architecture, str) and isinstance(self.softmax, str):
+            softmax, final_norm = with_defaults(self.architecture, self.softmax, self.final_norm)
+            object.__setattr__(self, "softmax", softmax)
+            object.__setattr__(self, "final_norm", final_norm)
         if problems := _type_problems(dataclasses.asdict(self)) or self._range_problems():
             raise UserError("; ".join(problems))
 
@@ -188,10 +217,8 @@ class Recipe:
             )
         if self.learning_rate_floor > 0 and self.schedule == "constant":
             problems.append("learning_rate_floor is for schedules that fall: linear and cosine")
-        try:
-            parse_of_model(self.softmax)
-        except UserError as error:
-            problems.append(str(error))
+        if problem := softmax_problem(self.architecture, self.softmax):
+            problems.append(problem)
         if not 0 <= self.adam_beta2 < 1:
             problems.append(f"adam_beta2 is {self.adam_beta2}, a number in [0, 1) is needed")
         if not 0 <= self.embedding_dropout < 1:
@@ -202,7 +229,30 @@ class Recipe:
             problems.append(f"collapse_below is {self.collapse_below}, a share in (0, 1) is needed")
         if not 0 <= self.entropy_margin < 1:
             problems.append(f"entropy_margin is {self.entropy_margin}, a share in [0, 1) is needed")
+        return problems + self._taper_problems()
+
+    def _taper_problems(self) -> list[str]:
+        problems = []
+        if sorted(self.stages_of_taper) != sorted(TAPER_STAGES):
+            problems.append(
+                f"taper_stages is {self.taper_stages!r}, {', '.join(TAPER_STAGES)} are needed, in any order"
+            )
+        if not 0 <= self.taper_start < self.taper_end <= 1:
+            problems.append(
+                f"taper_start and taper_end are {self.taper_start} and {self.taper_end}, two shares of the steps are "
+                "needed, the first the smaller one"
+            )
+        for name in ("taper_cross_entropy", "taper_divergence", "taper_hidden"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)}, it cannot be negative")
+        if self.taper_from and self.compile:
+            problems.append("compile is not for tapering, whose gates change at every step: leave it out")
         return problems
+
+    @property
+    def stages_of_taper(self) -> list[str]:
+        """Names in `taper_stages`."""
+        return [name.strip() for name in self.taper_stages.split(",")]
 
 
 def _type_problems(settings: dict[str, Any]) -> list[str]:
@@ -211,6 +261,10 @@ def _type_problems(settings: dict[str, Any]) -> list[str]:
     types = get_type_hints(Recipe)
     for name, value in settings.items():
         wanted = types[name]
+        if wanted == (bool | None):
+            if value is None:
+                continue
+            wanted = bool
         if choices := get_args(wanted):
             if value not in choices:
                 problems.append(f"{name} is {value!r}, expected one of {', '.join(choices)}")

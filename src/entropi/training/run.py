@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_model
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from entropi import record_files
 from entropi.console import ProgressLine, make_console
@@ -22,6 +22,7 @@ from entropi.model.qk_clip import check_clippable
 from entropi.training import distributed
 from entropi.training.build import (
     check_processes,
+    check_vocabulary,
     model_config,
     new_model,
     prepare_corpus,
@@ -56,6 +57,7 @@ from entropi.training.run_folder import (
     resume_point,
     save_model,
 )
+from entropi.training.taper import Student, TaperProgress, Teacher, open_teacher, schedule_of
 from entropi.training.trainer import BlockDataset, EntropiTrainer
 
 
@@ -69,6 +71,15 @@ class _Run:
     console: Console
     live: Live | None
     shard: bool
+    teacher: Teacher | None  # of a tapering
+
+    def new_model(self) -> EntropiForCausalLM:
+        """The model before its first step."""
+        if self.teacher is None:
+            return new_model(self.recipe, self.prepared)
+        student = Student(self.teacher.model, model_config(self.recipe, 0), self.recipe)
+        set_seed(self.recipe.seed)
+        return student
 
 
 def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool = False) -> Path:
@@ -107,11 +118,13 @@ def train(recipe: Recipe, folder: Path, live: Live | None = None, *, shard: bool
         # Before the processes are connected, which would not wait for hours: one of them prepares, the others wait.
         prepared = prepare_corpus(recipe, console, corpus_hash(folder))
         console.print(prepared.parts, markup=False)
+        check_vocabulary(recipe, config, prepared)
         with lock_run(folder), quiet_transformers(), distributed.connected():
             recipe = distributed.broadcast(begin_folder(recipe, folder) if distributed.is_main() else recipe)
-            run = _Run(recipe, folder, prepared, console, live, shard)
+            teacher = open_teacher(recipe.taper_from) if recipe.taper_from else None
+            run = _Run(recipe, folder, prepared, console, live, shard, teacher)
             model = _train_to_the_end(run)
-            _finish(run, model)
+            _finish(run, model.finished() if isinstance(model, Student) else model)
     return model_folder
 
 
@@ -129,18 +142,18 @@ def _train_to_the_end(run: _Run) -> EntropiForCausalLM:
     """The model after its last step, from the start or a checkpoint, and going back where the recipe says so."""
     main = distributed.is_main()
     checkpoint = distributed.broadcast(
-        resume_point(run.recipe, run.folder, run.prepared, run.console) if main else None
+        resume_point(run.recipe, run.folder, run.prepared, run.console, run.teacher) if main else None
     )
-    model = new_model(run.recipe, run.prepared)
+    model = run.new_model()
     if main:
-        record_start(run.recipe, run.folder, model, run.prepared, checkpoint)
+        record_start(run.recipe, run.folder, model, run.prepared, checkpoint, run.teacher)
 
     while True:
         try:
             return _optimize(run, model, checkpoint)
         except Diverged as event:
             checkpoint = distributed.broadcast(go_back(run.folder, event, run.console) if main else None)
-            model = new_model(run.recipe, run.prepared)
+            model = run.new_model()
 
 
 def _optimize(run: _Run, model: EntropiForCausalLM, checkpoint: Checkpoint | None) -> EntropiForCausalLM:
@@ -197,6 +210,8 @@ def _trainer(
     if recipe.qk_clip:
         attentions: list[Any] = [block.attention for block in model.model.blocks]
         callbacks.append(QueryKeyClip(attentions, recipe.qk_clip))
+    if isinstance(model, Student):
+        callbacks.append(TaperProgress(model, schedule_of(recipe, model), recorder))
     callbacks += [CheckpointCommit(recorder, recipe.keep_checkpoints), interrupt]
 
     factor = distributed.broadcast(rate_factor(run.folder) if distributed.is_main() else 1.0)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from entropi import record_files, records
-from entropi.costs.operations import count
+from entropi.costs.operations import count, parameters
 from entropi.data.prepare import Prepared
 from entropi.data.shards import Blocks
 from entropi.data.tokenizer import end_of_text_id, tokenizer_hash
@@ -25,19 +25,24 @@ from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.card import model_card, write_card
 from entropi.model.decoder import EntropiForCausalLM
+from entropi.model.tapering import TaperedModel
 from entropi.training import distributed
 from entropi.training.build import tokens_per_step
 from entropi.training.callbacks import Diverged
 from entropi.training.checkpoints import CHECKPOINTS_FOLDER, Checkpoint, latest_valid
 from entropi.training.environment import bf16_is_fast, describe_environment
 from entropi.training.evaluation import PATTERN_SEQUENCES, HeldOut, diagnose_heldout, observe_patterns
+from entropi.training.loading import model_folder
 from entropi.training.recipe import CONFIG_FILE, Recipe, differences, load_recipe, save_recipe
+from entropi.training.taper import Teacher, check_teacher
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+# Of a tapered model its teacher's, with the chat template and whatever else they hold.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 ENVIRONMENT_FILE = "environment.json"
 ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 3
 
@@ -114,8 +119,14 @@ def begin_folder(recipe: Recipe, folder: Path) -> Recipe:
     return recipe
 
 
-def resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Console) -> Checkpoint | None:
-    """The newest valid checkpoint; later records are dropped, checkpoints that are not valid are removed."""
+def resume_point(
+    recipe: Recipe, folder: Path, prepared: Prepared, console: Console, teacher: Teacher | None = None
+) -> Checkpoint | None:
+    """The newest valid checkpoint; later records are dropped, checkpoints that are not valid are removed.
+
+    Raises:
+        UserError: corpus, tokenizer or teacher are not those that the run began with.
+    """
     path = folder / record_files.RECORDS_FILE
     begun = path.exists()
     if begun:
@@ -124,6 +135,8 @@ def resume_point(recipe: Recipe, folder: Path, prepared: Prepared, console: Cons
             raise UserError(f"the corpus {recipe.corpus} has changed since {folder} was begun; choose another folder")
         if starts and starts[-1].tokenizer_hash not in ("", tokenizer_hash(prepared.tokenizer)):
             raise UserError(f"the tokenizer has changed since {folder} was begun; choose another folder")
+        if starts and teacher is not None:
+            check_teacher(teacher, starts[-1], folder)
     checkpoint = latest_valid(folder / CHECKPOINTS_FOLDER, console)
     if begun:
         step = checkpoint.step if checkpoint else 0
@@ -138,20 +151,22 @@ def record_start(
     model: EntropiForCausalLM,
     prepared: Prepared,
     checkpoint: Checkpoint | None,
+    teacher: Teacher | None = None,
 ) -> None:
     """Record that the run begins, or goes on from `checkpoint`."""
     architecture, _ = split_training_name(recipe.architecture)
+    config = model.target if isinstance(model, TaperedModel) else model.config
     record_files.append(
         folder / record_files.RECORDS_FILE,
         records.RunStarted(
             time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             name=recipe.architecture,
             architecture=architecture,
-            parameters=model.inference_parameters(),
-            layers=recipe.layers,
-            heads=recipe.heads,
-            hidden_size=recipe.hidden_size,
-            vocab_size=model.config.vocab_size,
+            parameters=parameters(config),
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
             context_length=recipe.context_length,
             train_tokens=prepared.packed.train.size,
             heldout_tokens=prepared.packed.heldout.size,
@@ -163,6 +178,8 @@ def record_start(
             total_steps=recipe.steps,
             precision=recipe.precision,
             resumed_at=checkpoint.step if checkpoint else 0,
+            teacher=teacher.path if teacher else "",
+            teacher_hash=teacher.digest if teacher else "",
         ),
     )
 
@@ -219,12 +236,19 @@ def save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, 
     shutil.rmtree(partial, ignore_errors=True)
     model.float().save_pretrained(partial)
     tokens = recipe.steps * tokens_per_step(recipe)
-    facts = {
+    facts = {"tapered from": Path(recipe.taper_from).name} if recipe.taper_from else {}
+    facts |= {
         "trained as": f"`{recipe.architecture}`, {recipe.steps:,} updates, {tokens:,} tokens",
         "corpus": Path(recipe.corpus).name,
         "perplexity on held-out text": f"{result.perplexity:.2f} ({result.tokens:,} tokens)",
     }
     write_card(partial, model_card(model.config, model.inference_parameters(), facts))
+    if recipe.taper_from:
+        for name in TOKENIZER_FILES:
+            if (file := model_folder(Path(recipe.taper_from)) / name).is_file():
+                shutil.copyfile(file, partial / name)
+        os.replace(partial, folder)
+        return
     end = tokenizer.id_to_token(end_of_text_id(tokenizer))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

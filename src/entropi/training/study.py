@@ -196,7 +196,7 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
         ended = _ended(study, folder)
         waiting = [run for run in study.runs if (run.row, run.recipe.seed) not in ended]
         recipes = [run.recipe for run in waiting]
-        corpora = {(r.corpus, r.tokenizer, r.vocab_size, r.context_length, r.packing): r for r in recipes}
+        corpora = {(r.corpus, r.tokenizer, r.taper_from, r.vocab_size, r.context_length, r.packing): r for r in recipes}
         for recipe in corpora.values():  # once, and not by all runs at the same time
             prepare_corpus(recipe, make_console())
         failed: list[str] = []

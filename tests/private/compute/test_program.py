@@ -24,6 +24,7 @@ from entropi.private.compute.embedding import one_hot, pair_limit  # noqa: E402
 from entropi.private.compute.fixed_point import (  # noqa: E402
     Ranges,
     can_pair,
+    largest_product,
     measure_ranges,
     problems,
     safe_fraction_bits,
@@ -97,6 +98,7 @@ SIMULATED = {
     "softmax only": dict(softmax="power-5"),
     "temperature": dict(softmax="power-3"),
     "polynomial": {},
+    "powers": {},
     "layer norm": {},
     "rms norm, linear map and branch": {},
     "square": {},
@@ -131,7 +133,7 @@ def simulate(protocol, model, weights, passes, settings=SETTINGS, **options):
     return found, communication
 
 
-QUICK = {"llama"}  # the rest is slow
+QUICK = {"llama", "powers"}  # the rest is slow
 
 
 @pytest.mark.parametrize(
@@ -525,6 +527,20 @@ def test_mean_weights_of_the_polynomial_that_cannot_be_divided_by_are_refused(si
     weights["1.qkv"][:, :24] *= size
     weights["1.qkv_bias"][:24] *= size
     with pytest.raises(UserError, match=r"mean weight of a row in layer 1 normalise is .* between 0.125 and 8192"):
+        select_fraction_bits(model, weights, Settings(), [PROMPT])
+
+
+def test_sums_over_keys_have_to_fit_before_they_are_divided():
+    """Their averages would."""
+    model = describe(**VARIANTS["powers"])
+    weights = random_weights(model)
+    ranges = measure_ranges(model, weights, [PROMPT], "power-8")
+    assert ranges.largest["layer 1 values"] > 2 * ranges.largest["layer 1 average"]
+    factor = 1.2 * largest_product(Settings()) / ranges.largest["layer 1 values"]
+    weights["1.qkv"][:, -12:] *= factor  # the columns of v
+    weights["1.qkv_bias"][-12:] *= factor
+    weights["1.output"] /= factor
+    with pytest.raises(UserError, match=r"would overflow: layer 1 values reaches 8.05e\+07, and"):
         select_fraction_bits(model, weights, Settings(), [PROMPT])
 
 

@@ -780,8 +780,12 @@ def test_no_model_at_all(capfd, tmp_path):
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("SM+LN+G", {}), ("SM(t)+ScFuFFN", dict(softmax="polynomial-1", position_embedding="rotary"))],
-    ids=["baseline", "polynomial"],
+    [
+        ("SM+LN+G", {}),
+        ("SM(t)+ScFuFFN", dict(softmax="polynomial-1", position_embedding="rotary")),
+        ("Pow(t)+ScFuFFN", dict(position_embedding="rotary")),
+    ],
+    ids=["baseline", "polynomial", "powers"],
 )
 def test_other_models_are_served(scratch, tmp_path, architecture, options):
     folder = tmp_path / "model"

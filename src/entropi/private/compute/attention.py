@@ -26,6 +26,7 @@ from entropi.private.compute.functions import (
     times_matrix,
 )
 from entropi.private.compute.layers import plain_and_gained
+from entropi.softmax import share_scale
 
 _BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
@@ -167,14 +168,15 @@ def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
     return logits - segment_max(logits, np.bincount(row))[:, row]
 
 
-def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int) -> Array:
+def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int, divided: bool = True) -> Array:
     """`(H, n)` weights by a polynomial softmax, of visible logits and offsets `(H, P)` that the server adds.
 
-    A first row sees itself alone: its weight is constant whatever its logit, which may be too small to divide by.
+    A first row sees itself alone: `divided` by its sum, its weight is 1 whatever its logit, which may be too small to
+    divide by; so it is a constant.
     """
     row, _ = visible(rows, keys)
     weights = power(logits + offset[:, keys - rows : keys][:, row], iterations)
-    if rows == keys:
+    if divided and rows == keys:
         weights = jnp.concatenate([jnp.full_like(weights[:, :1], MIDDLE_WEIGHT), weights[:, 1:]], axis=1)
     return weights
 
@@ -213,6 +215,13 @@ def mix(weights: Array, value: Array, *, rows: int) -> Array:
         joint = matrix.transpose(1, 0, 2).reshape(shared, groups * keys) @ block_rows(value)
         return joint.reshape(shared, groups, width).transpose(1, 0, 2).reshape(heads, rows, width)
     return (matrix @ value).reshape(heads, rows, width)
+
+
+def average(heads: Array, *, keys: int, positions: int) -> Array:
+    """Sums over keys `(H, r, k)` times `share_scale` over the number of keys: public, so this is local; 3 bytes."""
+    rows = heads.shape[1]
+    share = share_scale(positions) / np.arange(keys - rows + 1, keys + 1)
+    return heads * share.astype(heads.dtype)[:, None]
 
 
 def normalise(heads: Array, totals: Array, *, keys: int, apart: bool = False) -> Array:

@@ -77,7 +77,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         if (self.activation == "identity") != (self.intermediate_size == 0):
             problems.append(f"intermediate_size is {self.intermediate_size} with activation {self.activation}")
         try:
-            if not parse_of_model(self.softmax).of_distance and self.temperature:
+            if parse_of_model(self.softmax).has_offsets and self.temperature:
                 problems.append(f"the softmax {self.softmax} has offsets instead of a temperature")
         except UserError as error:
             problems.append(str(error))

@@ -22,9 +22,11 @@ import numpy as np
 from jax import Array
 
 from entropi.private.compute.attention import (
+    average,
     divide,
     merge_before_norm,
     merge_heads,
+    mix,
     mix_and_divide,
     normalise,
     normalise_heads,
@@ -106,7 +108,8 @@ def forward(
     perplexity, those after all. Keys and values of
     all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax is the
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
-    maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row.
+    maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row; one over the number of keys has no
+    division either, and what `share_scale` says beside that number is folded away.
 
     With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more, tokens are
     never paired, and values are mixed and divided by their weights' sums in one stage.
@@ -209,7 +212,7 @@ def attention_stages(
     fraction_bits: int,
     prepared: bool = False,
 ) -> Iterator[Stage]:
-    """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, normalised."""
+    """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, divided."""
     w, keys = f"{layer}.", past + new
     cached = (w + "k", w + "v") if past else ()
     weights, where = (read, w + "qkv", w + "qkv_bias"), dict[str, Any](frequencies=model.frequencies(layer), past=past)
@@ -233,7 +236,8 @@ def attention_stages(
 
     yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
     if softmax.kind == "polynomial":
-        weigh = partial(powers, rows=rows, keys=keys, iterations=softmax.iterations)
+        divided = not softmax.over_keys
+        weigh = partial(powers, rows=rows, keys=keys, iterations=softmax.iterations, divided=divided)
         yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
     else:
         yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
@@ -242,6 +246,10 @@ def attention_stages(
         exact = jnp.exp if model.softmax_form.exact else None
         yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
 
+    if softmax.over_keys:
+        yield Stage("values", layer, partial(mix, rows=rows), ("weights", w + "v"), ("heads",))
+        yield Stage("average", layer, partial(average, keys=keys, positions=model.positions), ("heads",), ("heads",))
+        return
     mixing = partial(weighted_values, rows=rows)
     division = partial(normalise if softmax.of_distance else normalise_means, keys=keys)
     if prepared:  # at once, for the comparisons of a division wait for no value, and mixed values for no comparison

@@ -24,6 +24,7 @@ from entropi.report.figures.drawing import (
 from entropi.report.figures.entropy import (
     QUARTERS,
     entropy_by_position,
+    entropy_distance,
     entropy_heatmap,
     grid,
     layerwise_entropy,
@@ -35,6 +36,7 @@ from entropi.report.figures.training import (
     gamma_sweep,
     loss_curves,
     perplexity_by_row,
+    taper_gates,
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "bytes_per_operation",
     "colour_scale",
     "entropy_by_position",
+    "entropy_distance",
     "entropy_heatmap",
     "folding",
     "frontier",
@@ -57,6 +60,7 @@ __all__ = [
     "predicted_bytes",
     "quantity",
     "quartile_shares",
+    "taper_gates",
     "thresholds",
     "to_data_uri",
     "to_pixels",

@@ -128,6 +128,17 @@ def entropy_heatmap(
 
 
 @styled
+def entropy_distance(distance: Sequence[Sequence[float]]) -> Figure:
+    """How far the row entropies of every head are from the teacher's, mean over rows, `(L, H)` in nats."""
+    values = grid(distance, "distance")
+    top = float(values[np.isfinite(values)].max(initial=0.0)) or 1.0
+    figure = Figure(figsize=(max(6.0, 1.6 + 0.5 * min(values.shape[1], 16)), _heatmap_height(len(values))))
+    figure.set_layout_engine("constrained")
+    _cells(figure.add_subplot(), values, 0.0, top, "distance from the teacher (nats)")
+    return figure
+
+
+@styled
 def layerwise_entropy(snapshots: Sequence[EntropySnapshot], context_length: int | None = None) -> Figure:
     """Mean over heads of the entropy, one line a layer over training steps (Fig. 5 and 8).
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from entropi.errors import UserError
 from entropi.records import (
     Evaluation,
+    TaperSnapshot,
     TrainingStep,
 )
 from entropi.report.figures.drawing import DASHES, PALETTE, short_name, styled
@@ -65,6 +66,25 @@ def perplexity_by_row(values: Mapping[str, Sequence[float]]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.grid()
     axes.set_axisbelow(True)
+    return figure
+
+
+@styled
+def taper_gates(snapshots: Sequence[TaperSnapshot]) -> Figure:
+    """Gates of a tapering over steps, a line an operation, mean over its layers: 1 is the teacher's, 0 has left."""
+    figure = Figure(figsize=(6.8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.gates)
+    for index, name in enumerate(names):
+        points = [(s.step, float(np.mean(gates))) for s in snapshots if (gates := s.gates.get(name))]
+        style: dict[str, Any] = dict(color=PALETTE[index % len(PALETTE)], linestyle=DASHES[index % len(DASHES)])
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=short_name(name), **style)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("gate")
+    axes.set_ylim(-0.05, 1.05)
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
     return figure
 
 
