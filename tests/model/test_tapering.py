@@ -24,6 +24,7 @@ OURS = {
     "LN+G, all biases": dict(architecture="SM+LN+G", bias="all", num_key_value_heads=1),
     "slopes": dict(architecture="SM+LeakyR", leaky_slope_learned="layer"),
     "slope": dict(architecture="SM+LN+LeakyR", leaky_slope_learned="global"),
+    "powers": dict(architecture="Pow+LN+G"),
     "ScFFN": dict(architecture="SM(t)+ScFFN", temperature_granularity="head"),
 }
 OTHERS = {
@@ -36,6 +37,8 @@ OTHERS = {
 CASES: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("LN+G", "SM(t)+ScFuFFN", {}, ["norm", "activation"]),
     ("LN+G", "SM(t)+ScFuFFN", {"softmax": "polynomial-1", "final_norm": False}, list(OPERATIONS)),
+    ("LN+G", "Pow(t)+ScFuFFN", {"softmax": "polynomial-1/keys", "final_norm": False}, list(OPERATIONS)),
+    ("powers", "Pow(t)+G", {"softmax": "polynomial-1/keys"}, ["norm"]),
     ("LN+G", "SM+LN+R", {}, ["activation"]),
     ("LN+G", "SM+LN+Square", {"softmax": "power-2"}, ["activation", "softmax"]),
     ("LN+G, all biases", "SM+ScFFN", {}, ["norm", "activation"]),

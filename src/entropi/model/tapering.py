@@ -19,6 +19,7 @@ same function.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -124,7 +125,7 @@ def _problems_of_parts(before: Parts, after: Parts, teacher: EntropiConfig) -> l
     if after.norm not in (before.norm, "none"):
         problems.append(f"the teacher has no {_NORMS[after.norm]}")
     if before.temperature and not after.temperature:
-        problems.append("the teacher has temperatures, so the target is SM(t)")
+        problems.append("the teacher has temperatures, so the target has them, as SM(t) or Pow(t)")
     if after.activation not in (before.activation, *_FADES.get(before.activation, ())):
         has = "none" if before.activation == "identity" else before.activation
         problems.append(f"the teacher's activation is {has}, which does not become {after.activation}")
@@ -284,7 +285,7 @@ class TaperedModel(EntropiForCausalLM):
         own = copy.deepcopy(teacher.config)
         own.entropy_regularizer, own.embedding_dropout = None, target.embedding_dropout
         if target.parts.temperature and not own.parts.temperature:  # from the start, at 1
-            own.architecture = own.architecture.replace("SM", "SM(t)", 1)
+            own.architecture = re.sub(r"^(SM|Pow)", r"\1(t)", own.architecture)
             for name in ("temperature_init", "temperature_granularity", "temperature_parametrization"):
                 setattr(own, name, getattr(target, name))
         super().__init__(own)

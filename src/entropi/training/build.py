@@ -159,7 +159,7 @@ def _tapered_config(recipe: Recipe) -> EntropiConfig:
         teacher,
         architecture,
         softmax=recipe.softmax,
-        final_norm=recipe.final_norm,
+        final_norm=bool(recipe.final_norm),  # which a recipe has settled
         bias=recipe.bias if "bias" in chosen else None,
         embedding_dropout=recipe.embedding_dropout,
         temperature_granularity=recipe.temperature_granularity,
