@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from entropi.private.compute.embedding import one_hot
-from entropi.private.compute.program import Comparable, cached_tokens, run_stages, stages_of_pass
+from entropi.private.compute.program import Comparable, cached_tokens, keep_first, run_stages, stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.material import TRUNCATE, Material, array_name, needs
 from entropi.private.preparation.online import PreparedPasses
@@ -51,19 +51,25 @@ class RecordedPasses(PreparedPasses):
         return super()._finished(product, masks, opened, layer)
 
 
-def run_passes(engine, passes, material, model, settings, whole, past):
+def run_passes(engine, passes, material, model, settings, whole, past, drafts=()):
     """Logits after each pass, and what did the passes, at the party of `engine`; the client knows `passes`' rows.
 
     `whole` are the server's matrices as whole numbers; `past` is the length of a prefix, which the server holds.
+    `drafts` tell of each of the first passes how many of its last tokens are drafts, and how many are then dropped.
     """
     recorded, found = RecordedPasses(engine, material, settings.fraction_bits, whole), []
     for number, (count, name, rows) in enumerate(passes):
         engine.hold(name, rows.shape, rows if engine.rank == CLIENT else None)
-        for stage in stages_of_pass(model, settings, count, past, prepared=True):
+        drafted, dropped = drafts[number] if number < len(drafts) else (0, 0)
+        for stage in stages_of_pass(model, settings, count, past, last_rows=1 + drafted, prepared=True):
             for _ in recorded.run(stage, number, past + count):
                 pass
         past += count
         found.append(engine.reveal_to_client("logits")[0])
+        if dropped:
+            recorded.drop(dropped, past)
+            past -= dropped
+            engine.run(keep_first(model, past), number)
     return found, recorded
 
 
@@ -76,13 +82,13 @@ def inputs_of_passes(passes, model, settings, table):
             yield len(tokens), "tokens", one_hot(tokens, model.vocab_size)  # prepared ones are never in pairs
 
 
-def plain_passes(passes, model, settings, weights):
+def plain_passes(passes, model, settings, weights, last_rows=1):
     """What the unprepared program computes in plaintext: logits after each pass. Pairs of tokens need the ring."""
     settings = msgspec.structs.replace(settings, embedding="public", paired=False)
     values, past, found = dict(weights), cached_tokens(weights), []
     for count, name, rows in inputs_of_passes(passes, model, settings, weights["embedding"]):
         values[name] = rows
-        run_stages(stages_of_pass(model, settings, count, past), values)
+        run_stages(stages_of_pass(model, settings, count, past, last_rows=last_rows), values)
         past += count
         found.append(np.asarray(values["logits"]))
     return found
@@ -197,9 +203,9 @@ def ideal_truncations(count, bits, random):
     return [dict(zip(names, packed(*party))) for party in zip(drawn, shares)]
 
 
-def ideal_material(model, settings, weights, tokens, random):
-    """Needs, and each party's arrays."""
-    wanted = needs(model, settings, tokens)
+def ideal_material(model, settings, weights, tokens, random, read=None):
+    """Needs, and each party's arrays; for the logits after `read` tokens."""
+    wanted = needs(model, settings, tokens, read)
     dealt = [ideal_arrays(need, weights, settings.fraction_bits, random) for need in wanted]
     return wanted, [{name: array for one in dealt for name, array in one[rank].items()} for rank in (SERVER, CLIENT)]
 
@@ -219,7 +225,7 @@ def told_apart(sent, signs):
 class Session:
     """What both parties did in some passes: `logits`, `opened` numbers, and numbers and bits that each has sent."""
 
-    def __init__(self, model, settings, weights, passes, materials, random):
+    def __init__(self, model, settings, weights, passes, materials, random, drafts=()):
         engines = IdealEngine.pair(settings.fraction_bits, random)
         client_rows = list(inputs_of_passes(passes, model, settings, weights["embedding"]))
         results, failures = {}, []
@@ -232,7 +238,8 @@ class Session:
             whole = {name: encode(weights[name], settings.fraction_bits) if server else None for name in matrices}
             material, past = materials[engine.rank], cached_tokens(weights)
             try:
-                results[engine.rank] = run_passes(engine, client_rows, material, model, settings, whole, past)
+                found = run_passes(engine, client_rows, material, model, settings, whole, past, drafts)
+                results[engine.rank] = found
             except BaseException as error:
                 failures.append(error)
                 engine.barrier.abort()
@@ -250,9 +257,9 @@ class Session:
         self.sent, self.signs = zip(*(told_apart(engine.sent, results[engine.rank][1].signs) for engine in engines))
 
 
-def ideal_session(model, settings, weights, passes, tokens, seed=0):
+def ideal_session(model, settings, weights, passes, tokens, seed=0, drafts=(), read=None):
     """Passes with ideal material, and both parties' arrays."""
     random = np.random.default_rng(seed)
-    wanted, arrays = ideal_material(model, settings, weights, tokens, random)
+    wanted, arrays = ideal_material(model, settings, weights, tokens, random, read)
     materials = [Material(wanted, one) for one in arrays]
-    return Session(model, settings, weights, passes, materials, random), arrays
+    return Session(model, settings, weights, passes, materials, random, drafts), arrays

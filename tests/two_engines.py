@@ -15,12 +15,13 @@ from entropi.records import StageCommunication
 
 
 def metered_session(
-    model: Description, settings: Settings, passes: Sequence[int]
+    model: Description, settings: Settings, passes: Sequence[int], read: Sequence[int] = ()
 ) -> tuple[list[StageCommunication], list[list[StageCommunication]], list[int]]:
     """What a session of random weights and tokens costs by both engines' own count.
 
     Args:
         passes: tokens of each.
+        read: after so many of these tokens, the last ones, each of them has logits; after one unless given.
 
     Returns:
         the costs of its material, of every pass, and the bytes of material that server and client keep.
@@ -28,7 +29,7 @@ def metered_session(
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     addresses = [f"127.0.0.1:{port}" for port in _free_ports()]
-    arguments = (addresses, model, settings, passes, results)
+    arguments = (addresses, model, settings, passes, read or [1] * len(passes), results)
     parties = [context.Process(target=_take_part, args=(rank, *arguments)) for rank in (SERVER, CLIENT)]
     for party in parties:
         party.start()
@@ -51,7 +52,13 @@ def _free_ports() -> list[int]:
 
 
 def _take_part(
-    rank: int, addresses: list[str], model: Description, settings: Settings, passes: Sequence[int], results: Any
+    rank: int,
+    addresses: list[str],
+    model: Description,
+    settings: Settings,
+    passes: Sequence[int],
+    read: Sequence[int],
+    results: Any,
 ) -> None:
     from entropi.private.compute.engine import Engine
     from entropi.private.compute.program import compute_on_processor, stages_of_pass, warm_up
@@ -90,7 +97,7 @@ def _take_part(
     for number, new in enumerate(passes):
         embedded = random.standard_normal((new, model.hidden_size))
         engine.hold("embedded", embedded.shape, embedded if rank == CLIENT else None)
-        stages = stages_of_pass(model, settings, new, past, prepared=True)
+        stages = stages_of_pass(model, settings, new, past, last_rows=read[number], prepared=True)
         past += new
         online.append([cost for stage in stages for cost in prepared.run(stage, number, past)])
     results.put((rank, (offline, online, sum(array.nbytes for array in material.values()))))

@@ -281,6 +281,7 @@ class PreparedRecord(msgspec.Struct, kw_only=True):
     online_set_up: PassCost  # once for the session
     prompt: PassCost  # online
     further: PassCost | None  # the first token after the prompt, where more than one is asked for
+    drafted: PassCost | None = None  # one token after the prompt and drafts of those behind it, where asked for
     all_further: PassCost  # all of them together
     unprepared: PassCost  # the same session without preparation, its set-up included
 
@@ -318,6 +319,8 @@ class PredictionRecord(Base, tag="prediction"):
     prefix_tokens: int = 0  # public ones that the prompt continues
     own_kernel: bool | None = None  # whether the model is trained with this softmax; None in older records
     prepared: PreparedRecord | None = None  # the same model with prepared products, where that was asked for
+    draft_tokens: int = 0
+    drafted: PassCost | None = None  # one token after the prompt and so many drafts of those behind it
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
@@ -349,7 +352,9 @@ class StageCommunication(msgspec.Struct, kw_only=True):
 
     name: str  # "scores", "exp", ...
     layer: int  # -1 outside the layers
-    token: int  # 0 for the pass over the prompt, then 1, 2, ... for each further token
+    token: (
+        int  # 0 for the pass over the prompt, else the new tokens before the pass: 1, 2, ..., fewer where drafts held
+    )
     seconds: float
     sent_bytes: int
     received_bytes: int
@@ -399,9 +404,16 @@ class PrivateRun(Base, tag="private"):
     # `bytes` and `seconds`.
     prepared_bytes: int = 0
     prepared_seconds: float = 0.0
+    drafted_tokens: int = 0  # computed with before it was known whether they are the answer's
+    held_tokens: int = 0  # of these
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
+
+    @property
+    def passes(self) -> int:
+        """How many the new tokens took, the one over the prompt included; fewer than tokens where drafts held."""
+        return len({stage.token for stage in self.stages})
 
     @property
     def kernel(self) -> str:

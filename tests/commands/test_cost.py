@@ -388,9 +388,27 @@ def test_both_phases_of_a_prepared_session_are_shown_together(capsys: pytest.Cap
     )
 
 
+def test_drafts_pay_from_some_number_on(capsys: pytest.CaptureFixture[str]):
+    """The sentence says what the passes do, with and without preparation."""
+    sizes = "--layers=1 --heads=2 --hidden-size=32 --vocab-size=100 --seq-len=8 --new-tokens=2 --draft-tokens=4"
+    words = f"{sizes} --softmax polynomial-1 --embedding public --prepared --json".split()
+    assert main(["cost", *words]) == 0
+    prediction = json.loads(capsys.readouterr().out)["prediction"]
+    assert main(["cost", *words[:-1]]) == 0
+    shown = capsys.readouterr().out
+    for passes, before in ((prediction, "\n"), (prediction["prepared"], "\nonline ")):
+        drafted, further = passes["drafted"]["total"], passes["further"]["total"]
+        held = drafted["latency"] / further["latency"] - 1
+        assert f"{before}4 draft tokens a pass save time where more than {held:.1f} of them hold on average" in shown
+    assert "online: with 4 draft tokens" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
+        ("--draft-tokens 4 --budget 2GB", "--budget knows of no drafts"),
+        ("--draft-tokens -1", "--draft-tokens is -1 but must be between 0 and the 895"),
+        ("--draft-tokens 900", "--draft-tokens is 900 but must be between 0 and the 895"),
         ("--new-tokens 3", "--new-tokens would be ignored: add --prepared"),
         ("--prepared --protocol aby3", "products are prepared under cheetah alone"),
         ("--prepared --budget 2GB", "--budget knows of no prepared products"),

@@ -37,7 +37,7 @@ MODELS = {
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
                           intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
 }  # fmt: skip
-PASSES = (20, 1, 1, 5)
+PASSES, READ = (20, 1, 1, 5), (1, 1, 1, 3)  # tokens, and those of the last ones after which there are logits
 
 
 def describe(name: str) -> Description:
@@ -55,7 +55,7 @@ def test_predictions_of_both_phases_equal_the_meter_of_two_parties(name):
     """Bytes within 3 %, by kind of product offline and by pass online, and messages within 5 %."""
     pytest.importorskip("spu")
     model = describe(name)
-    offline, online, kept = metered_session(model, Settings(embedding="public"), PASSES)
+    offline, online, kept = metered_session(model, Settings(embedding="public"), PASSES, READ)
     predictor = PreparedPredictor(model, cost_model())
     predictor.set_up()
     material = predictor.needs(sum(PASSES))
@@ -72,8 +72,8 @@ def test_predictions_of_both_phases_equal_the_meter_of_two_parties(name):
         assert predicted[kind].bytes == pytest.approx(size, rel=0.03, abs=2_000), kind
     assert [kept_bytes(material, rank) for rank in (SERVER, CLIENT)] == kept
 
-    for tokens, costs in zip(PASSES, online):
-        guess = predictor.run(tokens)
+    for tokens, read, costs in zip(PASSES, READ, online, strict=True):
+        guess = predictor.run(tokens, last_rows=read)
         assert guess.bytes == pytest.approx(sum(cost.bytes for cost in costs), rel=0.03), tokens
         assert guess.messages == pytest.approx(sum(cost.messages for cost in costs), rel=0.05, abs=4), tokens
         sizes = Counter()
@@ -151,6 +151,22 @@ def test_many_passes_cost_what_each_of_them_does(kind):
     assert found.messages == pytest.approx(sum(one.messages for one in one_by_one), rel=0.01)
     assert found.latency == pytest.approx(sum(one.latency for one in one_by_one), rel=0.02)
     assert together.run(1).bytes == pytest.approx(apart.run(1).bytes, rel=0.001)
+
+
+@pytest.mark.parametrize("kind", [Predictor, PreparedPredictor])
+def test_a_pass_with_drafts_leaves_the_next_one_as_it_was(kind):
+    model, costs = describe("SM+RMS+SwiGLU"), cost_model()
+    predictor = kind(model, costs)
+    predictor.set_up()
+    predictor.run(8)
+    drafted = predictor.run_drafted(3)
+    alone, following = predictor.run_drafted(0), predictor.run(1)
+    assert (alone.bytes, alone.latency) == pytest.approx((following.bytes, following.latency))
+    assert following.bytes < drafted.bytes < 5 * following.bytes
+    assert drafted.rounds < 4 * following.rounds
+    if kind is PreparedPredictor:  # logits after each of them; ciphertexts have room for four rows
+        sizes = [one.by_operation()["head"].bytes for one in (drafted, following)]
+        assert sizes[0] == pytest.approx(4 * sizes[1], rel=0.01)
 
 
 def test_both_phases_are_summed_beside_the_session_without_preparation():

@@ -76,10 +76,12 @@ def check_run_folder(record: Path | None) -> None:
 
 def summary(run: records.PrivateRun) -> str:
     """Bytes, messages and seconds of a private generation, in one line; an answer that nobody sees, with escapes."""
+    drafts = f" by {run.passes} passes, {run.held_tokens} of {run.drafted_tokens} drafts held,"
+    drafts = drafts if run.drafted_tokens else ""
     before = f", prepared before with {run.prepared_bytes / 1e6:.1f} MB in {run.prepared_seconds:.0f} s"
     before = before if run.prepared_bytes else ""
     unseen = "" if run.new_text.strip() else f"the answer is {run.new_text!r}; "
     return (
-        f"{unseen}{len(run.new_tokens)} tokens in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB both directions "
-        f"(set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, {run.kernel}{before}"
+        f"{unseen}{len(run.new_tokens)} tokens{drafts} in {run.seconds:.1f} s, {run.bytes / 1e6:.1f} MB "
+        f"both directions (set-up {run.setup_bytes / 1e6:.1f} MB), {run.messages:,} messages, {run.kernel}{before}"
     )

@@ -14,6 +14,7 @@ from entropi.commands.common import (
     Command,
     Words,
     check_parents,
+    drafter,
     print_json,
     read_given,
     secure_engine,
@@ -45,6 +46,7 @@ def run(
     retries: int = 0,
     material: Path | None = None,
     no_prepared: bool = False,
+    draft: str = "off",
     memory_gb: float | None = None,
     json: bool = False,
     record: Path | None = None,
@@ -81,6 +83,9 @@ def run(
         retries: how often a broken session is continued in a new one, which costs a pass over prompt and answer so far
         material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
         no_prepared: compute everything now, and keep what was prepared
+        draft: off; ngram, what followed the latest words where they occurred before; or the folder of a small model of
+            the same tokenizer, which runs here: several tokens are computed in one pass, and those kept that would have
+            been chosen anyway; the server learns how many. It pays where waiting dominates (cost --draft-tokens)
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         json: print the whole record as one JSON object instead of the text
         record: run folder to add the record to, for its report
@@ -103,17 +108,16 @@ def run(
     check_parents(logits)
     check_run_folder(record)
 
-    check = None
-    chat = chat or system_prompt is not None
-    if canary and chat:
-        raise UserError("the canary's prompt is no chat: give either --canary or --chat")
+    check, chat = None, chat or system_prompt is not None
+    if canary and (chat or draft != "off"):
+        raise UserError(f"the canary's prompt is no chat: give either --canary or {'--chat' if chat else '--draft'}")
     if canary:
         if prompt is not None:
             raise UserError("the canary's prompt is the server's: give either PROMPT or --canary")
         check = _CanaryCheck(server, tls)
         prompt, max_new_tokens = check.published.prompt, len(check.published.tokens)
         sampling, privacy = Sampling(), replace(privacy, pad_to=1, full_length=True)
-    text = _prompt(prompt)
+    text, drafts = _prompt(prompt), drafter(draft)
     if logits is not None:
         _refuse_without_logits(server, tls)
 
@@ -136,6 +140,7 @@ def run(
             chat=chat,
             system=system_prompt,
             store=store,
+            draft=drafts,
         )
         display.finish(answer.record.new_text)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from entropi import record_files
 from entropi.commands.answers import ANSWER_CONTROLS, AnswerDisplay, check_run_folder, summary
-from entropi.commands.common import Command, Words, read_given, secure_engine, terminated_like_interrupted
+from entropi.commands.common import Command, Words, drafter, read_given, secure_engine, terminated_like_interrupted
 from entropi.console import make_console, without_controls
 from entropi.errors import UserError
 
@@ -39,6 +39,7 @@ def run(
     retries: int = 1,
     material: Path | None = None,
     no_prepared: bool = False,
+    draft: str = "off",
     memory_gb: float | None = None,
     record: Path | None = None,
 ) -> None:
@@ -67,6 +68,9 @@ def run(
         retries: how often a broken session is continued in a new one, which reads the conversation again
         material: folder of `entropi prepare`; by default entropi/material in the user's state folder, if it is there
         no_prepared: compute everything now, and keep what was prepared
+        draft: off; ngram, what followed the latest words where they occurred before; or the folder of a small model of
+            the same tokenizer, which runs here: several tokens are computed in one pass, and those kept that would have
+            been chosen anyway; the server learns how many. It pays where waiting dominates (cost --draft-tokens)
         memory_gb: most memory of this side's process, in GB; by default what the model needs, with room; 0: no limit
         record: run folder to add the answers' records to, for its report
     """
@@ -88,6 +92,7 @@ def run(
         retries=retries,
         privacy=Privacy(own, tokenizer_sha256, pad_to, filling, tuple(stop) if stop else None, no_prefix=no_prefix),
         memory_gb=memory_gb,
+        draft=drafter(draft),
     )
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}, at least 1 is needed")

@@ -146,6 +146,28 @@ def read_given(path: Path | None, what: str) -> str | None:
     return None if path is None else read_text(path, what)
 
 
+def drafter(draft: str) -> Any:
+    """What `--draft` names: None for "off", "ngram", or a small model, which is opened.
+
+    Raises:
+        UserError: no such model, or one that cannot be opened.
+    """
+    from entropi.private.sessions.drafting import NGRAM, ModelDrafter, NgramDrafter
+
+    if draft == "off":
+        return None
+    if draft == NGRAM:
+        return NgramDrafter()
+    path = Path(draft)
+    if not path.exists():
+        raise UserError(f"--draft is off, {NGRAM} or the folder of a model, and there is no folder {draft}")
+    from entropi.model.reading import Reader
+    from entropi.training.loading import open_reading
+
+    model, tokenizer = open_reading(path)
+    return ModelDrafter(Reader(model, tokenizer.get_vocab(), draft))
+
+
 def check_parents(*paths: Path | None) -> None:
     """Refuse, before long work, files to write whose folders do not exist, or that are folders.
 

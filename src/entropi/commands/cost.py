@@ -49,6 +49,7 @@ def run(
     softmax: str | None = None,
     prepared: bool = False,
     new_tokens: int | None = None,
+    draft_tokens: int = 0,
     budget: str | None = None,
     runs: list[Path] | None = None,
     picture: Path | None = None,
@@ -85,6 +86,7 @@ def run(
         prepared: price a session whose products are prepared before its prompt is known (entropi prepare), offline and
             online, and what each side stores, beside the same session without preparation
         new_tokens: tokens of the answer in this session, by default 64, and fewer for a model that takes fewer
+        draft_tokens: price also a pass with so many drafts (ask --draft), and say from how many that hold it saves time
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
@@ -103,6 +105,7 @@ def run(
     _refuse_ignored_preparation(
         prepared, new_tokens, protocol, {"--budget": budget, "--runs": runs, "--picture": picture}
     )
+    _refuse_ignored_drafts(draft_tokens, {"--budget": budget, "--runs": runs, "--compare": compare})
     with extra("private"):
         from entropi.costs import calibration as prices
         from entropi.costs.network import parse_network
@@ -150,7 +153,8 @@ def run(
         length = _length(seq_len, prefix_tokens, shapes)
         new = _new_tokens(new_tokens, prefix_tokens + length, shapes) if prepared else None
         into = recorded if record else None
-        _report(shapes, length, costs, new, picture, into, comparing=bool(compare), json=json)
+        _refuse_drafts(draft_tokens, prefix_tokens + length, shapes)
+        _report(shapes, length, costs, new, draft_tokens, picture, into, comparing=bool(compare), json=json)
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -232,6 +236,21 @@ def _new_tokens(asked: int | None, before: int, shapes: Sequence[tuple[str, Shap
     return asked
 
 
+def _refuse_ignored_drafts(asked: int, modes: Mapping[str, object]) -> None:
+    """Refuse what prices no drafts beside --draft-tokens."""
+    for name, value in modes.items():
+        if asked and value is not None:
+            raise UserError(f"{name} knows of no drafts: leave out --draft-tokens")
+
+
+def _refuse_drafts(asked: int, before: int, shapes: Sequence[tuple[str, Shape]]) -> None:
+    """Raise `UserError` for fewer drafts than none, or more than a model takes after `before` tokens and a further."""
+    name, shape = min(shapes, key=lambda named: named[1].max_position_embeddings)
+    most = max(shape.max_position_embeddings - before - 1, 0)
+    if not 0 <= asked <= most:
+        raise UserError(f"--draft-tokens is {asked} but must be between 0 and the {most:,} that {name} takes")
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -307,6 +326,7 @@ def _report(
     seq_len: int,
     costs: Any,
     new_tokens: int | None,
+    drafts: int,
     picture: Path | None,
     recorded: Path | None,
     *,
@@ -317,7 +337,7 @@ def _report(
     from entropi.costs import tables
     from entropi.costs.report import make_report
 
-    found = [make_report(costs, shape, seq_len, name, new_tokens=new_tokens) for name, shape in shapes]
+    found = [make_report(costs, shape, seq_len, name, new_tokens=new_tokens, drafts=drafts) for name, shape in shapes]
     if recorded is not None:
         record_files.append(recorded, found[0].prediction)
     if picture is not None:

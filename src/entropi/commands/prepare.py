@@ -24,6 +24,7 @@ def run(
     server: str = "127.0.0.1:9000",
     tokens: int = 192,
     new_tokens: int | None = None,
+    draft_tokens: int = 0,
     sessions: int = 1,
     keep_ready: int = 0,
     material: Path | None = None,
@@ -46,6 +47,8 @@ def run(
         server: HOST:PORT of an `entropi serve --material`
         tokens: most tokens of a session, prompt and answer together
         new_tokens: of these, most that are answered; by default 64, or all if there are fewer
+        draft_tokens: beside these, drafts that may turn out wrong (ask --draft), which use up what was prepared for
+            them; as many as new tokens are always enough
         sessions: how many of this size are to be ready on both sides; those that are count, and what is missing is
             prepared, one after another
         keep_ready: stay, and prepare another session whenever fewer than so many are left, until this is interrupted
@@ -92,7 +95,14 @@ def run(
             with display:
                 watcher = preparing.Watcher(display.begin, display.part, display.piece, display.status)
                 ticket = preparing.prepare(
-                    server, tokens, store, watcher, new_tokens=new_tokens, tls=tls, memory_gb=memory_gb
+                    server,
+                    tokens,
+                    store,
+                    watcher,
+                    new_tokens=new_tokens,
+                    draft_tokens=draft_tokens,
+                    tls=tls,
+                    memory_gb=memory_gb,
                 )
             kept = next((entry for entry in store.entries() if entry.ticket.hex() == ticket), None)
             size = ""
@@ -105,7 +115,8 @@ def run(
                 flush=True,
             )
 
-        ready = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, tls=tls, status=_Told())
+        asked = partial(preparing.ready, server, tokens, store, new_tokens=new_tokens, draft_tokens=draft_tokens)
+        ready = partial(asked, tls=tls, status=_Told())
         with terminated_like_interrupted():
             if keep_ready:
                 _keep_ready(keep_ready, ready, prepare)

@@ -56,6 +56,7 @@ def run(
     client_tokens: int | None = None,
     max_startups: int = 64,
     source_startups: int = 48,
+    draft_tokens: int = 8,
     revoked: Path | None = None,
     audit_log: Path | None = None,
     quota_store: str | None = None,
@@ -101,9 +102,11 @@ def run(
         idle_seconds: time that a conversation may wait for its next message, while it keeps its place
         memory_gb: most memory of a session's process, in GB; by default what the model needs, with room; 0: no limit
         client_sessions: sessions at a time of one client certificate; no limit by default
-        client_tokens: tokens within 24 hours of one client certificate; no limit by default
+        client_tokens: tokens within 24 hours of one client certificate, drafts included; no limit by default
         max_startups: connections that have no session yet; beyond these the oldest are ended for new ones
         source_startups: of these, of one address or one client certificate
+        draft_tokens: most tokens that a client may draft for one pass, up to 16; it learns the logits after each; 0
+            takes no drafts, and nor does an output of likeliest tokens only
         revoked: file of revoked certificates: a revocation list (see `entropi certificates`), fingerprints, or both;
             read again, like the TLS files, when it changes and on SIGHUP
         audit_log: file to add one JSON object to for every refusal and session; by default they go to the log
@@ -162,6 +165,7 @@ def run(
         client_tokens,
         max_startups,
         source_startups,
+        draft_tokens,
     )
     prefix = _prefix(prefix_file, chat or system_prompt is not None)
     calibration = read_given(calibration_text, "the calibration text")
@@ -171,8 +175,7 @@ def run(
     check_parents(audit_log, None if quota_store is None or is_url(quota_store) else Path(quota_store))
     if not (Path(model) / "folded.json").exists():
         check_surroundings(listen, limits, tls, metrics, revoked, audit_log, quota_store)
-    path = on_disk(model)
-    refuse_unknown_families(path)
+    refuse_unknown_families(path := on_disk(model))
 
     kept = _material(material, material_gb, client_material_gb, client_material_sessions, material_days)
     with terminated_like_interrupted(), kept as store, swept_folder("entropi-serve-") as temporary:

@@ -8,6 +8,7 @@ but the two directions of a product of two shared operands.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class CostModel:
         calibration = shipped(protocol)
         return cls(calibration, parse_network(network), Options(fraction_bits=calibration.fraction_bits))
 
-    def predict(self, config: Any, seq_len: int) -> PredictionRecord:
-        """A session of the model: set-up, a prompt of `seq_len` tokens and one further token.
+    def predict(self, config: Any, seq_len: int, *, drafts: int = 0) -> PredictionRecord:
+        """A session of the model: set-up, a prompt of `seq_len` tokens and one further token; also one with `drafts`.
 
         Both follow the public prefix of the options, which costs nothing itself.
 
@@ -82,6 +83,7 @@ class CostModel:
         predictor = Predictor(model, self)
         set_up = predictor.set_up()
         prompt = predictor.run(seq_len)
+        drafted = predictor.run_drafted(drafts) if drafts else None
         further = predictor.run(1) if options.prefix_tokens + seq_len < model.positions else None
 
         return PredictionRecord(
@@ -101,6 +103,8 @@ class CostModel:
             set_up=set_up,
             prompt=prompt,
             further=further,
+            draft_tokens=drafts,
+            drafted=drafted,
             own_kernel=not model.softmax_form.exact,
         )
 
@@ -161,9 +165,16 @@ class Predictor:
         self._values |= {name: Value(shape, party) for name, (shape, party) in shapes.items()}
         return self._price([(stage, list(trace_calls(stage, self._values)))])
 
-    def run(self, tokens: int, *, every_row: bool = False) -> PassCost:
-        """A pass over `tokens` more tokens after those before it."""
-        return self._price(self._trace_pass(tokens, every_row=every_row))
+    def run(self, tokens: int, *, every_row: bool = False, last_rows: int = 1) -> PassCost:
+        """A pass over `tokens` more tokens after those before it; with the logits after the last of them, or more."""
+        return self._price(self._trace_pass(tokens, every_row=every_row, last_rows=last_rows))
+
+    def run_drafted(self, drafts: int) -> PassCost:
+        """A pass over one further token and so many drafts, and the logits after each; what follows is as before it."""
+        before = self._past, dict(self._values), copy.deepcopy(self._counter)
+        cost = self.run(1 + drafts, last_rows=1 + drafts)
+        self._past, self._values, self._counter = before
+        return cost
 
     def run_further(self, passes: int) -> PassCost:
         """So many passes over one token each, one after another, summed over passes and layers.
@@ -190,7 +201,7 @@ class Predictor:
             kept = Value(prefix.shape(self._model, past))
             self._values |= dict.fromkeys(prefix.names(self._model), kept)
 
-    def _trace_pass(self, tokens: int, *, every_row: bool = False) -> list[Traced]:
+    def _trace_pass(self, tokens: int, *, every_row: bool = False, last_rows: int = 1) -> list[Traced]:
         model, options = self._model, self._costs.options
         if tokens < 1:
             raise UserError(f"{tokens} tokens cannot be a pass; at least 1 is needed")
@@ -218,6 +229,7 @@ class Predictor:
             output=options.output,
             choices=options.choices,
             every_row=every_row,
+            last_rows=last_rows,
             prepared=self._prepared,
         )
         traced = [(stage, self._trace(stage)) for stage in stages]

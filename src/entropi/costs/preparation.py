@@ -79,11 +79,12 @@ def _operand(shape: Shape, owner: int | None) -> Value:
     return Value(shape, "server" if owner == SERVER else "client", whole=True)
 
 
-def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> PreparedRecord:
+def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int, drafts: int = 0) -> PreparedRecord:
     """A session of a prompt and `new_tokens` answered to it, with and without preparation, set-up included.
 
     The last new token is not computed with, so that material is needed for one token less. Preparing is taken to be a
-    session of its own, which sets up as one without preparation does.
+    session of its own, which sets up as one without preparation does. With `drafts` also a pass over one further token
+    and so many drafts.
 
     Raises:
         UserError: no protocol that products are prepared for, or too few positions.
@@ -103,6 +104,7 @@ def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> Pre
     set_up, offline = before.set_up(), before.offline(material)
     online_set_up = online.set_up(prepared=True)
     prompt = online.run(seq_len)
+    drafted = online.run_drafted(drafts) if drafts else None
     first = online.run(1) if new_tokens > 1 else None
     later = online.run_further(new_tokens - 2) if new_tokens > 2 else PassCost(operations=[])
     ordinary = summed(unprepared.set_up(), unprepared.run(seq_len), unprepared.run_further(new_tokens - 1))
@@ -116,6 +118,7 @@ def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int) -> Pre
         server_bytes=kept_bytes(material, SERVER),
         prompt=prompt,
         further=first,
+        drafted=drafted,
         all_further=later if first is None else summed(first, later),
         unprepared=ordinary,
     )

@@ -33,10 +33,10 @@ class CostReport:
         found: dict[str, Any] = msgspec.to_builtins(
             {"name": self.name, "counts": self.counts, "folded": self.folded, "prediction": self.prediction}
         )
-        _add_sums(found["prediction"], self.prediction, ("set_up", "prompt", "further"))
+        _add_sums(found["prediction"], self.prediction, ("set_up", "prompt", "further", "drafted"))
         if self.prediction.prepared is not None:
             prepared = found["prediction"]["prepared"]
-            passes = ("set_up", "offline", "online_set_up", "prompt", "further", "all_further", "unprepared")
+            passes = ("set_up", "offline", "online_set_up", "prompt", "further", "drafted", "all_further", "unprepared")
             _add_sums(prepared, self.prediction.prepared, passes)
             totals = self.prediction.prepared.totals()
             prepared["totals"] = {name: {key: getattr(one, key) for key in _SUMS} for name, one in totals.items()}
@@ -59,19 +59,26 @@ def _add_sums(plain: dict[str, Any], record: Any, passes: Sequence[str]) -> None
 
 
 def make_report(
-    costs: CostModel, shape: Shape, seq_len: int, name: str, *, new_tokens: int | None = None, advise: bool = True
+    costs: CostModel,
+    shape: Shape,
+    seq_len: int,
+    name: str,
+    *,
+    new_tokens: int | None = None,
+    drafts: int = 0,
+    advise: bool = True,
 ) -> CostReport:
     """Counts, prediction, the paper's figures and advice for one configuration.
 
-    With `new_tokens` also what a session of so many costs with prepared products.
+    With `new_tokens` also what a session of so many costs with prepared products; with `drafts` a pass with so many.
 
     Raises:
         UserError: no positions for so many tokens, or a model that cannot run in private.
     """
     counts, folded = count(shape, seq_len), count(shape, seq_len, folded=True)  # they refuse impossible lengths
-    prediction = costs.predict(shape, seq_len)
+    prediction = costs.predict(shape, seq_len, drafts=drafts)
     if new_tokens is not None:
-        prepared = preparation.predict(costs, shape, seq_len, new_tokens)
+        prepared = preparation.predict(costs, shape, seq_len, new_tokens, drafts)
         prediction = msgspec.structs.replace(prediction, prepared=prepared)
     return CostReport(
         name=name,

@@ -81,6 +81,7 @@ def _show_passes(console: Console, record: PredictionRecord) -> None:
         ("set-up, once", record.set_up),
         ("prompt", record.prompt),
         ("each further token", record.further),
+        (f"with {_draft_tokens(record.draft_tokens)}", record.drafted),
     ):
         if part is not None:
             console.print(
@@ -88,6 +89,24 @@ def _show_passes(console: Console, record: PredictionRecord) -> None:
                 f" {part.seconds:,.1f} s computing, {part.latency:,.1f} s in all"
                 + ("" if part is record.set_up else f"; {record.kernel_label}")
             )
+    if record.drafted is not None and record.further is not None:
+        console.print(_break_even(record.drafted, record.further, record.draft_tokens))
+
+
+def _draft_tokens(number: int) -> str:
+    return f"{number} draft token{'s' * (number != 1)}"
+
+
+def _break_even(drafted: PassCost, further: PassCost, drafts: int) -> str:
+    """From how many drafts that hold on a pass with some saves time."""
+    tokens = drafted.latency / further.latency
+    if tokens > 1 + drafts:
+        return f"{_draft_tokens(drafts)} a pass save no time here, were all of them to hold"
+    size = drafted.bytes / further.bytes
+    return (
+        f"{_draft_tokens(drafts)} a pass save time where more than {tokens - 1:.1f} of them hold on average, "
+        f"and bytes where more than {size - 1:.1f} do"
+    )
 
 
 def _show_prepared(console: Console, record: PredictionRecord, prepared: PreparedRecord) -> None:
@@ -115,6 +134,8 @@ def _show_prepared(console: Console, record: PredictionRecord, prepared: Prepare
     row("online: prompt", prepared.prompt)
     if prepared.further is not None:
         row("online: each further token", prepared.further)
+    if prepared.drafted is not None:
+        row(f"online: with {_draft_tokens(record.draft_tokens)}", prepared.drafted)
     table.add_section()
     totals = prepared.totals()
     for name, words in PHASES.items():
@@ -129,6 +150,8 @@ def _show_prepared(console: Console, record: PredictionRecord, prepared: Prepare
     slowest = max(online.by_operation().values(), key=lambda operation: operation.latency)
     what = "the prompt's" if prepared.further is None else "a further token's"
     console.print(f"{slowest.name} is {slowest.latency / online.latency:.0%} of {what} time online")
+    if prepared.drafted is not None and prepared.further is not None:
+        console.print(f"online {_break_even(prepared.drafted, prepared.further, record.draft_tokens)}")
 
 
 # How sums of a session with prepared products are named.

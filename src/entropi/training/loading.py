@@ -134,6 +134,17 @@ def open_chat_form(path: Path) -> ChatForm | None:
     return chat_form(tokenizer)
 
 
+def open_reading(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """Model, in float32, and tokenizer of a folder, ours or another family's, or of a GGUF file.
+
+    Raises:
+        UserError: as `open_model` or `open_causal_lm`.
+    """
+    if model_type(path) in (None, EntropiConfig.model_type):
+        return open_model(path)[:2]
+    return open_causal_lm(path)[:2]
+
+
 def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
     """Any causal LM that transformers saved in a folder, without running code of the folder's.
 

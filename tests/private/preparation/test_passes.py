@@ -88,6 +88,30 @@ def test_a_token_too_many_is_refused(passes):
         ideal_session(model, SETTINGS, random_weights(model), passes, 2)
 
 
+# --- Drafts -----------------------------------------------------------------------------------------------------------
+
+# Of each pass how many of its tokens are drafts, and how many of these are taken back.
+DRAFTED = {(7, 3, 11, 2, 0): (0, 0), (5, 8, 1): (2, 0), (9, 4, 4): (2, 1), (6, 1, 9): (2, 2), (2,): (0, 0)}
+
+
+@pytest.mark.parametrize("prefix", [[], [4, 4, 8]], ids=["no prefix", "prefix"])
+def test_drafts_that_are_taken_back_leave_no_trace(prefix):
+    """Logits after each token are those of one pass over the tokens that were kept before it, and masks are used once:
+    also of keys and values whose positions others take."""
+    model = SPREAD if prefix else describe(**VARIANTS["polynomial"])
+    weights = with_prefix(model, random_weights(model), prefix)
+    passes, fates = [list(tokens) for tokens in DRAFTED], list(DRAFTED.values())
+    read = sum(1 + drafted for drafted, _ in fates)
+    tokens = len(prefix) + sum(map(len, passes))
+    session, _ = ideal_session(model, SETTINGS, weights, passes, tokens, drafts=fates, read=read)
+    kept = []
+    for tokens, found, (drafted, dropped) in zip(passes, session.logits, fates, strict=True):
+        (expected,) = plain_passes([kept + tokens], model, SETTINGS, weights, last_rows=1 + drafted)
+        np.testing.assert_allclose(found, expected, atol=0.004)
+        kept += tokens[: len(tokens) - dropped]
+    assert smallest_gap(session.opened) > CLOSE
+
+
 # --- What is sent -----------------------------------------------------------------------------------------------------
 
 ENOUGH = 400  # chi-square of 255 degrees of freedom is larger one time in 10^8

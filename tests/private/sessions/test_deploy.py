@@ -632,6 +632,10 @@ def test_a_server_may_reveal_the_likeliest_token_only(reticent, model, capfd, tm
     status, line = run_cli(capfd, "ask", PROMPT, "--server", address, "--temperature", "1")
     assert status == 2
     assert line.endswith("reveals the likeliest token only: there is nothing to sample from")
+    assert (
+        "takes no drafts, as it reveals likeliest tokens only"
+        in run_cli(capfd, "ask", PROMPT, "--server", address, "--draft", "ngram")[1]
+    )
 
 
 @two_party

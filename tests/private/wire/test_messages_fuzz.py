@@ -93,10 +93,10 @@ def samples(description):
     )
     settings = Settings(output="top_k")
     job = Job(0, "0" * 32, ("unix:/a", "unix:/b"), description, settings, 3, 2, [1, 2])
-    from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64, True), Next(7)]
+    from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64, True, drafts=2), Next(7, 2, 1)]
     from_client += [Tickets(["3" * 32, "4" * 32], True), Prepare(4, 2, "0" * 64, "5" * 32, 86_400.0, 3)]
     chat = ChatForm((1, "user: "), (0, "assistant: "), (0, "user: "), ((1,), ("user: ",)), True)
-    welcome = Welcome(description, "{}", settings, "1" * 64, chat=chat, conversation_tokens=64)
+    welcome = Welcome(description, "{}", settings, "1" * 64, chat=chat, conversation_tokens=64, draft_tokens=8)
     from_server = [welcome, Queued(3), Accepted("2" * 32, parts=1, expires_in=60.0), Refused("no")]
     from_server += [Held(["ready", "other", "gone", "unknown"]), Held(None)]
     events = [Linked(), StageDone(communication), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
@@ -106,7 +106,7 @@ def samples(description):
         + [(m, messages.decode_event) for m in events]
         + [
             (job, lambda data: messages.decode(data, Job)),
-            (Proceed(1, [5]), lambda data: messages.decode(data, Proceed)),
+            (Proceed(3, [5, 6, 7], 2, 1), lambda data: messages.decode(data, Proceed)),
         ]
     )
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from entropi.errors import UserError
 from entropi.private.compute.settings import MOST_MEMORY_GB
-from entropi.private.wire.messages import MAX_TOKENS
+from entropi.private.wire.messages import MAX_DRAFT, MAX_TOKENS
 
-_MAY_BE_0 = ("max_queue", "memory_gb", "conversation_tokens")
+_MAY_BE_0 = ("max_queue", "memory_gb", "conversation_tokens", "draft_tokens")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Limits:
         memory_gb: address space that a session's process may write to, in 10^9 bytes; None for what its model and
             length need, with room; 0 for no limit.
         client_sessions: computing or waiting at a time, of one client certificate; None for no limit.
-        client_tokens: generated within a day, of one client certificate; None for no limit.
+        client_tokens: whose logits a client certificate learns within a day, drafts included; None for no limit.
         max_startups: connections that have no session yet.
         source_startups: of these, of one address or client certificate.
+        draft_tokens: that a pass may compute beside its own one, and drop; 0 for no drafts.
 
     Raises:
         UserError: a limit that would let nobody in.
@@ -50,6 +51,7 @@ class Limits:
     client_tokens: int | None = None
     max_startups: int = 64
     source_startups: int = 48
+    draft_tokens: int = 8
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -58,6 +60,8 @@ class Limits:
                 raise UserError(f"{name} is {value} but {may}")
         if self.memory_gb is not None and self.memory_gb > MOST_MEMORY_GB:
             raise UserError(f"memory_gb is {self.memory_gb} but must not be more than {MOST_MEMORY_GB:,}")
+        if self.draft_tokens > MAX_DRAFT:
+            raise UserError(f"draft_tokens is {self.draft_tokens} but must not be more than {MAX_DRAFT}")
         if self.conversation_tokens > MAX_TOKENS:
             raise UserError(
                 f"conversation_tokens is {self.conversation_tokens} but must not be more than {MAX_TOKENS:,}"

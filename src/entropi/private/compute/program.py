@@ -305,6 +305,17 @@ def stages_of_pass(
     )
 
 
+def keep_first(model: Description, tokens: int) -> Stage:
+    """Keys and values of the first `tokens` tokens, and no others, stay behind for the next pass. Nothing is sent."""
+    names = tuple(f"{layer}.{which}" for layer in range(model.layers) for which in "kv")
+    return Stage("keep", -1, partial(_first, tokens=tokens), names, names)
+
+
+def _first(*arrays: Array, tokens: int) -> tuple[Array, ...]:
+    """Of `(G, s, k)` the first tokens."""
+    return tuple(array[:, :tokens] for array in arrays)
+
+
 def feed_forward(
     model: Description, layer: int, rows: int, read: str, result: str, fraction_bits: int
 ) -> Iterator[Stage]:

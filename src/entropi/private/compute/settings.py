@@ -66,8 +66,11 @@ TRUST = {
 }
 
 
-def trust(settings: Settings, prefix_tokens: int = 0) -> str:
-    """`TRUST` in the case of these settings and of a public prefix of so many tokens: what each side learns."""
+def trust(settings: Settings, prefix_tokens: int = 0, *, drafts: bool = False) -> str:
+    """`TRUST` in the case of these settings and of a public prefix of so many tokens: what each side learns.
+
+    With `drafts` the client had some in its passes.
+    """
     learned = {
         "logits": "the logits",
         "top_k": f"the {settings.choices} likeliest tokens and their logits",
@@ -76,5 +79,7 @@ def trust(settings: Settings, prefix_tokens: int = 0) -> str:
     if settings.logit_bits is not None:
         learned += f", rounded to {2.0**-settings.logit_bits:g},"
     text = TRUST[settings.protocol].replace("the logits", learned).replace(",,", ",")
+    if drafts:
+        text = text.replace("how many tokens there are", "how many tokens there are, how many were drafted and held")
     text += ", whose token embeddings are public" if settings.embedding == "public" else ""
     return text + (f"; every prompt continues {prefix_tokens} public tokens" if prefix_tokens else "")

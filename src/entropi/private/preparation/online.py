@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from entropi.private.compute.attention import visible
 from entropi.private.compute.compiling import Compiler
 from entropi.private.compute.engine import Engine
 from entropi.private.compute.program import Stage
@@ -14,7 +15,7 @@ from entropi.private.compute.settings import SERVER
 from entropi.private.preparation.cutting import Product, Shape, cut
 from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.material import Masks, Material
-from entropi.private.preparation.products import masking, multiply
+from entropi.private.preparation.products import masking, multiply, token_rows
 from entropi.private.preparation.ring import Ring, SmallMatrix
 from entropi.private.preparation.truncation import Bits, masked_signs, truncated
 from entropi.records import StageCommunication
@@ -30,6 +31,10 @@ class PreparedPasses:
     x y = d e + d b + a e + a b with d = x - a and e = y - b. That is exact modulo 2^64, so a product, which has twice
     the fraction bits, must fit the ring before it is truncated, as any product of the engine's own.
 
+    Tokens have places in the material, in the order in which they were computed. One that is taken back keeps its own:
+    another's keys and values under the same masks would tell the difference of both. So it stays in products of
+    attention as a key whose scores are thrown away and whose weights are zeros.
+
     Args:
         of_server: names of the server's weights, and at the server the weights as whole numbers.
     """
@@ -42,6 +47,15 @@ class PreparedPasses:
         self._matrices = {name: None if matrix is None else SmallMatrix(matrix) for name, matrix in of_server.items()}
         self._opened: dict[str, Ring] = {}  # keys and values under their masks, of all tokens so far
         self._shares: dict[str, Ring] = {}  # of values that were computed here, by name
+        self._dropped: list[int] = []  # places of tokens that were taken back
+
+    def drop(self, count: int, keys: int) -> None:
+        """Take back the last `count` of `keys` tokens, all of the latest pass.
+
+        Their keys and values among the engine's values are the caller's to forget.
+        """
+        places = keys + len(self._dropped)
+        self._dropped += range(places - count, places)
 
     def run(self, stage: Stage, token: int, keys: int) -> Iterator[StageCommunication]:
         """Run one stage of the pass after which there are `keys` tokens, and say what each part of it cost.
@@ -126,7 +140,8 @@ class PreparedPasses:
     def _multiply(self, stage: Stage, products: Sequence[Product], token: int, keys: int) -> StageCommunication:
         """Compute products that do not wait for each other by one message each way, or one to the server."""
         started = time.perf_counter()
-        masks = [self._material.masks(product, stage.layer, keys) for product in products]
+        places = keys + len(self._dropped)
+        masks = [self._material.masks(product, stage.layer, places) for product in products]
         own = [self._masked(*pair, stage.layer) for pair in zip(products, masks)]
         theirs, sent, received = self._exchange(products, own)
         for product, mask, ours, other in zip(products, masks, own, theirs):
@@ -148,8 +163,22 @@ class PreparedPasses:
         if product.kind in _OPENED_ONCE:
             known = self._opened.get(f"{layer}.{product.kind}")
             start = 0 if known is None else known.shape[1]
-            operands[1], drawn[1] = operands[1][:, start:], drawn[1][:, start:]
+            drawn[1] = drawn[1][:, start:]
+            operands[1] = operands[1][:, -drawn[1].shape[1] :]
+        if product.kind == "mix" and self._dropped:
+            weights = np.zeros(drawn[0].shape, np.uint64)
+            weights[:, self._kept_pairs(product, masks)] = operands[0]
+            operands[0] = weights
         return [operand - mask for operand, mask in zip(operands, drawn)]
+
+    def _kept_pairs(self, product: Product, masks: Masks) -> np.ndarray:
+        """Which of the packed pairs that a product of attention has material for are of a key that was kept, bool."""
+        assert masks.b is not None
+        kept = np.ones(masks.b.shape[1], bool)
+        kept[self._dropped] = False
+        rows = token_rows(product.kind, product.shapes[0], product.result_shape)
+        pairs: np.ndarray = kept[visible(rows, len(kept))[1]]
+        return pairs
 
     def _exchange(self, products: Sequence[Product], own: list[list[Ring]]) -> tuple[list[list[Ring]], int, int]:
         """Send what the other party is to see, and receive what we are, in `own`'s shapes; bytes sent and received.
@@ -199,7 +228,10 @@ class PreparedPasses:
                 right = np.concatenate([self._opened[place], right], axis=1)
             self._opened[place] = right
         share = multiply(product.kind, left, masks.b + right if server else masks.b)
-        return share + multiply(product.kind, masks.a, right) + masks.c
+        share = share + multiply(product.kind, masks.a, right) + masks.c
+        if product.kind == "scores" and self._dropped:
+            share = share[:, self._kept_pairs(product, masks)]
+        return share
 
 
 def _cost(

@@ -14,6 +14,7 @@ from entropi.private.compute.settings import Settings, trust
 from entropi.private.preparation.store import Store
 from entropi.private.sessions.client_session import generate
 from entropi.private.sessions.conversation import Conversation
+from entropi.private.sessions.drafting import Drafter, drafter_of
 from entropi.private.sessions.generation import Answer, Generation, Watcher
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
@@ -94,6 +95,7 @@ class Connection:
         chat: bool = False,
         system: str | None = None,
         store: Store | None = None,
+        draft: str | Drafter | None = None,
     ) -> Answer:
         """Let the model continue `prompt` without showing it.
 
@@ -101,6 +103,7 @@ class Connection:
             chat: put the prompt into the model's chat template, so that it is answered rather than continued.
             system: prompt that the chat begins with, as private as the other.
             store: of prepared material; used where the server has its half of it.
+            draft: "ngram", or another `Drafter`: several tokens of the answer in a pass, see `drafting`.
             retries: so many times a session that broke is continued in a new one, with the tokens received so far
                 as part of the prompt; each costs a pass over all of it.
             memory_gb: most memory of this side's party, in 10^9 bytes; by default what the model needs, with room;
@@ -110,7 +113,17 @@ class Connection:
             UserError: a refusal, a server or link that dies, a server that serves another model by now; one line.
         """
         generation = Generation(
-            prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, store, system
+            prompt,
+            max_new_tokens,
+            sampling,
+            retries,
+            watcher or Watcher(),
+            privacy,
+            memory_gb,
+            chat,
+            store,
+            system,
+            drafter=drafter_of(draft),
         )
         generation.digest = self._welcome.digest()
         return asyncio.run(generate(self._server, generation))
@@ -126,6 +139,7 @@ class Connection:
         privacy: Privacy = USUAL,
         memory_gb: float | None = None,
         store: Store | None = None,
+        draft: str | Drafter | None = None,
     ) -> Conversation:
         """Messages and answers in one session, where a turn costs its own tokens only; see `Conversation`.
 
@@ -143,6 +157,7 @@ class Connection:
             privacy=privacy,
             memory_gb=memory_gb,
             store=store,
+            draft=draft,
         )
 
     def stream(
@@ -153,6 +168,7 @@ class Connection:
         sampling: Sampling = GREEDY,
         retries: int = 0,
         privacy: Privacy = USUAL,
+        draft: str | Drafter | None = None,
     ) -> Iterator[str]:
         """The pieces of the answer as they are received; closing the iterator ends the session.
 
@@ -160,7 +176,8 @@ class Connection:
             UserError: as for `ask`, after the pieces that were received.
         """
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        generation = Generation(prompt, max_new_tokens, sampling, retries, Watcher(text=pieces.put), privacy)
+        watcher = Watcher(text=pieces.put)
+        generation = Generation(prompt, max_new_tokens, sampling, retries, watcher, privacy, drafter=drafter_of(draft))
         generation.digest = self._welcome.digest()
         loop = asyncio.new_event_loop()
         task = loop.create_task(generate(self._server, generation))
@@ -202,6 +219,7 @@ def ask(
     chat: bool = False,
     system: str | None = None,
     store: Store | None = None,
+    draft: str | Drafter | None = None,
 ) -> Answer:
     """`connect` and `Connection.ask` in one, over one connection.
 
@@ -209,6 +227,16 @@ def ask(
         UserError: as for these.
     """
     generation = Generation(
-        prompt, max_new_tokens, sampling, retries, watcher or Watcher(), privacy, memory_gb, chat, store, system
+        prompt,
+        max_new_tokens,
+        sampling,
+        retries,
+        watcher or Watcher(),
+        privacy,
+        memory_gb,
+        chat,
+        store,
+        system,
+        drafter=drafter_of(draft),
     )
     return asyncio.run(generate(ServerAddress.at(server, tls), generation))

@@ -21,6 +21,7 @@ from entropi.private.compute.folded import sha256_of
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.preparation.claims import Claim
+from entropi.private.sessions.drafting import NOTHING, Draft
 from entropi.private.sessions.generation import Answer, Generation
 from entropi.private.sessions.inquiry import usable
 from entropi.private.sessions.material import Material, Size, Taken
@@ -116,7 +117,9 @@ class ClientSession(PartySession):
         self.http, self.generation, self.turns = http, generation, turns
         self.read = 0  # tokens whose keys and values the session has
         self.room = 0  # tokens that the server still lets it read or generate
-        self.passes: int | None = None  # that prepared material is left for
+        self.passes: int | None = None  # logits that prepared material is left for
+        self.drafts = 0  # tokens that the server still lets it drop
+        self.draft, self.held = NOTHING, 0  # of the latest pass, and how many of these tokens held
         self.claim: Claim | None = None  # on the ticket that is offered
         self.welcome: Welcome
         self.tokenizer: Encoder
@@ -134,6 +137,7 @@ class ClientSession(PartySession):
             raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
 
         self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
+        self._check_drafts()
         self._check_prefix()
         self.prepare(generation)
         ids = generation.ids
@@ -142,16 +146,22 @@ class ClientSession(PartySession):
         with swept_folder("entropi-ask-") as folder:
             table = await self._fetch_table(folder) if welcome.table is not None else None
             ticket, most, passes = await self._ticket(len(welcome.prefix) + len(ids), most)
-            length = len(welcome.prefix) + len(ids) + most
+            length, drafts = len(welcome.prefix) + len(ids) + most, self.drafts
             used = generation.left if self.turns is not None else most  # passes, at least
             try:
-                await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket))
+                await self.say(Start(len(ids), most, welcome.digest(), self.turns is not None, ticket, drafts))
                 accepted = await self.wait_for_slot()
-                taken = await self._material(ticket, Size(length - 1, used), accepted)
+                taken = await self._material(ticket, Size(length - 1 + drafts, used + drafts), accepted)
             finally:
                 if self.claim is not None:
                     self.claim.release()
-            memory = memory_for(welcome.description, length, generation.memory_gb, taken.nbytes if taken else 0)
+            memory = memory_for(
+                welcome.description,
+                length,
+                generation.memory_gb,
+                taken.nbytes if taken else 0,
+                draft_tokens=welcome.draft_tokens if drafts else 0,
+            )
             async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
                 party = await Party.start(
                     Job(
@@ -165,6 +175,7 @@ class ClientSession(PartySession):
                         prompt=ids,
                         prefix_length=len(welcome.prefix),
                         table=str(table) if table is not None else None,
+                        drafts=drafts,
                     ),
                     memory,
                     taken,
@@ -176,8 +187,10 @@ class ClientSession(PartySession):
     async def _ticket(self, known: int, most: int) -> tuple[str | None, int, int]:
         """Prepared material to offer the server, if there is any; how many tokens may follow the `known` ones; passes.
 
-        A conversation takes the largest there is for its next answer, and has as many tokens.
+        A conversation takes the largest there is for its next answer, and has as many tokens. How many drafts may be
+        dropped is noted: as many as there are new tokens, or what the material has room for.
         """
+        self.drafts = most if self.generation.drafter is not None else 0
         if self.generation.store is None:
             return None, most, 0
         self.material = Material(self.generation.store, self.welcome)
@@ -193,6 +206,8 @@ class ClientSession(PartySession):
                     f"these: {size.tokens} and {wanted} are asked for, and everything is computed now"
                 )
             return None, most, 0
+        if self.drafts and not talks:  # those with room for all drafts that may be dropped come first
+            found.sort(key=lambda one: one[1].tokens < size.tokens + wanted or one[1].passes < 2 * wanted)
         said: list[str] = []
         found = await usable(self.material, self.socket, self.where, found[::-1] if talks else found, said.append)
         for line in said:
@@ -200,8 +215,21 @@ class ClientSession(PartySession):
         for ticket, own in found:
             if (claim := await self.material.claim(ticket, own, self.where)) is not None:
                 self.claim = claim
-                return ticket, min(most, own.tokens - known + 1), own.passes
+                room = own.tokens - known + 1
+                self._share_drafts(min(room, own.passes) - wanted, wanted, most)
+                return ticket, min(most, room - self.drafts), own.passes
         return None, most, 0
+
+    def _share_drafts(self, spare: int, wanted: int, most: int) -> None:
+        """Note how many drafts may be dropped where material has a place for so many tokens beside the wanted ones."""
+        if not self.drafts:
+            return
+        self.drafts = min(spare // 2 if self.turns is not None else spare, most)
+        if self.drafts < wanted:
+            self.status(
+                f"what is prepared has room for {self.drafts} drafts that do not hold, and for {wanted} new tokens as "
+                "many may be needed (entropi prepare --draft-tokens): after these there are no more drafts"
+            )
 
     async def _material(self, ticket: str | None, size: Size, accepted: Accepted) -> Taken | None:
         """This side's half of the ticket, if the server has taken its own."""
@@ -261,7 +289,7 @@ class ClientSession(PartySession):
         return Answer(
             PrivateRun(
                 protocol=settings.protocol,
-                trust=trust(settings, len(self.welcome.prefix)),
+                trust=trust(settings, len(self.welcome.prefix), drafts=generation.drafted > 0),
                 server=self.where,
                 prompt=generation.prompt,
                 prompt_tokens=generation.prompt_ids,
@@ -270,6 +298,8 @@ class ClientSession(PartySession):
                 padding_tokens=len(generation.padding),
                 prefix_tokens=len(self.welcome.prefix),
                 past_tokens=len(generation.history),
+                drafted_tokens=generation.drafted,
+                held_tokens=generation.held,
                 prepared_bytes=generation.prepared_bytes,
                 prepared_seconds=generation.prepared_seconds,
                 stages=generation.stages,
@@ -322,6 +352,16 @@ class ClientSession(PartySession):
     def _positions(self) -> int:
         """Those that the public prefix leaves."""
         return self.welcome.description.positions - len(self.welcome.prefix)
+
+    def _check_drafts(self) -> None:
+        """Raise `UserError` if there are to be drafts and this server takes none, or not these."""
+        welcome, drafter = self.welcome, self.generation.drafter
+        if drafter is None:
+            return
+        if not welcome.draft_tokens:
+            why = "" if welcome.settings.output == "logits" else ", as it reveals likeliest tokens only"
+            raise UserError(f"{self.where} takes no drafts{why}: ask without --draft")
+        drafter.check(self.tokenizer.tokenizer, self.where)
 
     def _check_prefix(self) -> None:
         """Say what public text this server puts before every prompt, and raise `UserError` if there must be none."""
@@ -406,16 +446,37 @@ class ClientSession(PartySession):
                     self._show()
                     if self.generation.is_finished and not await self._is_continued():
                         return
-                    fresh = self.generation.ids[self.read :]
-                    self.read, self.room = self.read + len(fresh), self.room - len(fresh)
-                    if self.passes is not None:
-                        self.passes -= 1
-                    await self.say(Next(len(fresh)))
-                    await party.proceed(len(fresh), fresh)
+                    await self._go_on(party)
                 case Failed(reason):
                     raise LostServer(f"the private computation with {self.where} failed: {reason}")
             event = await party.event()
         raise LostServer(f"the private computation with {self.where} ended early")
+
+    async def _go_on(self, party: Party) -> None:
+        """Ask for the pass over the tokens that were not read yet, and over drafts of those behind them."""
+        fresh, dropped = self.generation.ids[self.read :], len(self.draft.tokens) - self.held
+        if self.held:
+            self._begin(len(fresh))
+        kept, self.draft = self.held, await self._drafts()
+        drafts = self.draft.tokens
+        count = len(fresh) + len(drafts)
+        self.read, self.room, self.held = self.read + len(fresh), self.room - count, 0
+        if self.passes is not None:
+            self.passes -= 1 + len(drafts)
+        await self.say(Next(count, len(drafts), kept))
+        await party.proceed(count, fresh + drafts, drafts=len(drafts), dropped=dropped)
+
+    async def _drafts(self) -> Draft:
+        """A draft for the next pass, as long as the answer, the server and what is prepared leave room for."""
+        generation = self.generation
+        most = min(self.welcome.draft_tokens, generation.window.size, generation.left - 1, self.drafts)
+        if self.passes is not None:
+            most = min(most, self.passes - generation.left)
+        if generation.drafter is None or most < 1 or generation.stopped:
+            return NOTHING
+        ids = [*self.welcome.prefix, *generation.ids]
+        arguments = ids, most, self.welcome.description.vocab_size, generation.sampling, generation.random
+        return await asyncio.to_thread(generation.drafter.draft, *arguments)
 
     async def _is_continued(self) -> bool:
         """Wait for the next message of a conversation; False where there is none."""
@@ -429,11 +490,12 @@ class ClientSession(PartySession):
     def _begin(self, fresh: int, *, set_up: bool = False) -> None:
         """Tell the watcher how many operations are to come, the first pass being over so many tokens."""
         model, generation = self.welcome.description, self.generation
-        total, past, new = int(set_up), len(generation.ids) - fresh, fresh
-        for _ in range(generation.left):
-            prepared = self.passes is not None
-            total += sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past, prepared=prepared))
-            past, new = past + new, 1
+        past, prepared = len(generation.ids) - fresh, self.passes is not None
+
+        def stages(new: int, past: int) -> int:
+            return sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past, prepared=prepared))
+
+        total = int(set_up) + stages(fresh, past) + (generation.left - 1) * stages(1, past + fresh)
         generation.watcher.begin(generation.done + total)
 
     def _note(self, communication: StageCommunication) -> None:
@@ -447,10 +509,28 @@ class ClientSession(PartySession):
         generation.watcher.stage(generation.done, communication)
 
     def _take(self, revealed: Revealed, settings: Settings) -> None:
-        """Keep what is revealed of the next token, and choose it."""
-        generation, vocab_size = self.generation, self.welcome.description.vocab_size
+        """Choose the next token, and as long as these are the drafts, those after them."""
+        generation, drafts = self.generation, self.draft.tokens
         generation.reveal_bytes += revealed.bytes
-        logits = None if revealed.logits is None else np.asarray(revealed.logits)
+        logits = None
+        if revealed.logits is not None:
+            logits = np.asarray(revealed.logits).reshape(1 + len(drafts), -1)
+        self.held = 0
+        for place in range(1 + len(drafts)):
+            self._take_one(place, None if logits is None else logits[place], revealed, settings)
+            if place == len(drafts) or generation.new_tokens[-1] != drafts[place]:
+                break
+            self.held += 1
+            if generation.is_finished:
+                break
+        dropped = len(drafts) - self.held
+        self.read, self.room, self.drafts = self.read + self.held, self.room + dropped, self.drafts - dropped
+        generation.drafted, generation.held = generation.drafted + len(drafts), generation.held + self.held
+        generation.window.note(len(drafts), self.held)
+
+    def _take_one(self, place: int, logits: np.ndarray | None, revealed: Revealed, settings: Settings) -> None:
+        """Keep what is revealed of a token, the one after so many drafts, and choose it."""
+        generation, vocab_size = self.generation, self.welcome.description.vocab_size
         if logits is not None and (why := implausible(logits, settings)):
             raise UserError(
                 f"token {len(generation.new_tokens) + 1} from {self.where} would be nonsense: {why}. A value left the "
@@ -458,7 +538,7 @@ class ClientSession(PartySession):
             )
         if settings.output == "logits":
             assert logits is not None
-            token = generation.sampling.choose(logits, generation.random)
+            token = self.draft.verified(place, logits, generation.sampling, generation.random)
         else:
             assert revealed.tokens is not None
             if not all(0 <= choice < vocab_size for choice in revealed.tokens):

@@ -17,6 +17,7 @@ import numpy as np
 from entropi.errors import UserError
 from entropi.private.preparation.store import Store
 from entropi.private.sessions.client_session import ClientSession, with_retries
+from entropi.private.sessions.drafting import Drafter, Window, drafter_of
 from entropi.private.sessions.generation import Answer, Generation, Watcher
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
@@ -37,6 +38,7 @@ class Conversation:
         system: prompt that the conversation begins with, as private as the messages.
         max_tokens: of messages and answers together, in one session, as far as the server allows it.
         retries: so many times an answer whose session broke is continued in a new one.
+        draft: "ngram", or another `Drafter`: several tokens of an answer in a pass, see `drafting`.
 
     Raises:
         UserError: options that have no meaning here.
@@ -55,6 +57,7 @@ class Conversation:
         privacy: Privacy = USUAL,
         memory_gb: float | None = None,
         store: Store | None = None,
+        draft: str | Drafter | None = None,
     ) -> None:
         if privacy.full_length:
             raise UserError("full_length has no place in a conversation: what follows an answer's end would be read on")
@@ -65,7 +68,7 @@ class Conversation:
         self.max_tokens = max_tokens
         self._server, self._digest, self._chat, self._system = server, digest, chat, system
         self._sampling, self._retries, self._privacy, self._memory_gb = sampling, retries, privacy, memory_gb
-        self._store = store
+        self._store, self._drafter, self._window = store, drafter_of(draft), Window()
         self._random = np.random.default_rng(sampling.seed)  # of all answers
         self._history: list[int] = []
         self._generation: Generation | None = None  # that is being answered
@@ -101,6 +104,8 @@ class Conversation:
             system=self._system,
             history=self.tokens,
             store=self._store,
+            drafter=self._drafter,
+            window=self._window,
         )
         generation.random = self._random
         self._generation = generation

@@ -10,6 +10,7 @@ import numpy as np
 from entropi.errors import UserError
 from entropi.private.compute.settings import MOST_MEMORY_GB
 from entropi.private.preparation.store import Store
+from entropi.private.sessions.drafting import Drafter, Window
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import Sampling
 from entropi.private.sessions.tokenization import (
@@ -34,7 +35,8 @@ class Answer:
 class Watcher:
     """What a caller may want to see while the answer is computed.
 
-    `begin(stages)` is called with the number of operations if all tokens are generated, once for every session;
+    `begin(stages)` is called with the number of operations if all tokens are generated, once for every session, and
+    again whenever drafts held, which makes them fewer;
     `stage(done, record)` after every operation, set-up included; `text(piece)` whenever more of the answer can be
     shown; `status(line)` when something else happens: a place in the queue, a retry.
     """
@@ -63,6 +65,7 @@ class Generation:
     store: Store | None = None  # of prepared material, which is used if the server has its half
     system: str | None = None  # prompt of a conversation that begins with this message
     history: list[int] = field(default_factory=list)  # tokens of the conversation before this message
+    drafter: Drafter | None = None  # guesses several tokens a pass
     digest: str | None = None  # of what the server made public when the question was begun
     padding: list[int] = field(default_factory=list)  # before the prompt
     prompt_ids: list[int] = field(default_factory=list)
@@ -75,6 +78,9 @@ class Generation:
     reveal_bytes: int = 0
     prepared_bytes: int = 0  # exchanged before, when the material that is used was prepared
     prepared_seconds: float = 0.0
+    drafted: int = 0  # tokens that were computed with before it was known whether they are the answer's
+    held: int = 0  # of these
+    window: Window = field(default_factory=Window)
     done: int = 0  # operations, set-ups included
     shown: str = ""
     stopped: bool = False  # the token that is being computed is to be the last
@@ -84,6 +90,8 @@ class Generation:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
         if self.memory_gb is not None and not 0 <= self.memory_gb <= MOST_MEMORY_GB:
             raise UserError(f"memory_gb is {self.memory_gb} but must be between 0 and {MOST_MEMORY_GB:,}")
+        if self.drafter is not None and self.privacy.full_length:
+            raise UserError("full_length hides where an answer ends, and how many drafts hold may tell: leave one out")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries} but must not be negative")
         check_prompt(self.prompt)

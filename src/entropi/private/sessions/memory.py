@@ -13,7 +13,13 @@ MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need mu
 
 
 def memory_for(
-    model: Description, tokens: int, memory_gb: float | None, material: int = 0, *, prepares: bool = False
+    model: Description,
+    tokens: int,
+    memory_gb: float | None,
+    material: int = 0,
+    *,
+    prepares: bool = False,
+    draft_tokens: int = 0,
 ) -> int | None:
     """Bytes that a party's process may write to: the limit asked for, or else what a session needs, twice.
 
@@ -22,13 +28,15 @@ def memory_for(
         memory_gb: in 10^9 bytes; None for the prediction, 0 for no limit.
         material: bytes of what was prepared for the session.
         prepares: it prepares for another one.
+        draft_tokens: most drafts of a pass, after each of which logits are computed too.
     """
     if memory_gb is not None:
         return int(memory_gb * 1e9) or None
-    return int(MEMORY_ROOM * (needed_memory(model, tokens, prepares=prepares) + 2 * material))
+    needed = needed_memory(model, tokens, prepares=prepares, draft_tokens=draft_tokens)
+    return int(MEMORY_ROOM * (needed + 2 * material))
 
 
-def needed_memory(model: Description, tokens: int, *, prepares: bool = False) -> int:
+def needed_memory(model: Description, tokens: int, *, prepares: bool = False, draft_tokens: int = 0) -> int:
     """Bytes that a party of a session with so many tokens, prompt and answer together, is predicted to write to.
 
     It lies above `VmData`, which the limit counts, of both parties of ten shapes (benchmarks/results/party_memory.md).
@@ -43,9 +51,11 @@ def needed_memory(model: Description, tokens: int, *, prepares: bool = False) ->
     rows, once = min(tokens, 128), ("embedding", "positions", *(() if prepares else ("head",)))
     largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
     largest = min(largest, POLYNOMIALS * CIPHERTEXT) if prepares else largest
+    read = 1 + draft_tokens
+    largest = max(largest, min(read * math.prod(shapes["head"]), POLYNOMIALS * CIPHERTEXT) if draft_tokens else 0)
     table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
     wide = max(model.intermediate_size, 3 * max(model.hidden_size, model.query_size))
-    values = tokens * max(model.heads * tokens, wide) + model.vocab_size
+    values = tokens * max(model.heads * tokens, wide) + read * model.vocab_size
     own = 2e9 + 5e7 * (os.cpu_count() or 1)
     return int(own + 150 * weights + 30 * max(largest, table) + 8e3 * values)
 

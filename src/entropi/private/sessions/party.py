@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,7 @@ from entropi.private.compute.compiling import compile_ahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
-from entropi.private.compute.program import stages_of_pass, warm_up
+from entropi.private.compute.program import keep_first, stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.dealing import deal
 from entropi.private.preparation.material import Material, joined
@@ -97,7 +98,7 @@ def _serve_session(
     prepared = _prepared_passes(engine, job, files, weights) if job.material is not None else None
     paired = settings.paired and prepared is None
     fresh, count, past = job.prompt, job.prompt_length, job.prefix_length
-    left, number = job.max_new_tokens, 0
+    number, rows, budget = 0, 1, _Budget(job.max_new_tokens, job.drafts)
     while True:
         if public:
             engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
@@ -106,35 +107,74 @@ def _serve_session(
             if fresh is not None:
                 tokens = one_hot(fresh, model.vocab_size, paired, settings.fraction_bits)
             engine.hold("tokens", (-(-count // 2) if paired else count, model.vocab_size), tokens)
-        left -= 1 if number == 0 else count
-        if left:
-            compile_next(engine, model, settings, past + count, prepared)
-        for stage in stages_of_pass(model, settings, count, past, prepared=prepared is not None):
+        if budget.left:
+            for tokens_before, following in _likely_passes(past, count, rows):
+                compile_next(engine, model, settings, tokens_before, prepared, following)
+        for stage in stages_of_pass(model, settings, count, past, last_rows=rows, prepared=prepared is not None):
             if prepared is None:
                 done = engine.run(stage, number)
             else:
                 done = combined(list(prepared.run(stage, number, past + count)))
             _emit(events, StageDone(done))
-        _emit(events, _reveal(engine, settings))
+        _emit(events, _reveal(engine, settings, rows))
         past, number = past + count, number + 1
-        if not left:
+        if not budget.left and not budget.drafted:
             return
         proceed = decode(lines.get(), Proceed)
-        fresh, count = proceed.tokens, proceed.count
-        if count > left:
-            raise EngineError(f"{count} more tokens were asked for, and {left} are left")
+        budget.take(proceed)
+        if proceed.dropped:
+            if prepared is not None:
+                prepared.drop(proceed.dropped, past)
+            past -= proceed.dropped
+            engine.run(keep_first(model, past), number)
+        fresh, count, rows = proceed.tokens, proceed.count, proceed.drafts + 1
+
+
+@dataclass
+class _Budget:
+    """Tokens that may still be computed and kept, and drafts that may still be dropped."""
+
+    left: int
+    drafts: int
+    drafted: int = 0  # in the pass before
+
+    def __post_init__(self) -> None:
+        self.left -= 1  # the last of all is not computed with
+
+    def take(self, asked: Proceed) -> None:
+        """Count a pass, and what of the one before is dropped, or raise `EngineError`."""
+        if asked.dropped > self.drafted:
+            raise EngineError(f"{asked.dropped} drafts are to be dropped of {self.drafted}")
+        left, drafts = self.left + asked.dropped - asked.count, self.drafts - asked.dropped
+        if left < 0:
+            raise EngineError(f"{asked.count} more tokens were asked for, and {self.left + asked.dropped} are left")
+        if not asked.drafts < asked.count or asked.drafts > drafts:
+            raise EngineError(f"{asked.drafts} drafts of {asked.count} tokens, and {drafts} may still be dropped")
+        self.left, self.drafts, self.drafted = left, drafts, asked.drafts
+
+
+def _likely_passes(past: int, count: int, rows: int) -> list[tuple[int, int]]:
+    """Tokens before the next pass, and its own: after drafts, if all of them hold or none does."""
+    if rows == 1:
+        return [(past + count, 1)]
+    return [(past + count, rows), (past + count - rows + 1, rows), (past + count, 1)]
 
 
 def compile_next(
-    engine: Engine, model: Description, settings: Settings, past: int, prepared: PreparedPasses | None
+    engine: Engine, model: Description, settings: Settings, past: int, prepared: PreparedPasses | None, new: int = 1
 ) -> None:
-    """Compile the pass over one further token after `past` ones in a thread."""
+    """Compile the pass over `new` further tokens, all but one of them drafts, after `past` ones in a thread."""
+    if past + new > model.positions:
+        return
     compiler = engine.compiler.copy()
     for name in prefix.names(model):
         compiler.note(name, prefix.shape(model, past))
-    public = settings.embedding == "public"
-    compiler.note(*(("embedded", (1, model.hidden_size)) if public else ("tokens", (1, model.vocab_size))))
-    stages = stages_of_pass(model, settings, 1, past, prepared=prepared is not None)
+    paired = settings.paired and prepared is None
+    if settings.embedding == "public":
+        compiler.note("embedded", (new, model.hidden_size))
+    else:
+        compiler.note("tokens", (-(-new // 2) if paired else new, model.vocab_size))
+    stages = stages_of_pass(model, settings, new, past, last_rows=new, prepared=prepared is not None)
     compile_ahead(stages if prepared is None else prepared.parts(stages, compiler), compiler)
 
 
@@ -176,7 +216,7 @@ def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: Binar
         _emit(events, PartDone(number, combined(costs)))
 
 
-def _reveal(engine: Engine, settings: Settings) -> Revealed:
+def _reveal(engine: Engine, settings: Settings, rows: int) -> Revealed:
     """Send the client its result, and nothing else of the logits."""
     tokens = logits = None
     size = 0
@@ -188,7 +228,7 @@ def _reveal(engine: Engine, settings: Settings) -> Revealed:
         size += more
         scale = 1.0 if settings.logit_bits is None else 2.0**-settings.logit_bits
         logits = None if values is None else (values.reshape(-1) * scale).tolist()
-    return Revealed(bytes=size, logits=logits, tokens=tokens)
+    return Revealed(bytes=size, logits=logits, tokens=tokens, rows=rows)
 
 
 def _warm_up(engine: Engine, events: BinaryIO, *, prepared: bool) -> None:

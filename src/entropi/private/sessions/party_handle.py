@@ -142,9 +142,11 @@ class Party:
         """Number of the process."""
         return self._process.pid
 
-    async def proceed(self, count: int = 1, tokens: list[int] | None = None) -> None:
-        """Let the party run the pass for `count` more tokens; the client's is told which."""
-        await self._write(encode(Proceed(count, tokens)))
+    async def proceed(
+        self, count: int = 1, tokens: list[int] | None = None, *, drafts: int = 0, dropped: int = 0
+    ) -> None:
+        """Let the party run the pass for `count` more tokens; the client's is told which. See `Proceed`."""
+        await self._write(encode(Proceed(count, tokens, drafts, dropped)))
 
     async def _write(self, line: bytes) -> None:
         assert self._process.stdin is not None

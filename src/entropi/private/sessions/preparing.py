@@ -48,6 +48,7 @@ def prepare(
     watcher: Watcher | None = None,
     *,
     new_tokens: int | None = None,
+    draft_tokens: int = 0,
     tls: Tls | None = None,
     memory_gb: float | None = None,
 ) -> str:
@@ -57,12 +58,13 @@ def prepare(
 
     Args:
         new_tokens: of these, most that are answered; by default `NEW_TOKENS`, or `tokens` if that is less.
+        draft_tokens: beside these, drafts that may turn out wrong: what is prepared for them is used up all the same.
 
     Raises:
         UserError: a refusal, no room, a server or link that dies; what is prepared by then is kept.
     """
     where = ServerAddress.at(server, tls)
-    return asyncio.run(_prepare(where, _size(tokens, new_tokens), store, watcher or Watcher(), memory_gb))
+    return asyncio.run(_prepare(where, _size(tokens, new_tokens, draft_tokens), store, watcher or Watcher(), memory_gb))
 
 
 def ready(
@@ -71,6 +73,7 @@ def ready(
     store: Store,
     *,
     new_tokens: int | None = None,
+    draft_tokens: int = 0,
     tls: Tls | None = None,
     status: Callable[[str], None] = lambda line: None,
 ) -> int:
@@ -81,7 +84,7 @@ def ready(
     Raises:
         UserError: nobody there, or not an entropi server.
     """
-    where, asked = ServerAddress.at(server, tls), _size(tokens, new_tokens)
+    where, asked = ServerAddress.at(server, tls), _size(tokens, new_tokens, draft_tokens)
 
     async def count() -> int:
         async with open_channel(where) as (_, socket):
@@ -125,11 +128,13 @@ def when(expires: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(expires))
 
 
-def _size(tokens: int, new_tokens: int | None) -> Size:
+def _size(tokens: int, new_tokens: int | None, draft_tokens: int) -> Size:
     passes = min(NEW_TOKENS, tokens) if new_tokens is None else new_tokens
     if not 1 <= passes <= tokens:
         raise UserError(f"{passes} new tokens of {tokens}: there must be at least 1, and no more than all")
-    return Size(tokens, passes)
+    if draft_tokens < 0:
+        raise UserError(f"{draft_tokens} draft tokens: there cannot be fewer than none")
+    return Size(tokens + draft_tokens, passes + draft_tokens)
 
 
 async def _prepare(server: ServerAddress, asked: Size, store: Store, watcher: Watcher, memory_gb: float | None) -> str:

@@ -38,10 +38,39 @@ class Sampling:
         """Index of the token taken, from `(n,)` logits."""
         if self.temperature == 0:
             return int(np.argmax(logits))
+        kept, weights = self._kept(logits)
+        return int(random.choice(kept, p=weights))
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """By which `choose` takes each of `(n,)` logits, `(n,)`; where no chance is left, 1 for the likeliest."""
+        found = np.zeros(len(logits))
+        if self.temperature == 0:
+            found[np.argmax(logits)] = 1.0
+        else:
+            kept, weights = self._kept(logits)
+            found[kept] = weights
+        return found
+
+    def choose_after(self, logits: np.ndarray, random: np.random.Generator, draft: int, drawn: np.ndarray) -> int:
+        """Index of the token taken, as `choose` would, where `draft` was drawn with the probabilities `drawn` `(n,)`.
+
+        The draft is taken with probability min(1, p / q), p being `choose`'s probability of it and q the one with which
+        it was drawn; otherwise a token is drawn from what p has more than q (Leviathan et al. 2023, Theorem 3.5).
+        """
+        wanted = self.probabilities(logits)
+        if random.random() * drawn[draft] < wanted[draft]:
+            return draft
+        rest = np.maximum(wanted - drawn, 0.0)
+        if not (total := rest.sum()):  # equal but for rounding: then no draft is refused
+            return draft
+        return int(random.choice(len(rest), p=rest / total))
+
+    def _kept(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices that can be chosen, and their probabilities."""
         kept = np.argsort(-logits, kind="stable")[: self.top_k]
         scaled = (logits[kept] - logits[kept[0]]).astype(np.float64) / self.temperature
         weights = np.exp(scaled)
-        return int(random.choice(kept, p=weights / weights.sum()))
+        return kept, weights / weights.sum()
 
 
 GREEDY = Sampling()

@@ -148,7 +148,8 @@ def serve(
         table, known = _public_files(temporary, description, weights, settings, prefixed=bool(prefix))
         del weights
         table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
-        welcome = Welcome(description, tokenizer, settings, table_hash, published, list(prefix), chat, most)
+        drafts = limits.draft_tokens if settings.output == "logits" else 0
+        welcome = Welcome(description, tokenizer, settings, table_hash, published, list(prefix), chat, most, drafts)
         weights_hash = sha256_of(folder / WEIGHTS_FILE) if material is not None else None
         state = ServerState(
             folder=folder,

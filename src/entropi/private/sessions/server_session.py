@@ -122,7 +122,7 @@ async def run_session(request: web.Request, state: ServerState, guest: Guest) ->
         seconds = round(time.monotonic() - started, 3)
         session_log.info("closed after %.1f s", seconds, fields={"ending": ending, "seconds": seconds})
         told = {"session": session_log.session, "address": guest.address, "seconds": seconds}
-        told["tokens"] = progress.revealed
+        told["tokens"] = progress.tokens
         state.audit.session(client or guest.address, ending, reason, told, computed=progress.computing)
     return socket
 
@@ -173,7 +173,7 @@ async def _talk(
         raise Refusal("the description of the model that reached the client is not the server's")
     if isinstance(start, Start):
         _check_length(start, state)
-        slots, new_tokens, prompt_length = state.slots, start.max_new_tokens, start.prompt_length
+        slots, new_tokens, prompt_length = state.slots, start.max_new_tokens + start.drafts, start.prompt_length
     else:
         _check_preparing(start, state)
         slots, new_tokens, prompt_length = state.preparing, 0, 0
@@ -239,6 +239,9 @@ def _check_length(start: Start, state: ServerState) -> None:
     if not start.conversation and start.max_new_tokens > limits.max_new_tokens:
         raise Refusal(f"at most {limits.max_new_tokens} new tokens a session are allowed")
 
+    if start.drafts > start.max_new_tokens or (start.drafts and not state.welcome.draft_tokens):
+        raise Refusal(f"{start.drafts} drafts beside {start.max_new_tokens} new tokens are not allowed")
+
     positions = state.welcome.description.positions - len(state.welcome.prefix)
     if asked - 1 > positions:
         raise Refusal(
@@ -272,19 +275,20 @@ class Session:
         length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
         # In a conversation messages' tokens are counted too, and which of all will be answers' is the client's affair.
         passes = 1 if start.conversation else start.max_new_tokens
-        taken = await self._take(start, Size(length - 1, passes))
-        job = self._job(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length)
+        taken = await self._take(start, Size(length - 1 + start.drafts, passes + start.drafts))
+        asked = dict(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length, drafts=start.drafts)
+        job = self._job(**asked)
         self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
-        memory = memory_for(welcome.description, length, limits.memory_gb, taken.nbytes if taken is not None else 0)
-        accepted = Accepted(job.session, prepared=taken is not None)
-        await self._compute(
-            job,
-            memory,
-            accepted,
-            start.max_new_tokens - 1,
-            start.conversation,
-            material=taken,
+        memory = memory_for(
+            welcome.description,
+            length,
+            limits.memory_gb,
+            taken.nbytes if taken is not None else 0,
+            draft_tokens=welcome.draft_tokens if start.drafts else 0,
         )
+        accepted = Accepted(job.session, prepared=taken is not None)
+        asking = Asking(start.max_new_tokens - 1, start.drafts, welcome.draft_tokens, conversation=start.conversation)
+        await self._compute(job, memory, accepted, asking, material=taken)
 
     async def prepare(self, request: Prepare) -> None:
         """Compute a ticket's material, or what is missing of it."""
@@ -302,7 +306,7 @@ class Session:
         job = self._job(prepares=True, first_part=done, **asked)
         memory = memory_for(self.state.welcome.description, request.tokens, self.state.limits.memory_gb, prepares=True)
         accepted = Accepted(job.session, parts=done, expires_in=max(left, 1.0))
-        await self._compute(job, memory, accepted, 0, False, growing=growing)
+        await self._compute(job, memory, accepted, Asking(0), growing=growing)
 
     async def _take(self, start: Start, size: Size) -> Taken | None:
         """This side's half of the ticket that the client offers; None where there is none, and the client is told."""
@@ -333,8 +337,7 @@ class Session:
         job: Job,
         memory: int | None,
         accepted: Accepted,
-        left: int,
-        conversation: bool,
+        asking: Asking,
         *,
         material: Taken | None = None,
         growing: Growing | None = None,
@@ -359,16 +362,14 @@ class Session:
                 except UserError as error:  # of the store
                     raise SessionError(str(error)) from None
                 if growing is not None:
-                    progress.revealed = progress.asked
+                    progress.revealed = progress.tokens = progress.asked
                     await send(socket, Prepared())
 
             tasks: list[asyncio.Task[None]] = []
             try:
                 await send(socket, accepted)
                 work = asyncio.create_task(watch())
-                listen = asyncio.create_task(
-                    _listen_to_client(socket, party, tunnel, left, progress, conversation=conversation)
-                )
+                listen = asyncio.create_task(_listen_to_client(socket, party, tunnel, asking, progress))
                 link = asyncio.create_task(
                     _watch_link(tunnel, party, GRACE_SECONDS if growing is None else PREPARING_GRACE_SECONDS)
                 )
@@ -426,11 +427,43 @@ def _log_link(tunnel: Tunnel, session_log: SessionLog) -> None:
 
 
 @dataclass
+class Asking:
+    """What a client may still ask for in its session, and what it has asked for."""
+
+    left: int  # tokens
+    drafts: int = 0  # of these, that may still be forgotten after their pass
+    draft_tokens: int = 0  # most drafts of a pass
+    conversation: bool = field(default=False, kw_only=True)
+    drafted: int = 0  # in the latest pass
+
+    def count(self, following: Next) -> int:
+        """Count a pass; how many drafts of the one before are forgotten.
+
+        Raises:
+            SessionError: more than it may ask for.
+        """
+        if following.kept > self.drafted:
+            raise SessionError(f"{following.kept} drafts were kept of {self.drafted}")
+        dropped = self.drafted - following.kept
+        left, drafts = self.left + dropped, self.drafts - dropped
+        own = following.tokens - following.drafts
+        if not left:
+            raise SessionError("all tokens were asked for already")
+        if following.tokens > left or own < 1 or (own > 1 and not self.conversation):
+            raise SessionError(f"{following.tokens} tokens were asked for at once")
+        if following.drafts > min(self.draft_tokens, drafts):
+            raise SessionError(f"{following.drafts} drafts were asked for at once")
+        self.left, self.drafts, self.drafted = left - following.tokens, drafts, following.drafts
+        return dropped
+
+
+@dataclass
 class Progress:
-    """Passes of one session, each of which reveals a token."""
+    """Passes of one session, each of which reveals a token, and one more for each of its drafts."""
 
     asked: int = 1
     revealed: int = 0
+    tokens: int = 0  # revealed
     computing: bool = False  # it had a slot
     idle_seconds: float | None = None  # that a conversation may wait for its next message; None for no conversation
     more: asyncio.Event = field(default_factory=asyncio.Event)  # a further pass was asked for
@@ -470,12 +503,15 @@ async def _watch_party(
                 sent, received = sent + communication.sent_bytes, received + communication.received_bytes
                 state.counters.sent_bytes += communication.sent_bytes
                 state.counters.received_bytes += communication.received_bytes
-            case Revealed():
+            case Revealed(rows=rows):
                 progress.revealed += 1
-                state.counters.tokens += 1
-                await usage.count_token()
+                progress.tokens += rows
+                state.counters.tokens += rows
+                for _ in range(rows):
+                    await usage.count_token()
                 session_log.info(
-                    "a token, %d bytes sent, %d received so far",
+                    "%s, %d bytes sent, %d received so far",
+                    "a token" if rows == 1 else f"{rows} tokens with drafts",
                     sent,
                     received,
                     fields={"sent_bytes": sent, "received_bytes": received},
@@ -520,9 +556,9 @@ async def _watch_link(tunnel: Tunnel, party: Party, grace: float) -> None:
 
 
 async def _listen_to_client(
-    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, left: int, progress: Progress, *, conversation: bool
+    socket: web.WebSocketResponse, party: Party, tunnel: Tunnel, asking: Asking, progress: Progress
 ) -> None:
-    """Pass on the client's `Next`s, for `left` tokens that it may ask for, and its engine's bytes; until it leaves."""
+    """Pass on the client's `Next`s, as far as it may ask, and its engine's bytes; until it leaves."""
     with contextlib.suppress(ClientLeft):
         while True:
             message = await socket.receive()
@@ -535,11 +571,7 @@ async def _listen_to_client(
             if message.type == aiohttp.WSMsgType.CLOSE and message.data == aiohttp.WSCloseCode.POLICY_VIOLATION:
                 raise SessionError(f"the client refused this side's bytes: {_printable(message.extra or '')}")
             following = expect(message, Next)
-            if not left:
-                raise SessionError("all tokens were asked for already")
-            if following.tokens > left or (following.tokens > 1 and not conversation):
-                raise SessionError(f"{following.tokens} tokens were asked for at once")
-            left -= following.tokens
+            dropped = asking.count(following)
             progress.asked += 1
             progress.more.set()
-            await party.proceed(following.tokens)
+            await party.proceed(following.tokens, drafts=following.drafts, dropped=dropped)

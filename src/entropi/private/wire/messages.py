@@ -12,11 +12,12 @@ from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import Settings
 from entropi.records import StageCommunication
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
 MAX_TOKENS = 1 << 14
+MAX_DRAFT = 16  # tokens of one pass
 MAX_TICKETS = 50  # in one message, which is shorter than `MAX_CLIENT_MESSAGE` then
 MAX_INQUIRIES = 20  # over one connection
 
@@ -26,6 +27,7 @@ SessionId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 PartCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+DraftCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFT)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31 * 86_400)]
 
 
@@ -43,7 +45,7 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Ask for a session; `digest` is the client's, of what the server made public.
 
     In a conversation `max_new_tokens` counts the tokens of later messages too. `ticket` names prepared material that
-    the client has its half of.
+    the client has its half of. `drafts` are those tokens, over all passes, that may be computed and not kept.
     """
 
     prompt_length: TokenCount
@@ -51,6 +53,7 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     digest: Digest
     conversation: bool = False
     ticket: SessionId | None = None
+    drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
 
 
 class Prepare(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -76,12 +79,15 @@ class Tickets(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Run the pass for so many more tokens: one, or in a conversation those of its next message.
+    """Run the pass for so many more tokens: one, or in a conversation those of its next message, and `drafts`.
 
-    Which tokens they are stays with the client.
+    Which tokens they are stays with the client, which learns the logits of the token after each draft too. Of the
+    drafts of the pass before, the first `kept` stay; keys and values of the others are forgotten before this pass.
     """
 
     tokens: TokenCount = 1
+    drafts: DraftCount = 0
+    kept: DraftCount = 0
 
 
 FromClient: TypeAlias = Hello | Start | Prepare | Tickets | Next
@@ -110,6 +116,7 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     chat: ChatForm | None = None  # what stands around messages, for a model that is made for conversations
     # Tokens, those of messages and answers together, that a conversation may have; 0 where there are none.
     conversation_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
+    draft_tokens: DraftCount = 0  # that a pass may have; 0 where no drafts are taken
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""
@@ -182,13 +189,19 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     material_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # that it was, or is to be, prepared for
     material_passes: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     first_part: PartCount = 0  # of what is to be prepared
+    drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # see `Start`
 
 
 class Proceed(msgspec.Struct, forbid_unknown_fields=True):
-    """Run the pass for so many more tokens; only the client's party is told which."""
+    """Run the pass for so many more tokens, `drafts` included; only the client's party is told which.
+
+    Before that forget the last `dropped` tokens of the pass before, drafts that did not hold.
+    """
 
     count: TokenCount = 1
     tokens: list[TokenId] | None = None
+    drafts: DraftCount = 0
+    dropped: DraftCount = 0
 
 
 class Linked(msgspec.Struct, tag=True):
@@ -209,11 +222,15 @@ class PartDone(msgspec.Struct, tag=True):
 
 
 class Revealed(msgspec.Struct, tag=True):
-    """The client's party holds the logits of the next token; the server's has sent its shares of them."""
+    """The client's party holds the logits of the next token; the server's has sent its shares of them.
+
+    After a pass with drafts: also those of the token after each draft, `rows` in all, one row behind the other.
+    """
 
     bytes: int
     logits: list[float] | None = None  # of the whole vocabulary, or of `tokens`
     tokens: list[int] | None = None  # the likeliest, where that is all the client learns; logits None for arg-max
+    rows: int = 1
 
 
 class Failed(msgspec.Struct, tag=True):
