@@ -79,6 +79,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "SM+ScFuFFN": {},
     "SM(t)+ScFuFFN": dict(temperature=True),
     "polynomial SM(t)+ScFuFFN": dict(softmax="polynomial-1"),
+    "Pow+ScFuFFN": dict(softmax="polynomial-1/keys", final_norm="none", centre=False),
     "SM+LN+R": dict(LAYER_NORM, activation="relu"),
     "SM+LN+G": dict(LAYER_NORM, activation="gelu"),
 }
