@@ -309,7 +309,7 @@ def traffic() -> Picture:
     names = {"SM+LN+G": {}, "SM+ScFuFFN": {}, "SM(t)+ScFuFFN": {"softmax": "polynomial-1"}}
     groups: dict[str, tuple[str, tuple[str, ...]]] = {
         "softmax": ("#6440b8", ("max", "exp", "normalise", "power")),
-        "products": ("#a8501a", ("qkv", "scores", "values", "output", "head", "embedding", "temperature")),
+        "products": ("#a8501a", ("qkv", "scores", "values", "output", "head", "reveal", "embedding", "temperature")),
         "norms": ("#2f8f5b", ("norm", "centre")),
         "feed-forward network": ("#1f5fa8", ("up", "down", "activation", "ffn")),
     }

@@ -195,6 +195,8 @@ OPERATIONS = {
     "head": "logits of the vocabulary: one matrix product",
     "choose": "the likeliest tokens, where the server reveals no more",
     "round": "the logits' last binary places dropped",
+    "keep": "keys and values of drafts that did not hold are forgotten: nothing is sent",
+    "reveal": "the server's share of what the client learns, sent to the client: 8 bytes a logit",
 }
 
 

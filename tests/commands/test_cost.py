@@ -166,7 +166,18 @@ def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.Captur
     assert main([*words, "--json"]) == 0
     over_keys = json.loads(capsys.readouterr().out)["prediction"]
     names = {operation["name"] for operation in over_keys["prompt"]["operations"]}
-    assert names == {"embedding", "qkv", "temperature", "scores", "power", "values", "average", "output", "head"}
+    assert names == {
+        "embedding",
+        "qkv",
+        "temperature",
+        "scores",
+        "power",
+        "values",
+        "average",
+        "output",
+        "head",
+        "reveal",
+    }
     assert over_keys["softmax"] == "polynomial-1/keys"
     assert over_keys["further"]["total"]["rounds"] < 0.5 * predictions[1]["further"]["total"]["rounds"]
     assert main([*words, "--softmax", "polynomial-2/keys"]) == 0
@@ -336,6 +347,7 @@ def test_every_operation_of_the_program_has_words():
                 if isinstance(first, ast.Constant) and first.value:  # a part takes its name from its stage
                     named.add(first.value)
     assert {"norm", "exp", "setup"} <= named
+    named.add("reveal")  # which is no computation, and no stage
     assert named == records.OPERATIONS.keys()
 
 

@@ -20,6 +20,7 @@ from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Simulation
 from entropi.private.compute.program import forward, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
+from entropi.records import PassCost
 from private_reference import FIELDS
 
 MODELS = {
@@ -100,7 +101,9 @@ def test_prediction_equals_the_meter(protocol, name, tokens, chosen):
     predictor = Predictor(model, CostModel(prices, NETWORKS["lan"], options))
     predicted = [predictor.set_up(), predictor.run(tokens), predictor.run(1)]
     measured = metered(protocol, model, tokens, options)
-    for guess, stages in zip(predicted, measured):
+    for whole, stages in zip(predicted, measured):
+        # One process has all shares here, so that none is sent to reveal a result: see `test_preparation` for that.
+        guess = PassCost(operations=[one for one in whole.operations if one.name != "reveal"])
         assert guess.bytes == pytest.approx(sum(stage.bytes for stage in stages), rel=0.03, abs=2_000)
         assert guess.messages == pytest.approx(sum(stage.messages for stage in stages), rel=0.05, abs=4)
         layers = sums(guess.operations, "bytes", key=lambda stage: stage.layer)

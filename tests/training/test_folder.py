@@ -72,7 +72,7 @@ def test_nothing_is_written_for_a_recipe_that_cannot_be_trained(tmp_path: Path, 
     for recipe, message in (
         (tiny(str(tmp_path / "nowhere")), "there is no file or folder"),
         (tiny(corpus, batch_size=9999), "training sequences of 16 tokens, one update needs 9999"),
-        (tiny(corpus, architecture="SM+X"), "unknown architecture 'SM\\+X': 'X' is unknown; legal are SM or "),
+        (tiny(corpus, architecture="SM+X"), "unknown architecture 'SM\\+X': 'X' is unknown; legal are SM, "),
         (tiny(corpus, context_length=50_000), "one block needs 50000"),
     ):
         with pytest.raises(UserError, match=message):

@@ -167,7 +167,28 @@ class Predictor:
 
     def run(self, tokens: int, *, every_row: bool = False, last_rows: int = 1) -> PassCost:
         """A pass over `tokens` more tokens after those before it; with the logits after the last of them, or more."""
-        return self._price(self._trace_pass(tokens, every_row=every_row, last_rows=last_rows))
+        cost = self._price(self._trace_pass(tokens, every_row=every_row, last_rows=last_rows))
+        return PassCost(operations=[*cost.operations, self._reveal(tokens if every_row else last_rows)])
+
+    def _reveal(self, rows: int) -> OperationCost:
+        """What the server's shares of so many tokens' results take on their way to the client: nothing is computed."""
+        options, network = self._costs.options, self._costs.network
+        # Numbers of a row, and values that they come in: see `Engine.reveal_to_client`.
+        numbers, values = {
+            "logits": (self._model.vocab_size, 1),
+            "top_k": (2 * options.choices, 2),
+            "argmax": (1, 1),
+        }[options.output]
+        size = float(8 * rows * numbers)
+        return OperationCost(
+            name="reveal",
+            layer=-1,
+            bytes=size,
+            messages=values,
+            rounds=1,
+            seconds=0.0,
+            latency=network.delay_s + 8 * size / network.bits_per_second,
+        )
 
     def run_drafted(self, drafts: int) -> PassCost:
         """A pass over one further token and so many drafts, and the logits after each; what follows is as before it."""
@@ -190,7 +211,7 @@ class Predictor:
         cost = PassCost(operations=[])
         for past in range(start, start + passes):
             nearest = min(traced, key=lambda one: abs(one - past))
-            cost = summed(cost, self._price(traced[nearest]))
+            cost = summed(cost, self._price(traced[nearest]), PassCost(operations=[self._reveal(1)]))
         self._continue_after(start + passes)
         return cost
 
