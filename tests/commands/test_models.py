@@ -61,7 +61,11 @@ def garbage(path: Path) -> None:
         ("config.json", garbage, "is damaged: config.json cannot be read"),
         ("config.json", lambda path: path.write_text("[]"), "is damaged: config.json cannot be read"),
         ("config.json", edited(model_type="gpt2"), "is damaged: lm_head.weight is missing"),
-        ("config.json", edited(architecture="SM+X"), "unknown architecture 'SM+X': 'X' is unknown; legal are SM, SM(t), Pow or "),
+        (
+            "config.json",
+            edited(architecture="SM+X"),
+            "unknown architecture 'SM+X': 'X' is unknown; legal are SM, SM(t), Pow or ",
+        ),
         ("config.json", edited(num_hidden_layers=3), "does not fit its config.json"),
         ("config.json", edited(num_hidden_layers=1), "does not fit its config.json"),
         ("config.json", edited(hidden_size=32), "does not fit its config.json"),
