@@ -24,6 +24,7 @@ from entropi.model.architectures import ARCHITECTURES, PAPER_ARCHITECTURES, pars
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.folding import fold
+from entropi.softmax import EXACT, SoftmaxForm
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +49,7 @@ class FakeConfig:
     query_key_norm: bool = False
     branch_norm: bool = False
     parts: Any = field(init=False)
+    softmax_form: SoftmaxForm = EXACT
 
     def __post_init__(self) -> None:
         self.parts = parse_architecture(self.architecture)
@@ -171,26 +173,36 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def check_parameters(architecture: str, options: dict[str, Any]) -> None:
+    config = EntropiConfig(
+        architecture=architecture,
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=12,
+        **options,
+    )
+    model = EntropiForCausalLM(config)
+    assert parameters(config) == model.inference_parameters(), options
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("temperature.parameter"):
+                parameter.add_(torch.rand_like(parameter))
+    folded = fold(model, worst_condition=1e9)
+    assert folded_parameters(config) == sum(weight.size for weight in folded.weights.values()), options
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_parameters_equal_those_of_the_real_model(architecture: str) -> None:
     for options in OPTIONS:
-        config = EntropiConfig(
-            architecture=architecture,
-            vocab_size=31,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=12,
-            **options,
-        )
-        model = EntropiForCausalLM(config)
-        assert parameters(config) == model.inference_parameters(), options
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("temperature.parameter"):
-                    parameter.add_(torch.rand_like(parameter))
-        folded = fold(model, worst_condition=1e9)
-        assert folded_parameters(config) == sum(weight.size for weight in folded.weights.values()), options
+        check_parameters(architecture, options)
+
+
+@pytest.mark.parametrize("architecture", ["SM+ScFuFFN", "SM(t)+ScFuFFN", "SM+LN+G"])
+@pytest.mark.parametrize("granularity", ["position", "head"])
+def test_offsets_of_a_polynomial_count(architecture: str, granularity: str) -> None:
+    check_parameters(architecture, {"softmax": "polynomial-1", "temperature_granularity": granularity})
 
 
 def test_the_table_in_the_documentation_is_what_is_counted() -> None:

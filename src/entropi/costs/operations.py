@@ -12,6 +12,7 @@ from entropi.activations import folded_name
 from entropi.errors import UserError
 from entropi.model.shape import BIASES
 from entropi.records import CountRecord, OperationCount
+from entropi.softmax import SoftmaxForm
 
 
 class Parts(Protocol):
@@ -70,6 +71,8 @@ class Configuration(Protocol):
     def bias(self) -> str: ...  # a key of `shape.BIASES`
     @property
     def final_norm(self) -> bool | None: ...
+    @property
+    def softmax_form(self) -> SoftmaxForm: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
 
@@ -209,10 +212,11 @@ def folded_parameters(config: Configuration) -> int:
     own, written = _query_width(config), (2 if config.branch_norm else 1) * width
     plain = own + shared if config.query_key_norm else 0
     layer = (width + 1) * (own + 2 * shared + plain) + (own + 1) * written
-    if parts.temperature and config.temperature_granularity == "position":
-        layer += config.num_attention_heads * config.max_position_embeddings
-    if parts.powers:  # offsets
-        layer += config.num_attention_heads * config.max_position_embeddings
+    by_position, softmax = config.num_attention_heads * config.max_position_embeddings, config.softmax_form
+    if parts.temperature and config.temperature_granularity == "position" and not softmax.has_offsets:
+        layer += by_position
+    if not softmax.of_distance:  # which has offsets beside temperatures, or with them in it
+        layer += by_position
     if parts.activation != "identity":
         up = 2 * inner if parts.gated else inner
         layer += (width + 1) * up + (inner + 1) * written
