@@ -105,7 +105,8 @@ def run(
     _refuse_ignored_preparation(
         prepared, new_tokens, protocol, {"--budget": budget, "--runs": runs, "--picture": picture}
     )
-    _refuse_ignored_drafts(draft_tokens, {"--budget": budget, "--runs": runs, "--compare": compare})
+    if draft_tokens:
+        _refuse_beside("--draft-tokens", "drafts", {"--budget": budget, "--runs": runs, "--compare": compare})
     with extra("private"):
         from entropi.costs import calibration as prices
         from entropi.costs.network import parse_network
@@ -174,9 +175,15 @@ def _refuse_ignored_preparation(
         raise UserError("--new-tokens would be ignored: add --prepared")
     if prepared and protocol != "cheetah":
         raise UserError(f"products are prepared under cheetah alone: --prepared does not go with --protocol {protocol}")
+    if prepared:
+        _refuse_beside("--prepared", "prepared products", modes)
+
+
+def _refuse_beside(option: str, what: str, modes: Mapping[str, object]) -> None:
+    """Refuse what does not know of `what`, which `option` asks for."""
     for name, value in modes.items():
-        if prepared and value is not None:
-            raise UserError(f"{name} knows of no prepared products: leave out --prepared")
+        if value is not None:
+            raise UserError(f"{name} knows of no {what}: leave out {option}")
 
 
 def _brings_its_own(model: str) -> bool:
@@ -234,13 +241,6 @@ def _new_tokens(asked: int | None, before: int, shapes: Sequence[tuple[str, Shap
     if asked > most:
         raise UserError(f"--new-tokens {asked:,} is more than the {most:,} that {name} has positions for")
     return asked
-
-
-def _refuse_ignored_drafts(asked: int, modes: Mapping[str, object]) -> None:
-    """Refuse what prices no drafts beside --draft-tokens."""
-    for name, value in modes.items():
-        if asked and value is not None:
-            raise UserError(f"{name} knows of no drafts: leave out --draft-tokens")
 
 
 def _refuse_drafts(asked: int, before: int, shapes: Sequence[tuple[str, Shape]]) -> None:

@@ -123,15 +123,18 @@ def _either(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+def _has_powers(architecture: str) -> bool:
+    """By the beginning of a name, for training too, whose rest need not be legal: that is another's to refuse."""
+    return architecture.replace(" ", "").removeprefix("EReg(").startswith("Pow")
+
+
 def with_defaults(architecture: str, softmax: str, final_norm: bool | None) -> tuple[str, bool]:
     """Softmax and final norm of an architecture by name, where "exact" and None stand for its own.
 
     Of powers these are squares of logits, and no final norm where the layers have none; otherwise the exact softmax and
     a norm. A name that is not legal is another function's to refuse.
     """
-    name = architecture.replace(" ", "").removeprefix("EReg(")
-    powers = name.startswith("Pow")
-    norms = {"LN", "RMS"} & set(re.split(r"[+)]", name))
+    powers, norms = _has_powers(architecture), {"LN", "RMS"} & set(re.split(r"[+)]", architecture.replace(" ", "")))
     own = str(OVER_KEYS) if powers and softmax == "exact" else softmax
     return own, bool(norms or not powers) if final_norm is None else final_norm
 
@@ -142,7 +145,7 @@ def softmax_problem(architecture: str, softmax: str) -> str | None:
         form = parse_of_model(softmax)
     except UserError as error:
         return str(error)
-    powers = architecture.replace(" ", "").removeprefix("EReg(").startswith("Pow")
+    powers = _has_powers(architecture)
     if powers == form.over_keys:
         return None
     if powers:

@@ -41,8 +41,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Of a tapered model its teacher's, with the chat template and whatever else they hold.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Copied from a tapered model's teacher, with the chat template and whatever else they hold.
+_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 ENVIRONMENT_FILE = "environment.json"
 ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 3
 
@@ -243,11 +243,16 @@ def save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, 
         "perplexity on held-out text": f"{result.perplexity:.2f} ({result.tokens:,} tokens)",
     }
     write_card(partial, model_card(model.config, model.inference_parameters(), facts))
+    _save_tokenizer(tokenizer, recipe, partial)
+    os.replace(partial, folder)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> None:
+    """Put the tokenizer beside the model that was trained with it."""
     if recipe.taper_from:
-        for name in TOKENIZER_FILES:
+        for name in _OF_A_TOKENIZER:
             if (file := model_folder(Path(recipe.taper_from)) / name).is_file():
-                shutil.copyfile(file, partial / name)
-        os.replace(partial, folder)
+                shutil.copyfile(file, folder / name)
         return
     end = tokenizer.id_to_token(end_of_text_id(tokenizer))
     PreTrainedTokenizerFast(
@@ -255,5 +260,4 @@ def save_model(model: EntropiForCausalLM, tokenizer: Tokenizer, recipe: Recipe, 
         eos_token=end,
         bos_token=end,
         model_max_length=recipe.context_length,
-    ).save_pretrained(partial)
-    os.replace(partial, folder)
+    ).save_pretrained(folder)
