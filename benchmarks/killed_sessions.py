@@ -123,11 +123,20 @@ def wrap(module):
         write(0, content)
         send(self, content)
 
-    def recorded_exchange(self, products, own):
-        theirs, *sizes = exchange(self, products, own)
+    def recorded_exchange(self, products, own, bits):
+        theirs, *sizes = exchange(self, products, own, bits)
         seen = [x + y for ours, other in zip(own, theirs) for x, y in zip(ours, other)]
         write(1, b"".join(x.astype("<u8").tobytes() for x in seen))
         return theirs, *sizes
+
+    def recorded(take):
+        def recorded_take(self, *size):
+            found = take(self, *size)
+            drawn = found if isinstance(found, tuple) else (found,)
+            write(2, b"".join(x.astype("<u8").tobytes() for x in drawn))
+            return found
+
+        return recorded_take
 
     def recorded_masks(self, *place):
         found = masks(self, *place)
@@ -144,6 +153,8 @@ def wrap(module):
 
     module.Engine.send, module.PreparedPasses._exchange = recorded_send, recorded_exchange
     module.Material.masks, module.PreparedPasses.__init__ = recorded_masks, begin_recorded
+    for name in ("of_signs", "of_kept", "of_bits"):
+        setattr(module.Material, name, recorded(getattr(module.Material, name)))
 
 
 if "{MARK}" in os.environ and any("party_process" in word for word in sys.orig_argv):

@@ -14,10 +14,11 @@ import numpy as np
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.program import Comparable, cached_tokens, keep_first, run_stages, stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import TRUNCATE, Material, array_name, needs
+from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, Material, array_name, needs
 from entropi.private.preparation.online import PreparedPasses
 from entropi.private.preparation.products import multiply
 from entropi.private.preparation.ring import encode
+from entropi.private.preparation.signs import digit_bits_of, multiplied
 from entropi.private.preparation.truncation import packed
 from entropi.records import StageCommunication
 
@@ -36,15 +37,27 @@ def smallest_gap(numbers):
 
 
 class RecordedPasses(PreparedPasses):
-    """Keeps all opened operands, as `opened`, at the client those that it sees; and bits sent for truncations."""
+    """Keeps all opened operands of products, as `opened`, at the client those that it sees; and of every message how
+    many bytes of masked numbers it begins with, and how many bits are behind these."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.opened, self.signs = [], []
+        self.opened, self.in_messages = [], []
 
     def _swap(self, own):
-        self.signs.append(own)
-        return super()._swap(own)
+        theirs = super()._swap(own)
+        self.in_messages[-1] = 0, own.size  # without those that fill the last byte
+        return theirs
+
+    def _trade(self, content):
+        self.in_messages.append((0, 8 * (len(content) - 1)))  # the last byte may be filled with zeros
+        return super()._trade(content)
+
+    def _exchange(self, products, own, bits):
+        found = super()._exchange(products, own, bits)
+        if found[2][0]:
+            self.in_messages.append((found[2][0] - len(bits), 8 * len(bits)))
+        return found
 
     def _finished(self, product, masks, opened, layer):
         self.opened += opened
@@ -177,6 +190,8 @@ def ideal_arrays(need, weights, bits, random):
 
     if need.kind == TRUNCATE:
         return ideal_truncations(need.rows, bits, random)
+    if need.kind in (SIGNS, BITS, KEPT):
+        return ideal_bits(need, draw)
     a, b = draw(need.shapes[0]), draw(need.shapes[1])
     if need.masking == "server":
         b = encode(weights[need.matrix], bits).astype(np.int64).view(np.uint64)
@@ -203,6 +218,32 @@ def ideal_truncations(count, bits, random):
     return [dict(zip(names, packed(*party))) for party in zip(drawn, shares)]
 
 
+def ideal_bits(need, draw):
+    """Both parties' arrays for signs, or for what follows from signs."""
+    if need.kind == SIGNS:
+        masks = draw(need.shapes[0])
+        whole = dict(a=masks, c=products_of_masks(masks, digit_bits_of(need.shapes[0][1])))
+        theirs = {which: draw(one.shape) for which, one in whole.items()}
+        ours = {which: one ^ theirs[which] for which, one in whole.items()}
+    else:
+        bit, a = draw(need.result) >> np.uint64(63), draw(need.result)
+        whole = dict(b=bit) if need.kind == BITS else dict(a=a, b=bit, c=bit * a)
+        theirs = {which: draw(one.shape) for which, one in whole.items()}
+        ours = {which: one - theirs[which] for which, one in whole.items()}
+    return [{array_name(need.name, which): one for which, one in party.items()} for party in (ours, theirs)]
+
+
+def products_of_masks(masks, digit_bits):
+    """Of known words, what both parties find shares of."""
+    multiplying = multiplied(masks, digit_bits)
+    left, right = next(multiplying)
+    while True:
+        try:
+            left, right = multiplying.send(left & right)
+        except StopIteration as done:
+            return done.value
+
+
 def ideal_material(model, settings, weights, tokens, random, read=None):
     """Needs, and each party's arrays; for the logits after `read` tokens."""
     wanted = needs(model, settings, tokens, read)
@@ -210,20 +251,17 @@ def ideal_material(model, settings, weights, tokens, random, read=None):
     return wanted, [{name: array for one in dealt for name, array in one[rank].items()} for rank in (SERVER, CLIENT)]
 
 
-def told_apart(sent, signs):
-    """Messages with masked numbers, and the bits of the others, which have to be these."""
-    left, numbers = list(signs), []
-    for content in sent:
-        if left and content == np.packbits(left[0]).tobytes():
-            left.pop(0)
-        else:
-            numbers.append(np.frombuffer(content, "<u8"))
-    assert not left
-    return numbers, np.concatenate(signs)
+def told_apart(sent, in_messages):
+    """Masked numbers in messages, and all bits behind them."""
+    numbers, bits = [], []
+    for content, (size, count) in zip(sent, in_messages, strict=True):
+        numbers.append(np.frombuffer(content[:size], "<u8"))
+        bits.append(np.unpackbits(np.frombuffer(content[size:], np.uint8), count=count))
+    return numbers, np.concatenate(bits)
 
 
 class Session:
-    """What both parties did in some passes: `logits`, `opened` numbers, and numbers and bits that each has sent."""
+    """What both parties did in some passes: `logits`, `opened` numbers, masked numbers and `bits` that each has sent."""
 
     def __init__(self, model, settings, weights, passes, materials, random, drafts=()):
         engines = IdealEngine.pair(settings.fraction_bits, random)
@@ -254,7 +292,8 @@ class Session:
             raise [*first, *failures][0]
         self.logits = results[CLIENT][0]
         self.opened = results[SERVER][1].opened  # the server sees all of them
-        self.sent, self.signs = zip(*(told_apart(engine.sent, results[engine.rank][1].signs) for engine in engines))
+        recorded = [results[rank][1].in_messages for rank in (SERVER, CLIENT)]
+        self.sent, self.bits = zip(*(told_apart(engine.sent, bits) for engine, bits in zip(engines, recorded)))
 
 
 def ideal_session(model, settings, weights, passes, tokens, seed=0, drafts=(), read=None):

@@ -107,7 +107,7 @@ def played(engine, case):
     assert case.past == cached_tokens(case.weights)
     logits, recorded_passes = run_passes(engine, rows, material, case.model, case.settings, whole, case.past)
     found = {f"material {name}": array for name, array in arrays.items()}
-    numbers, found["signs"] = told_apart(sent, recorded_passes.signs)
+    numbers, found["bits"] = told_apart(sent, recorded_passes.in_messages)
     found["sent"] = np.concatenate(numbers)
     found["opened"] = np.concatenate([part.reshape(-1) for part in recorded_passes.opened])
     return found | {f"logits {number}": value for number, value in enumerate(logits) if value is not None}

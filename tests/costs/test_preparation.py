@@ -22,7 +22,7 @@ from entropi.private.compute.attention import scores
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.preparation.cutting import Product
+from entropi.private.preparation.cutting import Comparison, Product, Step
 from entropi.private.preparation.material import Need
 from entropi.private.preparation.parts import kept_bytes
 from private_reference import FIELDS
@@ -84,10 +84,10 @@ def test_predictions_of_both_phases_equal_the_meter_of_two_parties(name):
 
 
 def test_products_of_whole_numbers_are_not_truncated():
-    values = {"q": Value((2, 5, 8), whole=True), "k": Value((2, 5, 8), whole=True)}
+    values = dict.fromkeys("qk", Value((2, 5, 8), numbers="whole"))
     kinds = {call.kind for call in trace_calls(Stage("", -1, scores, ("q", "k"), ("s",)), values)}
     assert kinds == {"product"}
-    assert values["s"] == Value((2, 15), whole=True)
+    assert values["s"] == Value((2, 15), numbers="whole")
     real = {"q": Value((2, 5, 8)), "k": Value((2, 5, 8))}
     assert {call.kind for call in trace_calls(Stage("", -1, scores, ("q", "k"), ("s",)), real)} == {
         "product",
@@ -116,10 +116,18 @@ def test_what_is_sent_between_parts_by_hand():
     by_matrix = Product("times_matrix", ("x", "0.qkv"), ((3, 8), (8, 24)), "y'", (3, 24))
     logits = Product("scores", ("q", "0.k"), ((2, 1, 4), (2, 6, 4)), "s'", (2, 6))
     square = Product("square", ("s",), ((2, 6),), "t'", (2, 6))
-    assert sent(exchanges.count([by_matrix], {"0.qkv"}, 0)) == (8 * 24, 1, 1)
-    assert sent(exchanges.count([logits], {"0.qkv"}, 5)) == (16 * (8 + 8), 2, 1)
-    assert sent(exchanges.count([logits], {"0.qkv"}, 0)) == (16 * (8 + 48), 2, 1)
-    assert sent(exchanges.count([square, by_matrix], {"0.qkv"}, 0)) == (16 * 12 + 8 * 24, 2, 1)
+
+    def of(*products, opened=0, comparisons=()):
+        return sent(exchanges.count(Step(products, comparisons, ()), {"0.qkv"}, opened, 18))
+
+    assert of(by_matrix) == (8 * 24, 1, 1)
+    assert of(logits, opened=5) == (16 * (8 + 8), 2, 1)
+    assert of(logits) == (16 * (8 + 48), 2, 1)
+    assert of(square, by_matrix) == (16 * 12 + 8 * 24, 2, 1)
+    # 97 bits for the sign of each of two words of numbers, in three exchanges of which the first is the product's; and
+    # in a fourth a bit and a number of each.
+    relu = Comparison("relu", "s", (70,), "u", (70,), ())
+    assert of(by_matrix, comparisons=(relu,)) == (8 * 24 + 2 * (8 * 2 * 97 + 9 + 8 * 70), 8, 4)
 
 
 def test_what_is_sent_to_truncate():

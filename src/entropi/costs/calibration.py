@@ -128,11 +128,12 @@ _MATRICES = (
 
 @dataclass(frozen=True)
 class Trial:
-    """A stage on operands of these shapes, each known to one party or shared."""
+    """A stage on operands of these shapes, each known to one party or shared; or on shared words of bits."""
 
     name: str
     function: Callable[..., Any]
     operands: tuple[tuple[tuple[int, ...], Known], ...]
+    words: bool = False
 
 
 def trials() -> Iterator[Trial]:
@@ -159,6 +160,7 @@ def trials() -> Iterator[Trial]:
         yield Trial("multiply known", pair, (*one, ((size,), client)))
         if size > 4_000:
             yield Trial("square", square, one)
+        yield Trial("and", lambda x, y: x & y, one * 2, words=True)
     for rows, inner, columns in _MATRICES:
         left, right = (rows, inner), (inner, columns)
         yield Trial("product", jnp.matmul, ((left, shared), (right, shared)))
@@ -181,6 +183,8 @@ def run_trials(
     protocol: ProtocolName, fraction_bits: int, chosen: list[Trial], delay_s: float = 0.0, progress: Any = None
 ) -> list[Reading]:
     """Run trials under a protocol, all parties on this machine, their messages `delay_s` late."""
+    from jax.experimental import enable_x64
+
     from entropi.private.compute.engine import PARTIES, Simulation
     from entropi.private.compute.settings import CLIENT, SERVER, Settings
 
@@ -203,7 +207,10 @@ def run_trials(
         for place, (shape, known) in enumerate(trial.operands):
             name = f"x{place}"
             names.append(name)
-            values[name] = Value(shape, known)
+            values[name] = Value(shape, known, "whole" if trial.words else "real")
+            if trial.words:
+                engine.hold_words(name, random.integers(0, 2**64, (2, *shape), dtype=np.uint64))
+                continue
             # A shared value is the sum of what both parties know.
             parts = (SERVER, CLIENT) if known == "shared" else (SERVER if known == "server" else CLIENT,)
             for owner in parts:
@@ -214,7 +221,8 @@ def run_trials(
         counted: Counter[str] = Counter()
         for call in trace_calls(stage, values):
             counted += counter.count(call)
-        metered = engine.run(stage)
+        with enable_x64(trial.words):
+            metered = engine.run(stage)
         readings.append(Reading(trial.name, counted, metered.bytes, metered.messages, metered.seconds))
         if progress is not None:
             progress(number + 1, len(chosen))

@@ -25,13 +25,14 @@ _TILE = 2048  # least numbers for another worker with oblivious transfers of its
 _RESERVED = 452_000 + 13 * 1280  # transfers that an extension keeps for the next one
 _FIRST, _EXTENSION = 470_016 - _RESERVED, 10_485_760 - _RESERVED  # transfers from the set-up, from every extension
 # Transfers a number takes, where the server's side sends and where the client's does: a comparison has 16 digits of 4
-# bits with four transfers each, and 15 conjunctions with one each way.
+# bits with four transfers each, and 15 conjunctions with one each way. Both words of an "and" have 64 bits.
 _TRANSFERS = {
     "compare": (64 + 15, 15),
     "select": (1, 1),
     "select public": (1, 0),
     "truncate": (1, 0),
     "truncate with sign": (1, 0),
+    "and": (64, 64),
 }
 _TRIPLES = 4096  # products that one ciphertext each way prepares
 _DIRECT = 2 * SLOTS  # from so many numbers on products are made directly, without prepared ones

@@ -16,10 +16,12 @@ import numpy as np
 from entropi.private.compute import attention, functions
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
-from entropi.private.preparation.cutting import Product
-from entropi.private.preparation.material import Material, need_of, of_all_tokens, of_truncations
+from entropi.private.preparation.comparisons import by_window, signs_of
+from entropi.private.preparation.cutting import Comparison, Product, Step, cut
+from entropi.private.preparation.material import Material, Need, need_of, of_all_tokens, of_comparisons, of_truncations
 from entropi.private.preparation.products import OF_SERVER, masking, packed_size
 from entropi.private.preparation.ring import Ring, uniform
+from entropi.private.preparation.signs import WORD, opened_in_steps, words_for
 
 # Names of counted things. Of a number that goes both ways each party sends its own part.
 TO_SERVER, BOTH_WAYS = "masked numbers to the server", "masked numbers both ways"
@@ -27,6 +29,9 @@ MESSAGES, _EXCHANGES = "messages of masked numbers", "exchanges of masked number
 _ENTRIES, _BY_MATRIX = "entries of matrices beside masked numbers", "products of masked numbers and entries"
 _OF_OPENED = "products inside opened matrices"
 SIGNS = "bits of truncated numbers"
+BITS = "bits of compared numbers"
+
+BOTH_AT_ONCE = (BOTH_WAYS, SIGNS, BITS)  # of which either party sends half, at the same time
 
 # Bytes, messages and rounds, which follow from how it is sent. Seconds are measured.
 SENT: dict[str, tuple[float, float, float]] = {
@@ -38,18 +43,19 @@ SENT: dict[str, tuple[float, float, float]] = {
     _BY_MATRIX: (0, 0, 0),
     _OF_OPENED: (0, 0, 0),
     SIGNS: (0.25, 0, 0),
+    BITS: (0.25, 0, 0),
 }
 
 
-def count(products: Sequence[Product], of_server: Collection[str], opened: int) -> Counter[str]:
-    """What products that do not wait for each other exchange and compute.
+def count(step: Step, of_server: Collection[str], opened: int, fraction_bits: int) -> Counter[str]:
+    """What the products and comparisons of a step exchange and compute, which do not wait for each other.
 
     Args:
         of_server: names of the server's weights.
         opened: tokens whose keys and values were opened in earlier passes.
     """
     counted: Counter[str] = Counter({_EXCHANGES: 1})
-    for product in products:
+    for product in step.products:
         first, second = product.shapes[0], product.shapes[-1]
         who = masking(product, set(of_server))
         if who == "server":
@@ -64,8 +70,28 @@ def count(products: Sequence[Product], of_server: Collection[str], opened: int) 
             counted[BOTH_WAYS] += second[0] * (second[1] - opened) * second[2]
         else:
             counted[BOTH_WAYS] += _size(second) if who == "pair" else 0
-    counted[MESSAGES] = 2 if counted[BOTH_WAYS] else 1
+    counted[MESSAGES] = 2 if counted[BOTH_WAYS] or step.comparisons else 1
+    if step.comparisons:
+        _count_comparisons(step.comparisons, fraction_bits, counted)
     return counted
+
+
+def _count_comparisons(comparisons: Sequence[Comparison], fraction_bits: int, counted: Counter[str]) -> None:
+    """Signs in several exchanges, the first of which is counted already, and what follows from them in one more."""
+    exchanges = 0
+    for which, places in by_window(comparisons, fraction_bits).items():
+        words = words_for(sum(signs_of(comparisons[place]) for place in places))
+        for bits in opened_in_steps(which.digit_bits):
+            counted[BITS] += words * WORD * bits
+            exchanges += 1
+    total = 0
+    for comparison in comparisons:
+        total += signs_of(comparison)
+        if comparison.kind == "relu":
+            counted[BOTH_WAYS] += signs_of(comparison)
+    counted[BITS] += -(-total // 8) * 8
+    counted[_EXCHANGES] += exchanges
+    counted[MESSAGES] += 2 * exchanges
 
 
 def count_truncation(numbers: int) -> Counter[str]:
@@ -79,6 +105,7 @@ def _size(shape: Sequence[int]) -> int:
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
+_FRACTION_BITS = 18
 _REPEATS = 7  # of which the fastest counts: nothing but other work makes one slower
 
 
@@ -131,6 +158,9 @@ def readings() -> Iterator[tuple[Counter[str], float]]:
     for rows, width in ((1, 768), (128, 768)):
         yield from _timed("scale_rows", functions.scale_rows, (rows, width), (rows,), (rows, width))
         yield from _timed("sums_of_squares", functions.sums_of_squares, (rows, width), None, (rows,))
+    for size in (1_000, 30_000, 300_000):
+        yield _timed_comparison(functions.relu, size)
+        yield _timed_comparison(partial(functions.reciprocal_of_wide, bits=8, prepared=True), size // 50)
 
 
 def _timed(
@@ -154,15 +184,33 @@ def _timed(
         engine.hold("x", uniform(first))
         if second is not None:
             engine.hold("y", uniform(second))
-        passes = PreparedPasses(engine, _material(product, keys), 18, matrix)
+        passes = PreparedPasses(engine, _material(product, keys), _FRACTION_BITS, matrix)
         costs = passes.run(Stage("", 0, function, names, ("z",)), 0, keys)
         fastest = [min(one, cost.seconds) for one, cost in zip(fastest, costs, strict=True)]
-    yield count([product], matrix, 0), float(fastest[0])
+    yield count(Step((product,), (), ()), matrix, 0, _FRACTION_BITS), float(fastest[0])
     yield count_truncation(_size(result)), float(fastest[1])
+
+
+def _timed_comparison(function: Callable[..., Any], size: int) -> tuple[Counter[str], float]:
+    """The comparisons of a function of so many numbers."""
+    from entropi.private.preparation.online import PreparedPasses
+
+    stage = Stage("", 0, function, ("x",), ("z",))
+    (step,) = (step for step in cut(stage, {"x": (size,)}) if step.comparisons)
+    (comparison,), fastest = step.comparisons, np.inf
+    for _ in range(_REPEATS):
+        engine: Any = _Echo()
+        engine.hold(comparison.operand, uniform(comparison.shape))
+        passes = PreparedPasses(engine, _held(of_comparisons(step.comparisons, _FRACTION_BITS)), _FRACTION_BITS, {})
+        fastest = min(fastest, passes.cross(stage, step, 0, 1).seconds)
+    return count(step, (), 0, _FRACTION_BITS), float(fastest)
 
 
 def _material(product: Product, keys: int) -> Material:
     """The server's, of which a pass over the last tokens of `keys` takes what it needs."""
     need = need_of(of_all_tokens(product, keys), 0, {"y"} if product.kind in OF_SERVER else set())
-    needs = [need, of_truncations(_size(product.result_shape))]
+    return _held([need, of_truncations(_size(product.result_shape))])
+
+
+def _held(needs: Sequence[Need]) -> Material:
     return Material(needs, {name: uniform(shape) for one in needs for name, shape in one.kept(SERVER).items()})

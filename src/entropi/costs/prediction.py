@@ -160,7 +160,12 @@ class Predictor:
             self._values |= {name: Value(kept, "server") for name in prefix.names(model)}
 
     def set_up(self, *, prepared: bool = False) -> PassCost:
-        """Keys and the first oblivious transfers, which a session pays once; with `prepared` products no keys."""
+        """Keys and the first oblivious transfers, which a session pays once; with `prepared` products no keys.
+
+        Nothing at all where all that is left to the engine is to reveal logits.
+        """
+        if prepared and self._costs.options.output == "logits":
+            return PassCost(operations=[])
         stage, shapes = warm_up(prepared=prepared)
         self._values |= {name: Value(shape, party) for name, (shape, party) in shapes.items()}
         return self._price([(stage, list(trace_calls(stage, self._values)))])
@@ -292,7 +297,7 @@ class Predictor:
             messages += number * price.messages
             seconds += number * price.seconds
             rounds += number * price.rounds
-            if (both and "ciphertexts by" in name) or name in (exchanges.BOTH_WAYS, exchanges.SIGNS):
+            if (both and "ciphertexts by" in name) or name in exchanges.BOTH_AT_ONCE:
                 overlapping += number * price.bytes / 2
 
         # Both directions of a product of two shared operands, and of masked numbers, travel at the same time.

@@ -1,8 +1,8 @@
 """What a session costs whose products are prepared, offline and online, beside one without preparation.
 
 Offline the parties multiply random numbers: the very functions that `preparation.dealing` runs are traced, on whole
-numbers. Online the same stages as ever are cut at their products: exchanges of masked numbers and of bits, and what is
-left for the engine, which is traced like other stages.
+numbers. Online the same stages as ever are cut at their products and comparisons: exchanges of masked numbers and of
+bits, and what is left for the engine, which is traced like other stages.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from entropi.costs import exchanges
 from entropi.costs.prediction import CostModel, Predictor, described, summed
-from entropi.costs.tracing import ProtocolCall, Value, trace_calls
+from entropi.costs.tracing import Numbers, ProtocolCall, Value, trace_calls
 from entropi.errors import UserError
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.cutting import Shape, cut
-from entropi.private.preparation.dealing import pieces
+from entropi.private.preparation.dealing import Owner, pieces
 from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.material import Need, needs
 from entropi.private.preparation.parts import kept_bytes
@@ -54,15 +54,15 @@ class PreparedPredictor(Predictor):
         return self._price(traced)
 
     def _trace(self, stage: Stage) -> list[ProtocolCall | Counter[str]]:
-        """As the program without preparation, cut at its products."""
+        """As the program without preparation, cut at its products and comparisons."""
         prefix_tokens = self._costs.options.prefix_tokens
         opened = self._past if self._past > prefix_tokens else 0  # the first pass opens the prefix's keys and values
         shapes = {name: self._values[name].shape for name in stage.inputs}
         weights = self._model.weight_shapes()
         calls: list[ProtocolCall | Counter[str]] = []
         for step in cut(stage, shapes):
-            if step.products:
-                calls.append(exchanges.count(step.products, weights, opened))
+            if step.products or step.comparisons:
+                calls.append(exchanges.count(step, weights, opened, self._costs.options.fraction_bits))
             for part in step.parts:
                 if isinstance(part, LinearPart):
                     calls += map(exchanges.count_truncation, part.truncations)
@@ -72,11 +72,14 @@ class PreparedPredictor(Predictor):
         return calls
 
 
-def _operand(shape: Shape, owner: int | None) -> Value:
-    """What the engine computes with: whole numbers of one party, or what it truncates, of which both have shares."""
-    if owner is None:
-        return Value(shape)
-    return Value(shape, "server" if owner == SERVER else "client", whole=True)
+_OF_BOTH: dict[Owner, Numbers] = {"numbers": "real", "words": "whole", "bits": "bits"}
+
+
+def _operand(shape: Shape, owner: Owner) -> Value:
+    """What the engine computes with: whole numbers of one party, or what both have shares of."""
+    if owner in _OF_BOTH:
+        return Value(shape, numbers=_OF_BOTH[owner])
+    return Value(shape, "server" if owner == SERVER else "client", "whole")
 
 
 def predict(costs: CostModel, config: Any, seq_len: int, new_tokens: int, drafts: int = 0) -> PreparedRecord:

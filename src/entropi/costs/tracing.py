@@ -21,7 +21,11 @@ from entropi.private.compute.program import Comparable, Stage
 # Who knows a value: everybody, one party, or nobody (each party holds a share).
 Known: TypeAlias = Literal["public", "server", "client", "shared"]
 
-Kind: TypeAlias = Literal["product", "multiply", "square", "compare", "select", "select public", "truncate"]
+Kind: TypeAlias = Literal["product", "multiply", "square", "compare", "select", "select public", "truncate", "and"]
+
+
+Numbers: TypeAlias = Literal["real", "whole", "bits"]
+_TYPES: dict[Numbers, Any] = {"real": np.float32, "whole": np.int32, "bits": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,14 @@ _COMPARISONS = frozenset(("gt", "ge", "lt", "le"))
 
 @dataclass(frozen=True)
 class Value:
-    """A named value between stages: its shape, who knows it, and whether it is of whole numbers, modulo 2^64.
+    """A named value between stages: its shape, who knows it, and whether its numbers are real, whole, or bits.
 
-    Products of whole numbers have no fraction bits to truncate.
+    Products of whole numbers, modulo 2^64, have no fraction bits to truncate.
     """
 
     shape: tuple[int, ...]
     known: Known = "shared"
-    whole: bool = False
+    numbers: Numbers = "real"
 
 
 def trace_calls(stage: Stage, values: dict[str, Value]) -> list[ProtocolCall]:
@@ -82,17 +86,21 @@ def trace_calls(stage: Stage, values: dict[str, Value]) -> list[ProtocolCall]:
 @functools.lru_cache(maxsize=4096)
 def _trace(program: Comparable, operands: tuple[Value, ...]) -> tuple[tuple[ProtocolCall, ...], tuple[Value, ...]]:
     """Traced once for every function and operands, which layers share."""
-    arguments = [jax.ShapeDtypeStruct(one.shape, np.int32 if one.whole else np.float32) for one in operands]
+    arguments = [jax.ShapeDtypeStruct(one.shape, _TYPES[one.numbers]) for one in operands]
     closed = jax.make_jaxpr(program.function)(*arguments)
     found: list[ProtocolCall] = []
     known = _walk(closed.jaxpr, [operand.known for operand in operands], found)
-    results = tuple(Value(tuple(v.aval.shape), k, _whole(v.aval)) for v, k in zip(closed.jaxpr.outvars, known))
+    results = tuple(Value(tuple(v.aval.shape), k, _numbers(v.aval)) for v, k in zip(closed.jaxpr.outvars, known))
     return tuple(found), results
 
 
+def _numbers(value: Any) -> Numbers:
+    """Of which kind a traced value's numbers are."""
+    return {"f": "real", "b": "bits"}.get(value.dtype.kind, "whole")  # type: ignore[return-value]
+
+
 def _whole(value: Any) -> bool:
-    """Whether the numbers of a traced value are whole ones."""
-    return bool(np.issubdtype(value.dtype, np.integer))
+    return _numbers(value) == "whole"
 
 
 def _walk(jaxpr: Any, inputs: list[Known], found: list[ProtocolCall]) -> list[Known]:
@@ -155,6 +163,8 @@ def _calls_of(equation: Any, operands: list[Known]) -> Iterator[ProtocolCall]:
         yield ProtocolCall("compare", size)
     elif name == "square":
         yield ProtocolCall("square", size)
+    elif name == "and" and _whole(result):  # of words, bit by bit
+        yield ProtocolCall("and", size)
     else:
         raise UnknownPrimitive(name)
 

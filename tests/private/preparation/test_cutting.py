@@ -1,4 +1,4 @@
-"""Stages cut at products: the steps one after another are the whole stage, for everything that the program has."""
+"""Stages cut at products and comparisons: the steps one after another are the whole stage, whatever the program has."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from entropi.model.architectures import ARCHITECTURES
 from entropi.model.folding import fold
 from entropi.private.compute import functions
 from entropi.private.compute.description import Description
-from entropi.private.compute.functions import BILINEAR
+from entropi.private.compute.functions import BILINEAR, COMPARING
 from entropi.private.compute.prefix import with_prefix
 from entropi.private.compute.program import Stage, run_stages, stages_of_pass
 from entropi.private.compute.settings import Settings
@@ -37,6 +37,11 @@ def run_step(step, values):
         values[product.result] = BILINEAR[product.kind](*operands, **options) * 2.0**BITS
         assert product.result.endswith(UNTRUNCATED)
         assert values[product.result].shape == product.result_shape
+    for comparison in step.comparisons:
+        operand = values[comparison.operand]
+        assert operand.shape == comparison.shape
+        values[comparison.result] = COMPARING[comparison.kind](operand, *comparison.public)
+        assert values[comparison.result].shape == comparison.result_shape
     for part in step.parts:
         if isinstance(part, LinearPart):
             compute(part, values)
@@ -228,7 +233,8 @@ def test_every_part_reads_what_is_there():
     for stage in stages_of_pass(model, Settings(embedding="public"), 4, 0, prepared=True):
         for step in cut(stage, shapes):
             assert known.issuperset(name for product in step.products for name in product.operands)
-            known |= {product.result for product in step.products}
+            assert known.issuperset(comparison.operand for comparison in step.comparisons)
+            known |= {one.result for one in (*step.products, *step.comparisons)}
             for part in step.parts:
                 assert known.issuperset(part.inputs)
                 known |= set(part.outputs)

@@ -10,6 +10,9 @@ from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.cutting import cut
 from entropi.private.preparation.material import (
+    BITS,
+    KEPT,
+    SIGNS,
     TRUNCATE,
     Material,
     MaterialUsedUp,
@@ -22,6 +25,7 @@ from entropi.private.preparation.truncation import unpacked
 from masked_passes import (
     Session,
     chi_square,
+    ideal_arrays,
     ideal_material,
     ideal_session,
     ideal_truncations,
@@ -138,7 +142,8 @@ def run(weights, passes, wanted, arrays, random=None):
 
 def test_every_kind_of_product_is_in_the_sample(spread):
     kinds = {need.kind for need in spread[2][0][0]}
-    assert kinds == {"times_matrix", "scores", "mix", "scale_rows", "sums_of_squares", "times", "square", "truncate"}
+    products = {"times_matrix", "scores", "mix", "scale_rows", "sums_of_squares", "times", "square"}
+    assert kinds == products | {TRUNCATE, SIGNS, BITS, KEPT}
 
 
 def test_what_is_sent_and_opened_is_uniform(spread):
@@ -148,7 +153,7 @@ def test_what_is_sent_and_opened_is_uniform(spread):
             assert len(joint) > 3000
             for byte in range(8):
                 assert chi_square((joint >> np.uint64(8 * byte)).astype(np.uint8)) < ENOUGH
-        for bits in session.signs:
+        for bits in session.bits:
             assert abs(bits.mean() - 0.5) < 5 * 0.5 / len(bits) ** 0.5
 
 
@@ -295,8 +300,8 @@ def test_masks_belong_together():
     wanted, _ = ideal_material(model, SETTINGS, random_weights(model), 6, random)
     arrays, matrices = {}, {}
     for need in wanted:
-        if need.kind == TRUNCATE:
-            arrays |= ideal_truncations(need.rows, 18, random)[SERVER]
+        if need.kind in (TRUNCATE, SIGNS, BITS, KEPT):
+            arrays |= ideal_arrays(need, {}, 18, random)[SERVER]
             continue
         a, b = (random.integers(0, 2**64, shape, dtype=np.uint64) for shape in need.shapes)
         b = a if need.masking == "self" else b
@@ -341,6 +346,22 @@ def test_bits_are_handed_out_once():
     np.testing.assert_array_equal(np.concatenate([one.products for one in taken]), every.products)
     with pytest.raises(MaterialUsedUp, match="for truncate 160 were prepared, 161 are needed"):
         material.of_truncation(1)
+
+
+def test_what_comparisons_take_is_handed_out_once():
+    wanted = needs(SPREAD, SETTINGS, 6)
+    material, rows = Material(wanted, numbered(wanted)), {need.name: need.rows for need in wanted}
+    for name, take in (
+        ("signs.2", lambda count: material.of_signs(2, count)),
+        ("signs.3", lambda count: material.of_signs(3, count)),
+        (BITS, lambda count: (material.of_bits(count),)),
+        (KEPT, material.of_kept),
+    ):
+        taken = [part for count in (1, 2, rows[name] - 3) for part in take(count)]
+        numbers = np.concatenate([part.reshape(-1) for part in taken])
+        assert len(np.unique(numbers)) == len(numbers)
+        with pytest.raises(MaterialUsedUp, match=f"for {name} {rows[name]} were prepared, {rows[name] + 1} are needed"):
+            take(1)
 
 
 def test_a_refused_product_uses_nothing_up():

@@ -6,11 +6,12 @@ import pytest
 pytest.importorskip("spu")
 
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import TRUNCATE, array_name
+from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, array_name
 from entropi.private.preparation.products import multiply
 from entropi.private.preparation.ring import encode
+from entropi.private.preparation.signs import digit_bits_of
 from entropi.private.preparation.truncation import unpacked
-from masked_passes import chi_square, smallest_gap
+from masked_passes import chi_square, products_of_masks, smallest_gap
 from prepared_parties import AGAIN, CASES, PASSES, Case, play
 
 pytestmark = [pytest.mark.two_party, pytest.mark.slow]
@@ -44,7 +45,7 @@ def test_products_are_exact(played, name):
     """To the last digit or, where the engine may be wrong by one, to that; a square has twice its error."""
     case, wrong, count = Case(name), 0, 0
     for need in case.needs:
-        if need.kind == TRUNCATE:
+        if need.kind in (TRUNCATE, SIGNS, BITS, KEPT):
             continue
 
         def whole(which, need=need):
@@ -77,6 +78,27 @@ def test_products_of_bits_are_exact(played, name):
             assert abs((party.products >> np.uint32(place) & np.uint32(1)).mean() - 0.5) < 5 * 0.5 / count**0.5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_random_bits_of_comparisons_are_exact(played, name):
+    kinds = set()
+    for need in Case(name).needs:
+        parts = {
+            which: [party.get(f"material {array_name(need.name, which)}") for party in played[name]] for which in "abc"
+        }
+        if need.kind == SIGNS:
+            masks, products = (np.bitwise_xor(*parts[which]) for which in "ac")
+            assert (masks.shape, products.shape) == (need.shapes[0], need.result)
+            np.testing.assert_array_equal(products, products_of_masks(masks, digit_bits_of(need.shapes[0][1])))
+        elif need.kind in (BITS, KEPT):
+            bits = np.add(*parts["b"])
+            assert set(np.unique(bits)) == {0, 1}
+            assert abs(bits.mean() - 0.5) < 5 * 0.5 / len(bits) ** 0.5
+            if need.kind == KEPT:
+                np.testing.assert_array_equal(np.add(*parts["c"]), bits * np.add(*parts["a"]))
+        kinds.add(need.kind)
+    assert kinds >= ({SIGNS, BITS, KEPT} if "layer norm" in name or "every" in name else {SIGNS})
+
+
 def truncations(party, count):
     return unpacked(*(party[f"material {array_name(TRUNCATE, which)}"] for which in ("a", "c")), count)
 
@@ -96,7 +118,7 @@ def test_shares_of_material_are_uniform(played, name):
 def test_what_is_sent_and_opened_is_uniform(played, name):
     server, client = played[name]
     for party in (server, client):
-        assert abs(party["signs"].mean() - 0.5) < 5 * 0.5 / len(party["signs"]) ** 0.5
+        assert abs(party["bits"].mean() - 0.5) < 5 * 0.5 / len(party["bits"]) ** 0.5
     for numbers in (server["sent"], client["sent"], server["opened"]):
         assert len(numbers) > 1000
         for byte in range(8):

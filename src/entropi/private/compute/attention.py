@@ -162,10 +162,10 @@ def block_rows(blocks: Array) -> Array:
     return jnp.where(where, blocks[:, :, None, :], jnp.zeros((), blocks.dtype)).reshape(groups * high, groups * wide)
 
 
-def shift_by_row_max(logits: Array, *, rows: int, keys: int) -> Array:
+def shift_by_row_max(logits: Array, *, rows: int, keys: int, prepared: bool = False) -> Array:
     """`(H, n)`: visible logits, each less its row's largest."""
     row, _ = visible(rows, keys)
-    return logits - segment_max(logits, np.bincount(row))[:, row]
+    return logits - segment_max(logits, np.bincount(row), prepared=prepared)[:, row]
 
 
 def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int, divided: bool = True) -> Array:
@@ -191,7 +191,7 @@ def mix_and_divide(
     weights: Array, value: Array, *, mixing: Callable[..., tuple[Array, Array]], division: Callable[..., Array]
 ) -> Array:
     """`weighted_values` and the division of its results, as one function of two parts that wait for each other late."""
-    return division(*mixing(weights, value), apart=True)
+    return division(*mixing(weights, value), prepared=True)
 
 
 def as_rectangle(weights: Array, rows: int, keys: int) -> Array:
@@ -224,7 +224,7 @@ def average(heads: Array, *, keys: int, positions: int) -> Array:
     return heads * share.astype(heads.dtype)[:, None]
 
 
-def normalise(heads: Array, totals: Array, *, keys: int, apart: bool = False) -> Array:
+def normalise(heads: Array, totals: Array, *, keys: int, prepared: bool = False) -> Array:
     """Divide after the value product: r d multiplications instead of H r s.
 
     A row of v weights sums to between 1 and v; divided by the root of v first, sum and reciprocal have the same number
@@ -232,19 +232,19 @@ def normalise(heads: Array, totals: Array, *, keys: int, apart: bool = False) ->
     """
     rows = heads.shape[1]
     seen = np.arange(keys - rows + 1, keys + 1)
-    heads, totals = _both(heads, totals, seen**-0.5, apart)
-    return scale_rows(heads, reciprocal(totals, seen))
+    heads, totals = _both(heads, totals, seen**-0.5, prepared)
+    return scale_rows(heads, reciprocal(totals, seen, prepared=prepared))
 
 
-def normalise_means(heads: Array, totals: Array, *, keys: int, apart: bool = False) -> Array:
+def normalise_means(heads: Array, totals: Array, *, keys: int, prepared: bool = False) -> Array:
     """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`.
 
     Error 2^-18 (1 / x + x) and what the reciprocal has, x the mean weight by the middle one, of values of about 1.
     """
     rows = heads.shape[1]
     share = 1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))
-    heads, totals = _both(heads, totals, share, apart)
-    return scale_rows(heads, reciprocal_of_wide(totals, MEAN_WEIGHT_BITS))
+    heads, totals = _both(heads, totals, share, prepared)
+    return scale_rows(heads, reciprocal_of_wide(totals, MEAN_WEIGHT_BITS, prepared=prepared))
 
 
 def _both(heads: Array, totals: Array, share: np.ndarray, apart: bool) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ from spu import libspu
 from entropi.private.compute.compiling import Compiler
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
-from entropi.private.compute.shares import numbers_of, share_of
+from entropi.private.compute.shares import numbers_of, share_of, share_of_bits, share_of_words
 from entropi.records import StageCommunication
 
 # One party may compute locally for minutes while the other waits; a dead peer is noticed on the control channel.
@@ -125,13 +125,26 @@ class Engine:
         self.compiler.note(name, shape, np.int64)
 
     def numbers(self, name: str) -> np.ndarray:
-        """Our share of a value, `uint64`: both parties' sum is the value times 2^`fraction_bits`, modulo 2^64."""
+        """Our share of a value, `uint64`: both parties' sum is the value times 2^`fraction_bits`, modulo 2^64.
+
+        Of words, the sum modulo two of every bit.
+        """
         return numbers_of(self._runtime.get_var(name), self.rank)
 
     def set_numbers(self, name: str, numbers: np.ndarray) -> None:
         """Hold a secret real value of which these are this party's share."""
         self._runtime.set_var(name, share_of(numbers))
         self.compiler.note(name, numbers.shape)
+
+    def set_words(self, name: str, words: np.ndarray) -> None:
+        """Hold words whose bits are secret one by one, of which these are this party's share, modulo two."""
+        self._runtime.set_var(name, share_of_words(words))
+        self.compiler.note(name, words.shape, np.int64)
+
+    def set_bits(self, name: str, bits: np.ndarray) -> None:
+        """Hold secret bits, one a number, of which these are this party's share, modulo two."""
+        self._runtime.set_var(name, share_of_bits(bits))
+        self.compiler.note(name, bits.shape, np.bool_)
 
     def drop(self, name: str) -> None:
         """Forget a value."""
@@ -203,6 +216,12 @@ class Simulation:
         for runtime, share in zip(self._runtimes, shares):
             runtime.set_var(name, share)
         self._compiler.note(name, array.shape)
+
+    def hold_words(self, name: str, parts: np.ndarray) -> None:
+        """Hold words under CHEETAH whose bits are secret one by one; of `parts` each party has one."""
+        for runtime, words in zip(self._runtimes, parts):
+            runtime.set_var(name, share_of_words(words))
+        self._compiler.note(name, parts.shape[1:], np.int64)
 
     def run(self, stage: Stage, token: int = 0) -> StageCommunication:
         """Run one stage; the communication is summed over the parties, every byte and message counted once, as sent."""

@@ -23,6 +23,7 @@ from entropi.private.compute.embedding import pair_limit
 from entropi.private.compute.functions import LEAST_ROOT, largest_root
 from entropi.private.compute.program import Stage, cached_tokens, run_plain
 from entropi.private.compute.settings import MOST_SHIFT, Settings
+from entropi.private.compute.windows import narrow
 
 # What we choose from. `Settings` takes 12 and 13 too, with which logits of a trained model were wrong by 0.07 and 0.03.
 LEAST_FRACTION_BITS, MOST_FRACTION_BITS = 14, 22
@@ -50,6 +51,7 @@ class Ranges:
     `smallest_mean_square`, `largest_mean_square`: of the rows that norms divide by the root of it, before any shift.
     `faintest_mean_square`: the smallest of unusual text, which need not be exact.
     `largest_square_sum`: of such a row, as it is summed.
+    `largest_compared`: largest magnitude of what activations and softmaxes compare.
     `smallest_typical`: smallest root mean square of an operation's results, over sequences.
     `largest_mean_weight`, `low_mean_weight`: of a row by a polynomial softmax; the largest, and that below which one
     in a hundred lies.
@@ -64,6 +66,7 @@ class Ranges:
     low_mean_weight: dict[str, float] = field(default_factory=dict)
     faintest_mean_square: dict[str, float] = field(default_factory=dict)
     largest_square_sum: dict[str, float] = field(default_factory=dict)
+    largest_compared: dict[str, float] = field(default_factory=dict)
     layers: int = 0
 
 
@@ -99,6 +102,9 @@ def measure_ranges(
             means = np.asarray(operands[1]) / np.arange(keys - rows + 1, keys + 1)
             _keep(ranges.largest_mean_weight, name, float(means.max()), max)
             _keep(ranges.low_mean_weight, name, float(np.quantile(means, 0.01)), min)
+        if stage.name in ("activation", "max"):  # of logits the difference of two is compared
+            reach = np.abs(operands[0]).max() * (2.0 if stage.name == "max" else 1.0)
+            _keep(ranges.largest_compared, name, _finite(reach), max)
         _keep(ranges.largest, name, _finite(magnitude), max)
         if stage.name not in ("exp", "max"):  # far keys weigh nothing, and the largest is 0
             _keep(ranges.smallest_typical, name, float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), min)
@@ -180,7 +186,7 @@ def sweep_vocabulary(
 def with_largest(ranges: Ranges, other: Ranges) -> Ranges:
     """`ranges`, and what `other` reaches beyond them; what is small stays a matter of typical text."""
     merged: dict[str, Any] = {}
-    for name in ("largest", "largest_mean_square", "largest_mean_weight", "largest_square_sum"):
+    for name in ("largest", "largest_mean_square", "largest_mean_weight", "largest_square_sum", "largest_compared"):
         merged[name] = dict(getattr(ranges, name))
         for place, value in getattr(other, name).items():
             _keep(merged[name], place, value, max)
@@ -282,6 +288,14 @@ def problems(ranges: Ranges, settings: Settings, headroom: float = 1.0) -> list[
             f"fixed point {danger}: {name} reaches {value:.3g}, and products in a ring of {settings.ring_bits} "
             f"bits with {bits} fraction bits must stay below {limit:.3g}"
         )
+
+    if ranges.largest_compared:
+        name, value = max(ranges.largest_compared.items(), key=lambda item: item[1])
+        if not value * headroom < (most := narrow(bits).limit(bits)):
+            found.append(
+                f"comparisons would not hold: {name} compares numbers up to {value:.3g}, and in prepared sessions they "
+                f"must stay below {most:.3g} with {bits} fraction bits"
+            )
 
     if settings.logit_bits is not None and not ranges.largest.get("head", 0.0) * 2.0**settings.logit_bits < limit:
         found.append(

@@ -22,8 +22,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Bilinear functions of secret values, which can be prepared before these are known: see `preparation.cutting`.
+# Bilinear functions of secret values, and functions that compare them with public ones, for which random numbers can be
+# prepared before these values are known: see `preparation.cutting`.
 BILINEAR: dict[str, Callable[..., Any]] = {}
+COMPARING: dict[str, Callable[..., Any]] = {}
 
 
 def bilinear(function: Function, **options: Any) -> Function:
@@ -33,6 +35,13 @@ def bilinear(function: Function, **options: Any) -> Function:
     """
     result: Function = jax.jit(function, **options)
     BILINEAR[function.__name__] = result
+    return result
+
+
+def comparing(function: Function, **options: Any) -> Function:
+    """`function`, as one operation in every trace, found there by its name: what `preparation.comparisons` computes."""
+    result: Function = jax.jit(function, **options)
+    COMPARING[function.__name__] = result
     return result
 
 
@@ -141,21 +150,38 @@ def times(x: Array, y: Array) -> Array:
     return x * y
 
 
+@comparing
 def relu(x: Array) -> Array:
-    """max(x, 0), exact; 98 bytes."""
+    """max(x, 0), exact; 98 bytes. Prepared for |x| < 2^18, and what is below 2^-14 may be 0: see `windows.narrow`."""
     return jnp.maximum(x, 0.0)
 
 
-def segment_max(packed: Array, lengths: np.ndarray) -> Array:
+@comparing
+def by_edges(x: Array, edges: Array, below: Array, above: Array) -> Array:
+    """Sum over public edges `(e, ...)` of `below` `(t, e, ...)` where x is below one, elsewhere `above`: `(t, ...)`.
+
+    All but x are public, and broadcast against it. 82 bytes an edge, and 8 for every table. Prepared for |x| < 2^14.
+    """
+    return jnp.where(x[None] < edges, below, above).sum(axis=1)
+
+
+@comparing
+def by_edges_of_any(x: Array, edges: Array, below: Array, above: Array) -> Array:
+    """`by_edges`, prepared for whatever x can be multiplied."""
+    return jnp.where(x[None] < edges, below, above).sum(axis=1)
+
+
+def segment_max(packed: Array, lengths: np.ndarray, *, prepared: bool = False) -> Array:
     """Largest element of every segment of `packed` `(..., sum(lengths))`, `(..., len(lengths))`.
 
     A tournament of all segments at once. Of many elements two meet at a time: about one comparison (98 bytes) an
     element, ceil(log2(longest)) times 21 rounds. Of few, whose bytes are little beside what rounds take, several meet
     at a time, all against all, as `_best_arity` weighs it: 83 rounds instead of 147 for 128 elements. Segments of
-    different length cost what they hold, where a padded rectangle would cost twice for a causal triangle.
+    different length cost what they hold, where a padded rectangle would cost twice for a causal triangle. Where
+    comparisons are `prepared` two meet at a time.
     """
     lengths = np.asarray(lengths)
-    arity = _best_arity(lengths, int(np.prod(packed.shape[:-1])))
+    arity = 2 if prepared else _best_arity(lengths, int(np.prod(packed.shape[:-1])))
     while lengths.max() > 1:
         sizes = _group_sizes(lengths, arity)
         packed = _largest_of_pairs(packed, sizes) if arity == 2 else _largest_of_groups(packed, sizes)
@@ -199,7 +225,9 @@ def _largest_of_pairs(packed: Array, sizes: np.ndarray) -> Array:
     """The larger of every group of two elements, and those that are alone."""
     starts = np.cumsum(sizes) - sizes
     left = starts[sizes == 2]
-    pool = jnp.concatenate([jnp.maximum(packed[..., left], packed[..., left + 1]), packed[..., starts[sizes == 1]]], -1)
+    other = packed[..., left + 1]
+    larger = other + relu(packed[..., left] - other)
+    pool = jnp.concatenate([larger, packed[..., starts[sizes == 1]]], -1)
     place = np.where(sizes == 2, np.cumsum(sizes == 2) - 1, len(left) + np.cumsum(sizes == 1) - 1)
     return pool[..., place]
 
@@ -268,7 +296,7 @@ def exp_of_nonpositive(x: Array, iterations: int) -> Array:
     -2^(t+1) the powers would explode. What is clipped comes out as 0.1^(2^t).
     """
 
-    return power(jnp.maximum(1.0 + x * 2.0**-iterations, 0.1), iterations)
+    return power(0.1 + relu(0.9 + x * 2.0**-iterations), iterations)
 
 
 def power(x: Array, iterations: int) -> Array:
@@ -282,31 +310,34 @@ def power(x: Array, iterations: int) -> Array:
     return in_full_ciphertexts(squares, x)
 
 
-def reciprocal(x: Array, spread: np.ndarray) -> Array:
+def reciprocal(x: Array, spread: np.ndarray, *, prepared: bool = False) -> Array:
     """1 / x for x in [spread^-1/2, spread^1/2], relative error 2^-16 (1 + sqrt(spread)) and 0.00005.
 
     1,280 bytes for a spread of 128. `spread` is public, at least 1 and broadcasts against x. The engine's own
     reciprocal, which knows no range, costs more than twice that and ten times the messages.
     """
     half = np.log2(np.maximum(spread, 1.5)) / 2 + _MARGIN
-    return _polynomial_reciprocal(x, -half, half)
+    return _polynomial_reciprocal(x, -half, half, prepared=prepared)
 
 
-def reciprocal_of_wide(x: Array, bits: int) -> Array:
+def reciprocal_of_wide(x: Array, bits: int, *, prepared: bool = False) -> Array:
     """1 / x for x in [2^-bits, 2^bits], error 2^-15 (1 + 1 / x) and 0.00005 / x; 2,070 bytes for 8 bits.
 
     That holds to 2.8 times this range. What is above is 0; what is below comes out too small, by 3 % at x = 2^-bits / 4
     and never above 16 2^bits.
     """
-    return _polynomial_reciprocal(x, -bits - _WIDE_MARGIN, bits + _WIDE_MARGIN, zero_above=True)
+    low, high = -bits - _WIDE_MARGIN, bits + _WIDE_MARGIN
+    return _polynomial_reciprocal(x, low, high, zero_above=True, prepared=prepared)
 
 
 # Octaves beyond what a reciprocal promises, at either end: what rounding adds; and text that was not calibrated with.
 _MARGIN, _WIDE_MARGIN = 0.1, 1.5
 
 
-def _polynomial_reciprocal(x: Array, low: Any, high: Any, *, zero_above: bool = False) -> Array:
+def _polynomial_reciprocal(x: Array, low: Any, high: Any, *, prepared: bool, zero_above: bool = False) -> Array:
     """1 / x for x between 2^`low` and 2^`high`: comparisons, and then 4 products one after another, of few numbers 3.
+
+    Where both are `prepared` numbers are always few.
 
     Comparisons with all edges at once find the interval of x, and with it a p for which y = p x is near 1; 1 / x is
     p C(y). The polynomial C is the one of least relative error: 1 - y C(y) is a Chebyshev polynomial T_n, scaled to be
@@ -314,7 +345,7 @@ def _polynomial_reciprocal(x: Array, low: Any, high: Any, *, zero_above: bool = 
     product again. The scale of y makes the leading coefficient 1, so that no product with a public number is needed.
     """
     octaves = float(np.max(high - low))
-    count, squares = _intervals(x.size, octaves)
+    count, squares = _intervals(x.size, octaves, prepared)
     exponents = low + (high - low) * np.arange(count + 1).reshape(-1, *[1] * x.ndim) / count
     middle, half = _chebyshev(2.0 ** (octaves / count), squares + 1)
     powers = np.sqrt(middle**2 - half**2) * 2.0 ** (-(exponents[1:] + exponents[:-1]) / 2)
@@ -334,14 +365,15 @@ def _polynomial_reciprocal(x: Array, low: Any, high: Any, *, zero_above: bool = 
     return result
 
 
-def _intervals(size: int, octaves: float) -> tuple[int, int]:
+def _intervals(size: int, octaves: float, prepared: bool) -> tuple[int, int]:
     """Into how many intervals `_polynomial_reciprocal` divides so many octaves, and how often it then squares.
 
     With five in two octaves there is a product less to wait for than with two in three, at a greater error of the two:
     0.000046.
     """
     few, many = math.ceil(2.5 * octaves), math.ceil(octaves / 1.5)
-    return (few, 1) if _is_few(size, (few - many) * (_COMPARE_BYTES + _SELECT_BYTES)) else (many, 2)
+    extra = (few - many) * (_COMPARE_BYTES + _SELECT_BYTES)
+    return (few, 1) if prepared or _is_few(size, extra) else (many, 2)
 
 
 def _is_few(size: int, more: int) -> bool:
@@ -361,7 +393,7 @@ def _chebyshev(ratio: float, doublings: int) -> tuple[float, float]:
     return at_zero * half, half
 
 
-def _by_interval(x: Array, edges: np.ndarray, tables: np.ndarray, exact: int = 0) -> Array:
+def _by_interval(x: Array, edges: np.ndarray, tables: np.ndarray, *, exact: int = 0, wide: bool = False) -> Array:
     """From every table the entry of the interval that x lies in: entry i below edge i, the last one above all.
 
     Tables `(t, edges + 1, ...)` fall, edges rise. What is added up loses what the fraction bits or float32 do not hold
@@ -373,7 +405,7 @@ def _by_interval(x: Array, edges: np.ndarray, tables: np.ndarray, exact: int = 0
     above[:exact], below[:exact] = -steps[:exact], 0.0
     begun = np.concatenate([tables[:exact, 0], tables[exact:, -1]])
     below, above, begun = (part.astype(x.dtype) for part in (below, above, begun))
-    return begun + jnp.where(x[None] < edges.astype(x.dtype), below, above).sum(axis=1)
+    return begun + (by_edges_of_any if wide else by_edges)(x, edges.astype(x.dtype), below, above)
 
 
 class _RootPolynomial(NamedTuple):
@@ -399,7 +431,7 @@ def largest_root(fraction_bits: int) -> float:
     return 2.0 ** (fraction_bits // 2 * 2 - 2)
 
 
-def inverse_root(x: Array, fraction_bits: int = 18) -> Array:
+def inverse_root(x: Array, fraction_bits: int = 18, *, prepared: bool = False) -> Array:
     """1 / sqrt(x) for x in [2^-13, 2^16], error 2^-15 (1 + x^-1/2) and 0.00006 x^-1/2; 2,680 bytes.
 
     Beside that is what the error of x itself makes. The upper end is that of 18 `fraction_bits`, see `largest_root`; of
@@ -414,13 +446,13 @@ def inverse_root(x: Array, fraction_bits: int = 18) -> Array:
     powers, more = 2.0 ** np.arange(12, least - 1, -2), 2.0 ** np.arange(13, least - 1, -1)
     extra = (2 * len(more) - len(powers)) * (_COMPARE_BYTES + 2 * _SELECT_BYTES)
     form = _ROOT
-    if fraction_bits >= _FEW_ROOT_FRACTION_BITS and _is_few(x.size, extra):
+    if fraction_bits >= _FEW_ROOT_FRACTION_BITS and (prepared or _is_few(x.size, extra)):
         form, powers = _FEW_ROOT, np.stack([more, 0.75 * more], axis=1).reshape(-1)
     powers = powers.reshape(-1, *[1] * x.ndim)
     digits = 2.0 ** max(fraction_bits, 18)
     tables = np.round(np.stack([powers, np.sqrt(powers)]) * digits) / digits
     tables = np.append(tables, np.zeros_like(tables[:, :1]), axis=1)
-    power, root = _by_interval(x, form.start * form.ratio / powers, tables, exact=1)
+    power, root = _by_interval(x, form.start * form.ratio / powers, tables, exact=1, wide=True)
 
     near_one = times(x, power)
     result = times(root, form.zero - near_one)
@@ -437,21 +469,24 @@ _GELU_ALPHA, _GELU_BETA = -2.0078923, -0.4444392
 _GELU_A, _GELU_GAMMA, _GELU_DELTA = -0.02132011, 0.07003382, 0.00536868
 
 
-def _positive_and_inside(x: Array, end: float) -> tuple[Array, Array]:
-    """max(x, 0) and max(end - |x|, 0), by two comparisons, one after the other; of few numbers by three at once."""
-    if x.size * _COMPARE_BYTES < (_COMPARE_ROUNDS + _SELECT_ROUNDS) * _ROUND_BYTES:
+def _positive_and_inside(x: Array, end: float, prepared: bool) -> tuple[Array, Array]:
+    """max(x, 0) and max(end - |x|, 0), by two comparisons, one after the other; of few numbers by three at once.
+
+    Prepared comparisons are always three.
+    """
+    if prepared or x.size * _COMPARE_BYTES < (_COMPARE_ROUNDS + _SELECT_ROUNDS) * _ROUND_BYTES:
         below, positive, above = relu(jnp.stack([x + end, x, x - end]))
         return positive, below - (positive + positive) + above
     positive = relu(x)
     return positive, relu(end + x - (positive + positive))
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Array, *, prepared: bool = False) -> Array:
     """GELU, absolute error below 0.0018 everywhere, of the tanh form as of the exact one; 430 bytes.
 
     Two comparisons (relu, from which |x| follows, and the end of the fit) and two squarings.
     """
-    positive, inside = _positive_and_inside(x, _GELU_END)
+    positive, inside = _positive_and_inside(x, _GELU_END, prepared)
     quartic = square(square(inside) + _GELU_ALPHA * inside + _GELU_BETA)
     return positive - (_GELU_A * quartic + _GELU_GAMMA * inside + _GELU_DELTA)
 
@@ -462,12 +497,12 @@ _SILU_ALPHA, _SILU_BETA = -3.9574726, 0.9036014
 _SILU_A, _SILU_GAMMA, _SILU_DELTA = -0.004671741, 0.06836667, 0.00818543
 
 
-def silu(x: Array) -> Array:
+def silu(x: Array, *, prepared: bool = False) -> Array:
     """x sigmoid(x), absolute error below 0.0024 for |x| < 2.5, 0.0039 for |x| < 4 and 0.019 everywhere; 430 bytes.
 
     The smallest largest error would be 0.0074, with which pretrained models, most of whose gates are near 0, lose more.
     """
-    positive, inside = _positive_and_inside(x, _SILU_END)
+    positive, inside = _positive_and_inside(x, _SILU_END, prepared)
     quartic = square(square(inside) + _SILU_ALPHA * inside + _SILU_BETA)
     return positive - (_SILU_A * quartic + _SILU_GAMMA * inside + _SILU_DELTA)
 

@@ -77,10 +77,10 @@ def bilinear(hidden: Array) -> Array:
     return times(hidden[:, :width], hidden[:, width:])
 
 
-def swiglu(hidden: Array) -> Array:
+def swiglu(hidden: Array, *, prepared: bool = False) -> Array:
     """SiLU of the left half times the right half, elementwise (Llama)."""
     width = hidden.shape[1] // 2
-    return times(silu(hidden[:, :width]), hidden[:, width:])
+    return times(silu(hidden[:, :width], prepared=prepared), hidden[:, width:])
 
 
 def swiglu_exact(hidden: Array) -> Array:
@@ -89,10 +89,10 @@ def swiglu_exact(hidden: Array) -> Array:
     return silu_exact(hidden[:, :width]) * hidden[:, width:]
 
 
-def geglu(hidden: Array) -> Array:
+def geglu(hidden: Array, *, prepared: bool = False) -> Array:
     """GELU of the left half times the right half, elementwise (Gemma)."""
     width = hidden.shape[1] // 2
-    return times(gelu(hidden[:, :width]), hidden[:, width:])
+    return times(gelu(hidden[:, :width], prepared=prepared), hidden[:, width:])
 
 
 def geglu_exact(hidden: Array) -> Array:
@@ -102,7 +102,7 @@ def geglu_exact(hidden: Array) -> Array:
 
 
 # What computes each activation of `activations.folded_names`, and what that approximates, None where it is exact.
-ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array] | None]] = {
+ACTIVATIONS: dict[str, tuple[Callable[..., Array], Callable[[Array], Array] | None]] = {
     "relu": (relu, None),
     "gelu": (gelu, gelu_tanh),
     "square": (square, None),
@@ -110,6 +110,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array] 
     "swiglu": (swiglu, swiglu_exact),
     "geglu": (geglu, geglu_exact),
 }
+PREPARED_FORMS = ("gelu", "swiglu", "geglu")  # those that are computed otherwise where comparisons are prepared
 
 
 def rounded(logits: Array, *, bits: int) -> Array:

@@ -52,6 +52,7 @@ from entropi.private.compute.functions import (
 )
 from entropi.private.compute.layers import (
     ACTIVATIONS,
+    PREPARED_FORMS,
     add_affine,
     add_normalised,
     affine,
@@ -111,8 +112,9 @@ def forward(
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row; one over the number of keys has no
     division either, and what `share_scale` says beside that number is folded away.
 
-    With `prepared` products every row is multiplied by the whole matrix, which then costs nothing more, tokens are
-    never paired, and values are mixed and divided by their weights' sums in one stage.
+    With `prepared` products and comparisons every row is multiplied by the whole matrix, which then costs nothing more,
+    tokens are never paired, values are mixed and divided by their weights' sums in one stage, and functions take the
+    form that waits least, however many numbers there are.
     `norm_shifts` are those of the settings: what rows are multiplied by, as powers of two, before norms of the state.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -132,11 +134,11 @@ def forward(
         rows = new if every_row or layer < model.layers - 1 else last_rows
         has_ffn = layer in model.explicit_ffn or model.activation != "identity"
         if model.norm != "none":
-            yield from norm_stages(model, layer, norm_shifts, fraction_bits, "normed")
+            yield from norm_stages(model, layer, norm_shifts, fraction_bits, "normed", prepared)
 
         base = "state"
         if model.parallel_residual:
-            yield from feed_forward(model, layer, rows, read, "base", fraction_bits)
+            yield from feed_forward(model, layer, rows, read, "base", fraction_bits, prepared)
             base = "base" if has_ffn else "state"
 
         yield from attention_stages(model, layer, rows, new, past, softmax, read, fraction_bits, prepared)
@@ -144,16 +146,16 @@ def forward(
         if model.branch_norm:
             yield Stage("output", layer, merge_before_norm, ("heads", *weights), ("plain", "gained"))
             branch = ("plain", "gained", base)
-            yield _norm(layer, add_normalised, branch, ("state",), fraction_bits, epsilon=model.norm_epsilon)
+            yield _norm(layer, add_normalised, branch, ("state",), fraction_bits, prepared, epsilon=model.norm_epsilon)
         else:
             yield Stage("output", layer, partial(merge_heads, rows=rows), (base, "heads", *weights), ("state",))
 
         if not model.parallel_residual:
             if model.norm != "none" and has_ffn:
-                yield from norm_stages(model, layer, norm_shifts, fraction_bits, "normed")
-            yield from feed_forward(model, layer, rows, read, "state", fraction_bits)
+                yield from norm_stages(model, layer, norm_shifts, fraction_bits, "normed", prepared)
+            yield from feed_forward(model, layer, rows, read, "state", fraction_bits, prepared)
 
-    yield from head_stages(model, output, choices, logit_bits, norm_shifts, fraction_bits)
+    yield from head_stages(model, output, choices, logit_bits, norm_shifts, fraction_bits, prepared)
 
 
 def embedding_stages(
@@ -181,15 +183,17 @@ def _norm(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     fraction_bits: int,
+    prepared: bool,
     **how: Any,
 ) -> Stage:
     """A stage of rows divided by their root mean square; `function` takes the inverse root that is computed."""
-    approximate = partial(function, root=partial(inverse_root, fraction_bits=fraction_bits), **how)
+    root = partial(inverse_root, fraction_bits=fraction_bits, prepared=prepared)
+    approximate = partial(function, root=root, **how)
     return Stage("norm", layer, approximate, inputs, outputs, exact=partial(function, root=jax.lax.rsqrt, **how))
 
 
 def norm_stages(
-    model: Description, layer: int, norm_shifts: Sequence[int], fraction_bits: int, result: str
+    model: Description, layer: int, norm_shifts: Sequence[int], fraction_bits: int, result: str, prepared: bool
 ) -> Iterator[Stage]:
     """Stages from "state" to its rows divided by their root mean square, of a layer or before the head (-1)."""
     shift, read = norm_shifts[layer] if norm_shifts else 0, "state"
@@ -198,7 +202,7 @@ def norm_stages(
         read = "moved"
     kind = model.final_norm if layer < 0 else model.norm
     epsilon = model.norm_epsilon * 4.0**shift
-    yield _norm(layer, normalise_state, (read,), (result,), fraction_bits, kind=kind, epsilon=epsilon)
+    yield _norm(layer, normalise_state, (read,), (result,), fraction_bits, prepared, kind=kind, epsilon=epsilon)
 
 
 def attention_stages(
@@ -220,7 +224,7 @@ def attention_stages(
         projection = partial(project, model=model, rows=rows, wide=prepared)
         yield Stage("qkv", layer, projection, weights, ("q", "new_k", "new_v", "plain"))
         rows_read, written = ("plain", "q", "new_k"), ("q", "new_k")
-        yield _norm(layer, normalise_heads, rows_read, written, fraction_bits, epsilon=model.norm_epsilon)
+        yield _norm(layer, normalise_heads, rows_read, written, fraction_bits, prepared, epsilon=model.norm_epsilon)
         placing = partial(place, **where)
         yield Stage("qkv", layer, placing, ("q", "new_k", "new_v", *cached), ("q", w + "k", w + "v"))
     else:
@@ -240,7 +244,8 @@ def attention_stages(
         weigh = partial(powers, rows=rows, keys=keys, iterations=softmax.iterations, divided=divided)
         yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
     else:
-        yield Stage("max", layer, partial(shift_by_row_max, rows=rows, keys=keys), ("scores",), ("shifted",))
+        shift = partial(shift_by_row_max, rows=rows, keys=keys, prepared=prepared)
+        yield Stage("max", layer, shift, ("scores",), ("shifted",))
         power = partial(exp_of_nonpositive, iterations=softmax.iterations)
         exponential = exp_by_quartic if softmax.kind == "quartic" else power
         exact = jnp.exp if model.softmax_form.exact else None
@@ -267,12 +272,13 @@ def head_stages(
     logit_bits: int | None,
     norm_shifts: Sequence[int],
     fraction_bits: int,
+    prepared: bool,
 ) -> Iterator[Stage]:
     """Stages from "state" behind the last layer to what is revealed, see `forward`."""
     if model.centre:
         yield Stage("centre", -1, times_matrix, ("state", "centre"), ("state",))
     if model.final_norm != "none":
-        yield from norm_stages(model, -1, norm_shifts, fraction_bits, "state")
+        yield from norm_stages(model, -1, norm_shifts, fraction_bits, "state", prepared)
     yield Stage("head", -1, affine, ("state", "head", "head_bias"), ("logits",))
 
     if output == "argmax":
@@ -317,7 +323,7 @@ def _first(*arrays: Array, tokens: int) -> tuple[Array, ...]:
 
 
 def feed_forward(
-    model: Description, layer: int, rows: int, read: str, result: str, fraction_bits: int
+    model: Description, layer: int, rows: int, read: str, result: str, fraction_bits: int, prepared: bool
 ) -> Iterator[Stage]:
     """Stages of a layer's FFN, the residual connection included, from `read` and "state" to the value `result`."""
     w, base = f"{layer}.", "state"
@@ -325,6 +331,8 @@ def feed_forward(
         up = partial(affine, rows=rows)
         yield Stage("ffn", layer, up, (read, w + "up", w + "up_bias"), ("hidden",))
         function, exact = ACTIVATIONS[model.activation]
+        if prepared and model.activation in PREPARED_FORMS:
+            function = partial(function, prepared=True)
         yield Stage("activation", layer, function, ("hidden",), ("hidden",), exact=exact)
     if layer in model.explicit_ffn:
         matrix = (w + "ffn", w + "ffn_bias")
@@ -337,7 +345,7 @@ def feed_forward(
         down = partial(plain_and_gained, rows=rows)
         yield Stage("ffn", layer, down, ("hidden", w + "down", w + "down_bias"), ("plain", "gained"))
         branch = ("plain", "gained", base)
-        yield _norm(layer, add_normalised, branch, (result,), fraction_bits, epsilon=model.norm_epsilon)
+        yield _norm(layer, add_normalised, branch, (result,), fraction_bits, prepared, epsilon=model.norm_epsilon)
     elif model.activation != "identity":
         down = partial(add_affine, rows=rows)
         yield Stage("ffn", layer, down, (base, "hidden", w + "down", w + "down_bias"), (result,))
@@ -347,7 +355,7 @@ def warm_up(*, prepared: bool = False) -> tuple[Stage, dict[str, tuple[tuple[int
     """A small stage that makes the engine exchange keys and base oblivious transfers; its inputs' shapes and owners.
 
     Without it the first use of each kind of operation would pay for them. With `prepared` products the engine compares
-    numbers and nothing else, for which it needs no keys.
+    logits and nothing else, for which it needs no keys, or does nothing at all (`Settings.chooses`).
     """
 
     def comparison(x: Array, y: Array) -> Array:

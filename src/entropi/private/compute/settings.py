@@ -58,6 +58,12 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         if self.logit_bits is not None and self.output == "argmax":
             raise ValueError("no logits are revealed that could be rounded")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether something is computed of the logits before they are revealed: by the engine, also where all else is
+        prepared."""
+        return self.output != "logits" or self.logit_bits is not None
+
 
 TRUST = {
     "cheetah": "two parties, semi-honest, no third party: the server learns how many tokens there are and nothing "

@@ -1,15 +1,15 @@
-"""A stage of the private program, cut at the products that can be prepared.
+"""A stage of the private program, cut at the products and comparisons that can be prepared.
 
-A stage is traced, and its trace is cut where it calls a function that `compute.functions.bilinear` has marked. At a cut
-are products, all of those that wait for the same parts at once. Between cuts are *local parts*: what is linear is
-computed by each party on its own shares (`linear`), and the engine runs what is left, comparisons above all.
+A stage is traced, and its trace is cut where it calls a function that `compute.functions` has marked as bilinear or
+comparing. At a cut is all of that which waits for the same parts. Between cuts are *local parts*: what is linear is
+computed by each party on its own shares (`linear`), and the engine runs what is left: the choice of likeliest tokens.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -17,9 +17,9 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Literal as Constant
 
-from entropi.private.compute.functions import BILINEAR
+from entropi.private.compute.functions import BILINEAR, COMPARING
 from entropi.private.compute.program import Comparable, Stage
-from entropi.private.preparation.linear import LinearPart, evaluated, is_linear, is_secret
+from entropi.private.preparation.linear import LinearPart, evaluated, is_linear, is_secret, known
 
 Shape: TypeAlias = tuple[int, ...]
 UNTRUNCATED = "'"  # behind the name of a value with twice the fraction bits
@@ -39,18 +39,34 @@ class Product:
     result_shape: Shape
 
 
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A comparing function of one secret value, which is named, and the name of its result.
+
+    `kind` is the marked function's name, `public` the values of its other operands.
+    """
+
+    kind: str
+    operand: str
+    shape: Shape
+    result: str
+    result_shape: Shape
+    public: tuple[np.ndarray, ...]
+
+
 @dataclass(frozen=True)
 class Step:
-    """Products whose operands are known, all at once, and then what is computed of their results."""
+    """Products and comparisons whose operands are known, all at once, and then what is computed of their results."""
 
     products: tuple[Product, ...]
+    comparisons: tuple[Comparison, ...]
     parts: tuple[LinearPart | Stage, ...]
 
 
 def cut(stage: Stage, shapes: dict[str, Shape]) -> list[Step]:
     """`stage` as steps over named values; the shapes of its results are added to `shapes`."""
-    known = tuple(shapes[name] for name in stage.inputs)
-    steps, results = _cut(Comparable.of(stage.function), known)
+    operands = tuple(shapes[name] for name in stage.inputs)
+    steps, results = _cut(Comparable.of(stage.function), operands)
     shapes.update(zip(stage.outputs, results))
     _check_order(stage, steps)
     names = {f"in {number}": name for number, name in enumerate(stage.inputs)}
@@ -71,6 +87,8 @@ def _check_order(stage: Stage, steps: tuple[Step, ...]) -> None:
     for step in steps:
         for product in step.products:
             read(product.operands)
+        for comparison in step.comparisons:
+            read((comparison.operand,))
         for part in step.parts:
             read(part.inputs)
             results = (name.split(" ") for name in part.outputs if name.startswith("out "))
@@ -89,13 +107,18 @@ def _renamed(step: Step, stage: Stage, names: dict[str, str]) -> Step:
         Product(p.kind, together(p.operands), p.shapes, of(p.result), p.result_shape) for p in step.products
     )
 
+    comparisons = tuple(
+        replace(comparison, operand=of(comparison.operand), result=of(comparison.result))
+        for comparison in step.comparisons
+    )
+
     def renamed(part: LinearPart | Stage) -> LinearPart | Stage:
         inputs, outputs = together(part.inputs), together(part.outputs)
         if isinstance(part, Stage):
             return Stage(stage.name, stage.layer, part.function, inputs, outputs)
         return part.renamed(inputs, outputs)
 
-    return Step(products, tuple(map(renamed, step.parts)))
+    return Step(products, comparisons, tuple(map(renamed, step.parts)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,7 +132,7 @@ def _cut(program: Comparable, shapes: tuple[Shape, ...]) -> tuple[tuple[Step, ..
 
 
 class _Trace:
-    """A jaxpr, its equations by how many products one after another they wait for.
+    """A jaxpr, its equations by how many products and comparisons one after another they wait for.
 
     `public` are the values of its constants, and of what is made of constants alone: nobody's share.
     """
@@ -132,13 +155,15 @@ class _Trace:
 
         self.waits: dict[Any, int] = dict.fromkeys(jaxpr.invars, 0)
         self.products: dict[int, list[Any]] = {}
+        self.comparisons: dict[int, list[Any]] = {}
         for equation in self.equations:
             depth = max((self.waits[v] for v in _secrets([equation], self.public)), default=0)
-            marked = is_product(equation)
-            if marked:
+            if is_product(equation):
                 self.products.setdefault(depth + 1, []).append(equation)
-            self.waits.update(dict.fromkeys(equation.outvars, depth + marked))
-        self.last = max([*self.products, 0])
+            elif is_comparison(equation):
+                self.comparisons.setdefault(depth + 1, []).append(equation)
+            self.waits.update(dict.fromkeys(equation.outvars, depth + is_marked(equation)))
+        self.last = max([*self.products, *self.comparisons, 0])
         self.local = self._delayed()
 
     def _delayed(self) -> dict[int, list[Any]]:
@@ -146,7 +171,7 @@ class _Trace:
         latest: dict[Any, int] = dict.fromkeys(_variables([self.jaxpr]), self.last)
         local: dict[int, list[Any]] = {}
         for equation in reversed(self.equations):
-            if is_product(equation):
+            if is_marked(equation):
                 depth = self.waits[equation.outvars[0]] - 1
             else:
                 depth = min(latest.get(v, self.last) for v in equation.outvars)
@@ -158,7 +183,9 @@ class _Trace:
     def steps(self) -> Iterator[Step]:
         """The steps, in order."""
         for depth in range(self.last + 1):
-            yield Step(tuple(map(self._product, self.products.get(depth, []))), tuple(self._parts(depth)))
+            products = tuple(map(self._product, self.products.get(depth, [])))
+            comparisons = tuple(map(self._comparison, self.comparisons.get(depth, [])))
+            yield Step(products, comparisons, tuple(self._parts(depth)))
 
     def _named(self, variable: Any) -> str:
         return self.name.setdefault(variable, f"value {len(self.name)}")
@@ -175,11 +202,27 @@ class _Trace:
             result_shape=tuple(result.aval.shape),
         )
 
+    def _comparison(self, equation: Any) -> Comparison:
+        operand, *others = equation.invars
+        assert is_secret(operand, self.public), "what is compared is public"
+        assert not any(is_secret(v, self.public) for v in others), "an edge is secret"
+        (result,) = equation.outvars
+        return Comparison(
+            kind=equation.params["name"],
+            operand=self._named(operand),
+            shape=tuple(operand.aval.shape),
+            result=self._named(result),
+            result_shape=tuple(result.aval.shape),
+            public=tuple(known(v, self.public) for v in others),
+        )
+
     def _parts(self, depth: int) -> Iterator[LinearPart | Stage]:
-        """What waits for `depth` products: reads what earlier parts wrote, writes what later ones or nobody reads."""
+        """What waits for `depth` cuts: reads what earlier parts wrote, writes what later ones or nobody reads."""
         before, engine, after = self._split(self.local.get(depth, []))
         later = [
-            e for d in range(depth + 1, self.last + 1) for e in (*self.products.get(d, []), *self.local.get(d, []))
+            e
+            for d in range(depth + 1, self.last + 1)
+            for e in (*self.products.get(d, []), *self.comparisons.get(d, []), *self.local.get(d, []))
         ]
         products = [equation.outvars[0] for equation in self.products.get(depth, [])]
         if before or products:
@@ -262,8 +305,18 @@ def _variables(users: list[Any]) -> Iterator[Any]:
 
 
 def is_product(equation: Any) -> bool:
-    """Whether an equation of a trace calls a marked function."""
+    """Whether an equation of a trace calls a bilinear function."""
     return equation.primitive.name == "pjit" and equation.params["name"] in BILINEAR
+
+
+def is_comparison(equation: Any) -> bool:
+    """Whether an equation of a trace calls a comparing function."""
+    return equation.primitive.name == "pjit" and equation.params["name"] in COMPARING
+
+
+def is_marked(equation: Any) -> bool:
+    """Whether an equation of a trace is what it is cut at."""
+    return is_product(equation) or is_comparison(equation)
 
 
 class _Evaluation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,9 @@ from entropi.private.compute.functions import BILINEAR, CIPHERTEXT, POLYNOMIALS
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.cutting import Shape
-from entropi.private.preparation.material import TRUNCATE, Need, array_name
+from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, Need, array_name
 from entropi.private.preparation.ring import Ring, uniform
+from entropi.private.preparation.signs import digit_bits_of, multiplied, products_by_size
 from entropi.private.preparation.truncation import WORD, packed
 from entropi.records import StageCommunication
 
@@ -28,16 +29,18 @@ if TYPE_CHECKING:  # what is dealt is priced where there is no engine
 POOL_STEP = 1 << 20  # numbers that are multiplied at a time
 _BLOCK = 128  # rows whose squares are summed by one product
 
+# Whose an operand is: whole numbers of one party; or of both, each of which draws its share: of real numbers, of words
+# of bits, or of single bits.
+Owner: TypeAlias = Literal[0, 1, "numbers", "words", "bits"]
+Operands: TypeAlias = Mapping[str, tuple[Shape, Owner]]
+
 
 @dataclass(frozen=True)
 class Piece:
-    """What the engine multiplies at a time, and the shapes and owners of the whole numbers that it reads.
-
-    What it truncates has no owner: the parties' shares of it are what each has drawn.
-    """
+    """What the engine multiplies at a time, and the shapes and owners of what it reads."""
 
     stage: Stage
-    operands: Mapping[str, tuple[Shape, int | None]]
+    operands: Operands
 
 
 def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
@@ -49,7 +52,7 @@ def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
         (rows, entries), (_, width) = need.shapes
         step, _ = functions.table_blocks(rows, entries, width)
         for start in range(0, rows, step):
-            operands: dict[str, tuple[Shape, int | None]] = {
+            operands: Operands = {
                 "mask": ((min(step, rows - start), entries), CLIENT),
                 "matrix": ((entries, width), SERVER),
             }
@@ -63,7 +66,15 @@ def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
             yield _piece(need, functions.times_matrix, operands)
     elif need.kind == TRUNCATE:
         for count in counts_of(need):
-            yield _piece(need, partial(_truncation, bits=fraction_bits), {"bits": ((count,), None)})
+            yield _piece(need, partial(_truncation, bits=fraction_bits), {"bits": ((count,), "numbers")})
+    elif need.kind == SIGNS:
+        for words in counts_of(need):
+            for products in products_by_size(digit_bits_of(need.shapes[0][1])):
+                shape = (products * words,)
+                yield _piece(need, _both, {"left": (shape, "words"), "right": (shape, "words")})
+    elif need.kind in (BITS, KEPT):
+        for count in counts_of(need):
+            yield _of_bits(need, count)
     elif not need.pooled:
         yield _of_shared(need, need.shapes, **({"rows": need.rows} if need.kind == "mix" else {}))
     else:
@@ -83,16 +94,23 @@ def counts_of(pool: Need) -> list[int]:
     return [min(step, pool.rows - start) for start in range(0, pool.rows, step)]
 
 
-def _piece(need: Need, function: Callable[..., Any], operands: Mapping[str, tuple[Shape, int | None]]) -> Piece:
+def _piece(need: Need, function: Callable[..., Any], operands: Operands) -> Piece:
     return Piece(Stage(need.name, -1, function, tuple(operands), ("product",)), operands)
+
+
+def _of_bits(need: Need, count: int) -> Piece:
+    """Random bits as whole numbers, and what is kept by them."""
+    bits: Operands = {"bits": ((count,), "bits")}
+    if need.kind == BITS:
+        return Piece(Stage(need.name, -1, _whole, ("bits",), ("whole",)), bits)
+    stage = Stage(need.name, -1, _whole_and_kept, ("bits", "a"), ("whole", "product"))
+    return Piece(stage, {**bits, "a": ((count,), "numbers")})
 
 
 def _of_shared(need: Need, shapes: tuple[Shape, Shape], **options: int) -> Piece:
     """Both operands are sums of what the parties draw."""
     named = zip(("a", "b"), shapes)
-    operands: dict[str, tuple[Shape, int | None]] = {
-        f"{operand} {rank}": (shape, rank) for operand, shape in named for rank in (SERVER, CLIENT)
-    }
+    operands: Operands = {f"{operand} {rank}": (shape, rank) for operand, shape in named for rank in (SERVER, CLIENT)}
     return _piece(need, partial(_product_of_sums, kind=need.kind, **options), operands)
 
 
@@ -124,6 +142,20 @@ def _truncation(x: Array, *, bits: int) -> Array:
     return (jnp.concatenate([x, jnp.zeros(1, x.dtype)]) * factors)[:-1]
 
 
+def _both(x: Array, y: Array) -> Array:
+    """Words with the bits that are set in both."""
+    return x & y
+
+
+def _whole(bits: Array) -> Array:
+    """1 where a bit is set. Real numbers as small as their last place the engine chooses wrongly."""
+    return jnp.where(bits, jnp.ones((), int), jnp.zeros((), int))
+
+
+def _whole_and_kept(bits: Array, x: Array) -> tuple[Array, Array]:
+    return _whole(bits), jnp.where(bits, x, jnp.zeros((), x.dtype))
+
+
 def deal(
     engine: Engine, need: Need, matrix: np.ndarray | None = None
 ) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
@@ -138,9 +170,11 @@ def deal(
     if need.masking == "server":
         assert (matrix is not None) == (engine.rank == SERVER)
         yield from (_deal_table if need.kind == "times_table" else _deal_matrix)(engine, need, matrix)
-    elif need.kind == TRUNCATE:
+    elif need.kind == SIGNS:
+        yield from _deal_signs(engine, need)
+    elif need.kind in (TRUNCATE, BITS, KEPT):
         for piece in pieces(need, engine.fraction_bits):
-            yield _deal_truncations(engine, need, piece)
+            yield (_deal_truncations if need.kind == TRUNCATE else _deal_bits)(engine, need, piece)
     else:
         for piece in pieces(need, engine.fraction_bits):
             yield _deal_squares(engine, need, piece) if need.masking == "self" else _deal_pair(engine, need, piece)
@@ -221,8 +255,51 @@ def _deal_truncations(engine: Engine, need: Need, piece: Piece) -> tuple[dict[st
     products = share >> np.uint64(WORD - bits)
     if engine.rank == SERVER:
         products = (products + (low != 0)) & np.uint64(2**bits - 1)
-    words, halves = packed(drawn.astype(np.uint8), products.astype(np.uint32))
-    return {array_name(need.name, "a"): words, array_name(need.name, "c"): halves}, cost
+    packed_bits, halves = packed(drawn.astype(np.uint8), products.astype(np.uint32))
+    return {array_name(need.name, "a"): packed_bits, array_name(need.name, "c"): halves}, cost
+
+
+def _deal_signs(engine: Engine, need: Need) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
+    """Random words of each party, sums of which are masks, and shares of the products of masks."""
+    digit_bits = digit_bits_of(need.shapes[0][1])
+    left = iter(pieces(need, engine.fraction_bits))
+    for words in counts_of(need):
+        masks = uniform((words, need.shapes[0][1]))
+        multiplying = multiplied(masks, digit_bits)
+        operands, products = next(multiplying), None
+        while products is None:
+            piece = next(left)
+            for name, words_of in zip(piece.operands, operands):
+                engine.set_words(name, words_of.reshape(-1))
+            with enable_x64():
+                cost = engine.run(piece.stage, 0)
+            found = engine.numbers("product").reshape(operands[0].shape)
+            for name in (*piece.operands, "product"):
+                engine.drop(name)
+            try:
+                operands = multiplying.send(found)
+            except StopIteration as done:
+                products = done.value
+            else:
+                yield {}, cost
+        yield {array_name(need.name, "a"): masks, array_name(need.name, "c"): products}, cost
+
+
+def _deal_bits(engine: Engine, need: Need, piece: Piece) -> tuple[dict[str, Ring], StageCommunication]:
+    """Random bits of each party, the sums of which are shared as whole numbers; and what is kept by them."""
+    bits, arrays = piece.operands["bits"][0], dict[str, Ring]()
+    engine.set_bits("bits", uniform(bits) & np.uint64(1))
+    if need.kind == KEPT:
+        arrays[array_name(need.name, "a")] = uniform(bits)
+        engine.set_numbers("a", arrays[array_name(need.name, "a")])
+    with enable_x64():
+        cost = engine.run(piece.stage, 0)
+    arrays[array_name(need.name, "b")] = engine.numbers("whole")
+    if need.kind == KEPT:
+        arrays[array_name(need.name, "c")] = engine.numbers("product")
+    for name in (*piece.operands, *piece.stage.outputs):
+        engine.drop(name)
+    return arrays, cost
 
 
 def _product(engine: Engine, piece: Piece, own: Mapping[str, np.ndarray | None]) -> tuple[Ring, StageCommunication]:

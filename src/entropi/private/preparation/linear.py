@@ -84,7 +84,7 @@ def is_secret(variable: Any, public: Mapping[Any, Any]) -> bool:
     return not isinstance(variable, Constant) and variable not in public
 
 
-def _known(variable: Any, public: Mapping[Any, Any]) -> Array:
+def known(variable: Any, public: Mapping[Any, Any]) -> Array:
     """The value of a public variable."""
     return np.asarray(variable.val if isinstance(variable, Constant) else public[variable])
 
@@ -96,7 +96,7 @@ def evaluated(equation: Any, public: Mapping[Any, Any]) -> list[Any] | None:
         return None
     if name == "gather" and not _is_take(equation):
         return None
-    operands = [_known(v, public) for v in equation.invars]
+    operands = [known(v, public) for v in equation.invars]
     (out,) = equation.outvars
     return [_BY_NAME[name](*operands, **_options(equation)).astype(out.aval.dtype)]
 
@@ -187,7 +187,7 @@ class LinearPart:
 
         def constant(variable: Any, level: int) -> Ring:
             """Shares of a public number: all of it is the server's."""
-            value = _known(variable, self.public).astype(np.float64)
+            value = known(variable, self.public).astype(np.float64)
             scaled = np.rint(value * 2.0 ** (fraction_bits * level)) if server else np.zeros(value.shape)
             return scaled.astype(np.int64).view(np.uint64)
 
@@ -217,16 +217,16 @@ class LinearPart:
             return product
         if name == "select_n":
             which, *cases = equation.invars
-            return _select(_known(which, self.public), *(operand(v, level) for v in cases))
+            return _select(known(which, self.public), *(operand(v, level) for v in cases))
         if name in _MOVES:
-            others = [_known(v, self.public) for v in equation.invars[1:]]
+            others = [known(v, self.public) for v in equation.invars[1:]]
             return _MOVES[name](operand(equation.invars[0], level), *others, **_options(equation))
         return _BY_NAME[name](*(operand(v, level) for v in equation.invars), **_options(equation))
 
 
 def _public_factor(equation: Any, public: Mapping[Any, Any]) -> Array:
     (variable,) = (v for v in equation.invars if not is_secret(v, public))
-    return _known(variable, public).astype(np.float64)
+    return known(variable, public).astype(np.float64)
 
 
 def _is_whole(factor: Array) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,13 +11,17 @@ import numpy as np
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings
-from entropi.private.preparation.cutting import Product, Shape, cut
+from entropi.private.preparation.comparisons import by_window, signs_of
+from entropi.private.preparation.cutting import Comparison, Product, Shape, cut
 from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.products import OF_SERVER, Masking, masking, packed_size, pool_of, token_rows
 from entropi.private.preparation.ring import Ring
-from entropi.private.preparation.truncation import TruncationMasks, packed_shapes, unpacked
+from entropi.private.preparation.signs import masks_of, products_of, words_for
+from entropi.private.preparation.truncation import WORD, TruncationMasks, packed_shapes, unpacked
 
-TRUNCATE = "truncate"  # the kind and the pool of what truncations take
+# Kinds of what is no product, and the pools of it: for truncations; for signs, by the bits of their digits; and for
+# what follows from a sign, a number or a number that is kept.
+TRUNCATE, SIGNS, BITS, KEPT = "truncate", "signs", "bits", "kept"
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Need:
     """Random numbers for one place of the program and all tokens of a session, or one pool of them for all places.
 
     `shapes` are those of both operands, a square's twice, and `result` that of the product; `matrix` names the server's
-    weight, if one operand is that. A truncation takes a random bit of each party, and shares of their product.
+    weight, if one operand is that. A truncation takes a random bit of each party, and shares of their product; signs
+    take words of shared random bits and their products, see `signs`; what follows from a sign takes shares of random
+    bits, and of random numbers and their products, see `comparisons`.
     """
 
     name: str
@@ -38,7 +44,7 @@ class Need:
     @property
     def pooled(self) -> bool:
         """Whether this is a pool, of which every product takes what it needs, and not one place of the program."""
-        return pool_of(self.kind, self.shapes[0]) is not None
+        return self.kind in (SIGNS, BITS, KEPT) or pool_of(self.kind, self.shapes[0]) is not None
 
     @property
     def rows(self) -> int:
@@ -50,6 +56,8 @@ class Need:
         if self.kind == TRUNCATE:
             words, halves = packed_shapes(self.rows)
             return {array_name(self.name, "a"): words, array_name(self.name, "c"): halves}
+        if self.kind == BITS:
+            return {array_name(self.name, "b"): self.result}
         shapes = {array_name(self.name, "c"): self.result}
         if self.masking != "server" or rank == CLIENT:
             shapes[array_name(self.name, "a")] = self.shapes[0]
@@ -73,6 +81,7 @@ def needs(model: Description, settings: Settings, tokens: int, passes: int | Non
     for stage in stages_of_pass(model, settings, tokens, 0, last_rows=read, prepared=True):
         for step in cut(stage, shapes):
             here = [need_of(of_all_tokens(product, tokens), stage.layer, set(weights)) for product in step.products]
+            here += of_comparisons(step.comparisons, settings.fraction_bits, read)
             for part in step.parts:
                 if isinstance(part, LinearPart) and part.truncations:
                     here.append(of_truncations(sum(part.truncations)))
@@ -85,6 +94,27 @@ def needs(model: Description, settings: Settings, tokens: int, passes: int | Non
 def of_truncations(count: int) -> Need:
     """What so many numbers take to be truncated."""
     return Need(TRUNCATE, TRUNCATE, "signs", ((count,), (count,)), (count,))
+
+
+def of_comparisons(comparisons: Sequence[Comparison], fraction_bits: int, passes: int = 1) -> list[Need]:
+    """What the comparisons of a step take, in so many passes, each of which may leave a word of signs half empty."""
+    found = []
+    for which, places in by_window(comparisons, fraction_bits).items():
+        count = sum(signs_of(comparisons[place]) for place in places)
+        words = words_for(count) if passes == 1 else count // WORD + passes
+        masks = (words, masks_of(which.digit_bits))
+        name = signs_name(which.digit_bits)
+        found.append(Need(name, SIGNS, "bits", (masks, masks), (words, products_of(which.digit_bits))))
+    for comparison in comparisons:
+        count = signs_of(comparison)
+        kind = KEPT if comparison.kind == "relu" else BITS
+        found.append(Need(kind, kind, "pair", ((count,), (count,)), (count,)))
+    return found
+
+
+def signs_name(digit_bits: int) -> str:
+    """The pool of signs of digits of so many bits."""
+    return f"{SIGNS}.{digit_bits}"
 
 
 def of_all_tokens(product: Product, tokens: int) -> Product:
@@ -132,7 +162,10 @@ def _with_more(pool: Need, more: Need) -> Need:
 
 
 def array_name(need: str, which: Literal["a", "b", "c"]) -> str:
-    """Name of the array that holds the first operands' masks of a need, the second operands', or their products."""
+    """Name of the array that holds the first operands' masks of a need, the second operands', or their products.
+
+    Random bits by which numbers are multiplied are second operands.
+    """
     return f"{need} {which}"
 
 
@@ -190,6 +223,38 @@ class Material:
         place = self._use(TRUNCATE, start, start + count)
         return TruncationMasks(self._truncations.bits[place], self._truncations.products[place])
 
+    def of_signs(self, digit_bits: int, words: int) -> tuple[Ring, Ring]:
+        """For so many words of signs: shares of masks, and of their products, `(words, ...)`.
+
+        Raises:
+            MaterialUsedUp: see there.
+        """
+        masks, _, products = self._next(signs_name(digit_bits), words)
+        return masks, products
+
+    def of_bits(self, count: int) -> Ring:
+        """Shares of so many random bits, each a number.
+
+        Raises:
+            MaterialUsedUp: see there.
+        """
+        return self._next(BITS, count)[1]
+
+    def of_kept(self, count: int) -> tuple[Ring, Ring, Ring]:
+        """Shares of so many random numbers a, bits r and products r a.
+
+        Raises:
+            MaterialUsedUp: see there.
+        """
+        a, bits, products = self._next(KEPT, count)
+        return a, bits, products
+
+    def _next(self, name: str, rows: int) -> list[Any]:
+        """So many rows of a pool's arrays a, b and c, None for one that it has not."""
+        start = self._used.get(name, 0)
+        place = self._use(name, start, start + rows)
+        return [None if array is None else array[place] for array in self._of(name)]
+
     def masks(self, product: Product, layer: int, keys: int) -> Masks:
         """For a product in a pass after which there are `keys` tokens; of keys and values the masks of all of them.
 
@@ -223,10 +288,13 @@ class Material:
         self._used[name] = end
         return slice(first, end)
 
+    def _of(self, name: str) -> list[Ring | None]:
+        """Arrays a, b and c of a need."""
+        return [self._arrays.get(array_name(name, which)) for which in ("a", "b", "c")]
+
     def _cut(self, name: str, places: tuple[Any, Any, Any], shapes: tuple[Shape, Shape, Shape] | None = None) -> Masks:
         """Parts of a need's arrays, those of a pool in the `shapes` of operands and result."""
-        parts = [self._arrays.get(array_name(name, which)) for which in ("a", "b", "c")]
-        a, b, c = (None if part is None else part[place] for part, place in zip(parts, places))
+        a, b, c = (None if part is None else part[place] for part, place in zip(self._of(name), places))
         assert c is not None
         if shapes is not None:
             a = None if a is None else a.reshape(shapes[0])

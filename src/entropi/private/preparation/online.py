@@ -1,9 +1,9 @@
-"""A pass with prepared products: messages of masked numbers, what each party computes by itself, and the engine."""
+"""A pass with prepared products and comparisons: masked messages, what each party computes itself, and the engine."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from entropi.private.compute.compiling import Compiler
 from entropi.private.compute.engine import Engine
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
-from entropi.private.preparation.cutting import Product, Shape, cut
+from entropi.private.preparation import comparisons
+from entropi.private.preparation.cutting import Product, Shape, Step, cut
 from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.material import Masks, Material
 from entropi.private.preparation.products import masking, multiply, token_rows
@@ -67,8 +68,8 @@ class PreparedPasses:
         engine = self._engine
         shapes: dict[str, Shape] = {name: engine.shape(name) for name in stage.inputs}
         for step in cut(stage, shapes):
-            if step.products:
-                yield self._multiply(stage, step.products, token, keys)
+            if step.products or step.comparisons:
+                yield self.cross(stage, step, token, keys)
             for part in step.parts:
                 if isinstance(part, LinearPart):
                     yield self._compute(stage, part, token)
@@ -133,21 +134,48 @@ class PreparedPasses:
 
     def _swap(self, own: Bits) -> Bits:
         """Send the other party these bits, and receive as many."""
-        content = np.packbits(own).tobytes()
-        self._engine.send(content)
-        return np.unpackbits(np.frombuffer(self._engine.receive(len(content)), np.uint8), count=own.size)
+        theirs = self._trade(np.packbits(own).tobytes())
+        return np.unpackbits(np.frombuffer(theirs, np.uint8), count=own.size)
 
-    def _multiply(self, stage: Stage, products: Sequence[Product], token: int, keys: int) -> StageCommunication:
-        """Compute products that do not wait for each other by one message each way, or one to the server."""
-        started = time.perf_counter()
-        places = keys + len(self._dropped)
-        masks = [self._material.masks(product, stage.layer, places) for product in products]
-        own = [self._masked(*pair, stage.layer) for pair in zip(products, masks)]
-        theirs, sent, received = self._exchange(products, own)
-        for product, mask, ours, other in zip(products, masks, own, theirs):
+    def _trade(self, content: bytes) -> bytes:
+        """Send the other party something, and receive as much."""
+        self._engine.send(content)
+        return self._engine.receive(len(content))
+
+    def cross(self, stage: Stage, step: Step, token: int, keys: int) -> StageCommunication:
+        """Compute the products and comparisons of a step, which do not wait for each other.
+
+        Products take one message each way, or one to the server; comparisons send their first bits in it.
+        """
+        started, places = time.perf_counter(), keys + len(self._dropped)
+        comparing = self._comparing(step)
+        bits = next(comparing, b"")
+        masks = [self._material.masks(product, stage.layer, places) for product in step.products]
+        own = [self._masked(*pair, stage.layer) for pair in zip(step.products, masks)]
+        theirs, arrived, moved = self._exchange(step.products, own, bits)
+        messages = int(moved[0] > 0), int(moved[1] > 0)
+        for product, mask, ours, other in zip(step.products, masks, own, theirs):
             opened = [x + y for x, y in zip(ours, other)]
             self._shares[product.result] = self._finished(product, mask, opened, stage.layer)
-        return _cost(stage, token, started, (sent, received), (int(sent > 0), int(received > 0)))
+        while bits:
+            try:
+                bits = comparing.send(arrived)
+            except StopIteration:
+                break
+            arrived = self._trade(bits)
+            moved = moved[0] + len(bits), moved[1] + len(bits)
+            messages = messages[0] + 1, messages[1] + 1
+        return _cost(stage, token, started, moved, messages)
+
+    def _comparing(self, step: Step) -> Generator[bytes, bytes, None]:
+        """Compute a step's comparisons; yields what is sent, and is sent what the other party did."""
+        if step.comparisons:
+            shares = [self._share(comparison.operand) for comparison in step.comparisons]
+            server = self._engine.rank == SERVER
+            results = yield from comparisons.compute(
+                step.comparisons, shares, self._material, self._bits, server=server
+            )
+            self._shares.update(zip((comparison.result for comparison in step.comparisons), results))
 
     def _masked(self, product: Product, masks: Masks, layer: int) -> list[Ring]:
         """This party's shares of the operands less its masks, of keys and values those that were not opened before.
@@ -180,28 +208,32 @@ class PreparedPasses:
         pairs: np.ndarray = kept[visible(rows, len(kept))[1]]
         return pairs
 
-    def _exchange(self, products: Sequence[Product], own: list[list[Ring]]) -> tuple[list[list[Ring]], int, int]:
-        """Send what the other party is to see, and receive what we are, in `own`'s shapes; bytes sent and received.
+    def _exchange(
+        self, products: Sequence[Product], own: list[list[Ring]], bits: bytes
+    ) -> tuple[list[list[Ring]], bytes, tuple[int, int]]:
+        """Send what the other party is to see, and receive what we are, in `own`'s shapes; and bytes sent and received.
 
-        The client sees nothing of what is for the server alone: empty lists there.
+        The client sees nothing of what is for the server alone: empty lists there. Both send `bits`, of one size.
         """
         engine = self._engine
         to_server = [masking(product, self._weights) == "server" for product in products]
         sends = [not only or engine.rank != SERVER for only in to_server]
         receives = [not only or engine.rank == SERVER for only in to_server]
-        content = b"".join(x.astype("<u8", copy=False).tobytes() for some, s in zip(own, sends) if s for x in some)
+        numbers = [x.astype("<u8", copy=False).tobytes() for some, sending in zip(own, sends) if sending for x in some]
+        content = b"".join([*numbers, bits])
         if content:
             engine.send(content)
 
         size = 8 * sum(x.size for some, wanted in zip(own, receives) if wanted for x in some)
-        arrived = np.frombuffer(engine.receive(size) if size else b"", "<u8").astype(np.uint64, copy=False)
+        whole = engine.receive(size + len(bits)) if size + len(bits) else b""
+        arrived = np.frombuffer(whole[:size], "<u8").astype(np.uint64, copy=False)
         theirs: list[list[Ring]] = []
         for some, wanted in zip(own, receives):
             theirs.append([])
             for x in some if wanted else []:
                 theirs[-1].append(arrived[: x.size].reshape(x.shape))
                 arrived = arrived[x.size :]
-        return theirs, len(content), size
+        return theirs, whole[size:], (len(content), len(whole))
 
     def _finished(self, product: Product, masks: Masks, opened: list[Ring], layer: int) -> Ring:
         """This party's share of the product, with twice the fraction bits."""

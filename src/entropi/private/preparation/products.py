@@ -22,8 +22,9 @@ from entropi.private.preparation.cutting import Product, Shape
 from entropi.private.preparation.ring import Ring
 
 # Who masks what: of two shared operands both parties open both; of a square its one; of a server's matrix the client
-# alone draws the other operand's mask, and the server alone sees that operand under it. Signs are masked by bits.
-Masking: TypeAlias = Literal["pair", "self", "server", "signs"]
+# alone draws the other operand's mask, and the server alone sees that operand under it. The highest bits of what is
+# truncated are masked by a bit of each party, signs by shared bits.
+Masking: TypeAlias = Literal["pair", "self", "server", "signs", "bits"]
 OF_SERVER = ("times_matrix", "times_table")  # kinds whose second operand is one of the server's weights
 
 

@@ -495,7 +495,11 @@ class ClientSession(PartySession):
         def stages(new: int, past: int) -> int:
             return sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past, prepared=prepared))
 
-        total = int(set_up) + stages(fresh, past) + (generation.left - 1) * stages(1, past + fresh)
+        total = (
+            int(set_up and (not prepared or self.welcome.settings.chooses))
+            + stages(fresh, past)
+            + (generation.left - 1) * stages(1, past + fresh)
+        )
         generation.watcher.begin(generation.done + total)
 
     def _note(self, communication: StageCommunication) -> None:

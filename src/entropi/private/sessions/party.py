@@ -61,7 +61,8 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
         job = decode(line, Job)
         engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
         _emit(events, Linked())
-        _warm_up(engine, events, prepared=job.material is not None)
+        if job.prepares or job.material is None or job.settings.chooses:
+            _warm_up(engine, events, prepared=job.material is not None)
         if job.prepares:
             _prepare(engine, job, files, events)
         else:
