@@ -102,7 +102,7 @@ def test_near_duplicates_are_left_out_and_the_held_out_part_gives_way(
 ) -> None:
     original = code("same", 60)
     changed = "\n".join(line + " " for line in original.split("\n")) + code("more", 5)  # nearly all lines again
-    monkeypatch.setattr(site_packages, "_held_out", lambda sizes: {"a"})  # the first by name
+    monkeypatch.setattr(site_packages, "choose_heldout", lambda sizes: {"a"})  # the first by name
     install(root, "a", {"a/changed.py": changed, "a/copy.py": original, "a/own.py": code("own")})
     install(root, "b", {"b/changed.py": changed, "b/half_new.py": original + code("new", 120), "b/other.py": original})
     corpus = load_site_packages(tmp_path)

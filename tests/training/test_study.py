@@ -509,7 +509,7 @@ def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_pa
         path.write_text("".join(lines), encoding="utf-8")
 
     for length in range(1, 12):
-        run = study_module._Process(run=None, place=tmp_path, log=path, popen=None, slot=0)  # type: ignore[arg-type]
+        run = study_module._Running(planned=None, place=tmp_path, worker=None, slot=0)  # type: ignore[arg-type]
         write_steps(1, 2, 3, 4, 5)
         assert run.progress() == 5
         assert run.progress() == 5
@@ -518,6 +518,53 @@ def test_progress_is_read_on_where_a_resumed_run_has_replaced_its_records(tmp_pa
         with open(path, "a", encoding="utf-8") as file:
             file.write('{"kind":"skipped","step":40,"reason":""}\n{"kind":"skip')
         assert run.progress() == 40
+
+
+@pytest.mark.slow
+def test_runs_are_trained_one_by_one_and_compared_in_the_end(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As an array of jobs does: none of them writes what all share, and a divergence is found in its log."""
+    path = write(
+        tmp_path / "grid.yaml",
+        recipe=grid(corpus, seed=0),
+        rows={"base": {"architecture": "SM+LN+G"}, "broken": {"architecture": "SM", "learning_rate": 1e30}},
+    )
+    folder = tmp_path / "runs"
+    words = ["study", str(path), "--folder", str(folder)]
+    assert main([*words, "--run", "1"]) == 0
+    assert "broken, seed 0: step " in capsys.readouterr().out
+    assert {p.name for p in folder.iterdir()} == {"broken"}
+    assert main([*words, "--run", "2"]) == 2
+    assert "run is 2, and the study's 2 runs are 0 to 1" in capsys.readouterr().err
+
+    study = load_study(path)
+    train(study.runs[0].recipe, folder / study.runs[0].path)
+    monkeypatch.setattr(study_module.subprocess, "Popen", no_process)
+    assert main([*words, "--run", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["perplexity"] > 1
+    assert main([*words, "--run", "1"]) == 0
+    runs = [r for r in run_study(study, folder) if isinstance(r, StudyRun)]
+    assert [(run.row, run.diverged) for run in runs] == [("base", False), ("broken", True)]
+
+
+def test_only_the_last_line_of_an_error_is_a_divergence(tmp_path: Path, file: Callable[..., Path]):
+    """A log may also tell of updates that were skipped or taken back, after which the training went on."""
+    run = load_study(file()).runs[0]
+    reason = "step 12: the gradient is not finite, from layer 3 on"
+    log = tmp_path / "seed-0.log"
+    for text, diverged in [
+        ("", False),
+        (f"entropi: {reason}; see docs\n", True),
+        (f"{reason}; going back to step 10\n", False),
+        (f"entropi: {reason}\nresuming after step 10\n", False),
+    ]:
+        log.write_text(text, encoding="utf-8")
+        found = study_module._divergence(run, log)
+        assert (found is not None) is diverged
+        if found:
+            assert (found.step, found.layer, found.reason) == (12, 3, reason)
+    assert study_module._divergence(run, tmp_path / "none.log") is None
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from entropi.console import ProgressLine
 from entropi.data import shards
 from entropi.data.books import find_books, open_books
 from entropi.data.corpus import STDLIB, Corpus, Document, Source, load_corpus, load_texts
+from entropi.data.debian_docs import DEBIAN_DOCS, load_debian_docs
 from entropi.data.hub import Rows, find_dataset, open_dataset
 from entropi.data.shards import Blocks, Manifest, Tokens
 from entropi.data.site_packages import SITE_PACKAGES, load_site_packages
@@ -101,10 +102,11 @@ def prepare(
 ) -> Prepared:
     """From a corpus to blocks.
 
-    `source` is what `load_corpus` takes, `"site-packages"` (see `load_site_packages`), the name of a data set that
-    `hub.NAMED` knows, a folder of Parquet or Arrow files, a folder of tokenised books, or a folder of shards that was
-    prepared elsewhere. `tokenizer` is what `load_tokenizer` takes; without one it is learnt from the corpus, with
-    `vocab_size` entries. `content_hash` is that of the corpus of a run that is to be continued, see `load_corpus`.
+    `source` is what `load_corpus` takes, `"site-packages"` (see `load_site_packages`), `"debian-docs"` (see
+    `load_debian_docs`), the name of a data set that `hub.NAMED` knows, a folder of Parquet or Arrow files, a folder of
+    tokenised books, or a folder of shards that was prepared elsewhere. `tokenizer` is what `load_tokenizer` takes;
+    without one it is learnt from the corpus, with `vocab_size` entries. `content_hash` is that of the corpus of a run
+    that is to be continued, see `load_corpus`.
 
     What takes long is done once and then read from the cache; a `console` is told what takes long.
     Raises `UserError` for whatever cannot be read or does not fit together.
@@ -129,9 +131,11 @@ def prepare(
 def _open_corpus(
     source: str, cache_dir: Path | None = None, console: Console | None = None, content_hash: str = ""
 ) -> Corpus:
-    """The texts of what `load_corpus` takes, of `"site-packages"`, or of a data set."""
+    """The texts of what `load_corpus` takes, of `"site-packages"`, of `"debian-docs"`, or of a data set."""
     if source == SITE_PACKAGES:
         return load_site_packages(cache_dir, console)
+    if source == DEBIAN_DOCS:
+        return load_debian_docs(cache_dir, console)
     dataset = find_dataset(source)
     return load_corpus(source, content_hash) if dataset is None else open_dataset(dataset)
 
@@ -166,7 +170,7 @@ def pack(
 def is_plain_text(source: str) -> bool:
     """Whether `source` names somebody's own text file or folder: no data set with a name, no Parquet, no tokens."""
     prepared = Path(os.path.expanduser(source)) / shards.MANIFEST
-    if source in (STDLIB, SITE_PACKAGES) or prepared.is_file():
+    if source in (STDLIB, SITE_PACKAGES, DEBIAN_DOCS) or prepared.is_file():
         return False
     return find_books(source) is None and find_dataset(source) is None
 

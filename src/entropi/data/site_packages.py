@@ -161,7 +161,7 @@ def _choose(root: Path, installed: list[_Installed], console: Console | None) ->
                     kept[name] = text
             line.update(done)
 
-    held = _held_out({package: sum(map(len, kept.values())) for package, kept in texts.items() if kept})
+    held = choose_heldout({package: sum(map(len, kept.values())) for package, kept in texts.items() if kept})
     order = [package for part in (False, True) for package in texts if (package in held) is part]
     files: dict[str, list[str]] = {}
     seen, duplicates, done = _Seen(), 0, 0
@@ -208,7 +208,7 @@ def is_data(text: str) -> bool:
     return sum(start in _ENTRY for start in starts) > MOST_ENTRIES * len(starts)
 
 
-def _held_out(sizes: dict[str, int]) -> set[str]:
+def choose_heldout(sizes: dict[str, int]) -> set[str]:
     """Names of the packages to hold out, from the characters of each."""
     total = sum(sizes.values())
     held: set[str] = set()

@@ -35,8 +35,9 @@ class Recipe:
         architecture: in the paper's notation, such as SM+LN+G, SM+SNorm(FFN), SM(t)+ScFuFFN; wrapped as EReg(...) it
             is trained with the entropy regulariser
         corpus: "stdlib" (the source code of this Python's standard library), "site-packages" (that of the packages
-            installed beside entropi), "codeparrot" or "pg19" (from the Hugging Face hub), a text file, or a folder of
-            texts, of Parquet or Arrow files, or of tokenised books
+            installed beside entropi), "debian-docs" (English prose of installed Debian packages), "codeparrot" or
+            "pg19" (from the Hugging Face hub), a text file, or a folder of texts, of Parquet or Arrow files, or of
+            tokenised books
         tokenizer: a tokenizer.json, its folder, or a name on the hub; by default one is learnt from the corpus
         vocab_size: entries of the byte-level BPE tokenizer learnt from the corpus
         packing: cut sequences from one "stream" of all texts, or from each "document" (the paper's CodeParrot)

@@ -28,7 +28,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import torch
@@ -48,8 +48,9 @@ STUDY_KEYS = ("recipe", "rows", "claims")
 MAX_FOLDER_NAME = 100
 MAX_SEEDS = 20  # of a row: a claim's test goes through all 2^n signs
 POLL_SECONDS = 0.2
-# The last words of a run that diverged, and where in them it says that it began.
-DIVERGED = re.compile(r"step (\d+): (?:the gradient is not finite|attention has collapsed)[^;]*")
+SHOWN = 8  # runs that the line of progress names, those that are furthest
+# The last line of a run that diverged, and where in it it says that it began.
+DIVERGED = re.compile(r"entropi: (step (\d+): (?:the gradient is not finite|attention has collapsed)[^;]*)")
 LAYER = re.compile(r"\blayers? (\d+)")
 INTERRUPT_SECONDS = 60.0  # that an interrupted run may take to finish its step
 
@@ -177,14 +178,14 @@ def _claims(given: Any, rows: list[str], problems: list[str]) -> list[Claim]:
     return claims
 
 
-def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Record]:
+def run_study(study: Study, folder: Path, executor: Executor | None = None) -> list[records.Record]:
     """Train every run of `study` that has not ended yet, and say what all of them tell.
 
-    A run that diverges is a result. Runs are processes with a share of the processor's cores, or a GPU each in turn.
+    A run that diverges is a result.
 
     Args:
         folder: gets a run folder for every run, `study.jsonl` and beside every run its recipe and what it printed.
-        parallel: runs at a time; 0 is one for each GPU, or one where there is none.
+        executor: where runs are trained, by default in processes on this machine.
 
     Returns:
         The records of `study.jsonl`: runs, rows, claims.
@@ -201,14 +202,14 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
             prepare_corpus(recipe, make_console())
         failed: list[str] = []
         try:
-            with contextlib.closing(_train_all(study, waiting, folder, parallel)) as trained:
-                for run, process in trained:
+            with contextlib.closing(_train_all(study, waiting, folder, executor or Processes())) as trained:
+                for run in trained:
                     try:
-                        found = _outcome(run, process)
+                        found = _outcome(run)
                     except UserError as error:
-                        failed.append(f"{run.label}: {error}")
+                        failed.append(f"{run.planned.label}: {error}")
                         continue
-                    ended[run.row, run.recipe.seed] = found
+                    ended[found.row, found.seed] = found
                     record_files.append(folder / record_files.STUDY_FILE, found)
         finally:
             result = _write(study, folder, ended)
@@ -217,6 +218,23 @@ def run_study(study: Study, folder: Path, parallel: int = 0) -> list[records.Rec
             f"{len(failed)} of {len(study.runs)} runs failed, the same command tries them again: {'; '.join(failed)}"
         )
     return result
+
+
+def run_one(study: Study, number: int, folder: Path) -> records.StudyRun:
+    """Train run `number` of `study`, counted from 0, unless it has ended; `run_study` then finds it in its folder.
+
+    Several machines that share `folder` can do this at the same time, each for other runs.
+
+    Raises:
+        UserError: no such run, or as `run_study`.
+    """
+    if not 0 <= number < len(study.runs):
+        raise UserError(f"run is {number}, and the study's {len(study.runs)} runs are 0 to {len(study.runs) - 1}")
+    alone = Study([study.runs[number]], [])
+    if ended := list(_ended(alone, folder).values()):
+        return ended[0]
+    with contextlib.closing(_train_all(alone, alone.runs, folder, Processes(1))) as trained:
+        return _outcome(next(trained))
 
 
 def _ended(study: Study, folder: Path) -> dict[tuple[str, int], records.StudyRun]:
@@ -235,8 +253,8 @@ def _ended(study: Study, folder: Path) -> dict[tuple[str, int], records.StudyRun
             )
         if (place / MODEL_FOLDER).is_dir():
             ended[key] = finished_run(run.row, run.recipe.seed, place, run.path)
-        elif key in diverged:
-            ended[key] = diverged[key]
+        elif found_diverged := diverged.get(key) or _divergence(run, log_of(place)):
+            ended[key] = found_diverged
     return ended
 
 
@@ -254,17 +272,79 @@ def _write(study: Study, folder: Path, ended: dict[tuple[str, int], records.Stud
     return result
 
 
-# --- Processes --------------------------------------------------------------------------------------------------------
+# --- Runs that are training ------------------------------------------------------------------------------------------
+
+
+class Worker(Protocol):
+    """What trains a run, as far as a study has to do with it: the face of `subprocess.Popen`."""
+
+    @property
+    def returncode(self) -> int | None:
+        """`entropi train`'s status, or minus the signal that ended it; None as long as it trains."""
+
+    def poll(self) -> int | None:
+        """Look whether it has ended, and return `returncode`."""
+
+    def terminate(self) -> None:
+        """Ask it to save what it has done and to end."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended, at most `timeout` seconds: then raises `subprocess.TimeoutExpired`."""
+
+
+class Executor(Protocol):
+    """Where the runs of a study are trained."""
+
+    @property
+    def slots(self) -> int:
+        """Runs at a time."""
+
+    def start(self, place: Path, recipe: Path, log: Path, slot: int) -> Worker:
+        """Begin, or continue, the run in the folder `place`; what it prints is appended to `log`."""
+
+
+class Processes:
+    """Trains runs in processes on this machine, each with a share of the processor's cores, or a GPU each in turn.
+
+    Args:
+        parallel: runs at a time; 0 is one for each GPU, or one where there is none.
+    """
+
+    def __init__(self, parallel: int = 0) -> None:
+        self._gpus = torch.cuda.device_count()
+        self.slots = parallel or max(self._gpus, 1)
+
+    def start(self, place: Path, recipe: Path, log: Path, slot: int) -> Worker:
+        """Start the process of a run in its share of the machine."""
+        environment = dict(os.environ)
+        if self._gpus:
+            visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            environment["CUDA_VISIBLE_DEVICES"] = (visible or list(map(str, range(self._gpus))))[slot % self._gpus]
+        elif self.slots > 1:
+            environment["OMP_NUM_THREADS"] = str(max(torch.get_num_threads() // self.slots, 1))
+        command = [sys.executable, "-m", "entropi", "train", str(place), "--config", str(recipe)]
+        with open(log, "ab") as output:
+            # A group of its own: Ctrl-C on the terminal is for this process, which passes it on once.
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+
+def log_of(place: Path) -> Path:
+    """What the run in `place` printed."""
+    return place.with_name(place.name + ".log")
 
 
 @dataclass
-class _Process:
+class _Running:
     """A run that is training."""
 
-    run: PlannedRun
+    planned: PlannedRun
     place: Path
-    log: Path
-    popen: subprocess.Popen[bytes]
+    worker: Worker
     slot: int
     offset: int = 0
     step: int = 0
@@ -300,13 +380,11 @@ _step_decoder = msgspec.json.Decoder(_Step)
 
 
 def _train_all(
-    study: Study, waiting: Sequence[PlannedRun], folder: Path, parallel: int
-) -> Generator[tuple[PlannedRun, _Process], None, None]:
-    """Train all of `waiting`, and yield each run when its process has ended."""
-    gpus = torch.cuda.device_count()
-    slots = parallel or max(gpus, 1)
-    queue, free = deque(waiting), list(range(slots))
-    running: list[_Process] = []
+    study: Study, waiting: Sequence[PlannedRun], folder: Path, executor: Executor
+) -> Generator[_Running, None, None]:
+    """Train all of `waiting`, and yield each run when it has ended."""
+    queue, free = deque(waiting), list(range(min(executor.slots, len(waiting))))
+    running: list[_Running] = []
     steps = sum(run.recipe.steps for run in study.runs)
     done = steps - sum(run.recipe.steps for run in waiting)
     total = len(study.runs)
@@ -315,76 +393,81 @@ def _train_all(
         with ProgressLine("study, steps of all runs", steps, done=done) as line:
             while queue or running:
                 while queue and free:
-                    running.append(_start(queue.popleft(), folder, free.pop(0), slots, gpus))
+                    running.append(_start(queue.popleft(), folder, executor, free.pop(0)))
                 time.sleep(POLL_SECONDS)
-                for process in [process for process in running if process.popen.poll() is not None]:
-                    running.remove(process)
-                    free.append(process.slot)
-                    done, ended = done + process.run.recipe.steps, ended + 1
-                    yield process.run, process
-                shown = "; ".join(f"{p.run.label} at step {p.step}" for p in running)
-                line.update(done + sum(p.progress() for p in running), f"{ended} of {total} runs  {shown}")
+                for run in [run for run in running if run.worker.poll() is not None]:
+                    running.remove(run)
+                    free.append(run.slot)
+                    done, ended = done + run.planned.recipe.steps, ended + 1
+                    yield run
+                reached = sum(run.progress() for run in running)
+                furthest = sorted(running, key=lambda run: -run.step)[:SHOWN]
+                shown = "; ".join(f"{run.planned.label} at step {run.step}" for run in furthest)
+                line.update(done + reached, f"{ended} of {total} runs  {shown}")
     finally:
         _interrupt(running)
 
 
-def _start(run: PlannedRun, folder: Path, slot: int, slots: int, gpus: int) -> _Process:
-    """Start the process of a run in its share of the machine."""
-    place = folder / run.path
+def _start(planned: PlannedRun, folder: Path, executor: Executor, slot: int) -> _Running:
+    """Begin a run, its recipe beside it."""
+    place = folder / planned.path
     place.parent.mkdir(parents=True, exist_ok=True)
-    recipe, log = place.with_name(place.name + ".yaml"), place.with_name(place.name + ".log")
-    save_recipe(run.recipe, recipe)
-    environment = dict(os.environ)
-    if gpus:
-        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        environment["CUDA_VISIBLE_DEVICES"] = (visible or list(map(str, range(gpus))))[slot % gpus]
-    elif slots > 1:
-        environment["OMP_NUM_THREADS"] = str(max(torch.get_num_threads() // slots, 1))
-    command = [sys.executable, "-m", "entropi", "train", str(place), "--config", str(recipe)]
-    with open(log, "ab") as output:
-        # A group of its own: Ctrl-C on the terminal is for this process, which passes it on once.
-        popen = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    return _Process(run, place, log, popen, slot)
+    recipe = place.with_name(place.name + ".yaml")
+    save_recipe(planned.recipe, recipe)
+    return _Running(planned, place, executor.start(place, recipe, log_of(place), slot), slot)
 
 
-def _interrupt(running: Sequence[_Process]) -> None:
+def _interrupt(running: Sequence[_Running]) -> None:
     """End what still trains, between two steps if it can be had."""
-    for process in running:
-        process.popen.terminate()  # not SIGINT, which is ignored by what a shell script has put into the background
+    workers = [run.worker for run in running]
+    for worker in workers:
+        worker.terminate()  # not SIGINT, which is ignored by what a shell script has put into the background
     try:
-        for process in running:
-            process.popen.wait(INTERRUPT_SECONDS)
+        for worker in workers:
+            worker.wait(INTERRUPT_SECONDS)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        for process in running:
-            process.popen.kill()  # it resumes from its last checkpoint
-            process.popen.wait()
+        for worker in workers:
+            worker.kill()  # it resumes from its last checkpoint
+            worker.wait()
 
 
-def _outcome(run: PlannedRun, process: _Process) -> records.StudyRun:
-    """The result of a process that has ended.
+def _outcome(run: _Running) -> records.StudyRun:
+    """The result of a run that has ended.
 
     Raises:
         UserError: it failed, and not because the training diverged: its last words.
     """
-    place, status = process.place, process.popen.returncode
+    planned, status, log = run.planned, run.worker.returncode, log_of(run.place)
     if status == 0:
-        return finished_run(run.row, run.recipe.seed, place, run.path)
-    lines = process.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = lines[-1].removeprefix("entropi: ") if lines else f"status {status}"
-    if status == 2 and (diverged := DIVERGED.match(last)):
-        layer = LAYER.search(diverged[0])
-        return records.StudyRun(
-            row=run.row,
-            seed=run.recipe.seed,
-            folder=run.path,
-            diverged=True,
-            reason=diverged[0],
-            step=int(diverged[1]),
-            layer=int(layer[1]) if layer else None,
-            cross_entropy=float("nan"),
-            perplexity=float("nan"),
-            tokens_per_second=float("nan"),
-        )
-    raise UserError(f"{last} ({process.log})" if status >= 0 else f"ended by signal {-status} ({process.log})")
+        return finished_run(planned.row, planned.recipe.seed, run.place, planned.path)
+    if status == 2 and (diverged := _divergence(planned, log)):
+        return diverged
+    if status is not None and status < 0:
+        raise UserError(f"ended by signal {-status} ({log})")
+    raise UserError(f"{_last_line(log).removeprefix('entropi: ') or f'status {status}'} ({log})")
+
+
+def _last_line(log: Path) -> str:
+    """Of what a run printed; empty if it printed nothing."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
+    return text[text.rfind("\n") + 1 :]
+
+
+def _divergence(run: PlannedRun, log: Path) -> records.StudyRun | None:
+    """The result of a run that ended because its training diverged, as the last line of its log says."""
+    diverged = DIVERGED.match(_last_line(log))
+    if diverged is None:
+        return None
+    layer = LAYER.search(diverged[1])
+    return records.StudyRun(
+        row=run.row,
+        seed=run.recipe.seed,
+        folder=run.path,
+        diverged=True,
+        reason=diverged[1],
+        step=int(diverged[2]),
+        layer=int(layer[1]) if layer else None,
+        cross_entropy=float("nan"),
+        perplexity=float("nan"),
+        tokens_per_second=float("nan"),
+    )
