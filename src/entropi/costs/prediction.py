@@ -25,6 +25,7 @@ from entropi.errors import UserError
 from entropi.model.shape import expected_description
 from entropi.private.compute import prefix
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Description, Embedding, Output
+from entropi.private.compute.layout import Layout
 from entropi.private.compute.program import Stage, forward, warm_up
 from entropi.private.compute.settings import TRUST
 from entropi.records import OperationCost, PassCost, PredictionRecord
@@ -170,6 +171,11 @@ class Predictor:
         cost = self._price(self._trace_pass(tokens, every_row=every_row, last_rows=last_rows))
         return PassCost(operations=[*cost.operations, self._reveal(tokens if every_row else last_rows)])
 
+    def run_batch(self, layout: Layout) -> PassCost:
+        """A pass that several prompts share, and what it reveals; of the first one, or of another after it."""
+        cost = self._price(self._trace_pass(layout.tokens, layout=layout))
+        return PassCost(operations=[*cost.operations, self._reveal(layout.prompts)])
+
     def _reveal(self, rows: int) -> OperationCost:
         """What the server's shares of so many tokens' results take on their way to the client: nothing is computed."""
         options, network = self._costs.options, self._costs.network
@@ -222,13 +228,16 @@ class Predictor:
             kept = Value(prefix.shape(self._model, past))
             self._values |= dict.fromkeys(prefix.names(self._model), kept)
 
-    def _trace_pass(self, tokens: int, *, every_row: bool = False, last_rows: int = 1) -> list[Traced]:
+    def _trace_pass(
+        self, tokens: int, *, every_row: bool = False, last_rows: int = 1, layout: Layout | None = None
+    ) -> list[Traced]:
         model, options = self._model, self._costs.options
         if tokens < 1:
             raise UserError(f"{tokens} tokens cannot be a pass; at least 1 is needed")
-        if self._past + tokens > model.positions:
+        longest = self._past + tokens if layout is None else max(layout.lengths())
+        if longest > model.positions:
             raise UserError(
-                f"{self._past + tokens} tokens{' with the prefix' * bool(options.prefix_tokens)} are more than the "
+                f"{longest} tokens{' with the prefix' * bool(options.prefix_tokens)} are more than the "
                 f"{model.positions} positions that this model has"
             )
 
@@ -252,6 +261,7 @@ class Predictor:
             every_row=every_row,
             last_rows=last_rows,
             prepared=self._prepared,
+            layout=layout,
         )
         traced = [(stage, self._trace(stage)) for stage in stages]
         self._past += tokens
