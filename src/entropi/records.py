@@ -408,6 +408,10 @@ class PrivateRun(Base, tag="private"):
     prepared_seconds: float = 0.0
     drafted_tokens: int = 0  # computed with before it was known whether they are the answer's
     held_tokens: int = 0  # of these
+    # Prompts that shared this one's passes, whose stages, bytes and seconds are those of all; and the new tokens of all
+    # of them when this one's answer was finished, in the same session.
+    batch_prompts: int = 1
+    batch_tokens: int = 0
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
@@ -436,6 +440,11 @@ class PrivateRun(Base, tag="private"):
     def messages(self) -> int:
         """Of all stages, both directions; asynchronous messages, not rounds."""
         return sum(stage.messages for stage in self.stages)
+
+    @property
+    def tokens_a_minute(self) -> float:
+        """New ones of all prompts that shared the passes, set-up included."""
+        return 60 * (self.batch_tokens or len(self.new_tokens)) / self.seconds if self.seconds else 0.0
 
 
 class PlaintextComparison(Base, tag="comparison"):
