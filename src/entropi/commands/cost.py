@@ -50,6 +50,7 @@ def run(
     prepared: bool = False,
     new_tokens: int | None = None,
     draft_tokens: int = 0,
+    batch: int = 0,
     budget: str | None = None,
     runs: list[Path] | None = None,
     picture: Path | None = None,
@@ -87,6 +88,8 @@ def run(
             online, and what each side stores, beside the same session without preparation
         new_tokens: tokens of the answer in this session, by default 64, and fewer for a model that takes fewer
         draft_tokens: price also a pass with so many drafts (ask --draft), and say from how many that hold it saves time
+        batch: price also passes that so many prompts of this length share (ask --batch), and their tokens a minute
+            beside one at a time
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
@@ -107,6 +110,12 @@ def run(
     )
     if draft_tokens:
         _refuse_beside("--draft-tokens", "drafts", {"--budget": budget, "--runs": runs, "--compare": compare})
+    if batch:
+        _refuse_beside("--batch", "batches", {"--budget": budget, "--runs": runs, "--compare": compare})
+        from entropi.private.wire.messages import MAX_BATCH
+
+        if not 2 <= batch <= MAX_BATCH:
+            raise UserError(f"--batch is {batch} but must be between 2 and {MAX_BATCH}")
     with extra("private"):
         from entropi.costs import calibration as prices
         from entropi.costs.network import parse_network
@@ -155,7 +164,8 @@ def run(
         new = _new_tokens(new_tokens, prefix_tokens + length, shapes) if prepared else None
         into = recorded if record else None
         _refuse_drafts(draft_tokens, prefix_tokens + length, shapes)
-        _report(shapes, length, costs, new, draft_tokens, picture, into, comparing=bool(compare), json=json)
+        asked = dict(new_tokens=new, drafts=draft_tokens, prompts=batch)
+        _report(shapes, length, costs, asked, picture, into, comparing=bool(compare), json=json)
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -325,19 +335,18 @@ def _report(
     shapes: Sequence[tuple[str, Shape]],
     seq_len: int,
     costs: Any,
-    new_tokens: int | None,
-    drafts: int,
+    asked: Mapping[str, Any],
     picture: Path | None,
     recorded: Path | None,
     *,
     comparing: bool,
     json: bool,
 ) -> None:
-    """One configuration, or several side by side; with `new_tokens` also a session of so many, prepared."""
+    """One configuration, or several side by side; what is `asked` for beside it, see `make_report`."""
     from entropi.costs import tables
     from entropi.costs.report import make_report
 
-    found = [make_report(costs, shape, seq_len, name, new_tokens=new_tokens, drafts=drafts) for name, shape in shapes]
+    found = [make_report(costs, shape, seq_len, name, **asked) for name, shape in shapes]
     if recorded is not None:
         record_files.append(recorded, found[0].prediction)
     if picture is not None:

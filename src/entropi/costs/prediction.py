@@ -28,7 +28,7 @@ from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Descri
 from entropi.private.compute.layout import Layout
 from entropi.private.compute.program import Stage, forward, warm_up
 from entropi.private.compute.settings import TRUST
-from entropi.records import OperationCost, PassCost, PredictionRecord
+from entropi.records import BatchCost, OperationCost, PassCost, PredictionRecord
 from entropi.softmax import USUAL_FOR_EXACT
 
 TRUST_MODELS = {
@@ -68,10 +68,10 @@ class CostModel:
         calibration = shipped(protocol)
         return cls(calibration, parse_network(network), Options(fraction_bits=calibration.fraction_bits))
 
-    def predict(self, config: Any, seq_len: int, *, drafts: int = 0) -> PredictionRecord:
+    def predict(self, config: Any, seq_len: int, *, drafts: int = 0, prompts: int = 0) -> PredictionRecord:
         """A session of the model: set-up, a prompt of `seq_len` tokens and one further token; also one with `drafts`.
 
-        Both follow the public prefix of the options, which costs nothing itself.
+        And one of several `prompts` of this length that share their passes. All follow the public prefix of the options, which costs nothing itself.
 
         `config` is a `Shape`, an `EntropiConfig` or, folded, a `Description`. No further token is predicted where the
         model has no position for it.
@@ -107,6 +107,18 @@ class CostModel:
             draft_tokens=drafts,
             drafted=drafted,
             own_kernel=not model.softmax_form.exact,
+            batch=self.predict_batch(model, seq_len, prompts) if prompts else None,
+        )
+
+    def predict_batch(self, model: Description, seq_len: int, prompts: int) -> BatchCost:
+        """The passes that so many prompts of `seq_len` tokens share; raises as `predict`."""
+        predictor = Predictor(model, self)
+        predictor.set_up()
+        layout = Layout.first([seq_len] * prompts, self.options.prefix_tokens)
+        first = predictor.run_batch(layout)
+        further = max(layout.following().lengths()) <= model.positions
+        return BatchCost(
+            prompts=prompts, prompt=first, further=predictor.run_batch(layout.following()) if further else None
         )
 
 
