@@ -164,8 +164,8 @@ def run(
         new = _new_tokens(new_tokens, prefix_tokens + length, shapes) if prepared else None
         into = recorded if record else None
         _refuse_drafts(draft_tokens, prefix_tokens + length, shapes)
-        asked = dict(new_tokens=new, drafts=draft_tokens, prompts=batch)
-        _report(shapes, length, costs, asked, picture, into, comparing=bool(compare), json=json)
+        beside = dict[str, Any](new_tokens=new, drafts=draft_tokens, prompts=batch)
+        _report(shapes, length, costs, beside, picture, into, comparing=bool(compare), json=json)
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -335,18 +335,18 @@ def _report(
     shapes: Sequence[tuple[str, Shape]],
     seq_len: int,
     costs: Any,
-    asked: Mapping[str, Any],
+    beside: Mapping[str, Any],
     picture: Path | None,
     recorded: Path | None,
     *,
     comparing: bool,
     json: bool,
 ) -> None:
-    """One configuration, or several side by side; what is `asked` for beside it, see `make_report`."""
+    """One configuration, or several side by side; what is priced `beside` it, see `make_report`."""
     from entropi.costs import tables
     from entropi.costs.report import make_report
 
-    found = [make_report(costs, shape, seq_len, name, **asked) for name, shape in shapes]
+    found = [make_report(costs, shape, seq_len, name, **beside) for name, shape in shapes]
     if recorded is not None:
         record_files.append(recorded, found[0].prediction)
     if picture is not None:

@@ -71,7 +71,8 @@ class CostModel:
     def predict(self, config: Any, seq_len: int, *, drafts: int = 0, prompts: int = 0) -> PredictionRecord:
         """A session of the model: set-up, a prompt of `seq_len` tokens and one further token; also one with `drafts`.
 
-        And one of several `prompts` of this length that share their passes. All follow the public prefix of the options, which costs nothing itself.
+        And passes that several `prompts` of this length share. All follow the public prefix of the options, which costs
+        nothing itself.
 
         `config` is a `Shape`, an `EntropiConfig` or, folded, a `Description`. No further token is predicted where the
         model has no position for it.

@@ -276,8 +276,8 @@ def _prediction(run: Run, dpi: float) -> Panel | None:
         note += f" Each further token {size(round(record.further.bytes))} and {duration(record.further.latency)}."
     if (batch := record.batch) is not None and batch.tokens_a_minute:
         note += (
-            f" {batch.prompts} prompts that share their passes make {batch.tokens_a_minute:.3g} tokens a minute, one at "
-            f"a time {record.tokens_a_minute:.3g}."
+            f" {batch.prompts} prompts that share their passes make {batch.tokens_a_minute:.3g} tokens a minute, "
+            f"one at a time {record.tokens_a_minute:.3g}."
         )
     alone = run.private is not None and run.private.batch_prompts == 1
     if run.private is not None and alone and len(run.private.prompt_tokens) == record.seq_len:

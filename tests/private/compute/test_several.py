@@ -6,16 +6,18 @@ import pytest
 jax = pytest.importorskip("jax")
 
 from entropi.private.compute import several  # noqa: E402
+from entropi.private.compute.embedding import one_hot  # noqa: E402
 from entropi.private.compute.layout import Layout  # noqa: E402
 from entropi.private.compute.prefix import with_prefix  # noqa: E402
-from entropi.private.compute.program import forward, keep_prompts, run_stages  # noqa: E402
+from entropi.private.compute.program import forward, keep_prompts, run_stages, stages_of_pass  # noqa: E402
+from entropi.private.compute.settings import CLIENT, SERVER, Settings  # noqa: E402
 from private_reference import VARIANTS, describe, random_weights, reference_logits  # noqa: E402
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8]]
 PREFIX = [7, 9]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _double_precision():
     with jax.experimental.enable_x64():
         yield
@@ -27,9 +29,7 @@ def logits_together(model, weights, prompts, passes, leaving=None, prefix=0, **o
     layout, fresh = Layout.first([len(prompt) for prompt in prompts], prefix), np.concatenate(prompts)
     for number in range(passes):
         values["embedded"] = weights["embedding"][fresh[layout.last_rows_last()]]
-        stages = forward(
-            model, layout.tokens, layout.before, "power-5", embedding="public", layout=layout, **options
-        )
+        stages = forward(model, layout.tokens, layout.before, "power-5", embedding="public", layout=layout, **options)
         run_stages(stages, values, exact=True)
         rows = np.asarray(values["logits"])
         found.append(rows)
@@ -54,9 +54,12 @@ def assert_as_alone(model, weights, prompts, found, leaving=None, prefix=()):
         staying = [prompt for prompt in staying if number or prompt != leaving]
 
 
-@pytest.mark.parametrize("variant", ["temperature", "length", "polynomial", "powers", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize(
+    "variant", ["temperature", "length", "polynomial", "powers", pytest.param("gemma3", marks=pytest.mark.slow)]
+)
 def test_each_prompt_has_the_logits_that_it_has_alone(variant, monkeypatch):
-    """Learned and rotary positions, grouped heads; lengths that differ; a prefix; one that leaves; both ways to multiply."""
+    """Learned and rotary positions, grouped heads, lengths that differ, a prefix, one that leaves; joined and apart."""
     changes = {"layers": 2} | ({"rotary_layers": [1, 0]} if variant == "gemma3" else {})
     model = describe(**{**VARIANTS[variant], **changes})
     weights = random_weights(model, dtype=np.float64)
@@ -65,6 +68,43 @@ def test_each_prompt_has_the_logits_that_it_has_alone(variant, monkeypatch):
     monkeypatch.setattr(several, "_at_best", lambda *sizes: float("inf") if variant != "length" else 0.0)
     found = logits_together(model, known, PROMPTS, 3, leaving=0, prefix=len(PREFIX))
     assert_as_alone(model, weights, PROMPTS, found, leaving=0, prefix=PREFIX)
+
+
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize("size", [(3, 2), (1, 4), (5, 1), (12, 1), (1, 1)], ids=str)
+def test_blocks_are_multiplied_together(size, monkeypatch):
+    """With zeros in the others' columns, side by side, and with a rest that does not fill a product."""
+    monkeypatch.setattr(several, "_at_once", lambda *sizes: size)
+    random = np.random.default_rng(0)
+    left, right = (jax.numpy.asarray(random.normal(size=shape)) for shape in ((12, 2, 3), (12, 3, 4)))
+    np.testing.assert_allclose(several.product_of_blocks(left, right), left @ right, atol=1e-12)
+
+
+@pytest.mark.parametrize("output", ["top_k", "argmax"])
+def test_likeliest_tokens_of_each_prompt_in_fixed_point(output):
+    """The engine's own numbers, a private table whose rows are read in pairs, and the likeliest tokens of each."""
+    pytest.importorskip("spu")
+    from entropi.private.compute.engine import Simulation
+
+    settings = Settings(output=output, choices=3, paired=True)
+    model = describe(**{**VARIANTS["polynomial"], "layers": 1})
+    weights = random_weights(model)
+    engine = Simulation("ref2k", settings)
+    for name, weight in weights.items():
+        engine.hold(name, weight, SERVER)
+    layout = Layout.first([len(prompt) for prompt in PROMPTS], 0)
+    ids = np.concatenate(PROMPTS)[layout.last_rows_last()].tolist()
+    engine.hold("tokens", one_hot(ids, model.vocab_size, True, settings.fraction_bits), CLIENT)
+    for stage in stages_of_pass(model, settings, layout.tokens, 0, layout=layout):
+        engine.run(stage)
+    found = np.rint(engine.reveal("tokens_out")).astype(int)
+    expected = [reference_logits(model, weights, prompt) for prompt in PROMPTS]
+    likeliest = [np.argsort(-logits)[:3].tolist() for logits in expected]
+    if output == "argmax":
+        assert found.tolist() == [one[0] for one in likeliest]
+        return
+    assert found.tolist() == likeliest
+    np.testing.assert_allclose(engine.reveal("logits_out"), [-np.sort(-one)[:3] for one in expected], atol=0.01)
 
 
 def test_places_of_a_pass():

@@ -187,9 +187,7 @@ def shift_by_row_max(logits: Array, *, rows: int, layout: Layout) -> Array:
     return logits - segment_max(logits, seen)[:, np.repeat(np.arange(rows), seen)]
 
 
-def powers(
-    logits: Array, offset: Array, *, rows: int, layout: Layout, iterations: int, divided: bool = True
-) -> Array:
+def powers(logits: Array, offset: Array, *, rows: int, layout: Layout, iterations: int, divided: bool = True) -> Array:
     """`(H, n)` weights by a polynomial softmax, of visible logits and offsets `(H, P)` that the server adds.
 
     A first row sees itself alone: `divided` by its sum, its weight is 1 whatever its logit, which may be too small to
@@ -288,17 +286,19 @@ def divide(heads: Array, totals: Array) -> Array:
     return heads / totals[..., None]
 
 
-def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int, layout: Layout) -> Array:
+def merge_heads(
+    state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int, layout: Layout | None = None
+) -> Array:
     """Residual connection around the output projection, for the last `rows` tokens."""
     return state[-rows:] + times_matrix(side_by_side(heads, layout), matrix) + bias
 
 
-def side_by_side(heads: Array, layout: Layout) -> Array:
-    """Heads `(H, r, k)` as rows `(r, H k)`, in the order of states."""
+def side_by_side(heads: Array, layout: Layout | None) -> Array:
+    """Heads `(H, r, k)` as rows `(r, H k)`; of a `layout` that is given, in its order of states."""
     rows = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)
-    return rows if layout.prompts == 1 else rows[layout.last_rows_last(len(rows))]
+    return rows if layout is None else rows[layout.last_rows_last()]
 
 
-def merge_before_norm(heads: Array, matrix: Array, bias: Array, *, layout: Layout) -> tuple[Array, Array]:
+def merge_before_norm(heads: Array, matrix: Array, bias: Array, *, layout: Layout | None = None) -> tuple[Array, Array]:
     """The output projection where a norm follows: its rows without and with the norm's gain."""
     return plain_and_gained(side_by_side(heads, layout), matrix, bias)

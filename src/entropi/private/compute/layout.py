@@ -67,11 +67,6 @@ class Layout:
         """All keys, with those of this pass."""
         return self.before + self.tokens
 
-    @property
-    def is_one(self) -> bool:
-        """Whether there is a single prompt, without a prefix of its own account."""
-        return self.prompts == 1 and not self.prefix
-
     def asking(self, rows: int) -> tuple[int, ...]:
         """Rows of queries of each prompt, where there are so many of all: every token's, or the last ones'."""
         if rows == self.tokens:
@@ -94,11 +89,10 @@ class Layout:
         """Of every token that is read, last rows last."""
         return (self.seen(self.tokens) - 1)[self.last_rows_last()]
 
-    def last_rows_last(self, rows: int | None = None) -> np.ndarray:
+    def last_rows_last(self) -> np.ndarray:
         """Places by prompt of the tokens, in the order of states."""
-        asking = self.new if rows is None else self.asking(rows)
-        last = np.cumsum(asking) - 1
-        return np.concatenate([np.delete(np.arange(sum(asking)), last), last])
+        last = np.cumsum(self.new) - 1
+        return np.concatenate([np.delete(np.arange(self.tokens), last), last])
 
     def by_prompt(self) -> np.ndarray:
         """Places in the order of states of the tokens, by prompt."""

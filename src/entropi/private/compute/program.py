@@ -134,7 +134,7 @@ def forward(
     if layout is None:
         layout = Layout((new,), (past,))
     elif layout.prompts > 1:
-        assert last_rows == 1 and not every_row and not prepared, "drafts and prepared products are for one prompt"
+        assert (last_rows, every_row, prepared) == (1, False, False), "these are for one prompt a pass"
         last_rows = layout.prompts
     softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
@@ -153,13 +153,15 @@ def forward(
 
         yield from attention_stages(model, layer, rows, layout, softmax, read, fraction_bits, prepared)
         weights = (f"{layer}.output", f"{layer}.output_bias")
+        # Without a layout where it changes nothing: then passes of as many rows share what is compiled.
+        order = {"layout": layout} if layout.prompts > 1 and rows == layout.tokens > layout.prompts else {}
         if model.branch_norm:
-            merging = partial(merge_before_norm, layout=layout)
+            merging = partial(merge_before_norm, **order)
             yield Stage("output", layer, merging, ("heads", *weights), ("plain", "gained"))
             branch = ("plain", "gained", base)
             yield _norm(layer, add_normalised, branch, ("state",), fraction_bits, epsilon=model.norm_epsilon)
         else:
-            merging = partial(merge_heads, rows=rows, layout=layout)
+            merging = partial(merge_heads, rows=rows, **order)
             yield Stage("output", layer, merging, (base, "heads", *weights), ("state",))
 
         if not model.parallel_residual:

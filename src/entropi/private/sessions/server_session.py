@@ -601,6 +601,4 @@ async def _listen_to_client(
             dropped = asking.count(following)
             progress.asked += 1
             progress.more.set()
-            await party.proceed(
-                following.tokens, drafts=following.drafts, dropped=dropped, ended=following.ended
-            )
+            await party.proceed(following.tokens, drafts=following.drafts, dropped=dropped, ended=following.ended)

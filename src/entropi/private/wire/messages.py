@@ -127,7 +127,9 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     conversation_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     draft_tokens: DraftCount = 0  # that a pass may have; 0 where no drafts are taken
     batch_prompts: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)] = 1  # that may share a pass
-    batch_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # that these and their answers may have together
+    batch_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = (
+        0  # that these and their answers may have together
+    )
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""
