@@ -126,7 +126,7 @@ def run(
         _refuse_beside_batch(others)
         options = dict(sampling=sampling, retries=retries, privacy=privacy, memory_gb=memory_gb)
         options |= dict(chat=chat or system_prompt is not None, system=system_prompt)
-        _ask_batch(server, tls, _prompts(batch), max_new_tokens, record, options, json=json)
+        _ask_batch(server, tls, read_prompts(batch), max_new_tokens, record, options, json=json)
         return
 
     check, chat = None, chat or system_prompt is not None
@@ -218,7 +218,7 @@ def _ask_batch(
         display.status(answers.summary(time.monotonic() - started, display.moved))
 
 
-def _prompts(file: Path) -> list[str]:
+def read_prompts(file: Path) -> list[str]:
     """The prompts in a file, or on standard input for "-".
 
     Raises:
