@@ -115,21 +115,14 @@ def run(
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     check_parents(logits)
     check_run_folder(record)
+    check, chat = None, chat or system_prompt is not None
+    how: dict[str, Any] = dict(retries=retries, memory_gb=memory_gb, chat=chat, system=system_prompt)
     if batch is not None:
-        others = {
-            "PROMPT": prompt is not None,
-            "--canary": canary,
-            "--draft": draft != "off",
-            "--material": material is not None,
-            "--logits": logits is not None,
-        }
-        _refuse_beside_batch(others)
-        options = dict(sampling=sampling, retries=retries, privacy=privacy, memory_gb=memory_gb)
-        options |= dict(chat=chat or system_prompt is not None, system=system_prompt)
-        _ask_batch(server, tls, read_prompts(batch), max_new_tokens, record, options, json=json)
+        _refuse_beside_batch(prompt, canary, draft, material, logits)
+        how |= dict(sampling=sampling, privacy=privacy)
+        _ask_batch(server, tls, read_prompts(batch), max_new_tokens, record, how, json=json)
         return
 
-    check, chat = None, chat or system_prompt is not None
     if canary and (chat or draft != "off"):
         raise UserError(f"the canary's prompt is no chat: give either --canary or {'--chat' if chat else '--draft'}")
     if canary:
@@ -148,21 +141,8 @@ def run(
     kept = contextlib.nullcontext() if unprepared else existing(material)
     with kept as store, display, terminated_like_interrupted():  # nothing stays in the temporary folder
         watcher = Watcher(display.begin, display.stage, display.text, display.status)
-        answer = ask(
-            server,
-            text,
-            max_new_tokens,
-            watcher,
-            tls=tls,
-            sampling=sampling,
-            retries=retries,
-            privacy=privacy,
-            memory_gb=memory_gb,
-            chat=chat,
-            system=system_prompt,
-            store=store,
-            draft=drafts,
-        )
+        how |= dict(sampling=sampling, privacy=privacy, store=store, draft=drafts)
+        answer = ask(server, text, max_new_tokens, watcher, tls=tls, **how)
         display.finish(answer.record.new_text)
 
     if check is not None:
@@ -179,8 +159,17 @@ def run(
         display.status(f"the canary holds: {len(check.published.tokens)} tokens as published")
 
 
-def _refuse_beside_batch(others: dict[str, bool]) -> None:
+def _refuse_beside_batch(
+    prompt: str | None, canary: bool, draft: str, material: Path | None, logits: Path | None
+) -> None:
     """Refuse what is for one prompt a session."""
+    others = {
+        "PROMPT": prompt is not None,
+        "--canary": canary,
+        "--draft": draft != "off",
+        "--material": material is not None,
+        "--logits": logits is not None,
+    }
     for name, given in others.items():
         if given:
             raise UserError(f"{name} is for one prompt a session: leave it out, or --batch")

@@ -24,6 +24,7 @@ from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
+from entropi.private.wire.messages import MAX_BATCH
 from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_in_private
 
 USUAL_LENGTH = 128  # tokens of the prompt, unless told otherwise
@@ -108,14 +109,7 @@ def run(
     _refuse_ignored_preparation(
         prepared, new_tokens, protocol, {"--budget": budget, "--runs": runs, "--picture": picture}
     )
-    if draft_tokens:
-        _refuse_beside("--draft-tokens", "drafts", {"--budget": budget, "--runs": runs, "--compare": compare})
-    if batch:
-        _refuse_beside("--batch", "batches", {"--budget": budget, "--runs": runs, "--compare": compare})
-        from entropi.private.wire.messages import MAX_BATCH
-
-        if not 2 <= batch <= MAX_BATCH:
-            raise UserError(f"--batch is {batch} but must be between 2 and {MAX_BATCH}")
+    _refuse_ignored_passes(draft_tokens, batch, {"--budget": budget, "--runs": runs, "--compare": compare})
     with extra("private"):
         from entropi.costs import calibration as prices
         from entropi.costs.network import parse_network
@@ -187,6 +181,16 @@ def _refuse_ignored_preparation(
         raise UserError(f"products are prepared under cheetah alone: --prepared does not go with --protocol {protocol}")
     if prepared:
         _refuse_beside("--prepared", "prepared products", modes)
+
+
+def _refuse_ignored_passes(draft_tokens: int, batch: int, modes: Mapping[str, object]) -> None:
+    """Refuse what knows of no other passes beside those with drafts or of several prompts, and impossible batches."""
+    if draft_tokens:
+        _refuse_beside("--draft-tokens", "drafts", modes)
+    if batch:
+        _refuse_beside("--batch", "batches", modes)
+        if not 2 <= batch <= MAX_BATCH:
+            raise UserError(f"--batch is {batch} but must be between 2 and {MAX_BATCH}")
 
 
 def _refuse_beside(option: str, what: str, modes: Mapping[str, object]) -> None:

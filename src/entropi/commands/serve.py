@@ -144,6 +144,7 @@ def run(
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
+    given = locals()  # every limit is an option
     with secure_engine():
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.quota_stores import is_url
@@ -155,25 +156,7 @@ def run(
 
     _log_to_standard_error(log)
     settings = _settings(softmax, embedding, output, choices, round_logits, fraction_bits)
-    limits = Limits(
-        max_sessions,
-        max_queue,
-        queue_seconds,
-        max_new_tokens,
-        session_seconds,
-        stall_seconds,
-        conversation_tokens,
-        conversation_seconds,
-        idle_seconds,
-        memory_gb,
-        client_sessions,
-        client_tokens,
-        max_startups,
-        source_startups,
-        draft_tokens,
-        batch_prompts,
-        batch_tokens,
-    )
+    limits = Limits(**{name: given[name] for name in Limits.__dataclass_fields__})
     prefix = _prefix(prefix_file, chat or system_prompt is not None)
     calibration = read_given(calibration_text, "the calibration text")
 
