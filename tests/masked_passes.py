@@ -261,7 +261,7 @@ def told_apart(sent, in_messages):
 
 
 class Session:
-    """What both parties did in some passes: `logits`, `opened` numbers, masked numbers and `bits` that each has sent."""
+    """What both did in some passes: `logits`, `opened` numbers, and masked numbers and `bits` that each has sent."""
 
     def __init__(self, model, settings, weights, passes, materials, random, drafts=()):
         engines = IdealEngine.pair(settings.fraction_bits, random)

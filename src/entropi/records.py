@@ -303,6 +303,19 @@ def _total(name: str, *passes: PassCost) -> OperationCost:
     return sum((operation for one in passes for operation in one.operations), nothing)
 
 
+class BatchCost(msgspec.Struct, kw_only=True):
+    """What passes cost that several prompts of equal length share (ask --batch)."""
+
+    prompts: int
+    prompt: PassCost  # of all prompts
+    further: PassCost | None  # one more token of each
+
+    @property
+    def tokens_a_minute(self) -> float:
+        """Of all answers, once the prompts are read."""
+        return 60 * self.prompts / self.further.latency if self.further is not None else 0.0
+
+
 class PredictionRecord(Base, tag="prediction"):
     """What a session of private inference will cost by `entropi cost`; nothing was run."""
 
@@ -326,9 +339,15 @@ class PredictionRecord(Base, tag="prediction"):
     prepared: PreparedRecord | None = None  # the same model with prepared products, where that was asked for
     draft_tokens: int = 0
     drafted: PassCost | None = None  # one token after the prompt and so many drafts of those behind it
+    batch: BatchCost | None = None  # several such prompts at once, where asked for
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
+
+    @property
+    def tokens_a_minute(self) -> float:
+        """Of an answer, once the prompt is read."""
+        return 60 / self.further.latency if self.further is not None else 0.0
 
     @property
     def tokens_in_words(self) -> str:
@@ -411,6 +430,10 @@ class PrivateRun(Base, tag="private"):
     prepared_seconds: float = 0.0
     drafted_tokens: int = 0  # computed with before it was known whether they are the answer's
     held_tokens: int = 0  # of these
+    # Prompts that shared this one's passes, whose stages, bytes and seconds are those of all; and the new tokens of all
+    # of them when this one's answer was finished, in the same session.
+    batch_prompts: int = 1
+    batch_tokens: int = 0
 
     def __post_init__(self) -> None:
         SoftmaxForm.parse(self.softmax)
@@ -439,6 +462,16 @@ class PrivateRun(Base, tag="private"):
     def messages(self) -> int:
         """Of all stages, both directions; asynchronous messages, not rounds."""
         return sum(stage.messages for stage in self.stages)
+
+    @property
+    def all_new_tokens(self) -> int:
+        """How many all prompts that shared the passes have got."""
+        return self.batch_tokens or len(self.new_tokens)
+
+    @property
+    def tokens_a_minute(self) -> float:
+        """New ones of all prompts that shared the passes, set-up included."""
+        return 60 * self.all_new_tokens / self.seconds if self.seconds else 0.0
 
 
 class PlaintextComparison(Base, tag="comparison"):

@@ -16,6 +16,9 @@ import pytest
 
 from command_line import Done, assert_refused
 from entropi import record_files, records
+from entropi.commands.answers import AnswerDisplay, AnswerLines
+from entropi.commands.ask import read_prompts
+from entropi.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -186,3 +189,68 @@ def test_an_answer_that_nobody_sees_is_told_with_escapes(
     assert f"the answer is {text!r}; 1 tokens in 1.0 s" in done.err
     answering(["a"], "a")
     assert "the answer is" not in entropi("ask", "hello").err
+
+
+# --- Several prompts --------------------------------------------------------------------------------------------------
+
+
+def answer_to(prompt: str, text: str) -> records.PrivateRun:
+    return records.PrivateRun(
+        protocol="cheetah",
+        trust="semi-honest",
+        server="127.0.0.1:9000",
+        prompt=prompt,
+        prompt_tokens=[1],
+        new_tokens=[2, 3],
+        new_text=text,
+        stages=[],
+        setup_seconds=0.0,
+        setup_bytes=0,
+        reveal_bytes=0,
+        seconds=3.0,
+        ring_bits=64,
+        fraction_bits=18,
+        softmax="power-4",
+        batch_prompts=3,
+        batch_tokens=6,
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_answers_are_written_in_order_and_after_a_failure_all_that_are_there(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+):
+    texts = {1: "two\\n\nlines\x1b[2J", 0: "", 3: "four"}
+    display = AnswerDisplay(quiet=False, lines=True)
+    written = []
+
+    answers = AnswerLines(display.text, json=as_json)
+
+    def answer_some() -> None:
+        with display, answers:
+            for place, text in texts.items():
+                answers.add(place, answer_to(f"prompt {place}", text))
+                written.append(capsys.readouterr().out)
+            raise UserError("the server is gone")
+
+    with pytest.raises(UserError):
+        answer_some()
+    written.append(capsys.readouterr().out)
+    lines = [piece.splitlines() for piece in written]
+    if as_json:
+        found = [[json.loads(line)["prompt"] for line in piece] for piece in lines]
+        assert found == [[], ["prompt 0", "prompt 1"], [], ["prompt 3"]]
+        assert json.loads(lines[1][1])["new_text"] == texts[1]
+    else:
+        assert lines == [[], ["", "two\\\\n\\nlines\ufffd[2J"], [], ["", "four"]]
+    assert "3 answers of 6 tokens in 2.0 s, 180.0 tokens a minute, 4.0 MB" in answers.summary(2.0, 4_000_000)
+
+
+def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines, objects = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    lines.write_text('one \n\n{"prompt": "two"}\n')
+    objects.write_text('{"prompt": "one\\ntwo", "id": 3}\n\n{"prompt": ""}\n')
+    assert read_prompts(lines) == ["one ", '{"prompt": "two"}']
+    assert read_prompts(objects) == ["one\ntwo", ""]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb"))
+    assert read_prompts(Path("-")) == ["a", "b"]

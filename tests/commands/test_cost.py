@@ -400,6 +400,24 @@ def test_both_phases_of_a_prepared_session_are_shown_together(capsys: pytest.Cap
     )
 
 
+def test_several_prompts_make_more_tokens_a_minute(capsys: pytest.CaptureFixture[str]):
+    """The sentence's figures are those of JSON; who does not ask is told where it is worth while."""
+    sizes = ["--layers=1", "--heads=2", "--hidden-size=32", "--vocab-size=100", "--seq-len=8"]
+    assert main(["cost", *sizes, "--batch=4", "--json"]) == 0
+    prediction = json.loads(capsys.readouterr().out)["prediction"]
+    batch, alone = prediction["batch"], prediction["further"]["total"]
+    assert batch["prompts"] == 4
+    assert batch["tokens_a_minute"] == pytest.approx(60 * 4 / batch["further"]["total"]["latency"])
+    assert alone["rounds"] < batch["further"]["total"]["rounds"] < 2 * alone["rounds"]
+    times = batch["tokens_a_minute"] * alone["latency"] / 60
+    assert times > 2
+    assert main(["cost", *sizes, "--batch=4"]) == 0
+    said = f"4 prompts a pass (ask --batch) make {batch['tokens_a_minute']:,.1f} tokens a minute, {times:.1f} times as"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert main(["cost", *sizes]) == 0
+    assert "8 prompts a pass (ask --batch) make" in capsys.readouterr().out
+
+
 def test_drafts_pay_from_some_number_on(capsys: pytest.CaptureFixture[str]):
     """The sentence says what the passes do, with and without preparation."""
     sizes = "--layers=1 --heads=2 --hidden-size=32 --vocab-size=100 --seq-len=8 --new-tokens=2 --draft-tokens=4"
@@ -419,6 +437,8 @@ def test_drafts_pay_from_some_number_on(capsys: pytest.CaptureFixture[str]):
     ("words", "reason"),
     [
         ("--draft-tokens 4 --budget 2GB", "--budget knows of no drafts"),
+        ("--batch 4 --budget 2GB", "--budget knows of no batches"),
+        ("--batch 65", "--batch is 65 but must be between 2 and 64"),
         ("--draft-tokens -1", "--draft-tokens is -1 but must be between 0 and the 895"),
         ("--draft-tokens 900", "--draft-tokens is 900 but must be between 0 and the 895"),
         ("--new-tokens 3", "--new-tokens would be ignored: add --prepared"),

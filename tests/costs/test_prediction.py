@@ -18,6 +18,7 @@ from entropi.costs.tracing import ProtocolCall, Value, trace_calls
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Simulation
+from entropi.private.compute.layout import Layout
 from entropi.private.compute.program import forward, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.records import PassCost
@@ -112,6 +113,38 @@ def test_prediction_equals_the_meter(protocol, name, tokens, chosen):
         operations = sums(guess.operations, "bytes")
         for operation, size in sums(stages, "bytes").items():
             assert operations[operation] == pytest.approx(size, rel=0.1, abs=2_000), operation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "output"), [("polynomial", "logits"), ("SM+RMS+SwiGLU", "top_k")])
+def test_prediction_of_a_batch_equals_the_meter(name, output):
+    """Three prompts of different lengths, and a token more of each; as exact as for one."""
+    prices = msgspec.structs.replace(shipped("cheetah"), workers=workers())
+    options = Options(embedding="public", output=output, exact_softmax_as="power-4")
+    model, random = describe(name), np.random.default_rng(0)
+    predictor = Predictor(model, CostModel(prices, NETWORKS["lan"], options))
+    predictor.set_up()
+    engine = Simulation("cheetah", Settings())
+    for weight, shape in model.weight_shapes().items():
+        engine.hold(weight, 0.05 * random.standard_normal(shape), SERVER)
+    stage, shapes = warm_up()
+    for warm, (shape, owner) in shapes.items():
+        engine.hold(warm, np.zeros(shape), SERVER if owner == "server" else CLIENT)
+    engine.run(stage)
+
+    layout = Layout.first([20, 7, 12], 0)
+    for _ in range(2):
+        engine.hold("embedded", 0.5 * random.standard_normal((layout.tokens, model.hidden_size)), CLIENT)
+        how = dict(embedding="public", output=output, choices=options.choices, layout=layout)
+        stages = [engine.run(one) for one in forward(model, layout.tokens, layout.before, "power-4", **how)]
+        predicted = predictor.run_batch(layout)
+        guess = PassCost(operations=[one for one in predicted.operations if one.name != "reveal"])
+        assert guess.bytes == pytest.approx(sum(one.bytes for one in stages), rel=0.03, abs=2_000)
+        assert guess.messages == pytest.approx(sum(one.messages for one in stages), rel=0.05, abs=4)
+        operations = sums(guess.operations, "bytes")
+        for operation, size in sums(stages, "bytes").items():
+            assert operations[operation] == pytest.approx(size, rel=0.1, abs=2_000), operation
+        layout = layout.following()
 
 
 def test_shapes_of_the_check_were_not_calibrated_on():

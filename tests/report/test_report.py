@@ -792,6 +792,16 @@ def test_private_run_alone(tmp_path: Path) -> None:
     assert len(page.all("img")) == 1
 
 
+def test_a_run_of_several_prompts_says_whose_its_figures_are(tmp_path: Path) -> None:
+    run = private()
+    run.batch_prompts, run.batch_tokens = 3, 12
+    page = report([folder(tmp_path / "asked", [run])], tmp_path / "report.html")
+    assert "4 tokens and those of 2 more prompts in the same passes" in page.text
+    assert "3 prompts shared these passes: 12 new tokens, 8.7 a minute" in page.text
+    alone = report([folder(tmp_path / "alone", [private()])], tmp_path / "alone.html")
+    assert "more prompts" not in alone.text
+
+
 def test_text_cannot_inject_markup(tmp_path: Path) -> None:
     broken = f"\"'>{SCRIPT}<img src=http://example.org/x onerror=alert(1)>{{{{ 7*191 }}}}"
     stage = StageCommunication(

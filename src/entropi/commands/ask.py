@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from dataclasses import replace
+from json import loads as parse_json
 from pathlib import Path
 from typing import Any
 
 from entropi import record_files
-from entropi.commands.answers import AnswerDisplay, check_run_folder, summary
+from entropi.commands.answers import AnswerDisplay, AnswerLines, check_run_folder, summary
 from entropi.commands.common import (
     Command,
     Words,
@@ -17,6 +19,7 @@ from entropi.commands.common import (
     drafter,
     print_json,
     read_given,
+    read_text,
     secure_engine,
     terminated_like_interrupted,
 )
@@ -25,6 +28,7 @@ from entropi.errors import UserError
 
 def run(
     prompt: str | None = None,
+    batch: Path | None = None,
     server: str = "127.0.0.1:9000",
     max_new_tokens: int = 8,
     chat: bool = False,
@@ -57,6 +61,10 @@ def run(
     Args:
         prompt: text to continue, or - for standard input (the list of processes shows command lines to other users
             of this machine); it does not leave this machine in readable form
+        batch: file with several prompts, one a line, or in a .jsonl file one JSON object with "prompt" a line; - for
+            lines on standard input. They share passes, as many as the server allows, and each answer is the one its
+            prompt has alone. Answers are written one a line, in the file's order; with --json the records. The server
+            learns how many share a pass, and how many tokens each has
         server: HOST:PORT of an `entropi serve`
         max_new_tokens: tokens to generate
         chat: put PROMPT into the model's chat template, so that it is answered; otherwise it is continued
@@ -107,8 +115,14 @@ def run(
     tls = tls_files(tls_cert, tls_key, server_ca, "--server-ca")
     check_parents(logits)
     check_run_folder(record)
-
     check, chat = None, chat or system_prompt is not None
+    how: dict[str, Any] = dict(retries=retries, memory_gb=memory_gb, chat=chat, system=system_prompt)
+    if batch is not None:
+        _refuse_beside_batch(prompt, canary, draft, material, logits)
+        how |= dict(sampling=sampling, privacy=privacy)
+        _ask_batch(server, tls, read_prompts(batch), max_new_tokens, record, how, json=json)
+        return
+
     if canary and (chat or draft != "off"):
         raise UserError(f"the canary's prompt is no chat: give either --canary or {'--chat' if chat else '--draft'}")
     if canary:
@@ -127,21 +141,8 @@ def run(
     kept = contextlib.nullcontext() if unprepared else existing(material)
     with kept as store, display, terminated_like_interrupted():  # nothing stays in the temporary folder
         watcher = Watcher(display.begin, display.stage, display.text, display.status)
-        answer = ask(
-            server,
-            text,
-            max_new_tokens,
-            watcher,
-            tls=tls,
-            sampling=sampling,
-            retries=retries,
-            privacy=privacy,
-            memory_gb=memory_gb,
-            chat=chat,
-            system=system_prompt,
-            store=store,
-            draft=drafts,
-        )
+        how |= dict(sampling=sampling, privacy=privacy, store=store, draft=drafts)
+        answer = ask(server, text, max_new_tokens, watcher, tls=tls, **how)
         display.finish(answer.record.new_text)
 
     if check is not None:
@@ -156,6 +157,86 @@ def run(
     display.status(summary(answer.record))
     if check is not None:
         display.status(f"the canary holds: {len(check.published.tokens)} tokens as published")
+
+
+def _refuse_beside_batch(
+    prompt: str | None, canary: bool, draft: str, material: Path | None, logits: Path | None
+) -> None:
+    """Refuse what is for one prompt a session."""
+    others = {
+        "PROMPT": prompt is not None,
+        "--canary": canary,
+        "--draft": draft != "off",
+        "--material": material is not None,
+        "--logits": logits is not None,
+    }
+    for name, given in others.items():
+        if given:
+            raise UserError(f"{name} is for one prompt a session: leave it out, or --batch")
+
+
+def _ask_batch(
+    server: str,
+    tls: Any,
+    prompts: list[str],
+    max_new_tokens: int,
+    record: Path | None,
+    options: dict[str, Any],
+    *,
+    json: bool,
+) -> None:
+    """Ask several prompts; answers are written as soon as those before them are, and after a failure all there are."""
+    from entropi.private.preparation.store import default_folder
+    from entropi.private.sessions.client import connect
+    from entropi.private.sessions.generation import Watcher
+
+    display, started = AnswerDisplay(quiet=False, lines=True), time.monotonic()
+    answers = AnswerLines(display.text, json=json)
+    with display, answers, terminated_like_interrupted():
+        if default_folder().is_dir():
+            display.status("what is prepared is for one prompt a session and is kept: everything is computed now")
+
+        def answered(place: int, answer: Any) -> None:
+            if record is not None:
+                record_files.append(record / record_files.RECORDS_FILE, answer.record)
+            answers.add(place, answer.record)
+
+        watcher = Watcher(display.begin, display.stage, status=display.status)
+        connect(server, tls).ask_batch(prompts, max_new_tokens, watcher=watcher, answered=answered, **options)
+    if not json:
+        display.status(answers.summary(time.monotonic() - started, display.moved))
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts in a file, or on standard input for "-".
+
+    Raises:
+        UserError: none, no UTF-8 text, or a line of JSON without a prompt.
+    """
+    if str(file) == "-":
+        try:
+            text = sys.stdin.read()
+            text.encode()
+        except UnicodeError:
+            raise UserError("standard input is not UTF-8 text") from None
+    else:
+        text = read_text(file, "the prompts")
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"there are no prompts in {file}")
+    if file.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_prompt_in(line, f"line {number} of {file}") for number, line in lines]
+
+
+def _prompt_in(line: str, where: str) -> str:
+    try:
+        found = parse_json(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is no JSON") from None
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise UserError(f'{where} is no JSON object with a text "prompt"')
+    return str(found["prompt"])
 
 
 class _CanaryCheck:

@@ -198,4 +198,9 @@ def refuse_unknown_families(model: Path) -> None:
 
 def print_json(value: Any) -> None:
     """One line on standard output that no terminal is upset by."""
-    print(escaped_json(record_files.encode(value).decode()))
+    print(as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """One line of JSON that no terminal is upset by."""
+    return escaped_json(record_files.encode(value).decode())

@@ -24,6 +24,7 @@ from entropi.downloads import CONFIGURATION, SCHEME, name_of, on_disk
 from entropi.errors import UserError
 from entropi.model.architectures import split_training_name
 from entropi.model.shape import Shape, read_shape
+from entropi.private.wire.messages import MAX_BATCH
 from entropi.softmax import USUAL_FOR_EXACT, SoftmaxForm, parse_in_private
 
 USUAL_LENGTH = 128  # tokens of the prompt, unless told otherwise
@@ -50,6 +51,7 @@ def run(
     prepared: bool = False,
     new_tokens: int | None = None,
     draft_tokens: int = 0,
+    batch: int = 0,
     budget: str | None = None,
     runs: list[Path] | None = None,
     picture: Path | None = None,
@@ -87,6 +89,8 @@ def run(
             online, and what each side stores, beside the same session without preparation
         new_tokens: tokens of the answer in this session, by default 64, and fewer for a model that takes fewer
         draft_tokens: price also a pass with so many drafts (ask --draft), and say from how many that hold it saves time
+        batch: price also passes that so many prompts of this length share (ask --batch), and their tokens a minute
+            beside one at a time
         budget: list what answers the prompt within so much, such as 2GB or 30s, or the cheapest if nothing does
         runs: run folders with measured perplexities, to set predicted cost against perplexity
         picture: write a picture (PNG, SVG or PDF): bytes by operation, or cost against perplexity with --runs
@@ -105,8 +109,7 @@ def run(
     _refuse_ignored_preparation(
         prepared, new_tokens, protocol, {"--budget": budget, "--runs": runs, "--picture": picture}
     )
-    if draft_tokens:
-        _refuse_beside("--draft-tokens", "drafts", {"--budget": budget, "--runs": runs, "--compare": compare})
+    _refuse_ignored_passes(draft_tokens, batch, {"--budget": budget, "--runs": runs, "--compare": compare})
     with extra("private"):
         from entropi.costs import calibration as prices
         from entropi.costs.network import parse_network
@@ -155,7 +158,8 @@ def run(
         new = _new_tokens(new_tokens, prefix_tokens + length, shapes) if prepared else None
         into = recorded if record else None
         _refuse_drafts(draft_tokens, prefix_tokens + length, shapes)
-        _report(shapes, length, costs, new, draft_tokens, picture, into, comparing=bool(compare), json=json)
+        beside = dict[str, Any](new_tokens=new, drafts=draft_tokens, prompts=batch)
+        _report(shapes, length, costs, beside, picture, into, comparing=bool(compare), json=json)
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -177,6 +181,16 @@ def _refuse_ignored_preparation(
         raise UserError(f"products are prepared under cheetah alone: --prepared does not go with --protocol {protocol}")
     if prepared:
         _refuse_beside("--prepared", "prepared products", modes)
+
+
+def _refuse_ignored_passes(draft_tokens: int, batch: int, modes: Mapping[str, object]) -> None:
+    """Refuse what knows of no other passes beside those with drafts or of several prompts, and impossible batches."""
+    if draft_tokens:
+        _refuse_beside("--draft-tokens", "drafts", modes)
+    if batch:
+        _refuse_beside("--batch", "batches", modes)
+        if not 2 <= batch <= MAX_BATCH:
+            raise UserError(f"--batch is {batch} but must be between 2 and {MAX_BATCH}")
 
 
 def _refuse_beside(option: str, what: str, modes: Mapping[str, object]) -> None:
@@ -325,19 +339,18 @@ def _report(
     shapes: Sequence[tuple[str, Shape]],
     seq_len: int,
     costs: Any,
-    new_tokens: int | None,
-    drafts: int,
+    beside: Mapping[str, Any],
     picture: Path | None,
     recorded: Path | None,
     *,
     comparing: bool,
     json: bool,
 ) -> None:
-    """One configuration, or several side by side; with `new_tokens` also a session of so many, prepared."""
+    """One configuration, or several side by side; what is priced `beside` it, see `make_report`."""
     from entropi.costs import tables
     from entropi.costs.report import make_report
 
-    found = [make_report(costs, shape, seq_len, name, new_tokens=new_tokens, drafts=drafts) for name, shape in shapes]
+    found = [make_report(costs, shape, seq_len, name, **beside) for name, shape in shapes]
     if recorded is not None:
         record_files.append(recorded, found[0].prediction)
     if picture is not None:

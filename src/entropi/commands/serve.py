@@ -57,6 +57,8 @@ def run(
     max_startups: int = 64,
     source_startups: int = 48,
     draft_tokens: int = 8,
+    batch_prompts: int = 8,
+    batch_tokens: int = 2048,
     revoked: Path | None = None,
     audit_log: Path | None = None,
     quota_store: str | None = None,
@@ -107,6 +109,9 @@ def run(
         source_startups: of these, of one address or one client certificate
         draft_tokens: most tokens that a client may draft for one pass, up to 16; it learns the logits after each; 0
             takes no drafts, and nor does an output of likeliest tokens only
+        batch_prompts: most prompts that may share the passes of a session (ask --batch), up to 64; 1 takes them one by
+            one only
+        batch_tokens: most tokens of these prompts and their answers together
         revoked: file of revoked certificates: a revocation list (see `entropi certificates`), fingerprints, or both;
             read again, like the TLS files, when it changes and on SIGHUP
         audit_log: file to add one JSON object to for every refusal and session; by default they go to the log
@@ -139,6 +144,7 @@ def run(
         recheck: look at all tokens and run the whole self-test although an earlier start on this machine has done so
             with the same model, settings and versions
     """
+    given = locals()  # every limit is an option
     with secure_engine():
         from entropi.private.admission.limits import Limits
         from entropi.private.admission.quota_stores import is_url
@@ -150,23 +156,7 @@ def run(
 
     _log_to_standard_error(log)
     settings = _settings(softmax, embedding, output, choices, round_logits, fraction_bits)
-    limits = Limits(
-        max_sessions,
-        max_queue,
-        queue_seconds,
-        max_new_tokens,
-        session_seconds,
-        stall_seconds,
-        conversation_tokens,
-        conversation_seconds,
-        idle_seconds,
-        memory_gb,
-        client_sessions,
-        client_tokens,
-        max_startups,
-        source_startups,
-        draft_tokens,
-    )
+    limits = Limits(**{name: given[name] for name in Limits.__dataclass_fields__})
     prefix = _prefix(prefix_file, chat or system_prompt is not None)
     calibration = read_given(calibration_text, "the calibration text")
 

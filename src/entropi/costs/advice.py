@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from entropi.costs.prediction import CostModel, Options
+from entropi.costs.prediction import CostModel, Options, described
 from entropi.model.shape import Shape
-from entropi.records import PredictionRecord
+from entropi.records import BatchCost, PredictionRecord
 from entropi.softmax import SoftmaxForm
 
 # GB and minutes of GPT-2 small's shape by (layers, T, architecture): 2501.03489, Tables 2, 3, 5 and 6.
@@ -66,6 +66,20 @@ def size_options(shape: Shape) -> str | None:
     if Shape(architecture=shape.architecture, **kept) != shape:
         return None
     return " ".join(f"{option} {kept[name]}" for name, option in options.items())
+
+
+_TOGETHER, _WORTHWHILE = 8, 1.5  # prompts a pass that servers allow, and times the tokens a minute
+
+
+def together(shape: Shape, seq_len: int, costs: CostModel, now: PredictionRecord) -> BatchCost | None:
+    """As many prompts a pass as servers usually allow, where they make far more tokens a minute than one by one."""
+    if now.further is None:
+        return None
+    if now.batch is not None:
+        found = now.batch
+    else:
+        found = costs.predict_batch(described(shape), seq_len, _TOGETHER)
+    return found if found.tokens_a_minute > _WORTHWHILE * now.tokens_a_minute else None
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from entropi.errors import UserError
 from entropi.model.shape import expected_description
 from entropi.private.compute import prefix
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Description, Embedding, Output
+from entropi.private.compute.layout import Layout
 from entropi.private.compute.program import Stage, forward, warm_up
 from entropi.private.compute.settings import TRUST
-from entropi.records import OperationCost, PassCost, PredictionRecord
+from entropi.records import BatchCost, OperationCost, PassCost, PredictionRecord
 from entropi.softmax import USUAL_FOR_EXACT
 
 TRUST_MODELS = {
@@ -67,10 +68,11 @@ class CostModel:
         calibration = shipped(protocol)
         return cls(calibration, parse_network(network), Options(fraction_bits=calibration.fraction_bits))
 
-    def predict(self, config: Any, seq_len: int, *, drafts: int = 0) -> PredictionRecord:
+    def predict(self, config: Any, seq_len: int, *, drafts: int = 0, prompts: int = 0) -> PredictionRecord:
         """A session of the model: set-up, a prompt of `seq_len` tokens and one further token; also one with `drafts`.
 
-        Both follow the public prefix of the options, which costs nothing itself.
+        And passes that several `prompts` of this length share. All follow the public prefix of the options, which costs
+        nothing itself.
 
         `config` is a `Shape`, an `EntropiConfig` or, folded, a `Description`. No further token is predicted where the
         model has no position for it.
@@ -106,6 +108,18 @@ class CostModel:
             draft_tokens=drafts,
             drafted=drafted,
             own_kernel=not model.softmax_form.exact,
+            batch=self.predict_batch(model, seq_len, prompts) if prompts else None,
+        )
+
+    def predict_batch(self, model: Description, seq_len: int, prompts: int) -> BatchCost:
+        """The passes that so many prompts of `seq_len` tokens share; raises as `predict`."""
+        predictor = Predictor(model, self)
+        predictor.set_up()
+        layout = Layout.first([seq_len] * prompts, self.options.prefix_tokens)
+        first = predictor.run_batch(layout)
+        further = max(layout.following().lengths()) <= model.positions
+        return BatchCost(
+            prompts=prompts, prompt=first, further=predictor.run_batch(layout.following()) if further else None
         )
 
 
@@ -175,6 +189,11 @@ class Predictor:
         cost = self._price(self._trace_pass(tokens, every_row=every_row, last_rows=last_rows))
         return PassCost(operations=[*cost.operations, self._reveal(tokens if every_row else last_rows)])
 
+    def run_batch(self, layout: Layout) -> PassCost:
+        """A pass that several prompts share, and what it reveals; of the first one, or of another after it."""
+        cost = self._price(self._trace_pass(layout.tokens, layout=layout))
+        return PassCost(operations=[*cost.operations, self._reveal(layout.prompts)])
+
     def _reveal(self, rows: int) -> OperationCost:
         """What the server's shares of so many tokens' results take on their way to the client: nothing is computed."""
         options, network = self._costs.options, self._costs.network
@@ -227,13 +246,16 @@ class Predictor:
             kept = Value(prefix.shape(self._model, past))
             self._values |= dict.fromkeys(prefix.names(self._model), kept)
 
-    def _trace_pass(self, tokens: int, *, every_row: bool = False, last_rows: int = 1) -> list[Traced]:
+    def _trace_pass(
+        self, tokens: int, *, every_row: bool = False, last_rows: int = 1, layout: Layout | None = None
+    ) -> list[Traced]:
         model, options = self._model, self._costs.options
         if tokens < 1:
             raise UserError(f"{tokens} tokens cannot be a pass; at least 1 is needed")
-        if self._past + tokens > model.positions:
+        longest = self._past + tokens if layout is None else max(layout.lengths())
+        if longest > model.positions:
             raise UserError(
-                f"{self._past + tokens} tokens{' with the prefix' * bool(options.prefix_tokens)} are more than the "
+                f"{longest} tokens{' with the prefix' * bool(options.prefix_tokens)} are more than the "
                 f"{model.positions} positions that this model has"
             )
 
@@ -257,6 +279,7 @@ class Predictor:
             every_row=every_row,
             last_rows=last_rows,
             prepared=self._prepared,
+            layout=layout,
         )
         traced = [(stage, self._trace(stage)) for stage in stages]
         self._past += tokens

@@ -13,7 +13,7 @@ from entropi.costs.calibration import ProtocolName
 from entropi.costs.operations import count
 from entropi.costs.prediction import CostModel
 from entropi.model.shape import Shape
-from entropi.records import CountRecord, PassCost, PredictionRecord
+from entropi.records import BatchCost, CountRecord, PassCost, PredictionRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class CostReport:
     paper: tuple[float, float] | None = None  # GB and minutes that the paper prints
     changes: Sequence[advice.Change] = ()  # what would save bytes, most first
     size_options: str | None = None  # what gives another architecture the same sizes on the command line
+    together: BatchCost | None = None  # several prompts at once, where they would make far more tokens a minute
 
     def to_json(self) -> dict[str, Any]:
         """What JSON has a form for, sums over the operations included."""
@@ -34,6 +35,9 @@ class CostReport:
             {"name": self.name, "counts": self.counts, "folded": self.folded, "prediction": self.prediction}
         )
         _add_sums(found["prediction"], self.prediction, ("set_up", "prompt", "further", "drafted"))
+        if self.prediction.batch is not None:
+            _add_sums(found["prediction"]["batch"], self.prediction.batch, ("prompt", "further"))
+            found["prediction"]["batch"]["tokens_a_minute"] = self.prediction.batch.tokens_a_minute
         if self.prediction.prepared is not None:
             prepared = found["prediction"]["prepared"]
             passes = ("set_up", "offline", "online_set_up", "prompt", "further", "drafted", "all_further", "unprepared")
@@ -44,6 +48,9 @@ class CostReport:
         found["paper"] = None if self.paper is None else {"GB": self.paper[0], "minutes": self.paper[1]}
         found["changes"] = [asdict(change) for change in self.changes]
         found["size_options"] = self.size_options
+        found["together"] = None
+        if (one := self.together) is not None:
+            found["together"] = {"prompts": one.prompts, "tokens_a_minute": one.tokens_a_minute}
         return found
 
 
@@ -66,17 +73,19 @@ def make_report(
     *,
     new_tokens: int | None = None,
     drafts: int = 0,
+    prompts: int = 0,
     advise: bool = True,
 ) -> CostReport:
     """Counts, prediction, the paper's figures and advice for one configuration.
 
-    With `new_tokens` also what a session of so many costs with prepared products; with `drafts` a pass with so many.
+    With `new_tokens` also what a session of so many costs with prepared products; with `drafts` a pass with so many;
+    with `prompts` passes that so many prompts share.
 
     Raises:
         UserError: no positions for so many tokens, or a model that cannot run in private.
     """
     counts, folded = count(shape, seq_len), count(shape, seq_len, folded=True)  # they refuse impossible lengths
-    prediction = costs.predict(shape, seq_len, drafts=drafts)
+    prediction = costs.predict(shape, seq_len, drafts=drafts, prompts=prompts)
     if new_tokens is not None:
         prepared = preparation.predict(costs, shape, seq_len, new_tokens, drafts)
         prediction = msgspec.structs.replace(prediction, prepared=prepared)
@@ -88,6 +97,7 @@ def make_report(
         paper=advice.paper_figures(shape, seq_len),
         changes=advice.changes(shape, seq_len, costs, prediction) if advise else (),
         size_options=advice.size_options(shape) if advise else None,
+        together=advice.together(shape, seq_len, costs, prediction) if advise else None,
     )
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from entropi.costs import advice, budget
 from entropi.costs.budget import Candidate, Search
 from entropi.costs.report import CostReport
-from entropi.records import MATERIAL, OPERATIONS, OperationCost, PassCost, PredictionRecord, PreparedRecord
+from entropi.records import MATERIAL, OPERATIONS, BatchCost, OperationCost, PassCost, PredictionRecord, PreparedRecord
 
 _BAR = 24  # characters of the longest bar
 _FILE_WIDTH = 120  # columns
@@ -24,6 +24,8 @@ def show(report: CostReport) -> None:
     _show_counts(console, report)
     _show_operations(console, report.prediction)
     _show_passes(console, report.prediction)
+    if report.prediction.batch is not None:
+        _show_batch(console, report.prediction, report.prediction.batch)
     if report.prediction.prepared is not None:
         _show_prepared(console, report.prediction, report.prediction.prepared)
     _show_legend(console, report.prediction.prompt.by_operation())
@@ -33,6 +35,8 @@ def show(report: CostReport) -> None:
         console.print(f"\n{_dominant(report)}. What would help, all sizes as they are:")
         for change in report.changes:
             console.print(f"  {change.words} would save {_size(change.saved_bytes)} and {change.saved_latency:,.1f} s")
+        if report.together is not None and report.prediction.batch is None:
+            console.print(f"  {_together(report.prediction, report.together)} (--batch {report.together.prompts})")
         if report.size_options is not None:
             architecture = report.counts.architecture
             console.print(f"Another architecture at these sizes: --compare '{architecture}' NAME {report.size_options}")
@@ -91,6 +95,42 @@ def _show_passes(console: Console, record: PredictionRecord) -> None:
             )
     if record.drafted is not None and record.further is not None:
         console.print(_break_even(record.drafted, record.further, record.draft_tokens))
+
+
+def _show_batch(console: Console, record: PredictionRecord, batch: BatchCost) -> None:
+    """Passes that several prompts share, beside as many prompts one at a time."""
+    table = Table(
+        title=f"{batch.prompts} prompts of {record.tokens_in_words}, one at a time and together, {record.kernel_label}",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for column in ("", "MB", "rounds", "computing s", "in all s", "tokens a minute"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+
+    def row(words: str, one: PassCost, times: int, speed: float | None = None) -> None:
+        sums = [one.bytes / 1e6, one.rounds, one.seconds, one.latency]
+        cells = [f"{times * number:,.{digits}f}" for number, digits in zip(sums, (1, 0, 1, 1))]
+        table.add_row(words, *cells, "" if speed is None else f"{speed:,.1f}")
+
+    row("prompts, one at a time", record.prompt, batch.prompts)
+    row("prompts together", batch.prompt, 1)
+    if record.further is not None and batch.further is not None:
+        table.add_section()
+        row("a token of each, one at a time", record.further, batch.prompts, record.tokens_a_minute)
+        row("a token of each together", batch.further, 1, batch.tokens_a_minute)
+    console.print()
+    console.print(table)
+    if batch.tokens_a_minute:
+        console.print(_together(record, batch))
+
+
+def _together(record: PredictionRecord, batch: BatchCost) -> str:
+    """How many tokens a minute several prompts make at once, and one at a time."""
+    times = batch.tokens_a_minute / record.tokens_a_minute
+    return (
+        f"{batch.prompts} prompts a pass (ask --batch) make {batch.tokens_a_minute:,.1f} tokens a minute, "
+        f"{times:.1f} times as many as one at a time"
+    )
 
 
 def _draft_tokens(number: int) -> str:

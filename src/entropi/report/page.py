@@ -274,7 +274,13 @@ def _prediction(run: Run, dpi: float) -> Panel | None:
     )
     if record.further is not None:
         note += f" Each further token {size(round(record.further.bytes))} and {duration(record.further.latency)}."
-    if run.private is not None and len(run.private.prompt_tokens) == record.seq_len:
+    if (batch := record.batch) is not None and batch.tokens_a_minute:
+        note += (
+            f" {batch.prompts} prompts that share their passes make {batch.tokens_a_minute:.3g} tokens a minute, "
+            f"one at a time {record.tokens_a_minute:.3g}."
+        )
+    alone = run.private is not None and run.private.batch_prompts == 1
+    if run.private is not None and alone and len(run.private.prompt_tokens) == record.seq_len:
         metered = sum(stage.bytes for stage in run.private.stages if stage.token == 0)
         note += f" The run below metered {size(metered)} for its prompt of as many tokens."
     return _panel(title, figures.predicted_bytes({run.name: record}), alt, note, dpi)
@@ -290,7 +296,7 @@ def _pareto(runs: Sequence[Run], dpi: float) -> Panel | None:
     if len(asked) >= 2:
         label = "private inference, both directions (MB a generated token)"
         kernels = {run.name: run.private.kernel_label for run in asked if run.private is not None}
-        cost = {run.name: run.private_bytes / 1e6 / len(run.private.new_tokens) for run in asked if run.private}
+        cost = {run.name: run.private_bytes / 1e6 / run.private.all_new_tokens for run in asked if run.private}
         chosen = asked
     elif len(predicted) >= 2:
         label = "private inference of a prompt, predicted (MB)"

@@ -11,7 +11,7 @@ from entropi.private.compute.compiling import Compiler, compile_ahead
 from entropi.private.compute.program import Stage, stages_of_pass
 from entropi.private.compute.settings import Settings
 from entropi.private.preparation.online import PreparedPasses
-from private_reference import describe
+from private_reference import VARIANTS, describe
 
 SETTINGS = Settings(embedding="public")
 
@@ -24,31 +24,34 @@ def compiler_for(model, tokens):
     return compiler
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_a_further_token_waits_for_no_compiler(prepared, monkeypatch):
+def test_a_further_token_waits_for_no_compiler(monkeypatch):
     monkeypatch.setattr(compiling, "_codes", {})
     model = describe(layers=2)
-    passes = PreparedPasses(None, None, SETTINGS.fraction_bits, {}) if prepared else None
-
-    def listed(new, past, compiler):
-        stages = stages_of_pass(model, SETTINGS, new, past, prepared=prepared)
-        return stages if passes is None else passes.parts(stages, compiler)
-
     compiler = compiler_for(model, 3)
-    for stage in listed(3, 0, compiler):
+    for stage in stages_of_pass(model, SETTINGS, 3, 0):
         compiler.compile(stage)
     ahead = compiler_for(model, 1)
     for name in prefix.names(model):
         ahead.note(name, compiler.shape(name))
     before = len(compiling._codes)
-    compile_ahead(listed(1, 3, ahead), ahead).join()
+    compile_ahead(stages_of_pass(model, SETTINGS, 1, 3), ahead).join()
     after = len(compiling._codes)
     assert after > before
 
     compiler.note("embedded", (1, model.hidden_size))
-    for stage in listed(1, 3, compiler):
+    for stage in stages_of_pass(model, SETTINGS, 1, 3):
         compiler.compile(stage)
     assert len(compiling._codes) == after
+    assert compiler.shape("logits") == (1, model.vocab_size)
+
+
+@pytest.mark.parametrize("output", ["logits", "argmax"])
+def test_a_prepared_pass_leaves_nothing_to_the_engine_but_choices(output):
+    model, settings = describe(**VARIANTS["llama"]), Settings(embedding="public", output=output)
+    compiler = compiler_for(model, 3)
+    passes = PreparedPasses(None, None, settings.fraction_bits, {})
+    left = list(passes.parts(stages_of_pass(model, settings, 3, 0, prepared=True), compiler))
+    assert [stage.name for stage in left] == ["choose"] * settings.chooses
     assert compiler.shape("logits") == (1, model.vocab_size)
 
 

@@ -74,7 +74,7 @@ def test_long_prompts_are_scored_in_blocks(monkeypatch):
     weights = random_weights(model, dtype=np.float64)
     prompt = np.random.default_rng(0).integers(0, 53, 21).tolist()
     for rows in (4, 7, 20):
-        monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
+        monkeypatch.setattr(attention, "BLOCK_ROWS", rows)
         jax.clear_caches()
         generated, logits = run_plain(model, weights, prompt, 2, "power-5", exact=True)
         for step, got in enumerate(logits):

@@ -94,9 +94,11 @@ def samples(description):
     settings = Settings(output="top_k")
     job = Job(0, "0" * 32, ("unix:/a", "unix:/b"), description, settings, 3, 2, [1, 2])
     from_client = [Hello(PROTOCOL_VERSION, "spu 1 jax 2"), Start(4, 2, "0" * 64, True, drafts=2), Next(7, 2, 1)]
+    from_client += [Start(4, 2, "0" * 64, others=[3, 5]), Next(ended=[0, 2])]
     from_client += [Tickets(["3" * 32, "4" * 32], True), Prepare(4, 2, "0" * 64, "5" * 32, 86_400.0, 3)]
     chat = ChatForm((1, "user: "), (0, "assistant: "), (0, "user: "), ((1,), ("user: ",)), True)
     welcome = Welcome(description, "{}", settings, "1" * 64, chat=chat, conversation_tokens=64, draft_tokens=8)
+    welcome.batch_prompts, welcome.batch_tokens = 8, 512
     from_server = [welcome, Queued(3), Accepted("2" * 32, parts=1, expires_in=60.0), Refused("no")]
     from_server += [Held(["ready", "other", "gone", "unknown"]), Held(None)]
     events = [Linked(), StageDone(communication), Revealed(8, [0.5, -1.0], [3, 4]), Failed("why")]
@@ -107,6 +109,7 @@ def samples(description):
         + [
             (job, lambda data: messages.decode(data, Job)),
             (Proceed(3, [5, 6, 7], 2, 1), lambda data: messages.decode(data, Proceed)),
+            (Proceed(1, [5, 6], ended=[1]), lambda data: messages.decode(data, Proceed)),
         ]
     )
 
@@ -162,6 +165,7 @@ def damaged_messages(seed, count):
     """What a client may say that is damaged, and whether it has said a proper Hello before."""
     fixed = random.Random(seed)
     seeds = [hello().encode(), encode(Start(4, 2, "0" * 64)), encode(Next()), encode(Accepted("0" * 32))]
+    seeds += [encode(Start(4, 2, "0" * 64, others=[3, 5])), encode(Next(ended=[0, 2]))]
     for number in range(count):
         data = SPECIAL[number % len(SPECIAL)] if number % 20 == 0 else mutated(fixed, fixed.choice(seeds))
         yield data, fixed.random() < 0.5

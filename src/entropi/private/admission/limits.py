@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from entropi.errors import UserError
 from entropi.private.compute.settings import MOST_MEMORY_GB
-from entropi.private.wire.messages import MAX_DRAFT, MAX_TOKENS
+from entropi.private.wire.messages import MAX_BATCH, MAX_DRAFT, MAX_TOKENS
 
 _MAY_BE_0 = ("max_queue", "memory_gb", "conversation_tokens", "draft_tokens")
 
@@ -32,6 +32,8 @@ class Limits:
         max_startups: connections that have no session yet.
         source_startups: of these, of one address or client certificate.
         draft_tokens: that a pass may compute beside its own one, and drop; 0 for no drafts.
+        batch_prompts: that may share the passes of a session; 1 for no batches.
+        batch_tokens: of these prompts and their answers together.
 
     Raises:
         UserError: a limit that would let nobody in.
@@ -52,6 +54,8 @@ class Limits:
     max_startups: int = 64
     source_startups: int = 48
     draft_tokens: int = 8
+    batch_prompts: int = 8
+    batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -62,7 +66,8 @@ class Limits:
             raise UserError(f"memory_gb is {self.memory_gb} but must not be more than {MOST_MEMORY_GB:,}")
         if self.draft_tokens > MAX_DRAFT:
             raise UserError(f"draft_tokens is {self.draft_tokens} but must not be more than {MAX_DRAFT}")
-        if self.conversation_tokens > MAX_TOKENS:
-            raise UserError(
-                f"conversation_tokens is {self.conversation_tokens} but must not be more than {MAX_TOKENS:,}"
-            )
+        if self.batch_prompts > MAX_BATCH:
+            raise UserError(f"batch_prompts is {self.batch_prompts} but must not be more than {MAX_BATCH}")
+        for name in ("conversation_tokens", "batch_tokens"):
+            if (tokens := getattr(self, name)) > MAX_TOKENS:
+                raise UserError(f"{name} is {tokens} but must not be more than {MAX_TOKENS:,}")

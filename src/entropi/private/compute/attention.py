@@ -1,7 +1,8 @@
 """Attention, as pure JAX over packed pairs of a query and a key it sees; public shapes.
 
 Notation as in `program`: m new tokens after p cached ones, s = p + m; r rows of queries; H heads of width k, G of them
-with keys and values of their own; n pairs of a query and a key it sees.
+with keys and values of their own; n pairs of a query and a key it sees. Where several prompts share a pass, rows,
+keys and pairs stand by prompt between `place` and the output projection: see `layout`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from entropi.private.compute.functions import (
     times_matrix,
 )
 from entropi.private.compute.layers import plain_and_gained
+from entropi.private.compute.layout import Layout
 from entropi.softmax import share_scale
 
-_BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
+BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
 
 def project(
@@ -69,14 +71,23 @@ def normalise_heads(
 
 
 def place(
-    query: Array, key: Array, value: Array, *cached: Array, frequencies: Sequence[float], past: int
+    query: Array, key: Array, value: Array, *cached: Array, frequencies: Sequence[float], layout: Layout
 ) -> tuple[Array, ...]:
-    """q, and all keys and values `(G, s, k)`, the cached ones included; queries and keys rotate by their positions."""
+    """q, and all keys and values `(G, s, k)`, the cached ones included; queries and keys rotate by their positions.
+
+    From here on they stand by prompt.
+    """
     if len(frequencies):
-        turn = partial(rotate, frequencies=frequencies)
-        query, key = turn(query, first=past + key.shape[1] - query.shape[1]), turn(key, first=past)
+        positions = layout.positions()
+        query = rotate(query, positions=positions[-query.shape[1] :], frequencies=frequencies)
+        key = rotate(key, positions=positions, frequencies=frequencies)
     if cached:
         key, value = jnp.concatenate([cached[0], key], axis=1), jnp.concatenate([cached[1], value], axis=1)
+    if layout.prompts > 1:
+        places = layout.joined()
+        key, value = key[:, places], value[:, places]
+        if query.shape[1] == layout.tokens:
+            query = query[:, layout.by_prompt()]
     return query, key, value
 
 
@@ -87,23 +98,23 @@ def project_and_place(
     *cached: Array,
     model: Description,
     rows: int,
-    past: int,
+    layout: Layout,
     frequencies: Sequence[float],
     wide: bool = False,
 ) -> tuple[Array, ...]:
     """Both at once, where nothing is between them."""
     placed = project(state, matrix, bias, model=model, rows=rows, wide=wide)
-    return place(*placed, *cached, frequencies=frequencies, past=past)
+    return place(*placed, *cached, frequencies=frequencies, layout=layout)
 
 
-def rotate(x: Array, *, first: int, frequencies: Sequence[float]) -> Array:
-    """Rotary position embedding of `(H, r, k)` at positions from `first` on: angles are public, so this is local.
+def rotate(x: Array, *, positions: np.ndarray, frequencies: Sequence[float]) -> Array:
+    """Rotary position embedding of `(H, r, k)` at `positions` `(r,)`: angles are public, so this is local.
 
     Twice as many columns as there are frequencies rotate, column j with the one half of them further (GPT-NeoX's and
     Llama's order).
     """
     dimensions = 2 * len(frequencies)
-    angles = np.arange(first, first + x.shape[1])[:, None] * np.tile(frequencies, 2)
+    angles = positions[:, None] * np.tile(frequencies, 2)
     turned, kept = x[..., :dimensions], x[..., dimensions:]
     half = dimensions // 2
     other = jnp.concatenate([-turned[..., half:], turned[..., :half]], axis=-1)
@@ -111,14 +122,22 @@ def rotate(x: Array, *, first: int, frequencies: Sequence[float]) -> Array:
     return jnp.concatenate([turned * cosine + other * sine, kept], axis=-1)
 
 
-def temper(query: Array, inverse_temperature: Array, *, rows: slice) -> Array:
+def temper(query: Array, inverse_temperature: Array, *, rows: int, layout: Layout) -> Array:
     """Rows of q `(H, r, k)` divided by the temperature of their head and position (Eq. 9)."""
-    return scale_rows(query, inverse_temperature[:, rows], private=True)
+    return scale_rows(query, at_positions(inverse_temperature, layout.seen(rows) - 1), private=True)
 
 
-def scale_by_length(query: Array, *, first: int, positions: int) -> Array:
+def at_positions(table: Array, positions: np.ndarray) -> Array:
+    """Columns of a table `(H, P)` by position; a slice where they follow each other."""
+    first, last = int(positions[0]), int(positions[-1])
+    if np.array_equal(positions, np.arange(first, last + 1)):
+        return table[:, first : last + 1]
+    return table[:, positions]
+
+
+def scale_by_length(query: Array, *, layout: Layout, positions: int) -> Array:
     """Rows of q `(H, r, k)` times log(n) / log(positions), n the keys that they see: public, so this is local."""
-    factors = np.log(np.arange(first + 1, first + 1 + query.shape[1])) / np.log(positions)
+    factors = np.log(layout.seen(query.shape[1])) / np.log(positions)
     return query * factors[:, None].astype(query.dtype)
 
 
@@ -140,8 +159,8 @@ def scores(query: Array, key: Array) -> Array:
     groups, keys, _ = key.shape
     shared = heads // groups  # queries that share their keys are rows of one product
     parts = []
-    for start in range(0, rows, _BLOCK_ROWS):
-        block = query[:, start : start + _BLOCK_ROWS]
+    for start in range(0, rows, BLOCK_ROWS):
+        block = query[:, start : start + BLOCK_ROWS]
         size = block.shape[1]
         seen = keys - rows + start + size
         grouped, seen_keys = block.reshape(groups, shared * size, width), key[:, :seen]
@@ -162,23 +181,29 @@ def block_rows(blocks: Array) -> Array:
     return jnp.where(where, blocks[:, :, None, :], jnp.zeros((), blocks.dtype)).reshape(groups * high, groups * wide)
 
 
-def shift_by_row_max(logits: Array, *, rows: int, keys: int, prepared: bool = False) -> Array:
+def shift_by_row_max(logits: Array, *, rows: int, layout: Layout, prepared: bool = False) -> Array:
     """`(H, n)`: visible logits, each less its row's largest."""
-    row, _ = visible(rows, keys)
-    return logits - segment_max(logits, np.bincount(row), prepared=prepared)[:, row]
+    seen = layout.seen(rows)
+    return logits - segment_max(logits, seen, prepared=prepared)[:, np.repeat(np.arange(rows), seen)]
 
 
-def powers(logits: Array, offset: Array, *, rows: int, keys: int, iterations: int, divided: bool = True) -> Array:
+def powers(logits: Array, offset: Array, *, rows: int, layout: Layout, iterations: int, divided: bool = True) -> Array:
     """`(H, n)` weights by a polynomial softmax, of visible logits and offsets `(H, P)` that the server adds.
 
     A first row sees itself alone: `divided` by its sum, its weight is 1 whatever its logit, which may be too small to
     divide by; so it is a constant.
     """
-    row, _ = visible(rows, keys)
-    weights = power(logits + offset[:, keys - rows : keys][:, row], iterations)
-    if divided and rows == keys:
-        weights = jnp.concatenate([jnp.full_like(weights[:, :1], MIDDLE_WEIGHT), weights[:, 1:]], axis=1)
-    return weights
+    seen = layout.seen(rows)
+    weights = power(logits + at_positions(offset, seen - 1)[:, np.repeat(np.arange(rows), seen)], iterations)
+    alone = (np.cumsum(seen) - seen)[seen == 1]
+    if not divided or not len(alone):
+        return weights
+    middle = jnp.full_like(weights[:, :1], MIDDLE_WEIGHT)
+    if layout.prompts == 1:
+        return jnp.concatenate([middle, weights[:, 1:]], axis=1)
+    places = np.arange(weights.shape[1])
+    places[alone] = len(places)
+    return jnp.concatenate([weights, middle], axis=1)[:, places]
 
 
 def weighted_values(weights: Array, value: Array, *, rows: int) -> tuple[Array, Array]:
@@ -217,32 +242,29 @@ def mix(weights: Array, value: Array, *, rows: int) -> Array:
     return (matrix @ value).reshape(heads, rows, width)
 
 
-def average(heads: Array, *, keys: int, positions: int) -> Array:
+def average(heads: Array, *, layout: Layout, positions: int) -> Array:
     """Sums over keys `(H, r, k)` times `share_scale` over the number of keys: public, so this is local; 3 bytes."""
-    rows = heads.shape[1]
-    share = share_scale(positions) / np.arange(keys - rows + 1, keys + 1)
+    share = share_scale(positions) / layout.seen(heads.shape[1])
     return heads * share.astype(heads.dtype)[:, None]
 
 
-def normalise(heads: Array, totals: Array, *, keys: int, prepared: bool = False) -> Array:
+def normalise(heads: Array, totals: Array, *, layout: Layout, prepared: bool = False) -> Array:
     """Divide after the value product: r d multiplications instead of H r s.
 
     A row of v weights sums to between 1 and v; divided by the root of v first, sum and reciprocal have the same number
     of digits to stand on.
     """
-    rows = heads.shape[1]
-    seen = np.arange(keys - rows + 1, keys + 1)
+    seen = layout.seen(heads.shape[1])
     heads, totals = _both(heads, totals, seen**-0.5, prepared)
     return scale_rows(heads, reciprocal(totals, seen, prepared=prepared))
 
 
-def normalise_means(heads: Array, totals: Array, *, keys: int, prepared: bool = False) -> Array:
+def normalise_means(heads: Array, totals: Array, *, layout: Layout, prepared: bool = False) -> Array:
     """The same where a row's mean weight, not its largest, is known to be about `MIDDLE_WEIGHT`.
 
     Error 2^-18 (1 / x + x) and what the reciprocal has, x the mean weight by the middle one, of values of about 1.
     """
-    rows = heads.shape[1]
-    share = 1.0 / (MIDDLE_WEIGHT * np.arange(keys - rows + 1, keys + 1))
+    share = 1.0 / (MIDDLE_WEIGHT * layout.seen(heads.shape[1]))
     heads, totals = _both(heads, totals, share, prepared)
     return scale_rows(heads, reciprocal_of_wide(totals, MEAN_WEIGHT_BITS, prepared=prepared))
 
@@ -264,16 +286,19 @@ def divide(heads: Array, totals: Array) -> Array:
     return heads / totals[..., None]
 
 
-def merge_heads(state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int) -> Array:
+def merge_heads(
+    state: Array, heads: Array, matrix: Array, bias: Array, *, rows: int, layout: Layout | None = None
+) -> Array:
     """Residual connection around the output projection, for the last `rows` tokens."""
-    return state[-rows:] + times_matrix(side_by_side(heads), matrix) + bias
+    return state[-rows:] + times_matrix(side_by_side(heads, layout), matrix) + bias
 
 
-def side_by_side(heads: Array) -> Array:
-    """Heads `(H, r, k)` as rows `(r, H k)`."""
-    return heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)
+def side_by_side(heads: Array, layout: Layout | None) -> Array:
+    """Heads `(H, r, k)` as rows `(r, H k)`; of a `layout` that is given, in its order of states."""
+    rows = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)
+    return rows if layout is None else rows[layout.last_rows_last()]
 
 
-def merge_before_norm(heads: Array, matrix: Array, bias: Array) -> tuple[Array, Array]:
+def merge_before_norm(heads: Array, matrix: Array, bias: Array, *, layout: Layout | None = None) -> tuple[Array, Array]:
     """The output projection where a norm follows: its rows without and with the norm's gain."""
-    return plain_and_gained(side_by_side(heads), matrix, bias)
+    return plain_and_gained(side_by_side(heads, layout), matrix, bias)

@@ -9,6 +9,7 @@ from jax import Array
 from entropi.private.compute.functions import (
     times_table,
 )
+from entropi.private.compute.layout import Layout
 
 
 def pair_shift(fraction_bits: int) -> int:
@@ -32,9 +33,9 @@ def one_hot(token_ids: list[int], vocab_size: int, paired: bool = False, fractio
     return rows
 
 
-def embed(tokens: Array, table: Array, *positions: Array, past: int = 0) -> Array:
+def embed(tokens: Array, table: Array, *positions: Array, layout: Layout) -> Array:
     """`(m, V)` one-hot rows -> `(m, d)`, with the rows of their positions where these are learned."""
-    return add_positions(times_table(tokens, table), *positions, past=past)
+    return add_positions(times_table(tokens, table), *positions, layout=layout)
 
 
 def pair_products(tokens: Array, table: Array, *, shift: int) -> tuple[Array, Array]:
@@ -53,15 +54,19 @@ def lower(pairs: Array, raised: Array, *, shift: int) -> tuple[Array, Array]:
     return pairs * 2.0**-shift, raised * 2.0**-shift
 
 
-def separate(pairs: Array, raised: Array, *positions: Array, shift: int, tokens: int, past: int) -> Array:
+def separate(pairs: Array, raised: Array, *positions: Array, shift: int, layout: Layout) -> Array:
     """Rows `(m, d)` of the tokens: the second of each pair in what is left of `pairs`, the first of `raised`.
 
     `lower` has divided by half of the pairs' shift; this divides by the rest.
     """
     both = jnp.stack([raised, pairs], axis=1) * 2.0**-shift
-    return add_positions(both.reshape(-1, pairs.shape[1])[:tokens], *positions, past=past)
+    return add_positions(both.reshape(-1, pairs.shape[1])[: layout.tokens], *positions, layout=layout)
 
 
-def add_positions(embedded: Array, *positions: Array, past: int) -> Array:
+def add_positions(embedded: Array, *positions: Array, layout: Layout) -> Array:
     """Rows of the embedding with those of their positions, if these are learned."""
-    return embedded + positions[0][past : past + embedded.shape[0]] if positions else embedded
+    if not positions:
+        return embedded
+    if layout.prompts > 1:
+        return embedded + positions[0][layout.positions()]
+    return embedded + positions[0][layout.before : layout.keys]

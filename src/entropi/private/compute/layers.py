@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -123,10 +125,14 @@ def rounded(logits: Array, *, bits: int) -> Array:
 
 
 def likeliest(logits: Array) -> Array:
-    """Index of the largest of `(1, V)`, `(1,)`."""
-    return argmax(logits[0]).reshape(1)
+    """Index of the largest of each row of `(n, V)`, `(n,)`."""
+    if len(logits) == 1:
+        return argmax(logits[0]).reshape(1)
+    return jax.vmap(argmax)(logits)
 
 
 def likeliest_few(logits: Array, *, count: int) -> tuple[Array, Array]:
-    """The `count` largest of `(1, V)`, descending, and their indices."""
-    return top_k(logits[0], count)
+    """The `count` largest of each row of `(n, V)`, descending, and their indices, `(n, count)`; of one `(count,)`."""
+    if len(logits) == 1:
+        return top_k(logits[0], count)
+    return jax.vmap(partial(top_k, k=count))(logits)

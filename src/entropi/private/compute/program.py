@@ -6,7 +6,8 @@ revealed. Stages are what bytes and seconds are attributed to.
 
 Notation: m new tokens after p cached ones, s = p + m; r rows of queries, m in all layers but the last, where
 only the last token's row is needed; H heads of width k, G of them with keys and values of their own; d = H k;
-n pairs of a query and a key it sees; V the vocabulary.
+n pairs of a query and a key it sees; V the vocabulary. Where several prompts share a pass, all of these numbers count
+the tokens of all prompts, and each needs its last token's row: see `layout`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ from entropi.private.compute.layers import (
     plain_and_gained,
     rounded,
 )
+from entropi.private.compute.layout import Layout
 from entropi.private.compute.settings import Settings
+from entropi.private.compute.several import mix_of_prompts, scores_of_prompts, weighted_values_of_prompts
 from entropi.softmax import SoftmaxForm
 
 
@@ -98,6 +101,7 @@ def forward(
     last_rows: int = 1,
     norm_shifts: Sequence[int] = (),
     prepared: bool = False,
+    layout: Layout | None = None,
 ) -> Iterator[Stage]:
     """Stages of one pass over `new` tokens after `past` cached ones, from the client's input to the result.
 
@@ -111,6 +115,9 @@ def forward(
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
     maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row; one over the number of keys has no
     division either, and what `share_scale` says beside that number is folded away.
+
+    With a `layout` several prompts share the pass, whose `new` and `past` are its tokens and the cached ones; inputs
+    stand in its order of states, and there is a row of results for each prompt, in their order.
 
     With `prepared` products and comparisons every row is multiplied by the whole matrix, which then costs nothing more,
     tokens are never paired, values are mixed and divided by their weights' sums in one stage, and functions take the
@@ -126,9 +133,14 @@ def forward(
     of adding to it. With norms of queries and keys, rows of q and k are divided by their root mean square before they
     rotate; with norms of branches, what attention and FFN add is divided by its own.
     """
+    if layout is None:
+        layout = Layout((new,), (past,))
+    elif layout.prompts > 1:
+        assert (last_rows, every_row, prepared) == (1, False, False), "these are for one prompt a pass"
+        last_rows = layout.prompts
     softmax = model.computed_softmax(exact_softmax_as)
     read = "normed" if model.norm != "none" else "state"
-    yield from embedding_stages(model, new, past, embedding, paired and not prepared, fraction_bits)
+    yield from embedding_stages(model, layout, embedding, paired and not prepared, fraction_bits)
 
     for layer in range(model.layers):
         rows = new if every_row or layer < model.layers - 1 else last_rows
@@ -141,14 +153,18 @@ def forward(
             yield from feed_forward(model, layer, rows, read, "base", fraction_bits, prepared)
             base = "base" if has_ffn else "state"
 
-        yield from attention_stages(model, layer, rows, new, past, softmax, read, fraction_bits, prepared)
+        yield from attention_stages(model, layer, rows, layout, softmax, read, fraction_bits, prepared)
         weights = (f"{layer}.output", f"{layer}.output_bias")
+        # Without a layout where it changes nothing: then passes of as many rows share what is compiled.
+        order = {"layout": layout} if layout.prompts > 1 and rows == layout.tokens > layout.prompts else {}
         if model.branch_norm:
-            yield Stage("output", layer, merge_before_norm, ("heads", *weights), ("plain", "gained"))
+            merging = partial(merge_before_norm, **order)
+            yield Stage("output", layer, merging, ("heads", *weights), ("plain", "gained"))
             branch = ("plain", "gained", base)
             yield _norm(layer, add_normalised, branch, ("state",), fraction_bits, prepared, epsilon=model.norm_epsilon)
         else:
-            yield Stage("output", layer, partial(merge_heads, rows=rows), (base, "heads", *weights), ("state",))
+            merging = partial(merge_heads, rows=rows, **order)
+            yield Stage("output", layer, merging, (base, "heads", *weights), ("state",))
 
         if not model.parallel_residual:
             if model.norm != "none" and has_ffn:
@@ -159,22 +175,22 @@ def forward(
 
 
 def embedding_stages(
-    model: Description, new: int, past: int, embedding: Embedding, paired: bool, fraction_bits: int
+    model: Description, layout: Layout, embedding: Embedding, paired: bool, fraction_bits: int
 ) -> Iterator[Stage]:
     """Stages from the client's input to "state" `(m, d)`, see `forward`."""
     position = ("positions",) if model.position_embedding == "learned" else ()
 
     if embedding == "public":
-        yield Stage("embedding", -1, partial(add_positions, past=past), ("embedded", *position), ("state",))
-    elif paired and new > 1:
+        yield Stage("embedding", -1, partial(add_positions, layout=layout), ("embedded", *position), ("state",))
+    elif paired and layout.tokens > 1:
         shift = pair_shift(fraction_bits)
         products = partial(pair_products, shift=shift)
         yield Stage("embedding", -1, products, ("tokens", "embedding"), ("pairs", "raised"))
         yield Stage("embedding", -1, partial(lower, shift=shift // 2), ("pairs", "raised"), ("pairs", "raised"))
-        unpaired = partial(separate, shift=shift - shift // 2, tokens=new, past=past)
+        unpaired = partial(separate, shift=shift - shift // 2, layout=layout)
         yield Stage("embedding", -1, unpaired, ("pairs", "raised", *position), ("state",))
     else:
-        yield Stage("embedding", -1, partial(embed, past=past), ("tokens", "embedding", *position), ("state",))
+        yield Stage("embedding", -1, partial(embed, layout=layout), ("tokens", "embedding", *position), ("state",))
 
 
 def _norm(
@@ -209,17 +225,17 @@ def attention_stages(
     model: Description,
     layer: int,
     rows: int,
-    new: int,
-    past: int,
+    layout: Layout,
     softmax: SoftmaxForm,
     read: str,
     fraction_bits: int,
     prepared: bool = False,
 ) -> Iterator[Stage]:
     """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, divided."""
-    w, keys = f"{layer}.", past + new
-    cached = (w + "k", w + "v") if past else ()
-    weights, where = (read, w + "qkv", w + "qkv_bias"), dict[str, Any](frequencies=model.frequencies(layer), past=past)
+    w, several = f"{layer}.", layout.prompts > 1
+    cached = (w + "k", w + "v") if layout.before else ()
+    weights = (read, w + "qkv", w + "qkv_bias")
+    where = dict[str, Any](frequencies=model.frequencies(layer), layout=layout)
     if model.query_key_norm:
         projection = partial(project, model=model, rows=rows, wide=prepared)
         yield Stage("qkv", layer, projection, weights, ("q", "new_k", "new_v", "plain"))
@@ -232,19 +248,20 @@ def attention_stages(
         yield Stage("qkv", layer, projection, (*weights, *cached), ("q", w + "k", w + "v"))
 
     if model.temperature:
-        temperature = partial(temper, rows=slice(keys - rows, keys))
+        temperature = partial(temper, rows=rows, layout=layout)
         yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))
     if model.log_length:
-        lengthen = partial(scale_by_length, first=keys - rows, positions=model.positions)
+        lengthen = partial(scale_by_length, layout=layout, positions=model.positions)
         yield Stage("length", layer, lengthen, ("q",), ("q",))
 
-    yield Stage("scores", layer, scores, ("q", w + "k"), ("scores",))
+    multiply = partial(scores_of_prompts, layout=layout) if several else scores
+    yield Stage("scores", layer, multiply, ("q", w + "k"), ("scores",))
     if softmax.kind == "polynomial":
         divided = not softmax.over_keys
-        weigh = partial(powers, rows=rows, keys=keys, iterations=softmax.iterations, divided=divided)
+        weigh = partial(powers, rows=rows, layout=layout, iterations=softmax.iterations, divided=divided)
         yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
     else:
-        shift = partial(shift_by_row_max, rows=rows, keys=keys, prepared=prepared)
+        shift = partial(shift_by_row_max, rows=rows, layout=layout, prepared=prepared)
         yield Stage("max", layer, shift, ("scores",), ("shifted",))
         power = partial(exp_of_nonpositive, iterations=softmax.iterations)
         exponential = exp_by_quartic if softmax.kind == "quartic" else power
@@ -252,11 +269,15 @@ def attention_stages(
         yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
 
     if softmax.over_keys:
-        yield Stage("values", layer, partial(mix, rows=rows), ("weights", w + "v"), ("heads",))
-        yield Stage("average", layer, partial(average, keys=keys, positions=model.positions), ("heads",), ("heads",))
+        mixing = partial(mix_of_prompts, rows=rows, layout=layout) if several else partial(mix, rows=rows)
+        yield Stage("values", layer, mixing, ("weights", w + "v"), ("heads",))
+        averaging = partial(average, layout=layout, positions=model.positions)
+        yield Stage("average", layer, averaging, ("heads",), ("heads",))
         return
     mixing = partial(weighted_values, rows=rows)
-    division = partial(normalise if softmax.of_distance else normalise_means, keys=keys)
+    if several:
+        mixing = partial(weighted_values_of_prompts, rows=rows, layout=layout)
+    division = partial(normalise if softmax.of_distance else normalise_means, layout=layout)
     if prepared:  # at once, for the comparisons of a division wait for no value, and mixed values for no comparison
         joint = partial(mix_and_divide, mixing=mixing, division=division)
         yield Stage("values", layer, joint, ("weights", w + "v"), ("heads",))
@@ -291,7 +312,14 @@ def head_stages(
 
 
 def stages_of_pass(
-    model: Description, settings: Settings, new: int, past: int, *, last_rows: int = 1, prepared: bool = False
+    model: Description,
+    settings: Settings,
+    new: int,
+    past: int,
+    *,
+    last_rows: int = 1,
+    prepared: bool = False,
+    layout: Layout | None = None,
 ) -> Iterator[Stage]:
     """`forward` as these settings have it: what both parties run, and what the client counts."""
     return forward(
@@ -308,18 +336,35 @@ def stages_of_pass(
         last_rows=last_rows,
         norm_shifts=settings.norm_shifts,
         prepared=prepared,
+        layout=layout,
     )
 
 
 def keep_first(model: Description, tokens: int) -> Stage:
     """Keys and values of the first `tokens` tokens, and no others, stay behind for the next pass. Nothing is sent."""
-    names = tuple(f"{layer}.{which}" for layer in range(model.layers) for which in "kv")
+    names = _keys_and_values(model)
     return Stage("keep", -1, partial(_first, tokens=tokens), names, names)
+
+
+def keep_prompts(model: Description, layout: Layout, staying: Sequence[int]) -> Stage:
+    """Keys and values of these prompts of a pass, and of the prefix, stay behind for the next. Nothing is sent."""
+    names = _keys_and_values(model)
+    return Stage("keep", -1, partial(_of_prompts, layout=layout, staying=tuple(staying)), names, names)
+
+
+def _keys_and_values(model: Description) -> tuple[str, ...]:
+    return tuple(f"{layer}.{which}" for layer in range(model.layers) for which in "kv")
 
 
 def _first(*arrays: Array, tokens: int) -> tuple[Array, ...]:
     """Of `(G, s, k)` the first tokens."""
     return tuple(array[:, :tokens] for array in arrays)
+
+
+def _of_prompts(*arrays: Array, layout: Layout, staying: tuple[int, ...]) -> tuple[Array, ...]:
+    """Of `(G, s, k)` the tokens of these prompts, and of the prefix."""
+    places = layout.kept(staying)
+    return tuple(array[:, places] for array in arrays)
 
 
 def feed_forward(

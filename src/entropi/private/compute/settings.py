@@ -72,10 +72,10 @@ TRUST = {
 }
 
 
-def trust(settings: Settings, prefix_tokens: int = 0, *, drafts: bool = False) -> str:
+def trust(settings: Settings, prefix_tokens: int = 0, *, drafts: bool = False, several: bool = False) -> str:
     """`TRUST` in the case of these settings and of a public prefix of so many tokens: what each side learns.
 
-    With `drafts` the client had some in its passes.
+    With `drafts` the client had some in its passes; `several` prompts shared theirs.
     """
     learned = {
         "logits": "the logits",
@@ -87,5 +87,10 @@ def trust(settings: Settings, prefix_tokens: int = 0, *, drafts: bool = False) -
     text = TRUST[settings.protocol].replace("the logits", learned).replace(",,", ",")
     if drafts:
         text = text.replace("how many tokens there are", "how many tokens there are, how many were drafted and held")
+    if several:
+        text = text.replace(
+            "how many tokens there are and nothing else of prompt and answer",
+            "how many prompts share a pass, how many tokens each of them and its answer have, and nothing else of them",
+        )
     text += ", whose token embeddings are public" if settings.embedding == "public" else ""
     return text + (f"; every prompt continues {prefix_tokens} public tokens" if prefix_tokens else "")

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from entropi.errors import UserError
 from entropi.private.compute.description import Description
 from entropi.private.compute.settings import Settings, trust
 from entropi.private.preparation.store import Store
+from entropi.private.sessions.batch import Batch, generate_all
 from entropi.private.sessions.client_session import generate
 from entropi.private.sessions.conversation import Conversation
 from entropi.private.sessions.drafting import Drafter, drafter_of
@@ -127,6 +128,50 @@ class Connection:
         )
         generation.digest = self._welcome.digest()
         return asyncio.run(generate(self._server, generation))
+
+    def ask_batch(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        retries: int = 0,
+        watcher: Watcher | None = None,
+        privacy: Privacy = USUAL,
+        memory_gb: float | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        answered: Callable[[int, Answer], None] = lambda place, answer: None,
+    ) -> list[Answer]:
+        """The answers to several prompts, each the one it would have alone, by passes that they share.
+
+        As many prompts as the server allows share a session, in their order; the others follow in further ones. Stages,
+        bytes and seconds of an answer's record are those of all prompts that shared its passes.
+
+        Args:
+            prompts: of any lengths, each for as many new tokens.
+            answered: called with the place of a prompt and its answer as soon as that is finished; what it was called
+                with is not lost where a later session fails.
+
+        Raises:
+            UserError: as for `ask`; nothing is computed if one of the prompts cannot be asked.
+        """
+        generations = [
+            Generation(
+                prompt,
+                max_new_tokens,
+                sampling,
+                retries,
+                watcher or Watcher(),
+                privacy,
+                memory_gb,
+                chat,
+                system=system,
+                digest=self._welcome.digest(),
+            )
+            for prompt in prompts
+        ]
+        return asyncio.run(generate_all(self._server, Batch(generations, answered)))
 
     def conversation(
         self,

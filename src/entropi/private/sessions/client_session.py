@@ -7,9 +7,10 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import aiohttp
+import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -56,6 +57,7 @@ from entropi.private.wire.tunnel import Tunnel
 from entropi.records import PrivateRun, StageCommunication
 from entropi.temporary import swept_folder
 
+T = TypeVar("T")
 RETRY_SECONDS = 1.0  # before the first retry; doubled before every further one
 
 
@@ -72,7 +74,7 @@ async def generate(server: ServerAddress, generation: Generation) -> Answer:
     return await with_retries(generation, ask)
 
 
-async def with_retries(generation: Generation, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+async def with_retries(generation: Generation, ask: Callable[[], Awaitable[T]]) -> T:
     """What `ask` returns, which is called again, as often as the generation says, where a session broke."""
     for attempt in itertools.count():
         try:
@@ -127,20 +129,10 @@ class ClientSession(PartySession):
     async def run(self) -> None:
         """Ask, and receive tokens into the generation until there are no more to come."""
         generation = self.generation
-        welcome = self.welcome = await welcome_from(self.socket, self.where)
-        if generation.digest not in (None, welcome.digest()):
-            raise UserError(f"{self.where} serves another model than when the question was begun")
-        if generation.digest is None:
-            generation.watcher.status(f"{self.where} proposes {_in_words(welcome)}")
-        generation.digest = welcome.digest()
-        if generation.sampling.temperature and welcome.settings.output == "argmax":
-            raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
-
-        self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
+        await self._learn()
         self._check_drafts()
-        self._check_prefix()
         self.prepare(generation)
-        ids = generation.ids
+        ids, welcome = generation.ids, self.welcome
         most = self._room(generation, len(ids))
 
         with swept_folder("entropi-ask-") as folder:
@@ -162,27 +154,43 @@ class ClientSession(PartySession):
                 taken.nbytes if taken else 0,
                 draft_tokens=welcome.draft_tokens if drafts else 0,
             )
-            async with Tunnel(CLIENT, accepted.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
-                party = await Party.start(
-                    Job(
-                        rank=CLIENT,
-                        session=accepted.session,
-                        links=tunnel.links,
-                        description=welcome.description,
-                        settings=welcome.settings,
-                        max_new_tokens=most,
-                        prompt_length=len(ids),
-                        prompt=ids,
-                        prefix_length=len(welcome.prefix),
-                        table=str(table) if table is not None else None,
-                        drafts=drafts,
-                    ),
-                    memory,
-                    taken,
-                )
-                self.read, self.room = len(ids), most - 1
-                self.passes = passes - 1 if taken is not None else None
-                await self.finish(party, tunnel, self._generate(party))
+            job = Job(
+                rank=CLIENT,
+                session=accepted.session,
+                links=("", ""),
+                description=welcome.description,
+                settings=welcome.settings,
+                max_new_tokens=most,
+                prompt_length=len(ids),
+                prompt=ids,
+                prefix_length=len(welcome.prefix),
+                table=str(table) if table is not None else None,
+                drafts=drafts,
+            )
+            self.read, self.room = len(ids), most - 1
+            self.passes = passes - 1 if taken is not None else None
+            await self._compute(job, memory, taken)
+
+    async def _compute(self, job: Job, memory: int | None, taken: Taken | None = None) -> None:
+        """Run this side's party on a job, and carry its engine's link, until everything is received."""
+        async with Tunnel(CLIENT, job.session, self.socket.send_bytes, unread_for(memory)) as tunnel:
+            party = await Party.start(msgspec.structs.replace(job, links=tunnel.links), memory, taken)
+            await self.finish(party, tunnel, self._generate(party))
+
+    async def _learn(self) -> None:
+        """Take what the server makes public, and refuse what this client does not accept of it."""
+        generation = self.generation
+        welcome = self.welcome = await welcome_from(self.socket, self.where)
+        if generation.digest not in (None, welcome.digest()):
+            raise UserError(f"{self.where} serves another model than when the question was begun")
+        if generation.digest is None:
+            generation.watcher.status(f"{self.where} proposes {_in_words(welcome)}")
+        generation.digest = welcome.digest()
+        if generation.sampling.temperature and welcome.settings.output == "argmax":
+            raise UserError(f"{self.where} reveals the likeliest token only: there is nothing to sample from")
+
+        self.tokenizer = generation.privacy.encoder(welcome.tokenizer, welcome.description.vocab_size, self.where)
+        self._check_prefix()
 
     async def _ticket(self, known: int, most: int) -> tuple[str | None, int, int]:
         """Prepared material to offer the server, if there is any; how many tokens may follow the `known` ones; passes.
@@ -442,15 +450,21 @@ class ClientSession(PartySession):
                     communication.token = len(self.generation.new_tokens)
                     self._note(communication)
                 case Revealed():
-                    self._take(event, self.welcome.settings)
-                    self._show()
-                    if self.generation.is_finished and not await self._is_continued():
+                    if not await self._receive(event, party):
                         return
-                    await self._go_on(party)
                 case Failed(reason):
                     raise LostServer(f"the private computation with {self.where} failed: {reason}")
             event = await party.event()
         raise LostServer(f"the private computation with {self.where} ended early")
+
+    async def _receive(self, revealed: Revealed, party: Party) -> bool:
+        """Take what a pass has revealed, and ask for another one; False where there is none to ask for."""
+        self._take(revealed, self.welcome.settings)
+        self._show()
+        if self.generation.is_finished and not await self._is_continued():
+            return False
+        await self._go_on(party)
+        return True
 
     async def _go_on(self, party: Party) -> None:
         """Ask for the pass over the tokens that were not read yet, and over drafts of those behind them."""
@@ -504,12 +518,7 @@ class ClientSession(PartySession):
 
     def _note(self, communication: StageCommunication) -> None:
         generation = self.generation
-        generation.done += 1
-        if communication.name == "setup":
-            generation.setup_seconds += communication.seconds
-            generation.setup_bytes += communication.bytes
-        else:
-            generation.stages.append(communication)
+        generation.note(communication)
         generation.watcher.stage(generation.done, communication)
 
     def _take(self, revealed: Revealed, settings: Settings) -> None:

@@ -101,6 +101,15 @@ class Generation:
                 raise UserError("a system prompt has its place in a chat only")
         self.random = np.random.default_rng(self.sampling.seed)
 
+    def note(self, communication: StageCommunication) -> None:
+        """Count an operation of a pass, or of the set-up."""
+        self.done += 1
+        if communication.name == "setup":
+            self.setup_seconds += communication.seconds
+            self.setup_bytes += communication.bytes
+        else:
+            self.stages.append(communication)
+
     @property
     def ids(self) -> list[int]:
         """All tokens so far, in order, but for the server's public prefix."""

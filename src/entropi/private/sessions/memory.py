@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 from entropi.private.compute.description import Description
 from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS
@@ -20,6 +21,7 @@ def memory_for(
     *,
     prepares: bool = False,
     draft_tokens: int = 0,
+    prompts: Sequence[int] = (),
 ) -> int | None:
     """Bytes that a party's process may write to: the limit asked for, or else what a session needs, twice.
 
@@ -29,14 +31,22 @@ def memory_for(
         material: bytes of what was prepared for the session.
         prepares: it prepares for another one.
         draft_tokens: most drafts of a pass, after each of which logits are computed too.
+        prompts: tokens of each prompt and its answer, where several share the passes.
     """
     if memory_gb is not None:
         return int(memory_gb * 1e9) or None
-    needed = needed_memory(model, tokens, prepares=prepares, draft_tokens=draft_tokens)
+    needed = needed_memory(model, tokens, prepares=prepares, draft_tokens=draft_tokens, prompts=prompts)
     return int(MEMORY_ROOM * (needed + 2 * material))
 
 
-def needed_memory(model: Description, tokens: int, *, prepares: bool = False, draft_tokens: int = 0) -> int:
+def needed_memory(
+    model: Description,
+    tokens: int,
+    *,
+    prepares: bool = False,
+    draft_tokens: int = 0,
+    prompts: Sequence[int] = (),
+) -> int:
     """Bytes that a party of a session with so many tokens, prompt and answer together, is predicted to write to.
 
     It lies above `VmData`, which the limit counts, of both parties of ten shapes (benchmarks/results/party_memory.md).
@@ -51,11 +61,11 @@ def needed_memory(model: Description, tokens: int, *, prepares: bool = False, dr
     rows, once = min(tokens, 128), ("embedding", "positions", *(() if prepares else ("head",)))
     largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
     largest = min(largest, POLYNOMIALS * CIPHERTEXT) if prepares else largest
-    read = 1 + draft_tokens
-    largest = max(largest, min(read * math.prod(shapes["head"]), POLYNOMIALS * CIPHERTEXT) if draft_tokens else 0)
+    read = max(1 + draft_tokens, len(prompts))
+    largest = max(largest, min(read * math.prod(shapes["head"]), POLYNOMIALS * CIPHERTEXT) if read > 1 else 0)
     table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
     wide = max(model.intermediate_size, 3 * max(model.hidden_size, model.query_size))
-    values = tokens * max(model.heads * tokens, wide) + read * model.vocab_size
+    values = tokens * max(model.heads * max(prompts, default=tokens), wide) + read * model.vocab_size
     own = 2e9 + 5e7 * (os.cpu_count() or 1)
     return int(own + 150 * weights + 30 * max(largest, table) + 8e3 * values)
 

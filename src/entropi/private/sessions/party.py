@@ -13,7 +13,7 @@ import queue
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import load, save_file
@@ -23,7 +23,8 @@ from entropi.private.compute.compiling import compile_ahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
-from entropi.private.compute.program import keep_first, stages_of_pass, warm_up
+from entropi.private.compute.layout import Layout
+from entropi.private.compute.program import keep_first, keep_prompts, stages_of_pass, warm_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.dealing import deal
 from entropi.private.preparation.material import Material, joined
@@ -82,6 +83,7 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
 def _serve_session(
     engine: Engine, job: Job, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes], events: BinaryIO
 ) -> None:
+    """Hold what the model has, and run passes over one prompt and its answer, or over several."""
     model, settings = job.description, job.settings
     public = settings.embedding == "public"
     weights = load(files["weights"]) if "weights" in files else None
@@ -96,18 +98,26 @@ def _serve_session(
         for name in prefix.names(model):
             shape = prefix.shape(model, job.prefix_length)
             engine.hold(name, shape, known[name] if known is not None else None)
+    if job.others:
+        _answer_several(engine, job, table, lines, events)
+        return
     prepared = _prepared_passes(engine, job, files, weights) if job.material is not None else None
-    paired = settings.paired and prepared is None
+    _answer_one(engine, job, table, prepared, lines, events)
+
+
+def _answer_one(
+    engine: Engine,
+    job: Job,
+    table: np.ndarray | None,
+    prepared: PreparedPasses | None,
+    lines: queue.SimpleQueue[bytes],
+    events: BinaryIO,
+) -> None:
+    model, settings = job.description, job.settings
     fresh, count, past = job.prompt, job.prompt_length, job.prefix_length
     number, rows, budget = 0, 1, _Budget(job.max_new_tokens, job.drafts)
     while True:
-        if public:
-            engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
-        else:
-            tokens = None
-            if fresh is not None:
-                tokens = one_hot(fresh, model.vocab_size, paired, settings.fraction_bits)
-            engine.hold("tokens", (-(-count // 2) if paired else count, model.vocab_size), tokens)
+        _hold_tokens(engine, job, table, fresh, count, paired=settings.paired and prepared is None)
         if budget.left:
             for tokens_before, following in _likely_passes(past, count, rows):
                 compile_next(engine, model, settings, tokens_before, prepared, following)
@@ -129,6 +139,46 @@ def _serve_session(
             past -= proceed.dropped
             engine.run(keep_first(model, past), number)
         fresh, count, rows = proceed.tokens, proceed.count, proceed.drafts + 1
+
+
+def _answer_several(
+    engine: Engine, job: Job, table: np.ndarray | None, lines: queue.SimpleQueue[bytes], events: BinaryIO
+) -> None:
+    """Passes that several prompts share, until each has all of its tokens; those that end before leave."""
+    model, settings = job.description, job.settings
+    layout = Layout.first([job.prompt_length, *job.others], job.prefix_length)
+    fresh = job.prompt
+    for number in range(job.max_new_tokens):
+        if number:
+            proceed = decode(lines.get(), Proceed)
+            staying = [place for place in range(layout.prompts) if place not in proceed.ended]
+            if not staying or proceed.count != 1 or proceed.drafts or proceed.dropped:
+                raise EngineError("of several prompts each has one more token, or has ended")
+            if proceed.ended:
+                engine.run(keep_prompts(model, layout, staying), number)
+            layout, fresh = layout.of(staying).following(), proceed.tokens
+        if fresh is not None:
+            if len(fresh) != layout.tokens:
+                raise EngineError(f"there are {len(fresh)} tokens for a pass over {layout.tokens}")
+            fresh = [fresh[place] for place in layout.last_rows_last()]
+        _hold_tokens(engine, job, table, fresh, layout.tokens, paired=settings.paired)
+        if number + 1 < job.max_new_tokens:
+            compile_next(engine, model, settings, layout.keys, None, layout.prompts, layout=layout.following())
+        for stage in stages_of_pass(model, settings, layout.tokens, layout.before, layout=layout):
+            _emit(events, StageDone(engine.run(stage, number)))
+        _emit(events, _reveal(engine, settings, layout.prompts))
+
+
+def _hold_tokens(
+    engine: Engine, job: Job, table: np.ndarray | None, fresh: list[int] | None, count: int, *, paired: bool
+) -> None:
+    """What the client puts into a pass over so many tokens, in the order of states; `fresh` are known to it alone."""
+    model = job.description
+    if job.settings.embedding == "public":
+        engine.hold("embedded", (count, model.hidden_size), None if table is None else table[fresh])
+        return
+    tokens = None if fresh is None else one_hot(fresh, model.vocab_size, paired, job.settings.fraction_bits)
+    engine.hold("tokens", (-(-count // 2) if paired else count, model.vocab_size), tokens)
 
 
 @dataclass
@@ -162,10 +212,20 @@ def _likely_passes(past: int, count: int, rows: int) -> list[tuple[int, int]]:
 
 
 def compile_next(
-    engine: Engine, model: Description, settings: Settings, past: int, prepared: PreparedPasses | None, new: int = 1
+    engine: Engine,
+    model: Description,
+    settings: Settings,
+    past: int,
+    prepared: PreparedPasses | None,
+    new: int = 1,
+    *,
+    layout: Layout | None = None,
 ) -> None:
-    """Compile the pass over `new` further tokens, all but one of them drafts, after `past` ones in a thread."""
-    if past + new > model.positions:
+    """Compile the pass over `new` further tokens after `past` ones in a thread; all but one of them are drafts.
+
+    Or with a `layout` each is another prompt's.
+    """
+    if (past + new if layout is None else max(layout.lengths())) > model.positions:
         return
     compiler = engine.compiler.copy()
     for name in prefix.names(model):
@@ -175,7 +235,9 @@ def compile_next(
         compiler.note("embedded", (new, model.hidden_size))
     else:
         compiler.note("tokens", (-(-new // 2) if paired else new, model.vocab_size))
-    stages = stages_of_pass(model, settings, new, past, last_rows=new, prepared=prepared is not None)
+    last_rows = new if layout is None else 1
+    how = dict[str, Any](last_rows=last_rows, prepared=prepared is not None, layout=layout)
+    stages = stages_of_pass(model, settings, new, past, **how)
     compile_ahead(stages if prepared is None else prepared.parts(stages, compiler), compiler)
 
 

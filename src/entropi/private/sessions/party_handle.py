@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -75,7 +75,9 @@ def _nameless(arrays: Mapping[str, np.ndarray]) -> int:
 
 def _too_little_memory(job: Job, memory_bytes: int | None) -> str:
     """What to add to a failure of a party whose memory limit is below what it is predicted to need; else ""."""
-    needed = needed_memory(job.description, job.prefix_length + job.prompt_length + job.max_new_tokens)
+    lengths = [job.prefix_length + length + job.max_new_tokens for length in (job.prompt_length, *job.others)]
+    prompts = lengths if job.others else ()
+    needed = needed_memory(job.description, sum(lengths), prompts=prompts)
     if memory_bytes is None or memory_bytes >= needed:
         return ""
     return (
@@ -143,10 +145,16 @@ class Party:
         return self._process.pid
 
     async def proceed(
-        self, count: int = 1, tokens: list[int] | None = None, *, drafts: int = 0, dropped: int = 0
+        self,
+        count: int = 1,
+        tokens: list[int] | None = None,
+        *,
+        drafts: int = 0,
+        dropped: int = 0,
+        ended: Sequence[int] = (),
     ) -> None:
         """Let the party run the pass for `count` more tokens; the client's is told which. See `Proceed`."""
-        await self._write(encode(Proceed(count, tokens, drafts, dropped)))
+        await self._write(encode(Proceed(count, tokens, drafts, dropped, list(ended))))
 
     async def _write(self, line: bytes) -> None:
         assert self._process.stdin is not None

@@ -149,7 +149,10 @@ def serve(
         del weights
         table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
         drafts = limits.draft_tokens if settings.output == "logits" else 0
-        welcome = Welcome(description, tokenizer, settings, table_hash, published, list(prefix), chat, most, drafts)
+        batches = limits.batch_prompts, limits.batch_tokens
+        welcome = Welcome(
+            description, tokenizer, settings, table_hash, published, list(prefix), chat, most, drafts, *batches
+        )
         weights_hash = sha256_of(folder / WEIGHTS_FILE) if material is not None else None
         state = ServerState(
             folder=folder,

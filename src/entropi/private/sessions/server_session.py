@@ -17,6 +17,7 @@ from aiohttp import web
 
 from entropi.errors import UserError
 from entropi.private.admission.door import HANDSHAKE_SECONDS, Guest, cut
+from entropi.private.admission.limits import Limits
 from entropi.private.admission.logs import SessionLog
 from entropi.private.admission.monitoring import Ending
 from entropi.private.admission.quotas import Usage
@@ -173,7 +174,8 @@ async def _talk(
         raise Refusal("the description of the model that reached the client is not the server's")
     if isinstance(start, Start):
         _check_length(start, state)
-        slots, new_tokens, prompt_length = state.slots, start.max_new_tokens + start.drafts, start.prompt_length
+        prompt_length = start.prompt_length + sum(start.others)
+        slots, new_tokens = state.slots, start.max_new_tokens * (1 + len(start.others)) + start.drafts
     else:
         _check_preparing(start, state)
         slots, new_tokens, prompt_length = state.preparing, 0, 0
@@ -231,7 +233,7 @@ async def held(request: Tickets, name: str, session_log: SessionLog, state: Serv
 
 def _check_length(start: Start, state: ServerState) -> None:
     """Raise `Refusal` for a session of more tokens than are allowed, or than the model has positions for."""
-    limits, asked = state.limits, start.prompt_length + start.max_new_tokens
+    limits, asked = state.limits, max(start.prompt_length, *start.others, 0) + start.max_new_tokens
     if start.conversation and not limits.conversation_tokens:
         raise Refusal("conversations are not allowed")
     if start.conversation and asked > limits.conversation_tokens:
@@ -241,13 +243,28 @@ def _check_length(start: Start, state: ServerState) -> None:
 
     if start.drafts > start.max_new_tokens or (start.drafts and not state.welcome.draft_tokens):
         raise Refusal(f"{start.drafts} drafts beside {start.max_new_tokens} new tokens are not allowed")
+    if start.others:
+        _check_batch(start, limits)
 
     positions = state.welcome.description.positions - len(state.welcome.prefix)
     if asked - 1 > positions:
         raise Refusal(
-            f"{start.prompt_length} prompt tokens and {start.max_new_tokens} new ones do not fit the "
+            f"{asked - start.max_new_tokens} prompt tokens and {start.max_new_tokens} new ones do not fit the "
             f"{positions} positions that the model has for them"
         )
+
+
+def _check_batch(start: Start, limits: Limits) -> None:
+    """Raise `Refusal` for more prompts than may share the passes of a session, or with what is for one prompt."""
+    lengths = [start.prompt_length, *start.others]
+    if len(lengths) > limits.batch_prompts:
+        most = f"at most {limits.batch_prompts} prompts" if limits.batch_prompts > 1 else "one prompt"
+        raise Refusal(f"{most} a session {'are' if limits.batch_prompts > 1 else 'is'} allowed")
+    if start.conversation or start.drafts or start.ticket is not None:
+        raise Refusal("conversations, drafts and prepared material are for one prompt a session")
+    tokens = sum(lengths) + len(lengths) * start.max_new_tokens
+    if tokens > limits.batch_tokens:
+        raise Refusal(f"at most {limits.batch_tokens} tokens of several prompts a session are allowed, not {tokens}")
 
 
 def _check_preparing(request: Prepare, state: ServerState) -> None:
@@ -272,22 +289,26 @@ class Session:
     async def answer(self, start: Start) -> None:
         """One pass for the prompt and one for every `Next`."""
         welcome, limits = self.state.welcome, self.state.limits
-        length = len(welcome.prefix) + start.prompt_length + start.max_new_tokens
+        lengths = [len(welcome.prefix) + one + start.max_new_tokens for one in (start.prompt_length, *start.others)]
+        length = sum(lengths)
         # In a conversation messages' tokens are counted too, and which of all will be answers' is the client's affair.
         passes = 1 if start.conversation else start.max_new_tokens
         taken = await self._take(start, Size(length - 1 + start.drafts, passes + start.drafts))
         asked = dict(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length, drafts=start.drafts)
-        job = self._job(**asked)
+        job = self._job(**asked, others=start.others)
         self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
+        self.progress.several = bool(start.others)
         memory = memory_for(
             welcome.description,
             length,
             limits.memory_gb,
             taken.nbytes if taken is not None else 0,
             draft_tokens=welcome.draft_tokens if start.drafts else 0,
+            prompts=lengths if start.others else (),
         )
         accepted = Accepted(job.session, prepared=taken is not None)
         asking = Asking(start.max_new_tokens - 1, start.drafts, welcome.draft_tokens, conversation=start.conversation)
+        asking.prompts = len(lengths)
         await self._compute(job, memory, accepted, asking, material=taken)
 
     async def prepare(self, request: Prepare) -> None:
@@ -430,11 +451,12 @@ def _log_link(tunnel: Tunnel, session_log: SessionLog) -> None:
 class Asking:
     """What a client may still ask for in its session, and what it has asked for."""
 
-    left: int  # tokens
+    left: int  # tokens, of each prompt
     drafts: int = 0  # of these, that may still be forgotten after their pass
     draft_tokens: int = 0  # most drafts of a pass
     conversation: bool = field(default=False, kw_only=True)
     drafted: int = 0  # in the latest pass
+    prompts: int = 1  # in the latest pass
 
     def count(self, following: Next) -> int:
         """Count a pass; how many drafts of the one before are forgotten.
@@ -442,6 +464,9 @@ class Asking:
         Raises:
             SessionError: more than it may ask for.
         """
+        ended = set(following.ended)
+        if len(ended) < len(following.ended) or len(ended) >= self.prompts or max(ended, default=0) >= self.prompts:
+            raise SessionError(f"{len(following.ended)} of {self.prompts} prompts were said to have ended")
         if following.kept > self.drafted:
             raise SessionError(f"{following.kept} drafts were kept of {self.drafted}")
         dropped = self.drafted - following.kept
@@ -454,16 +479,18 @@ class Asking:
         if following.drafts > min(self.draft_tokens, drafts):
             raise SessionError(f"{following.drafts} drafts were asked for at once")
         self.left, self.drafts, self.drafted = left - following.tokens, drafts, following.drafts
+        self.prompts -= len(ended)
         return dropped
 
 
 @dataclass
 class Progress:
-    """Passes of one session, each of which reveals a token, and one more for each of its drafts."""
+    """Passes of one session, each of which reveals a token of every prompt, and one more for each of its drafts."""
 
     asked: int = 1
     revealed: int = 0
     tokens: int = 0  # revealed
+    several: bool = False  # prompts share the passes
     computing: bool = False  # it had a slot
     idle_seconds: float | None = None  # that a conversation may wait for its next message; None for no conversation
     more: asyncio.Event = field(default_factory=asyncio.Event)  # a further pass was asked for
@@ -511,7 +538,7 @@ async def _watch_party(
                     await usage.count_token()
                 session_log.info(
                     "%s, %d bytes sent, %d received so far",
-                    "a token" if rows == 1 else f"{rows} tokens with drafts",
+                    "a token" if rows == 1 else f"{rows} tokens{'' if progress.several else ' with drafts'}",
                     sent,
                     received,
                     fields={"sent_bytes": sent, "received_bytes": received},
@@ -574,4 +601,4 @@ async def _listen_to_client(
             dropped = asking.count(following)
             progress.asked += 1
             progress.more.set()
-            await party.proceed(following.tokens, drafts=following.drafts, dropped=dropped)
+            await party.proceed(following.tokens, drafts=following.drafts, dropped=dropped, ended=following.ended)

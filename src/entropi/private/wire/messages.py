@@ -18,6 +18,7 @@ MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
 MAX_TOKENS = 1 << 14
 MAX_DRAFT = 16  # tokens of one pass
+MAX_BATCH = 64  # prompts of one pass
 MAX_TICKETS = 50  # in one message, which is shorter than `MAX_CLIENT_MESSAGE` then
 MAX_INQUIRIES = 20  # over one connection
 
@@ -28,6 +29,8 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 PartCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 DraftCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFT)]
+Lengths = Annotated[list[TokenCount], msgspec.Meta(max_length=MAX_BATCH - 1)]
+Places = Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_BATCH)]], msgspec.Meta(max_length=MAX_BATCH - 1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31 * 86_400)]
 
 
@@ -46,6 +49,7 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
     In a conversation `max_new_tokens` counts the tokens of later messages too. `ticket` names prepared material that
     the client has its half of. `drafts` are those tokens, over all passes, that may be computed and not kept.
+    `others` are the lengths of further prompts that share the passes, each with as many new tokens.
     """
 
     prompt_length: TokenCount
@@ -54,6 +58,7 @@ class Start(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     conversation: bool = False
     ticket: SessionId | None = None
     drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
+    others: Lengths = []
 
 
 class Prepare(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -83,11 +88,15 @@ class Next(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
     Which tokens they are stays with the client, which learns the logits of the token after each draft too. Of the
     drafts of the pass before, the first `kept` stay; keys and values of the others are forgotten before this pass.
+
+    Where several prompts share the passes, each that goes on has one more token; `ended` names the others by their
+    places among those of the pass before, and their keys and values are forgotten.
     """
 
     tokens: TokenCount = 1
     drafts: DraftCount = 0
     kept: DraftCount = 0
+    ended: Places = []
 
 
 FromClient: TypeAlias = Hello | Start | Prepare | Tickets | Next
@@ -117,6 +126,10 @@ class Welcome(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     # Tokens, those of messages and answers together, that a conversation may have; 0 where there are none.
     conversation_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     draft_tokens: DraftCount = 0  # that a pass may have; 0 where no drafts are taken
+    batch_prompts: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)] = 1  # that may share a pass
+    batch_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = (
+        0  # that these and their answers may have together
+    )
 
     def digest(self) -> str:
         """SHA-256, hex: both sides must have the same before they compute."""
@@ -190,18 +203,21 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     material_passes: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     first_part: PartCount = 0  # of what is to be prepared
     drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0  # see `Start`
+    others: Lengths = []  # of prompts that share the passes; `prompt` has their tokens behind those of the first
 
 
 class Proceed(msgspec.Struct, forbid_unknown_fields=True):
     """Run the pass for so many more tokens, `drafts` included; only the client's party is told which.
 
-    Before that forget the last `dropped` tokens of the pass before, drafts that did not hold.
+    Before that forget the last `dropped` tokens of the pass before, drafts that did not hold; or of several prompts
+    those that have `ended`, after which there is one token for each of the others. See `Next`.
     """
 
     count: TokenCount = 1
     tokens: list[TokenId] | None = None
     drafts: DraftCount = 0
     dropped: DraftCount = 0
+    ended: Places = []
 
 
 class Linked(msgspec.Struct, tag=True):
@@ -224,7 +240,8 @@ class PartDone(msgspec.Struct, tag=True):
 class Revealed(msgspec.Struct, tag=True):
     """The client's party holds the logits of the next token; the server's has sent its shares of them.
 
-    After a pass with drafts: also those of the token after each draft, `rows` in all, one row behind the other.
+    After a pass with drafts: also those of the token after each draft, `rows` in all, one row behind the other; after
+    one that several prompts share, a row for each prompt.
     """
 
     bytes: int
