@@ -113,6 +113,15 @@ def test_the_same_packages_give_the_same_corpus_from_the_cache(
     assert len(load_debian_docs(tmp_path / "one").sources) == 2
 
 
+def test_a_damaged_page_is_named(root: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        install(root, name, {"a.html.gz": page(name)})
+    path = root / "usr/share/doc/b/a.html.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*/b/a\.html\.gz"):
+        load_debian_docs(tmp_path)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_too_few_packages_are_refused(root: Path, tmp_path: Path, there: bool) -> None:
     install(root, "a", {"a.html": page("a")}, there=there)

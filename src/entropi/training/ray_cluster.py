@@ -66,7 +66,7 @@ def _connect(address: str) -> None:
         if match[1]:  # Ray itself would try for a minute
             socket.create_connection((match[1], int(match[2])), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RayError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(
             f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, and join it from this "
