@@ -15,6 +15,7 @@ from entropi.costs.calibration import shipped, trials, workers
 from entropi.costs.network import NETWORKS
 from entropi.costs.prediction import CostModel, Options, Predictor
 from entropi.costs.tracing import ProtocolCall, Value, trace_calls
+from entropi.private.compute import tiling
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Simulation
@@ -177,7 +178,7 @@ LOGGED = {
 
 @pytest.mark.parametrize("shape", LOGGED)
 def test_tiles_are_those_that_the_engine_logs(shape):
-    assert cheetah._cheapest_tile(*shape, packed=True) == LOGGED[shape]
+    assert tiling._cheapest_tile(*shape, packed=True) == LOGGED[shape]
 
 
 def test_transfers_run_out_where_the_engine_s_did():

@@ -285,7 +285,7 @@ def _reveal(engine: Engine, settings: Settings, rows: int) -> Revealed:
     size = 0
     if settings.output != "logits":
         indices, size = engine.reveal_to_client("tokens_out")
-        tokens = None if indices is None else np.rint(indices).astype(int).tolist()
+        tokens = None if indices is None else np.rint(indices.reshape(-1)).astype(int).tolist()
     if settings.output != "argmax":
         values, more = engine.reveal_to_client("logits" if settings.output == "logits" else "logits_out")
         size += more
