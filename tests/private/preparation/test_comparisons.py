@@ -120,7 +120,9 @@ def test_neighbours_are_one_digit(lowest):
 @pytest.mark.parametrize("digit_bits", [1, 2, 3])
 def test_counts_are_those_of_what_is_made(digit_bits):
     masks = draw((3, masks_of(digit_bits)))
-    assert products_of_masks(masks, digit_bits).shape == (3, products_of(digit_bits))
+    products = products_of_masks(masks, digit_bits)
+    assert products.shape == (3, products_of(digit_bits))
+    assert products.flags.c_contiguous  # safetensors would write another array down wrongly
     assert sum(products_by_size(digit_bits)) == products_of(digit_bits)
     assert sum(opened_in_steps(digit_bits)) == masks_of(digit_bits)
     assert digit_bits_of(masks_of(digit_bits)) == digit_bits

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 pytest.importorskip("jax")
 
@@ -17,6 +18,7 @@ from entropi.private.preparation.material import (
     Material,
     MaterialUsedUp,
     array_name,
+    joined,
     needs,
     of_truncations,
 )
@@ -362,6 +364,15 @@ def test_what_comparisons_take_is_handed_out_once():
         assert len(np.unique(numbers)) == len(numbers)
         with pytest.raises(MaterialUsedUp, match=f"for {name} {rows[name]} were prepared, {rows[name] + 1} are needed"):
             take(1)
+
+
+def test_what_is_written_down_is_row_by_row_in_memory():
+    """Safetensors writes another array down in the order of memory, and reads something else."""
+    (need,) = (need for need in needs(SPREAD, SETTINGS, 6) if need.kind == BITS)
+    other = np.arange(12, dtype=np.uint64).reshape(3, 4).T
+    assert load(save({"x": other}))["x"].tolist() != other.tolist()
+    (array,) = joined(need, [{"x": other}]).values()
+    assert load(save({"x": array}))["x"].tolist() == other.tolist()
 
 
 def test_a_refused_product_uses_nothing_up():

@@ -170,13 +170,17 @@ def array_name(need: str, which: Literal["a", "b", "c"]) -> str:
 
 
 def joined(need: Need, pieces: Iterable[Mapping[str, Ring]]) -> dict[str, Ring]:
-    """Arrays of one need, of the pieces in which they were dealt: columns of a matrix, rows of a table or a pool."""
+    """Arrays of one need, of the pieces in which they were dealt: columns of a matrix, rows of a table or a pool.
+
+    Row by row in memory: safetensors writes others down in the order of memory, without a word.
+    """
     found: dict[str, list[Ring]] = {}
     for piece in pieces:
         for name, array in piece.items():
             found.setdefault(name, []).append(array)
     axis = -1 if need.kind == "times_matrix" else 0
-    return {name: some[0] if len(some) == 1 else np.concatenate(some, axis=axis) for name, some in found.items()}
+    whole = {name: some[0] if len(some) == 1 else np.concatenate(some, axis=axis) for name, some in found.items()}
+    return {name: np.ascontiguousarray(array) for name, array in whole.items()}
 
 
 @dataclass(frozen=True)
