@@ -381,6 +381,14 @@ def test_every_figure_shows_something(step: int, tmp_path: Path) -> None:
     assert png.imread(tmp_path / "figure.png").shape == drawn.shape
 
 
+def test_long_names_that_differ_at_their_ends_stay_apart() -> None:
+    """Rows of a study by learning rate were all "squares over their sum, learning_rate=…"."""
+    names = [f"squares over their sum, learning_rate={rate}" for rate in ("2e-3", "4e-3")]
+    figure = figures.perplexity_by_row({name: [1.0] for name in names})
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown == ["squares over their …, learning_rate=2e-3", "squares over their …, learning_rate=4e-3"]
+
+
 def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     marked = figures.entropy_heatmap([[0.0, 1.0]], math.log(128), context_length=128)
     (line,) = marked.axes[1].get_lines()

@@ -59,9 +59,14 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def short_name(text: str) -> str:
-    """A run's name as a label: short, on one line, and not starting with the "_" that legends leave out."""
+    """A name as a label: on one line, not starting with the "_" that legends leave out, and short.
+
+    A long one loses its middle: rows of a study that differ in one setting, "row, setting=value", differ at their ends.
+    """
     text = " ".join(text.split())
-    text = text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
+    if len(text) > MAX_NAME:
+        kept = MAX_NAME - 1
+        text = f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
     return " " + text if text.startswith("_") else text
 
 
