@@ -389,6 +389,20 @@ def test_long_names_that_differ_at_their_ends_stay_apart() -> None:
     assert shown == ["squares over their …, learning_rate=2e-3", "squares over their …, learning_rate=4e-3"]
 
 
+def legend_of(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_legends_say_what_is_needed() -> None:
+    """Operations stand in the order in which they leave; "training" only beside what is held out."""
+    assert legend_of(figures.taper_gates(tapering())) == ["norm", "final norm"]
+    steps = [record for record in training() if isinstance(record, TrainingStep)]
+    evaluations = [record for record in training() if isinstance(record, Evaluation)]
+    both = figures.loss_curves({"a": steps, "b": steps}, {"a": evaluations})
+    assert legend_of(both) == ["a, training", "a, held out", "b, training"]
+    assert legend_of(figures.loss_curves({"a": steps, "b": steps}, {"a": ()})) == ["a", "b"]
+
+
 def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     marked = figures.entropy_heatmap([[0.0, 1.0]], math.log(128), context_length=128)
     (line,) = marked.axes[1].get_lines()

@@ -74,11 +74,14 @@ def taper_gates(snapshots: Sequence[TaperSnapshot]) -> Figure:
     """Gates of a tapering over steps, a line an operation, mean over its layers: 1 is the teacher's, 0 has left."""
     figure = Figure(figsize=(6.8, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.gates)
-    for index, name in enumerate(names):
-        points = [(s.step, float(np.mean(gates))) for s in snapshots if (gates := s.gates.get(name))]
+    lines: dict[str, dict[int, float]] = {}
+    for snapshot in snapshots:
+        for name, gates in snapshot.gates.items():
+            lines.setdefault(name, {})[snapshot.step] = float(np.mean(gates))
+    for index, name in enumerate(sorted(lines, key=lambda name: sum(lines[name].values()))):  # what leaves first
         style: dict[str, Any] = dict(color=PALETTE[index % len(PALETTE)], linestyle=DASHES[index % len(DASHES)])
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=short_name(name), **style)
+        label = short_name(name.replace("_", " "))
+        axes.plot(list(lines[name]), list(lines[name].values()), marker=".", label=label, **style)
     axes.set_xlabel("training step")
     axes.set_ylabel("gate")
     axes.set_ylim(-0.05, 1.05)
@@ -101,8 +104,9 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
     for index, name in enumerate(names):
         colour = PALETTE[index % len(PALETTE)]
         dash = DASHES[index // len(PALETTE) % len(DASHES)]
-        prefix = short_name(name) + ", " if len(names) > 1 else ""
         taken, held_out = runs.get(name, ()), evaluations.get(name, ())
+        what = short_name(name) if len(names) > 1 else ""
+        prefix = f"{what}, " if what else ""
         if taken:
             losses = [step.cross_entropy for step in taken]
             marker = "." if len(losses) == 1 else ""
@@ -114,7 +118,7 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
                 marker=marker,
                 linewidth=1.1,
                 alpha=0.75,
-                label=f"{prefix}training",
+                label=f"{prefix}training" if any(evaluations.values()) else what or "training",
             )
             drawn += losses
         if held_out:
