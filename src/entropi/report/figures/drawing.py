@@ -16,7 +16,7 @@ from PIL import Image
 
 # Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out as too pale for white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+DASHES = ("-", "--", ":", "-.")  # beside colours: 28 lines are told apart
 MISSING = "#d0d0d0"
 MAX_LABELLED_LINES = 12
 MAX_NAME = 40

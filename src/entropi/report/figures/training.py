@@ -103,7 +103,7 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
     drawn: list[float] = []
     for index, name in enumerate(names):
         colour = PALETTE[index % len(PALETTE)]
-        dash = DASHES[index // len(PALETTE) % len(DASHES)]
+        dash = DASHES[index % len(DASHES)]  # of lines that coincide both are seen
         taken, held_out = runs.get(name, ()), evaluations.get(name, ())
         what = short_name(name) if len(names) > 1 else ""
         prefix = f"{what}, " if what else ""
