@@ -405,6 +405,15 @@ def test_legends_say_what_is_needed() -> None:
     assert len({line.get_linestyle() for line in plain.axes[0].get_lines()}) == 2  # seen though they coincide
 
 
+def test_a_loss_beyond_all_others_does_not_set_the_scale() -> None:
+    """A model without norms had one batch of 1e14 among losses of 4, and recovered."""
+    steps = [record for record in training() if isinstance(record, TrainingStep)]
+    steps[3] = msgspec.structs.replace(steps[3], cross_entropy=1.4e14)
+    axes = figures.loss_curves({"a": steps}, {}).axes[0]
+    assert axes.get_ylim()[1] < 20
+    assert [text.get_text() for text in axes.texts] == ["1 beyond, up to 1.4e+14"]
+
+
 def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     marked = figures.entropy_heatmap([[0.0, 1.0]], math.log(128), context_length=128)
     (line,) = marked.axes[1].get_lines()

@@ -20,6 +20,8 @@ from entropi.records import (
 from entropi.report.figures.drawing import DASHES, PALETTE, short_name, styled
 from entropi.report.figures.entropy import stacked_quarters
 
+OUTLIER = 5.0  # times the median, beyond which a loss does not set the scale
+
 
 @styled
 def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[float, float] | None = None) -> Figure:
@@ -136,7 +138,9 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
             )
             drawn += losses
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
-    if not any(map(math.isfinite, drawn)):
+    finite = np.array([value for value in drawn if math.isfinite(value)])
+    _keep_readable(axes, finite)
+    if not finite.size:
         axes.text(0.5, 0.5, "no finite value is recorded", transform=axes.transAxes, ha="center")
     elif len(names) > 3:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
@@ -144,3 +148,15 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
     else:
         axes.legend(fontsize=8.5)
     return figure
+
+
+def _keep_readable(axes: Any, values: np.ndarray) -> None:
+    """Scale to what is no outlier and tell of the rest: beside one batch's loss of 1e14 all others are a flat line."""
+    most = OUTLIER * float(np.median(values)) if values.size else math.inf
+    if not (values > most).any():
+        return
+    shown = values[values <= most]
+    space = 0.05 * (float(np.ptp(shown)) or 1.0)
+    axes.set_ylim(float(shown.min()) - space, float(shown.max()) + space)
+    beyond = f"{(values > most).sum()} beyond, up to {values.max():.2g}"
+    axes.text(0.01, 0.02, beyond, transform=axes.transAxes, fontsize=8.5)
