@@ -381,6 +381,39 @@ def test_every_figure_shows_something(step: int, tmp_path: Path) -> None:
     assert png.imread(tmp_path / "figure.png").shape == drawn.shape
 
 
+def test_long_names_that_differ_at_their_ends_stay_apart() -> None:
+    """Rows of a study by learning rate were all "squares over their sum, learning_rate=…"."""
+    names = [f"squares over their sum, learning_rate={rate}" for rate in ("2e-3", "4e-3")]
+    figure = figures.perplexity_by_row({name: [1.0] for name in names})
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown == ["squares over their …, learning_rate=2e-3", "squares over their …, learning_rate=4e-3"]
+
+
+def legend_of(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_legends_say_what_is_needed() -> None:
+    """Operations stand in the order in which they leave; "training" only beside what is held out."""
+    assert legend_of(figures.taper_gates(tapering())) == ["norm", "final norm"]
+    steps = [record for record in training() if isinstance(record, TrainingStep)]
+    evaluations = [record for record in training() if isinstance(record, Evaluation)]
+    both = figures.loss_curves({"a": steps, "b": steps}, {"a": evaluations})
+    assert legend_of(both) == ["a, training", "a, held out", "b, training"]
+    plain = figures.loss_curves({"a": steps, "b": steps}, {"a": ()})
+    assert legend_of(plain) == ["a", "b"]
+    assert len({line.get_linestyle() for line in plain.axes[0].get_lines()}) == 2  # seen though they coincide
+
+
+def test_a_loss_beyond_all_others_does_not_set_the_scale() -> None:
+    """A model without norms had one batch of 1e14 among losses of 4, and recovered."""
+    steps = [record for record in training() if isinstance(record, TrainingStep)]
+    steps[3] = msgspec.structs.replace(steps[3], cross_entropy=1.4e14)
+    axes = figures.loss_curves({"a": steps}, {}).axes[0]
+    assert axes.get_ylim()[1] < 20
+    assert [text.get_text() for text in axes.texts] == ["1 beyond, up to 1.4e+14"]
+
+
 def test_heatmap_has_layers_downwards_heads_across_and_a_fixed_scale() -> None:
     marked = figures.entropy_heatmap([[0.0, 1.0]], math.log(128), context_length=128)
     (line,) = marked.axes[1].get_lines()

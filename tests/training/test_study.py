@@ -27,7 +27,7 @@ from entropi.records import Spread, StudyClaim, StudyRow, StudyRun
 from entropi.report import study as report_study
 from entropi.report.folder import read_run
 from entropi.report.heads import scale_top
-from entropi.report.study import StudyResult, markdown, outcome, read_study, tables, with_spread, write_study
+from entropi.report.study import StudyResult, _by_layer, markdown, outcome, read_study, tables, with_spread, write_study
 from entropi.training import study as study_module
 from entropi.training.comparison import compare, sign_flip_p, sign_p, spread, summarise
 from entropi.training.recipe import save_recipe
@@ -380,6 +380,14 @@ def test_how_a_row_collapsed_is_told_where_no_seed_survived(written: tuple[Path,
     drawn = {d.name: d.note for d in report_study.draw(report_study.StudyResult("x", found, [row], []))}
     assert drawn.keys() == {"loss", "layers-base"}
     assert drawn["layers-base"].endswith("up to the first divergence.")
+
+
+def test_layers_of_the_same_share_are_told_together():
+    assert (
+        _by_layer([1.0, 1.0, 1.0, 0.0, 0.25, 0.5, 0.5])
+        == "layers 0 to 2: 100.0 %, layer 4: 25.0 %, layers 5 to 6: 50.0 %"
+    )
+    assert [_by_layer(shares) for shares in ([0.0, 0.0], [])] == ["none", "–"]
 
 
 def test_a_study_has_the_scale_of_reports(written: tuple[Path, Path]):

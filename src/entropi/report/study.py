@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import os
 import re
@@ -143,8 +144,13 @@ def _perplexity(row: StudyRow) -> str:
 
 
 def _by_layer(shares: Sequence[float]) -> str:
-    """ "layer 0: 75 %, layer 3: 25 %": the layers that have any."""
-    some = [f"layer {layer}: {percent(share)}" for layer, share in enumerate(shares) if share > 0]
+    """ "layers 0 to 4: 75 %, layer 6: 25 %": the layers that have any, neighbours with the same share together."""
+    some, place = [], 0
+    for text, layers in itertools.groupby(map(percent, shares)):
+        last = place + len(list(layers)) - 1
+        if any(share > 0 for share in shares[place : last + 1]):
+            some.append(f"layer {last}: {text}" if place == last else f"layers {place} to {last}: {text}")
+        place = last + 1
     return ", ".join(some) or ("none" if shares else "–")
 
 

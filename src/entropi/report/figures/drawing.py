@@ -16,7 +16,7 @@ from PIL import Image
 
 # Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out as too pale for white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+DASHES = ("-", "--", ":", "-.")  # beside colours: 28 lines are told apart
 MISSING = "#d0d0d0"
 MAX_LABELLED_LINES = 12
 MAX_NAME = 40
@@ -59,9 +59,14 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def short_name(text: str) -> str:
-    """A run's name as a label: short, on one line, and not starting with the "_" that legends leave out."""
+    """A name as a label: on one line, not starting with the "_" that legends leave out, and short.
+
+    A long one loses its middle: rows of a study that differ in one setting, "row, setting=value", differ at their ends.
+    """
     text = " ".join(text.split())
-    text = text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
+    if len(text) > MAX_NAME:
+        kept = MAX_NAME - 1
+        text = f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
     return " " + text if text.startswith("_") else text
 
 

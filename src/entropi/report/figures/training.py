@@ -20,6 +20,8 @@ from entropi.records import (
 from entropi.report.figures.drawing import DASHES, PALETTE, short_name, styled
 from entropi.report.figures.entropy import stacked_quarters
 
+OUTLIER = 5.0  # times the median, beyond which a loss does not set the scale
+
 
 @styled
 def gamma_sweep(shares: Mapping[float, Sequence[float]], perplexity: Mapping[float, float] | None = None) -> Figure:
@@ -74,11 +76,14 @@ def taper_gates(snapshots: Sequence[TaperSnapshot]) -> Figure:
     """Gates of a tapering over steps, a line an operation, mean over its layers: 1 is the teacher's, 0 has left."""
     figure = Figure(figsize=(6.8, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.gates)
-    for index, name in enumerate(names):
-        points = [(s.step, float(np.mean(gates))) for s in snapshots if (gates := s.gates.get(name))]
+    lines: dict[str, dict[int, float]] = {}
+    for snapshot in snapshots:
+        for name, gates in snapshot.gates.items():
+            lines.setdefault(name, {})[snapshot.step] = float(np.mean(gates))
+    for index, name in enumerate(sorted(lines, key=lambda name: sum(lines[name].values()))):  # what leaves first
         style: dict[str, Any] = dict(color=PALETTE[index % len(PALETTE)], linestyle=DASHES[index % len(DASHES)])
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=short_name(name), **style)
+        label = short_name(name.replace("_", " "))
+        axes.plot(list(lines[name]), list(lines[name].values()), marker=".", label=label, **style)
     axes.set_xlabel("training step")
     axes.set_ylabel("gate")
     axes.set_ylim(-0.05, 1.05)
@@ -100,9 +105,10 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
     drawn: list[float] = []
     for index, name in enumerate(names):
         colour = PALETTE[index % len(PALETTE)]
-        dash = DASHES[index // len(PALETTE) % len(DASHES)]
-        prefix = short_name(name) + ", " if len(names) > 1 else ""
+        dash = DASHES[index % len(DASHES)]  # of lines that coincide both are seen
         taken, held_out = runs.get(name, ()), evaluations.get(name, ())
+        what = short_name(name) if len(names) > 1 else ""
+        prefix = f"{what}, " if what else ""
         if taken:
             losses = [step.cross_entropy for step in taken]
             marker = "." if len(losses) == 1 else ""
@@ -114,7 +120,7 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
                 marker=marker,
                 linewidth=1.1,
                 alpha=0.75,
-                label=f"{prefix}training",
+                label=f"{prefix}training" if any(evaluations.values()) else what or "training",
             )
             drawn += losses
         if held_out:
@@ -132,7 +138,9 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
             )
             drawn += losses
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
-    if not any(map(math.isfinite, drawn)):
+    finite = np.array([value for value in drawn if math.isfinite(value)])
+    _keep_readable(axes, finite)
+    if not finite.size:
         axes.text(0.5, 0.5, "no finite value is recorded", transform=axes.transAxes, ha="center")
     elif len(names) > 3:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
@@ -140,3 +148,15 @@ def loss_curves(runs: Mapping[str, Sequence[TrainingStep]], evaluations: Mapping
     else:
         axes.legend(fontsize=8.5)
     return figure
+
+
+def _keep_readable(axes: Any, values: np.ndarray) -> None:
+    """Scale to what is no outlier and tell of the rest: beside one batch's loss of 1e14 all others are a flat line."""
+    most = OUTLIER * float(np.median(values)) if values.size else math.inf
+    if not (values > most).any():
+        return
+    shown = values[values <= most]
+    space = 0.05 * (float(np.ptp(shown)) or 1.0)
+    axes.set_ylim(float(shown.min()) - space, float(shown.max()) + space)
+    beyond = f"{(values > most).sum()} beyond, up to {values.max():.2g}"
+    axes.text(0.01, 0.02, beyond, transform=axes.transAxes, fontsize=8.5)
