@@ -175,8 +175,8 @@ def multiplied(masks: Ring, digit_bits: int) -> Generator[tuple[Ring, Ring], Rin
         found = yield np.concatenate(left), np.concatenate(right)
         for (place, some), share in zip(wanted, _split(found, [gates[place][1] for place, _ in wanted])):
             known[place][some] = share
-    found = [known[place][some] for place, (gate, _) in enumerate(gates) for some in gate.products]
-    return np.ascontiguousarray(np.concatenate(found).T)
+    every = [known[place][some] for place, (gate, _) in enumerate(gates) for some in gate.products]
+    return np.ascontiguousarray(np.concatenate(every).T)
 
 
 def _split(rows: Ring, sizes: Sequence[int]) -> list[Ring]:
