@@ -358,6 +358,8 @@ def test_segment_max(lengths, arity, monkeypatch):
     expected = np.stack([values[:, e - n : e].max(axis=1) for e, n in zip(ends, lengths)], axis=1)
     found = jax.jit(lambda x: functions.segment_max(x, np.array(lengths)))(jnp.asarray(values, jnp.float32))
     np.testing.assert_array_equal(found, expected.astype("f"))
+    prepared = jax.jit(lambda x: functions.segment_max(x, np.array(lengths), prepared=True))(jnp.asarray(values, "f"))
+    np.testing.assert_allclose(prepared, expected, atol=2e-6)  # a sum of two differences in float32
 
 
 def test_few_elements_meet_in_groups_and_many_in_pairs():

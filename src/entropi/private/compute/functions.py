@@ -184,7 +184,8 @@ def segment_max(packed: Array, lengths: np.ndarray, *, prepared: bool = False) -
     arity = 2 if prepared else _best_arity(lengths, int(np.prod(packed.shape[:-1])))
     while lengths.max() > 1:
         sizes = _group_sizes(lengths, arity)
-        packed = _largest_of_pairs(packed, sizes) if arity == 2 else _largest_of_groups(packed, sizes)
+        largest = partial(_largest_of_pairs, prepared=prepared) if arity == 2 else _largest_of_groups
+        packed = largest(packed, sizes)
         lengths = -(-lengths // arity)
     return packed
 
@@ -221,12 +222,12 @@ def _group_sizes(lengths: np.ndarray, most: int) -> np.ndarray:
     return np.repeat(lengths // groups, groups) + (place < np.repeat(lengths % groups, groups))
 
 
-def _largest_of_pairs(packed: Array, sizes: np.ndarray) -> Array:
+def _largest_of_pairs(packed: Array, sizes: np.ndarray, *, prepared: bool) -> Array:
     """The larger of every group of two elements, and those that are alone."""
     starts = np.cumsum(sizes) - sizes
     left = starts[sizes == 2]
-    other = packed[..., left + 1]
-    larger = other + relu(packed[..., left] - other)
+    one, other = packed[..., left], packed[..., left + 1]
+    larger = other + relu(one - other) if prepared else jnp.maximum(one, other)
     pool = jnp.concatenate([larger, packed[..., starts[sizes == 1]]], -1)
     place = np.where(sizes == 2, np.cumsum(sizes == 2) - 1, len(left) + np.cumsum(sizes == 1) - 1)
     return pool[..., place]
