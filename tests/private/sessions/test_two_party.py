@@ -810,8 +810,11 @@ def test_a_model_that_needs_fewer_fraction_bits_is_given_them(capfd, scratch, tm
     served = folder, *save_model(folder, change=lambda model: enlarge_scores(model, 5e4))
     status, line = run_cli(capfd, "serve", folder, "--listen", "127.0.0.1:0", "--fraction-bits=18")
     assert status == 2
-    found = re.search(r"overflow: layer 1 \w+ reaches (\S+), .* with 18 .* below 6\.71e\+07; (\d+) fraction bits", line)
+    found = re.search(
+        r"overflow: layer 1 \w+ reaches (\S+), .* with 18 .* below 6\.71e\+07; .* (\d+) fraction bits would", line
+    )
     assert found
+    assert re.search(r"; comparisons would not hold: layer 1 max compares numbers up to \S+, .* below 2\.62e\+05", line)
     started = Server(folder, scratch / "fewer.log")
     try:
         address = started.address()
