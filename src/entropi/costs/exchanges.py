@@ -20,8 +20,8 @@ from entropi.private.preparation.comparisons import by_window, signs_of
 from entropi.private.preparation.cutting import Comparison, Product, Step, cut
 from entropi.private.preparation.material import Material, Need, need_of, of_all_tokens, of_comparisons, of_truncations
 from entropi.private.preparation.products import OF_SERVER, masking, packed_size
-from entropi.private.preparation.ring import Ring, uniform
-from entropi.private.preparation.signs import WORD, opened_in_steps, words_for
+from entropi.private.preparation.ring import WORD, Ring, uniform, words_for
+from entropi.private.preparation.signs import opened_in_steps
 
 # Names of counted things. Of a number that goes both ways each party sends its own part.
 TO_SERVER, BOTH_WAYS = "masked numbers to the server", "masked numbers both ways"

@@ -26,6 +26,7 @@ Kind: TypeAlias = Literal["product", "multiply", "square", "compare", "select", 
 
 Numbers: TypeAlias = Literal["real", "whole", "bits"]
 _TYPES: dict[Numbers, Any] = {"real": np.float32, "whole": np.int32, "bits": np.bool_}
+_KINDS: dict[str, Numbers] = {"f": "real", "b": "bits"}  # numpy's kinds of types; all others are whole
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _trace(program: Comparable, operands: tuple[Value, ...]) -> tuple[tuple[Prot
 
 def _numbers(value: Any) -> Numbers:
     """Of which kind a traced value's numbers are."""
-    return {"f": "real", "b": "bits"}.get(value.dtype.kind, "whole")  # type: ignore[return-value]
+    return _KINDS.get(value.dtype.kind, "whole")
 
 
 def _whole(value: Any) -> bool:

@@ -20,7 +20,7 @@ from entropi.private.compute import windows
 from entropi.private.compute.windows import Window
 from entropi.private.preparation import signs
 from entropi.private.preparation.cutting import Comparison
-from entropi.private.preparation.ring import Ring
+from entropi.private.preparation.ring import Ring, words_for
 
 # Over which numbers the functions of `compute.functions` compare, by their names.
 WINDOWS = {"relu": windows.narrow, "by_edges": windows.exact, "by_edges_of_any": windows.wide}
@@ -39,16 +39,11 @@ class Prepared(Protocol):
         """Shares of so many random numbers a, bits r and products r a."""
 
 
-def window(comparison: Comparison, fraction_bits: int) -> Window:
-    """Which bits of a share matter to a comparison."""
-    return WINDOWS[comparison.kind](fraction_bits)
-
-
 def by_window(comparisons: Sequence[Comparison], fraction_bits: int) -> Mapping[Window, list[int]]:
     """Places of the comparisons whose signs are found together."""
     found: dict[Window, list[int]] = {}
     for place, comparison in enumerate(comparisons):
-        found.setdefault(window(comparison, fraction_bits), []).append(place)
+        found.setdefault(WINDOWS[comparison.kind](fraction_bits), []).append(place)
     return found
 
 
@@ -109,7 +104,7 @@ def _compared(comparison: Comparison, share: Ring, fraction_bits: int, *, server
 
 
 def _signs(x: Ring, which: Window, material: Prepared, *, server: bool) -> Generator[bytes, bytes, np.ndarray]:
-    masks, products = material.of_signs(which.digit_bits, signs.words_for(x.size))
+    masks, products = material.of_signs(which.digit_bits, words_for(x.size))
     finding = signs.signs(x, which, masks, products, server=server)
     sent = next(finding)
     while True:

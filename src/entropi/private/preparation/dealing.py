@@ -18,9 +18,9 @@ from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.cutting import Shape
 from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, Need, array_name
-from entropi.private.preparation.ring import Ring, uniform
+from entropi.private.preparation.ring import WORD, Ring, uniform
 from entropi.private.preparation.signs import digit_bits_of, multiplied, products_by_size
-from entropi.private.preparation.truncation import WORD, packed
+from entropi.private.preparation.truncation import packed
 from entropi.records import StageCommunication
 
 if TYPE_CHECKING:  # what is dealt is priced where there is no engine

@@ -15,9 +15,9 @@ from entropi.private.preparation.comparisons import by_window, signs_of
 from entropi.private.preparation.cutting import Comparison, Product, Shape, cut
 from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.products import OF_SERVER, Masking, masking, packed_size, pool_of, token_rows
-from entropi.private.preparation.ring import Ring
-from entropi.private.preparation.signs import masks_of, products_of, words_for
-from entropi.private.preparation.truncation import WORD, TruncationMasks, packed_shapes, unpacked
+from entropi.private.preparation.ring import WORD, Ring, words_for
+from entropi.private.preparation.signs import masks_of, products_of
+from entropi.private.preparation.truncation import TruncationMasks, packed_shapes, unpacked
 
 # Kinds of what is no product, and the pools of it: for truncations; for signs, by the bits of their digits; and for
 # what follows from a sign, a number or a number that is kept.
@@ -223,8 +223,7 @@ class Material:
         Raises:
             MaterialUsedUp: see there.
         """
-        start = self._used.get(TRUNCATE, 0)
-        place = self._use(TRUNCATE, start, start + count)
+        place = self._following(TRUNCATE, count)
         return TruncationMasks(self._truncations.bits[place], self._truncations.products[place])
 
     def of_signs(self, digit_bits: int, words: int) -> tuple[Ring, Ring]:
@@ -255,8 +254,7 @@ class Material:
 
     def _next(self, name: str, rows: int) -> list[Any]:
         """So many rows of a pool's arrays a, b and c, None for one that it has not."""
-        start = self._used.get(name, 0)
-        place = self._use(name, start, start + rows)
+        place = self._following(name, rows)
         return [None if array is None else array[place] for array in self._of(name)]
 
     def masks(self, product: Product, layer: int, keys: int) -> Masks:
@@ -266,14 +264,13 @@ class Material:
             MaterialUsedUp: see there.
         """
         name = name_of(product, layer)
-        start = self._used.get(name, 0)
         if pool_of(product.kind, product.shapes[0]) is not None:
-            place = self._use(name, start, start + _pool_rows(product))
+            place = self._following(name, _pool_rows(product))
             return self._cut(name, (place, place, place), (product.shapes[0], product.shapes[-1], product.result_shape))
 
         rows = token_rows(product.kind, product.shapes[0], product.result_shape)
         if product.kind in OF_SERVER:  # any row of R is as good as another
-            place = self._use(name, start, start + rows)
+            place = self._following(name, rows)
             return self._cut(name, (place, place, place))
         first = keys - rows
         tokens = self._use(name, first, keys)
@@ -281,6 +278,11 @@ class Material:
         pairs = slice(packed_size(first), packed_size(keys))
         new, seen, packed = (every, tokens), (every, slice(keys)), (every, pairs)
         return self._cut(name, (new, seen, packed) if product.kind == "scores" else (packed, seen, new))
+
+    def _following(self, name: str, rows: int) -> slice:
+        """The next so many, used up from now on."""
+        start = self._used.get(name, 0)
+        return self._use(name, start, start + rows)
 
     def _use(self, name: str, first: int, end: int) -> slice:
         """The numbers from `first` to `end`, used up from now on, and with them all before."""

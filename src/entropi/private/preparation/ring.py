@@ -12,10 +12,16 @@ from entropi.errors import UserError
 
 Ring: TypeAlias = NDArray[np.uint64]
 
+WORD = 64  # bits of a ring element
 _DIGIT_BITS, _DIGITS = 16, 4
 _EXACT = 2**53  # below which float64 holds every whole number
 _COLUMNS = 4096  # of a matrix, as float64 at a time: 25 MB where it has 768 rows
 _FEW_ROWS = 12  # for which whole numbers are faster: one of 768 x 2304 takes 2 ms, by digits 14
+
+
+def words_for(bits: int) -> int:
+    """Ring elements that hold so many bits."""
+    return -(-bits // WORD)
 
 
 def uniform(shape: tuple[int, ...]) -> Ring:

@@ -23,9 +23,8 @@ from typing import TypeAlias
 import numpy as np
 
 from entropi.private.compute.windows import DIGITS, Window
-from entropi.private.preparation.ring import Ring
+from entropi.private.preparation.ring import WORD, Ring, words_for
 
-WORD = 64  # numbers whose bits share a word
 _JOINED = 4  # neighbouring digits that become one in a step
 Variables: TypeAlias = tuple[str, ...]
 
@@ -184,11 +183,6 @@ def _split(rows: Ring, sizes: Sequence[int]) -> list[Ring]:
 
 
 # --- Using ------------------------------------------------------------------------------------------------------------
-
-
-def words_for(numbers: int) -> int:
-    """Words that hold a bit of so many numbers."""
-    return -(-numbers // WORD)
 
 
 def signs(x: Ring, window: Window, masks: Ring, products: Ring, *, server: bool) -> Generator[Ring, Ring, np.ndarray]:

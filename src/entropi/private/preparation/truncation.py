@@ -19,10 +19,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from entropi.private.preparation.ring import Ring
+from entropi.private.preparation.ring import WORD, Ring, words_for
 
 Bits: TypeAlias = NDArray[np.uint8]
-WORD = 64  # bits of a ring element
 _HALF = np.uint64(62)
 _SIGN = np.uint64(63)
 
@@ -83,4 +82,4 @@ def unpacked(words: Ring, halves: Ring, count: int) -> TruncationMasks:
 
 def packed_shapes(count: int) -> tuple[tuple[int], tuple[int]]:
     """Of what `packed` makes of so many."""
-    return (-(-count // WORD),), (-(-count // 2),)
+    return (words_for(count),), (-(-count // 2),)

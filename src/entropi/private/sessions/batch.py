@@ -18,13 +18,13 @@ import numpy as np
 from entropi.errors import UserError
 from entropi.private.compute.layout import Layout
 from entropi.private.compute.program import stages_of_pass
-from entropi.private.compute.settings import CLIENT, trust
+from entropi.private.compute.settings import trust
 from entropi.private.sessions.client_session import ClientSession, with_retries
 from entropi.private.sessions.generation import Answer, Generation
 from entropi.private.sessions.memory import memory_for
 from entropi.private.sessions.party_handle import Party
 from entropi.private.wire.channel import ServerAddress, open_channel
-from entropi.private.wire.messages import Job, Next, Revealed, Start
+from entropi.private.wire.messages import Next, Revealed, Start
 from entropi.records import StageCommunication
 from entropi.temporary import swept_folder
 
@@ -94,20 +94,8 @@ class BatchSession(ClientSession):
             whole = [len(welcome.prefix) + length + most for length in lengths]
             several = whole if self.size > 1 else ()
             memory = memory_for(welcome.description, sum(whole), asked[0].memory_gb, prompts=several)
-            job = Job(
-                rank=CLIENT,
-                session=accepted.session,
-                links=("", ""),
-                description=welcome.description,
-                settings=welcome.settings,
-                max_new_tokens=most,
-                prompt_length=lengths[0],
-                prompt=[token for one in asked for token in one.ids],
-                prefix_length=len(welcome.prefix),
-                table=str(table) if table is not None else None,
-                others=lengths[1:],
-            )
-            await self._compute(job, memory)
+            tokens = [token for one in asked for token in one.ids]
+            await self._compute(self._job(accepted, table, most, tokens, lengths[0], others=lengths[1:]), memory)
 
     def _prepare_all(self) -> None:
         """Encode all prompts, so that one that cannot be asked is told before anything is computed."""

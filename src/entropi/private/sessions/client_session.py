@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -154,22 +154,29 @@ class ClientSession(PartySession):
                 taken.nbytes if taken else 0,
                 draft_tokens=welcome.draft_tokens if drafts else 0,
             )
-            job = Job(
-                rank=CLIENT,
-                session=accepted.session,
-                links=("", ""),
-                description=welcome.description,
-                settings=welcome.settings,
-                max_new_tokens=most,
-                prompt_length=len(ids),
-                prompt=ids,
-                prefix_length=len(welcome.prefix),
-                table=str(table) if table is not None else None,
-                drafts=drafts,
-            )
+            job = self._job(accepted, table, most, ids, len(ids), drafts=drafts)
             self.read, self.room = len(ids), most - 1
             self.passes = passes - 1 if taken is not None else None
             await self._compute(job, memory, taken)
+
+    def _job(
+        self, accepted: Accepted, table: Path | None, most: int, tokens: list[int], prompt_length: int, **more: Any
+    ) -> Job:
+        """This side's part of a session, but for the engine's link; `tokens` are those of all prompts."""
+        welcome = self.welcome
+        return Job(
+            rank=CLIENT,
+            session=accepted.session,
+            links=("", ""),
+            description=welcome.description,
+            settings=welcome.settings,
+            max_new_tokens=most,
+            prompt_length=prompt_length,
+            prompt=tokens,
+            prefix_length=len(welcome.prefix),
+            table=str(table) if table is not None else None,
+            **more,
+        )
 
     async def _compute(self, job: Job, memory: int | None, taken: Taken | None = None) -> None:
         """Run this side's party on a job, and carry its engine's link, until everything is received."""
