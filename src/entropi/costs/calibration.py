@@ -136,8 +136,11 @@ class Trial:
     words: bool = False
 
 
-def trials() -> Iterator[Trial]:
-    """Every protocol at several sizes; small ones last, when everything is set up."""
+def trials(protocol: ProtocolName) -> Iterator[Trial]:
+    """Every operation at several sizes; small ones last, when everything is set up.
+
+    Words of bits are shared under CHEETAH alone, where `preparation.comparisons` needs them.
+    """
     import jax.numpy as jnp
 
     from entropi.private.compute.functions import square
@@ -160,7 +163,8 @@ def trials() -> Iterator[Trial]:
         yield Trial("multiply known", pair, (*one, ((size,), client)))
         if size > 4_000:
             yield Trial("square", square, one)
-        yield Trial("and", lambda x, y: x & y, one * 2, words=True)
+        if protocol == "cheetah":
+            yield Trial("and", lambda x, y: x & y, one * 2, words=True)
     for rows, inner, columns in _MATRICES:
         left, right = (rows, inner), (inner, columns)
         yield Trial("product", jnp.matmul, ((left, shared), (right, shared)))
@@ -227,6 +231,10 @@ def run_trials(
         if progress is not None:
             progress(number + 1, len(chosen))
     return readings
+
+
+def _numbers(trial: Trial) -> int:
+    return sum(int(np.prod(shape)) for shape, _ in trial.operands)
 
 
 def _sum(*parts: Any) -> Any:
@@ -316,8 +324,8 @@ def calibrate(
 
         return report
 
-    readings = run_trials(protocol, fraction_bits, list(trials()) * _REPEATS, progress=part(0.0, 0.5))
-    short = [trial for trial in trials() if sum(np.prod(shape) for shape, _ in trial.operands) < _SHORT] * _LATE_REPEATS
+    readings = run_trials(protocol, fraction_bits, list(trials(protocol)) * _REPEATS, progress=part(0.0, 0.5))
+    short = [trial for trial in trials(protocol) if _numbers(trial) < _SHORT] * _LATE_REPEATS
     prompt, late = (
         run_trials(protocol, fraction_bits, short, delay_s=delay, progress=part(begin, begin + 0.25))
         for begin, delay in ((0.5, _DELAYS_S[0]), (0.75, _DELAYS_S[1]))
