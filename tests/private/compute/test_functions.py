@@ -390,15 +390,27 @@ def test_kernel_error_against_exp_is_the_documented_one(iterations):
 
 @pytest.mark.parametrize(
     ("rows", "inner", "columns", "products"),
-    [(128, 768, 2304, 1), (512, 768, 2304, 4), (500, 768, 2304, 4), (129, 768, 2304, 2), (512, 128, 128, 1)],
+    [
+        (128, 768, 2304, 1),
+        (512, 768, 2304, 4),
+        (500, 768, 2304, 4),
+        (129, 768, 2304, 2),
+        (512, 128, 128, 1),
+        (128, 768, 3072, 1),  # twice the memory that is meant, and full ciphertexts
+        (64, 576, 49152, 8),
+        (3, 8192, 49152, 3),
+    ],
 )
 def test_products_with_private_matrices_come_in_pieces_where_memory_asks_for_it(rows, inner, columns, products):
     x, matrix = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
     (marked,) = jax.make_jaxpr(functions.times_matrix)(x, matrix).eqns  # one operation, which can be prepared
     assert marked.params["name"] == "times_matrix"
     equations = marked.params["jaxpr"].eqns
-    assert [equation.primitive.name for equation in equations].count("dot_general") == products
-    if rows <= 129:
+    found = [equation for equation in equations if equation.primitive.name == "dot_general"]
+    assert len(found) == products
+    most = max(2 * functions.POLYNOMIALS * functions.CIPHERTEXT, inner * columns)
+    assert all(product.invars[0].aval.shape[0] * inner * columns <= most for product in found)
+    if rows <= 129 and columns < 4_000:
         # Whole numbers whose sums float32 holds, in whichever order they are summed.
         a, b = np.ones((rows, inner), np.float32), np.rint(uniform(-8, 8, inner, columns))
         a *= np.arange(rows)[:, None]

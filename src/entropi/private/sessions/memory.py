@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from entropi.private.compute.description import Description
-from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS
+from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS, rows_at_a_time
 from entropi.private.wire.link_frames import DEFAULT_UNREAD
 
 MEMORY_ROOM = 2.0  # times the prediction: a session that honest parties need must not fail for it
@@ -59,10 +59,12 @@ def needed_memory(
     # Multiplications of the largest product; larger ones are computed in pieces (`times_matrix`, `times_table`).
     # The head has one row, but where it is prepared for all.
     rows, once = min(tokens, 128), ("embedding", "positions", *(() if prepares else ("head",)))
-    largest = rows * max(math.prod(shape) for name, shape in shapes.items() if name not in once)
+    matrices = [shape for name, shape in shapes.items() if name not in once and len(shape) == 2]
+    largest = max(rows_at_a_time(rows, *shape) * math.prod(shape) for shape in matrices)
     largest = min(largest, POLYNOMIALS * CIPHERTEXT) if prepares else largest
     read = max(1 + draft_tokens, len(prompts))
-    largest = max(largest, min(read * math.prod(shapes["head"]), POLYNOMIALS * CIPHERTEXT) if read > 1 else 0)
+    if read > 1:
+        largest = max(largest, rows_at_a_time(read, *shapes["head"]) * math.prod(shapes["head"]))
     table = min(rows * math.prod(shapes["embedding"]), POLYNOMIALS * CIPHERTEXT)
     wide = max(model.intermediate_size, 3 * max(model.hidden_size, model.query_size))
     values = tokens * max(model.heads * max(prompts, default=tokens), wide) + read * model.vocab_size
