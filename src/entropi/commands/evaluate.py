@@ -241,11 +241,11 @@ def _measure(
     settings, _ = select_fraction_bits(description, behind, wanted, looked_at, choose=True)
     del behind
     del weights
-    with ProgressLine("in private", len(text)) as line:
+    with ProgressLine("in private, %", 100) as line:
 
-        def watch(so_far: Accuracy) -> None:
-            done = so_far.positions // blocks.shape[1]
-            line.update(done, "" if quiet else f"{so_far.same_token:.2%} the same, perplexity {so_far.change:+.2%}")
+        def watch(done: float, so_far: Accuracy | None) -> None:
+            found = "" if so_far is None else f"{so_far.same_token:.2%} the same, perplexity {so_far.change:+.2%}"
+            line.update(round(100 * done / len(text)), "" if quiet else found)
 
         return settings, measure(folder, settings, protocol, text, ids, watch)
 

@@ -47,5 +47,12 @@ def test_a_child_that_fails_is_one_line_behind_what_it_said(tmp_path, monkeypatc
 def test_a_child_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text("import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(UserError, match="it failed"):
+    with pytest.raises(UserError, match=r"it failed: it was not done after 0\.5 s"):
         list(answers("child", [5], int, "it failed", seconds=0.5))
+
+
+def test_a_child_that_was_killed_is_told_from_one_that_failed(tmp_path, monkeypatch):
+    (tmp_path / "child.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="it failed: its process was killed, as happens where memory runs out"):
+        list(answers("child", [5], int, "it failed"))

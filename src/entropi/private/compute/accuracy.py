@@ -42,6 +42,13 @@ class Compared(msgspec.Struct, forbid_unknown_fields=True):
     error: float  # largest difference of a logit
 
 
+class Answer(msgspec.Struct, forbid_unknown_fields=True):
+    """The share of a pass over a sequence that is done, and after the whole of it what came out."""
+
+    done: float
+    compared: Compared | None = None
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """A model in fixed point against the same model in float32.
@@ -91,14 +98,15 @@ def measure(
     protocol: Literal["ref2k", "cheetah"],
     sequences: Sequence[Sequence[int]],
     prefix: Sequence[int] = (),
-    watch: Callable[[Accuracy], None] = lambda so_far: None,
+    watch: Callable[[float, Accuracy | None], None] = lambda done, so_far: None,
 ) -> Accuracy:
     """Run the program on every sequence of token ids, and compare.
 
     Args:
         folder: of the folded model.
         prefix: public token ids before every sequence, computed in the clear.
-        watch: is called with what has been found so far, after every sequence.
+        watch: is called after every stage with the sequences that are done, the one at work by its share, and with what
+            has been found so far.
 
     Raises:
         UserError: the run failed.
@@ -107,22 +115,24 @@ def measure(
     found: list[Compared] = []
     failed = f"the run under {protocol} failed"
     try:
-        for one in answers("entropi.private.compute.accuracy", question, Compared, failed):
-            found.append(one)
-            watch(Accuracy.of(found))
-    except UserError:
-        raise UserError(f"{failed} after {len(found)} of {len(question.sequences)} sequences") from None
+        for one in answers("entropi.private.compute.accuracy", question, Answer, failed):
+            done = len(found) + one.done
+            if one.compared is not None:
+                found.append(one.compared)
+            watch(done, Accuracy.of(found) if found else None)
+    except UserError as error:
+        raise UserError(f"{error}, after {len(found)} of {len(question.sequences)} sequences") from None
     if len(found) != len(question.sequences):
         raise UserError(f"{failed} after {len(found)} of {len(question.sequences)} sequences")
     return Accuracy.of(found)
 
 
 def main() -> None:
-    """Answer the `Question` on standard input, a line for every sequence."""
+    """Answer the `Question` on standard input, a line for every stage."""
     answer_one(Question, compare)
 
 
-def compare(question: Question, say: Callable[[Compared], None]) -> None:
+def compare(question: Question, say: Callable[[Answer], None]) -> None:
     """Say of every sequence what comes out in private and in float32."""
     from entropi.private.compute.engine import Simulation
     from entropi.private.compute.folded import load_folded
@@ -141,7 +151,16 @@ def compare(question: Question, say: Callable[[Compared], None]) -> None:
         _, (plain,) = run_plain(model, weights, tokens, 1, form, exact=True, every_row=True)
         for name in names(model) if past else ():  # a pass leaves all tokens' behind
             engine.hold(name, weights[name], SERVER)
-        private = logits_of_pass(engine, model, question.settings, weights["embedding"], tokens, past, every_row=True)
+        private = logits_of_pass(
+            engine,
+            model,
+            question.settings,
+            weights["embedding"],
+            tokens,
+            past,
+            every_row=True,
+            watch=lambda done, stages: say(Answer(done / stages)),
+        )
         found = Compared(
             len(tokens),
             _loss(plain, tokens),
@@ -149,7 +168,7 @@ def compare(question: Question, say: Callable[[Compared], None]) -> None:
             int((plain.argmax(axis=-1) == private.argmax(axis=-1)).sum()),
             float(np.abs(plain.astype(np.float64) - private).max()),
         )
-        say(found)
+        say(Answer(1.0, found))
 
 
 def _loss(logits: np.ndarray, tokens: list[int]) -> float:

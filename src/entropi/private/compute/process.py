@@ -7,9 +7,11 @@ for every answer.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
@@ -32,6 +34,7 @@ def answers(module: str, question: object, kind: type[A], failed: str, seconds: 
     Raises:
         UserError: a status other than 0, or an answer that is none.
     """
+    started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
@@ -58,6 +61,10 @@ def answers(module: str, question: object, kind: type[A], failed: str, seconds: 
         finally:
             if watchdog is not None:
                 watchdog.cancel()
+    if seconds is not None and time.monotonic() - started >= seconds:
+        raise UserError(f"{failed}: it was not done after {seconds:g} s")
+    if process.returncode == -signal.SIGKILL:
+        raise UserError(f"{failed}: its process was killed, as happens where memory runs out")
     if process.returncode:
         raise UserError(failed)
 

@@ -8,7 +8,7 @@ party; CHEETAH runs the cryptography too, both parties as threads. It is a proce
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -128,10 +128,12 @@ def logits_of_pass(
     past: int,
     *,
     every_row: bool,
+    watch: Callable[[int, int], None] = lambda done, stages: None,
 ) -> np.ndarray:
     """Logits of a pass over `tokens` after `past` cached ones, `(1, V)`, or `(m, V)` with `every_row`.
 
-    The engine holds the weights; `table` are the embeddings, for a client who looks its tokens up.
+    The engine holds the weights; `table` are the embeddings, for a client who looks its tokens up. `watch` is told how
+    many stages are done, out of how many.
     """
     from entropi.private.compute.embedding import one_hot
     from entropi.private.compute.program import forward
@@ -140,7 +142,7 @@ def logits_of_pass(
         engine.hold("embedded", table[tokens], CLIENT)
     else:
         engine.hold("tokens", one_hot(tokens, model.vocab_size, settings.paired, settings.fraction_bits), CLIENT)
-    for stage in forward(
+    passing = forward(
         model,
         len(tokens),
         past,
@@ -150,8 +152,11 @@ def logits_of_pass(
         fraction_bits=settings.fraction_bits,
         every_row=every_row,
         norm_shifts=settings.norm_shifts,
-    ):
+    )
+    stages = list(passing)
+    for done, stage in enumerate(stages, 1):
         engine.run(stage)
+        watch(done, len(stages))
     return engine.reveal("logits")
 
 
