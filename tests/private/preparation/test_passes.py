@@ -15,6 +15,7 @@ from entropi.private.preparation.material import (
     KEPT,
     SIGNS,
     TRUNCATE,
+    WINNERS,
     Material,
     MaterialUsedUp,
     array_name,
@@ -145,7 +146,7 @@ def run(weights, passes, wanted, arrays, random=None):
 def test_every_kind_of_product_is_in_the_sample(spread):
     kinds = {need.kind for need in spread[2][0][0]}
     products = {"times_matrix", "scores", "mix", "scale_rows", "sums_of_squares", "times", "square"}
-    assert kinds == products | {TRUNCATE, SIGNS, BITS, KEPT}
+    assert kinds == products | {TRUNCATE, SIGNS, WINNERS, BITS, KEPT}
 
 
 def test_what_is_sent_and_opened_is_uniform(spread):
@@ -302,7 +303,7 @@ def test_masks_belong_together():
     wanted, _ = ideal_material(model, SETTINGS, random_weights(model), 6, random)
     arrays, matrices = {}, {}
     for need in wanted:
-        if need.kind in (TRUNCATE, SIGNS, BITS, KEPT):
+        if need.kind in (TRUNCATE, SIGNS, WINNERS, BITS, KEPT):
             arrays |= ideal_arrays(need, {}, 18, random)[SERVER]
             continue
         a, b = (random.integers(0, 2**64, shape, dtype=np.uint64) for shape in need.shapes)
@@ -356,6 +357,7 @@ def test_what_comparisons_take_is_handed_out_once():
     for name, take in (
         ("signs.2", lambda count: material.of_signs(2, count)),
         ("signs.3", lambda count: material.of_signs(3, count)),
+        (WINNERS, material.of_winners),
         (BITS, lambda count: (material.of_bits(count),)),
         (KEPT, material.of_kept),
     ):
