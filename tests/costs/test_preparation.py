@@ -37,7 +37,7 @@ MODELS = {
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
                           intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
 }  # fmt: skip
-PASSES, READ = (20, 1, 1, 5), (1, 1, 1, 3)  # tokens, and those of the last ones after which there are logits
+PASSES, READ = (40, 1, 1, 5), (1, 1, 1, 3)  # tokens, and those of the last ones after which there are logits
 
 
 def describe(name: str) -> Description:
