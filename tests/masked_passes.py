@@ -14,11 +14,21 @@ import numpy as np
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.program import Comparable, cached_tokens, keep_first, run_stages, stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, Material, array_name, needs
+from entropi.private.preparation.gates import multiplied
+from entropi.private.preparation.material import (
+    BITS,
+    KEPT,
+    SIGNS,
+    TRUNCATE,
+    WINNERS,
+    Material,
+    array_name,
+    gates_of,
+    needs,
+)
 from entropi.private.preparation.online import PreparedPasses
 from entropi.private.preparation.products import multiply
 from entropi.private.preparation.ring import encode
-from entropi.private.preparation.signs import digit_bits_of, multiplied
 from entropi.private.preparation.truncation import packed
 from entropi.records import StageCommunication
 
@@ -190,7 +200,7 @@ def ideal_arrays(need, weights, bits, random):
 
     if need.kind == TRUNCATE:
         return ideal_truncations(need.rows, bits, random)
-    if need.kind in (SIGNS, BITS, KEPT):
+    if need.kind in (SIGNS, WINNERS, BITS, KEPT):
         return ideal_bits(need, draw)
     a, b = draw(need.shapes[0]), draw(need.shapes[1])
     if need.masking == "server":
@@ -219,10 +229,10 @@ def ideal_truncations(count, bits, random):
 
 
 def ideal_bits(need, draw):
-    """Both parties' arrays for signs, or for what follows from signs."""
-    if need.kind == SIGNS:
+    """Both parties' arrays for signs and winners, or for what follows from signs."""
+    if need.kind in (SIGNS, WINNERS):
         masks = draw(need.shapes[0])
-        whole = dict(a=masks, c=products_of_masks(masks, digit_bits_of(need.shapes[0][1])))
+        whole = dict(a=masks, c=products_of_masks(masks, gates_of(need)))
         theirs = {which: draw(one.shape) for which, one in whole.items()}
         ours = {which: one ^ theirs[which] for which, one in whole.items()}
     else:
@@ -233,9 +243,9 @@ def ideal_bits(need, draw):
     return [{array_name(need.name, which): one for which, one in party.items()} for party in (ours, theirs)]
 
 
-def products_of_masks(masks, digit_bits):
+def products_of_masks(masks, gates):
     """Of known words, what both parties find shares of."""
-    multiplying = multiplied(masks, digit_bits)
+    multiplying = multiplied(masks, gates)
     left, right = next(multiplying)
     while True:
         try:

@@ -211,6 +211,7 @@ MATERIAL = {
     "sums_of_squares": "sums of the squares of rows",
     "truncate": "bits for truncations",
     "signs": "bits for the signs of numbers, and their products",
+    "winners": "bits for the largest of a few numbers, and their products",
     "bits": "bits as numbers, for what follows from a sign",
     "kept": "numbers that are kept or not, by their sign",
 }

@@ -37,7 +37,7 @@ MODELS = {
     "SM+RMS+SwiGLU": dict(layers=2, heads=4, key_value_heads=2, hidden_size=128, norm="rms", activation="swiglu",
                           intermediate_size=300, position_embedding="rotary", rotary_dimensions=32, centre=False),
 }  # fmt: skip
-PASSES, READ = (20, 1, 1, 5), (1, 1, 1, 3)  # tokens, and those of the last ones after which there are logits
+PASSES, READ = (40, 1, 1, 5), (1, 1, 1, 3)  # tokens, and those of the last ones after which there are logits
 
 
 def describe(name: str) -> Description:
@@ -128,6 +128,12 @@ def test_what_is_sent_between_parts_by_hand():
     # in a fourth a bit and a number of each.
     relu = Comparison("relu", "s", (70,), "u", (70,), ())
     assert of(by_matrix, comparisons=(relu,)) == (8 * 24 + 2 * (8 * 2 * 97 + 9 + 8 * 70), 8, 4)
+    # 15 signs of each of 12 groups are three words of numbers, with their 97 bits; the winners one word of groups, of
+    # 15 bits; and then a bit and a number for each but the last of a group.
+    largest = Comparison("largest", "s", (2, 6, 6), "u", (2, 6), ())
+    assert of(comparisons=(largest,)) == (2 * (8 * 3 * 97 + 8 * 15 + 8 + 8 * 60), 10, 5)
+    pairs = Comparison("largest", "s", (2, 6, 2), "u", (2, 6), ())
+    assert of(comparisons=(pairs,)) == (2 * (8 * 97 + 2 + 8 * 12), 8, 4)
 
 
 def test_what_is_sent_to_truncate():

@@ -16,7 +16,8 @@ import numpy as np
 from entropi.private.compute import attention, functions
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import SERVER
-from entropi.private.preparation.comparisons import by_window, signs_of
+from entropi.private.preparation import winners
+from entropi.private.preparation.comparisons import by_window, groups_of, kept_by, numbers_by, signs_of
 from entropi.private.preparation.cutting import Comparison, Product, Step, cut
 from entropi.private.preparation.material import Material, Need, need_of, of_all_tokens, of_comparisons, of_truncations
 from entropi.private.preparation.products import OF_SERVER, masking, packed_size
@@ -77,19 +78,19 @@ def count(step: Step, of_server: Collection[str], opened: int, fraction_bits: in
 
 
 def _count_comparisons(comparisons: Sequence[Comparison], fraction_bits: int, counted: Counter[str]) -> None:
-    """Signs in several exchanges, the first of which is counted already, and what follows from them in one more."""
+    """Signs in several exchanges, the first of which is counted already, and what follows from them in one or two."""
     exchanges = 0
     for which, places in by_window(comparisons, fraction_bits).items():
         words = words_for(sum(signs_of(comparisons[place]) for place in places))
         for bits in opened_in_steps(which.digit_bits):
             counted[BITS] += words * WORD * bits
             exchanges += 1
-    total = 0
-    for comparison in comparisons:
-        total += signs_of(comparison)
-        if comparison.kind == "relu":
-            counted[BOTH_WAYS] += signs_of(comparison)
-    counted[BITS] += -(-total // 8) * 8
+    if groups := groups_of(comparisons):
+        counted[BITS] += words_for(groups) * WORD * winners.opened()
+        exchanges += 1
+    kept, numbers = (sum(map(counting, comparisons)) for counting in (kept_by, numbers_by))
+    counted[BOTH_WAYS] += kept
+    counted[BITS] += -(-(kept + numbers) // 8) * 8
     counted[_EXCHANGES] += exchanges
     counted[MESSAGES] += 2 * exchanges
 

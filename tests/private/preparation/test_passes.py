@@ -1,5 +1,8 @@
 """Both parties' passes with prepared products on an ideal engine: right, within what was prepared, and uniform."""
 
+from collections import Counter
+
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
@@ -15,11 +18,13 @@ from entropi.private.preparation.material import (
     KEPT,
     SIGNS,
     TRUNCATE,
+    WINNERS,
     Material,
     MaterialUsedUp,
     array_name,
     joined,
     needs,
+    of_comparisons,
     of_truncations,
 )
 from entropi.private.preparation.products import multiply, token_rows
@@ -87,6 +92,31 @@ def test_any_split_into_passes_has_enough(sizes):
     compare(session, model, SETTINGS, weights, passes)
 
 
+@pytest.mark.parametrize("variant", ["llama", "spread"])
+@pytest.mark.parametrize("sizes", [[60], [22, *[1] * 38], [1, 40, 1, 1, 13, 4], [9, 9, 9, 9]], ids=str)
+def test_any_split_takes_no_more_comparisons_than_were_prepared(variant, sizes):
+    """Also where tokens were taken back, so that what stands at later places sees fewer keys; rows of some levels."""
+    model = describe(**VARIANTS["llama"]) if variant == "llama" else SPREAD
+    model = msgspec.structs.replace(model, positions=64)
+    prepared = {need.name: need.rows for need in needs(model, SETTINGS, 60, len(sizes))}
+    for dropped in (0, 3):
+        taken, past = Counter(), 0
+        for size in sizes:
+            for comparisons in comparisons_of(model, size, past):
+                taken.update({need.name: need.rows for need in of_comparisons(comparisons, SETTINGS.fraction_bits)})
+            past += size - min(dropped, size - 1)
+        assert {"signs.2", "winners", "kept"} <= taken.keys() <= prepared.keys()
+        assert all(count <= prepared[name] for name, count in taken.items()), (taken, prepared)
+
+
+def comparisons_of(model, size, past):
+    shapes = {**model.weight_shapes(), "embedded": (size, model.hidden_size)}
+    for layer in range(model.layers if past else 0):
+        shapes[f"{layer}.k"] = shapes[f"{layer}.v"] = (model.key_value_heads, past, model.head_size)
+    for stage in stages_of_pass(model, SETTINGS, size, past, prepared=True):
+        yield from (step.comparisons for step in cut(stage, shapes) if step.comparisons)
+
+
 @pytest.mark.parametrize("passes", [[[1, 2, 3]], [[1, 2], [3]]], ids=str)
 def test_a_token_too_many_is_refused(passes):
     model = describe()
@@ -145,7 +175,7 @@ def run(weights, passes, wanted, arrays, random=None):
 def test_every_kind_of_product_is_in_the_sample(spread):
     kinds = {need.kind for need in spread[2][0][0]}
     products = {"times_matrix", "scores", "mix", "scale_rows", "sums_of_squares", "times", "square"}
-    assert kinds == products | {TRUNCATE, SIGNS, BITS, KEPT}
+    assert kinds == products | {TRUNCATE, SIGNS, WINNERS, BITS, KEPT}
 
 
 def test_what_is_sent_and_opened_is_uniform(spread):
@@ -302,7 +332,7 @@ def test_masks_belong_together():
     wanted, _ = ideal_material(model, SETTINGS, random_weights(model), 6, random)
     arrays, matrices = {}, {}
     for need in wanted:
-        if need.kind in (TRUNCATE, SIGNS, BITS, KEPT):
+        if need.kind in (TRUNCATE, SIGNS, WINNERS, BITS, KEPT):
             arrays |= ideal_arrays(need, {}, 18, random)[SERVER]
             continue
         a, b = (random.integers(0, 2**64, shape, dtype=np.uint64) for shape in need.shapes)
@@ -356,6 +386,7 @@ def test_what_comparisons_take_is_handed_out_once():
     for name, take in (
         ("signs.2", lambda count: material.of_signs(2, count)),
         ("signs.3", lambda count: material.of_signs(3, count)),
+        (WINNERS, material.of_winners),
         (BITS, lambda count: (material.of_bits(count),)),
         (KEPT, material.of_kept),
     ):

@@ -6,10 +6,9 @@ import pytest
 pytest.importorskip("spu")
 
 from entropi.private.compute.settings import CLIENT, SERVER
-from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, array_name
+from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, WINNERS, array_name, gates_of
 from entropi.private.preparation.products import multiply
 from entropi.private.preparation.ring import encode
-from entropi.private.preparation.signs import digit_bits_of
 from entropi.private.preparation.truncation import unpacked
 from masked_passes import chi_square, products_of_masks, smallest_gap
 from prepared_parties import AGAIN, CASES, PASSES, Case, play
@@ -45,7 +44,7 @@ def test_products_are_exact(played, name):
     """To the last digit or, where the engine may be wrong by one, to that; a square has twice its error."""
     case, wrong, count = Case(name), 0, 0
     for need in case.needs:
-        if need.kind in (TRUNCATE, SIGNS, BITS, KEPT):
+        if need.kind in (TRUNCATE, SIGNS, WINNERS, BITS, KEPT):
             continue
 
         def whole(which, need=need):
@@ -85,10 +84,10 @@ def test_random_bits_of_comparisons_are_exact(played, name):
         parts = {
             which: [party.get(f"material {array_name(need.name, which)}") for party in played[name]] for which in "abc"
         }
-        if need.kind == SIGNS:
+        if need.kind in (SIGNS, WINNERS):
             masks, products = (np.bitwise_xor(*parts[which]) for which in "ac")
             assert (masks.shape, products.shape) == (need.shapes[0], need.result)
-            np.testing.assert_array_equal(products, products_of_masks(masks, digit_bits_of(need.shapes[0][1])))
+            np.testing.assert_array_equal(products, products_of_masks(masks, gates_of(need)))
         elif need.kind in (BITS, KEPT):
             bits = np.add(*parts["b"])
             assert set(np.unique(bits)) == {0, 1}

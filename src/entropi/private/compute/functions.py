@@ -183,21 +183,38 @@ def by_edges_of_any(x: Array, edges: Array, below: Array, above: Array) -> Array
     return jnp.where(x[None] < edges, below, above).sum(axis=1)
 
 
+@comparing
+def largest(x: Array) -> Array:
+    """Largest of every row of `(..., n)`, n at most `GROUP`: `(...)`.
+
+    Prepared for differences below 2^18, and then one of those that are within 2^-13 of the largest.
+    """
+    return x.max(axis=-1)
+
+
+GROUP = 6  # numbers of which a prepared comparison finds the largest at once
+
+
 def segment_max(packed: Array, lengths: np.ndarray, *, prepared: bool = False) -> Array:
     """Largest element of every segment of `packed` `(..., sum(lengths))`, `(..., len(lengths))`.
 
     A tournament of all segments at once. Of many elements two meet at a time: about one comparison (98 bytes) an
     element, ceil(log2(longest)) times 21 rounds. Of few, whose bytes are little beside what rounds take, several meet
     at a time, all against all, as `_best_arity` weighs it: 83 rounds instead of 147 for 128 elements. Segments of
-    different length cost what they hold, where a padded rectangle would cost twice for a causal triangle. Where
-    comparisons are `prepared` two meet at a time.
+    different length cost what they hold, where a padded rectangle would cost twice for a causal triangle.
+
+    Where comparisons are `prepared` `GROUP` meet at a time, all against all, whatever is computed beside them: a longer
+    segment then never takes less of anything, and what is prepared for one is enough for all shorter ones.
     """
     lengths = np.asarray(lengths)
-    arity = 2 if prepared else _best_arity(lengths, int(np.prod(packed.shape[:-1])))
+    arity = GROUP if prepared else _best_arity(lengths, int(np.prod(packed.shape[:-1])))
     while lengths.max() > 1:
-        sizes = _group_sizes(lengths, arity)
-        largest = partial(_largest_of_pairs, prepared=prepared) if arity == 2 else _largest_of_groups
-        packed = largest(packed, sizes)
+        if prepared:
+            packed = _largest_prepared(packed, _filled_group_sizes(lengths, arity))
+        elif arity == 2:
+            packed = _largest_of_pairs(packed, _group_sizes(lengths, arity))
+        else:
+            packed = _largest_of_groups(packed, _group_sizes(lengths, arity))
         lengths = -(-lengths // arity)
     return packed
 
@@ -234,12 +251,31 @@ def _group_sizes(lengths: np.ndarray, most: int) -> np.ndarray:
     return np.repeat(lengths // groups, groups) + (place < np.repeat(lengths % groups, groups))
 
 
-def _largest_of_pairs(packed: Array, sizes: np.ndarray, *, prepared: bool) -> Array:
+def _filled_group_sizes(lengths: np.ndarray, most: int) -> np.ndarray:
+    """Sizes of groups of `most` elements, and of what is left over of each segment."""
+    groups = -(-lengths // most)
+    sizes = np.full(groups.sum(), most)
+    sizes[np.cumsum(groups) - 1] = lengths - most * (groups - 1)
+    return sizes
+
+
+def _largest_prepared(packed: Array, sizes: np.ndarray) -> Array:
+    """The largest element of every group: those of one size are one operation, and all of them wait together."""
+    starts = np.cumsum(sizes) - sizes
+    found, order = [], []
+    for size in np.unique(sizes):
+        (groups,) = np.nonzero(sizes == size)
+        members = packed[..., starts[groups, None] + np.arange(size)]
+        found.append(largest(members) if size > 1 else members[..., 0])
+        order.append(groups)
+    return jnp.concatenate(found, -1)[..., np.argsort(np.concatenate(order))]
+
+
+def _largest_of_pairs(packed: Array, sizes: np.ndarray) -> Array:
     """The larger of every group of two elements, and those that are alone."""
     starts = np.cumsum(sizes) - sizes
     left = starts[sizes == 2]
-    one, other = packed[..., left], packed[..., left + 1]
-    larger = other + relu(one - other) if prepared else jnp.maximum(one, other)
+    larger = jnp.maximum(packed[..., left], packed[..., left + 1])
     pool = jnp.concatenate([larger, packed[..., starts[sizes == 1]]], -1)
     place = np.where(sizes == 2, np.cumsum(sizes == 2) - 1, len(left) + np.cumsum(sizes == 1) - 1)
     return pool[..., place]

@@ -1,5 +1,7 @@
 """Comparing functions of shared numbers, with random numbers that were prepared: signs, and one message each way more.
 
+The largest of three or more takes two more, see `winners`.
+
 What follows from a sign t is computed in the one exchange that makes a number of it. Of a random bit r the parties
 have shares that add up to it modulo 2^64, whose lowest bits then add up to it modulo two. They open e = t + r (modulo
 two), and t = e + (1 - 2 e) r is linear in r. Of a number x that is kept where t is 1 they open d = x - a too, and
@@ -7,23 +9,34 @@ two), and t = e + (1 - 2 e) r is linear in r. Of a number x that is kept where t
     t x = (e + (1 - 2 e) r) (d + a) = e d + e a + (1 - 2 e) (r d + r a)
 
 with shares of a and of r a that were prepared beside r.
+
+The largest of a group is its last number and, of another that wins, the difference of both. Signs lose carries from
+below the window, otherwise for each difference: so the shares of the numbers themselves lose what is below, before
+they are subtracted. What is left has one order, whoever it is compared with, and the first of equal numbers wins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from entropi.private.compute import windows
 from entropi.private.compute.windows import Window
-from entropi.private.preparation import signs
+from entropi.private.preparation import signs, winners
 from entropi.private.preparation.cutting import Comparison
 from entropi.private.preparation.ring import Ring, words_for
 
 # Over which numbers the functions of `compute.functions` compare, by their names.
-WINDOWS = {"relu": windows.narrow, "by_edges": windows.exact, "by_edges_of_any": windows.wide}
+WINDOWS = {
+    "relu": windows.narrow,
+    "largest": windows.narrow,
+    "by_edges": windows.exact,
+    "by_edges_of_any": windows.wide,
+}
+
+Bits = TypeVar("Bits")
 
 
 class Prepared(Protocol):
@@ -31,6 +44,9 @@ class Prepared(Protocol):
 
     def of_signs(self, digit_bits: int, words: int) -> tuple[Ring, Ring]:
         """Masks and their products for so many words of signs, see `signs.signs`."""
+
+    def of_winners(self, words: int) -> tuple[Ring, Ring]:
+        """Masks and their products for so many words of groups, see `winners.winners`."""
 
     def of_bits(self, count: int) -> Ring:
         """Shares of so many random bits r."""
@@ -49,7 +65,37 @@ def by_window(comparisons: Sequence[Comparison], fraction_bits: int) -> Mapping[
 
 def signs_of(comparison: Comparison) -> int:
     """How many signs it takes."""
-    shape = comparison.shape if comparison.kind == "relu" else _differences(comparison)
+    if comparison.kind == "largest":
+        return _groups(comparison) * len(winners.pairs(comparison.shape[-1]))
+    return _size(comparison.shape if comparison.kind == "relu" else _differences(comparison))
+
+
+def kept_by(comparison: Comparison) -> int:
+    """How many numbers it keeps or not."""
+    if comparison.kind == "largest":
+        return _groups(comparison) * (comparison.shape[-1] - 1)
+    return _size(comparison.shape) if comparison.kind == "relu" else 0
+
+
+def numbers_by(comparison: Comparison) -> int:
+    """How many bits it makes numbers of."""
+    return 0 if kept_by(comparison) else signs_of(comparison)
+
+
+def groups_of(comparisons: Sequence[Comparison]) -> int:
+    """Of how many groups the winners are found together. The larger of two follows from one sign."""
+    return sum(_groups(comparison) for comparison in comparisons if _has_winners(comparison))
+
+
+def _has_winners(comparison: Comparison) -> bool:
+    return comparison.kind == "largest" and comparison.shape[-1] > 2
+
+
+def _groups(comparison: Comparison) -> int:
+    return _size(comparison.shape[:-1])
+
+
+def _size(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
@@ -69,50 +115,89 @@ def compute(
     negative = [np.empty(0, np.uint8)] * len(comparisons)
     for which, places in by_window(comparisons, fraction_bits).items():
         sizes = [numbers[place].size for place in places]
-        found = yield from _signs(np.concatenate([numbers[place] for place in places]), which, material, server=server)
+        joint = np.concatenate([numbers[place] for place in places])
+        words = material.of_signs(which.digit_bits, words_for(joint.size))
+        found = yield from _in_words(signs.signs(joint, which, *words, server=server))
         for place, part in zip(places, np.split(found, np.cumsum(sizes)[:-1])):
             negative[place] = part
+    decided = yield from _decided(comparisons, negative, material, server=server)
 
     opened, drawn = list[np.ndarray](), list[tuple[Ring, ...]]()
-    for comparison, share, sign in zip(comparisons, shares, negative):
-        if comparison.kind == "relu":
-            a, bit, product = material.of_kept(share.size)
+    for comparison, share, bits in zip(comparisons, shares, decided):
+        if kept_by(comparison):
+            a, bit, product = material.of_kept(bits.size)
             drawn.append((bit, a, product))
-            opened += [_bit(sign ^ np.uint8(server), bit), share.reshape(-1) - a]
+            opened += [_bit(bits, bit), _to_keep(comparison, share) - a]
         else:
-            drawn.append((material.of_bits(sign.size),))
-            opened.append(_bit(sign, drawn[-1][0]))
+            drawn.append((material.of_bits(bits.size),))
+            opened.append(_bit(bits, drawn[-1][0]))
     seen = iter((yield from _open(opened)))
     results = []
-    for comparison, masks in zip(comparisons, drawn):
-        if comparison.kind == "relu":
-            results.append(_kept(next(seen), next(seen), *masks, server=server).reshape(comparison.result_shape))
+    for comparison, share, masks in zip(comparisons, shares, drawn):
+        if kept_by(comparison):
+            kept = _kept(next(seen), next(seen), *masks, server=server)
+            if comparison.kind == "largest":
+                kept = _by_rank(share)[-1] + kept.reshape(share.shape[-1] - 1, -1).sum(axis=0, dtype=np.uint64)
+            results.append(kept.reshape(comparison.result_shape))
         else:
             whole = _number(next(seen), *masks, server=server).reshape(_differences(comparison))
             results.append(_by_edges(whole, comparison, fraction_bits, server=server))
     return results
 
 
+def _decided(
+    comparisons: Sequence[Comparison], negative: Sequence[np.ndarray], material: Prepared, *, server: bool
+) -> Generator[bytes, bytes, list[np.ndarray]]:
+    """This party's shares of the bits by which numbers are kept or made, of those of signs."""
+    decided = [bits ^ np.uint8(server and kept_by(one) > 0) for one, bits in zip(comparisons, negative)]
+    places = [place for place, comparison in enumerate(comparisons) if _has_winners(comparison)]
+    if places:
+        sizes = [comparisons[place].shape[-1] for place in places]
+        by_pair = [negative[place].reshape(len(winners.pairs(size)), -1) for place, size in zip(places, sizes)]
+        words = material.of_winners(words_for(groups_of(comparisons)))
+        found = yield from _in_words(winners.winners(by_pair, sizes, *words, server=server))
+        for place, bits in zip(places, found):
+            decided[place] = bits.reshape(-1)
+    return decided
+
+
 def _compared(comparison: Comparison, share: Ring, fraction_bits: int, *, server: bool) -> Ring:
     """This party's share of the numbers whose signs are asked for, in a row."""
     if comparison.kind == "relu":
         return share.reshape(-1)
+    if comparison.kind == "largest":
+        dropped = np.uint64(WINDOWS[comparison.kind](fraction_bits).dropped)
+        left, right = np.array(winners.pairs(share.shape[-1])).T
+        whole = _by_rank(share) >> dropped
+        return ((whole[left] - whole[right]) << dropped).reshape(-1)
     differences = np.broadcast_to(share[None], _differences(comparison))
     if server:
         differences = differences - _fixed(comparison.public[0], fraction_bits)
     return differences.reshape(-1)
 
 
-def _signs(x: Ring, which: Window, material: Prepared, *, server: bool) -> Generator[bytes, bytes, np.ndarray]:
-    masks, products = material.of_signs(which.digit_bits, words_for(x.size))
-    finding = signs.signs(x, which, masks, products, server=server)
+def _by_rank(share: Ring) -> Ring:
+    """Groups `(..., n)` as `(n, groups)`."""
+    return share.reshape(-1, share.shape[-1]).T
+
+
+def _to_keep(comparison: Comparison, share: Ring) -> Ring:
+    """This party's share of the numbers that are kept or not, in a row."""
+    if comparison.kind == "relu":
+        return share.reshape(-1)
+    *others, last = _by_rank(share)
+    return (np.stack(others) - last).reshape(-1)
+
+
+def _in_words(finding: Generator[Ring, Ring, Bits]) -> Generator[bytes, bytes, Bits]:
+    """What finds bits of words that are exchanged, with these words as bytes."""
     sent = next(finding)
     while True:
         theirs = yield sent.astype("<u8", copy=False).tobytes()
         try:
             sent = finding.send(np.frombuffer(theirs, "<u8").astype(np.uint64, copy=False).reshape(sent.shape))
         except StopIteration as done:
-            result: np.ndarray = done.value
+            result: Bits = done.value
             return result
 
 

@@ -17,9 +17,9 @@ from entropi.private.compute.functions import BILINEAR, CIPHERTEXT, POLYNOMIALS
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.cutting import Shape
-from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, Need, array_name
+from entropi.private.preparation.gates import multiplied, products_by_size
+from entropi.private.preparation.material import BITS, KEPT, SIGNS, TRUNCATE, WINNERS, Need, array_name, gates_of
 from entropi.private.preparation.ring import WORD, Ring, uniform
-from entropi.private.preparation.signs import digit_bits_of, multiplied, products_by_size
 from entropi.private.preparation.truncation import packed
 from entropi.records import StageCommunication
 
@@ -67,9 +67,9 @@ def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
     elif need.kind == TRUNCATE:
         for count in counts_of(need):
             yield _piece(need, partial(_truncation, bits=fraction_bits), {"bits": ((count,), "numbers")})
-    elif need.kind == SIGNS:
+    elif need.kind in (SIGNS, WINNERS):
         for words in counts_of(need):
-            for products in products_by_size(digit_bits_of(need.shapes[0][1])):
+            for products in products_by_size(gates_of(need)):
                 shape = (products * words,)
                 yield _piece(need, _both, {"left": (shape, "words"), "right": (shape, "words")})
     elif need.kind in (BITS, KEPT):
@@ -88,8 +88,11 @@ def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
 
 
 def counts_of(pool: Need) -> list[int]:
-    """How many numbers of a pool, or rows of them, are multiplied at a time."""
-    each = int(np.prod(pool.shapes[0][1:], dtype=np.int64))
+    """How many numbers of a pool, or rows of them, are multiplied at a time; of words so many, for all of a size."""
+    if pool.kind in (SIGNS, WINNERS):
+        each = max(products_by_size(gates_of(pool)))
+    else:
+        each = int(np.prod(pool.shapes[0][1:], dtype=np.int64))
     step = max(POOL_STEP // each // _BLOCK, 1) * _BLOCK
     return [min(step, pool.rows - start) for start in range(0, pool.rows, step)]
 
@@ -170,8 +173,8 @@ def deal(
     if need.masking == "server":
         assert (matrix is not None) == (engine.rank == SERVER)
         yield from (_deal_table if need.kind == "times_table" else _deal_matrix)(engine, need, matrix)
-    elif need.kind == SIGNS:
-        yield from _deal_signs(engine, need)
+    elif need.kind in (SIGNS, WINNERS):
+        yield from _deal_words(engine, need)
     elif need.kind in (TRUNCATE, BITS, KEPT):
         for piece in pieces(need, engine.fraction_bits):
             yield (_deal_truncations if need.kind == TRUNCATE else _deal_bits)(engine, need, piece)
@@ -259,13 +262,13 @@ def _deal_truncations(engine: Engine, need: Need, piece: Piece) -> tuple[dict[st
     return {array_name(need.name, "a"): packed_bits, array_name(need.name, "c"): halves}, cost
 
 
-def _deal_signs(engine: Engine, need: Need) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
+def _deal_words(engine: Engine, need: Need) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
     """Random words of each party, sums of which are masks, and shares of the products of masks."""
-    digit_bits = digit_bits_of(need.shapes[0][1])
+    gates = gates_of(need)
     left = iter(pieces(need, engine.fraction_bits))
     for words in counts_of(need):
         masks = uniform((words, need.shapes[0][1]))
-        multiplying = multiplied(masks, digit_bits)
+        multiplying = multiplied(masks, gates)
         operands, products = next(multiplying), None
         while products is None:
             piece = next(left)

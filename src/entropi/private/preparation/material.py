@@ -11,17 +11,18 @@ import numpy as np
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings
-from entropi.private.preparation.comparisons import by_window, signs_of
+from entropi.private.preparation import signs, winners
+from entropi.private.preparation.comparisons import by_window, groups_of, kept_by, numbers_by, signs_of
 from entropi.private.preparation.cutting import Comparison, Product, Shape, cut
+from entropi.private.preparation.gates import Gates, masks_of, products_of
 from entropi.private.preparation.linear import LinearPart
 from entropi.private.preparation.products import OF_SERVER, Masking, masking, packed_size, pool_of, token_rows
 from entropi.private.preparation.ring import WORD, Ring, words_for
-from entropi.private.preparation.signs import masks_of, products_of
 from entropi.private.preparation.truncation import TruncationMasks, packed_shapes, unpacked
 
-# Kinds of what is no product, and the pools of it: for truncations; for signs, by the bits of their digits; and for
-# what follows from a sign, a number or a number that is kept.
-TRUNCATE, SIGNS, BITS, KEPT = "truncate", "signs", "bits", "kept"
+# Kinds of what is no product, and the pools of it: for truncations; for signs, by the bits of their digits; for the
+# winners of groups; and for what follows from a sign, a number or a number that is kept.
+TRUNCATE, SIGNS, WINNERS, BITS, KEPT = "truncate", "signs", "winners", "bits", "kept"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Need:
 
     `shapes` are those of both operands, a square's twice, and `result` that of the product; `matrix` names the server's
     weight, if one operand is that. A truncation takes a random bit of each party, and shares of their product; signs
-    take words of shared random bits and their products, see `signs`; what follows from a sign takes shares of random
-    bits, and of random numbers and their products, see `comparisons`.
+    and winners take words of shared random bits and their products, see `gates`; what follows from a sign takes shares
+    of random bits, and of random numbers and their products, see `comparisons`.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Need:
     @property
     def pooled(self) -> bool:
         """Whether this is a pool, of which every product takes what it needs, and not one place of the program."""
-        return self.kind in (SIGNS, BITS, KEPT) or pool_of(self.kind, self.shapes[0]) is not None
+        return self.kind in (SIGNS, WINNERS, BITS, KEPT) or pool_of(self.kind, self.shapes[0]) is not None
 
     @property
     def rows(self) -> int:
@@ -97,19 +98,28 @@ def of_truncations(count: int) -> Need:
 
 
 def of_comparisons(comparisons: Sequence[Comparison], fraction_bits: int, passes: int = 1) -> list[Need]:
-    """What the comparisons of a step take, in so many passes, each of which may leave a word of signs half empty."""
+    """What the comparisons of a step take, in so many passes, each of which may leave a word of bits half empty."""
     found = []
+
+    def of_words(name: str, kind: str, count: int, gates: Gates) -> None:
+        words = words_for(count) if passes == 1 else count // WORD + passes
+        masks = (words, masks_of(gates))
+        found.append(Need(name, kind, "bits", (masks, masks), (words, products_of(gates))))
+
     for which, places in by_window(comparisons, fraction_bits).items():
         count = sum(signs_of(comparisons[place]) for place in places)
-        words = words_for(count) if passes == 1 else count // WORD + passes
-        masks = (words, masks_of(which.digit_bits))
-        name = signs_name(which.digit_bits)
-        found.append(Need(name, SIGNS, "bits", (masks, masks), (words, products_of(which.digit_bits))))
-    for comparison in comparisons:
-        count = signs_of(comparison)
-        kind = KEPT if comparison.kind == "relu" else BITS
-        found.append(Need(kind, kind, "pair", ((count,), (count,)), (count,)))
+        of_words(signs_name(which.digit_bits), SIGNS, count, signs.gates(which.digit_bits))
+    if groups := groups_of(comparisons):
+        of_words(WINNERS, WINNERS, groups, winners.gates())
+    for kind, counting in ((KEPT, kept_by), (BITS, numbers_by)):
+        if count := sum(map(counting, comparisons)):
+            found.append(Need(kind, kind, "pair", ((count,), (count,)), (count,)))
     return found
+
+
+def gates_of(need: Need) -> Gates:
+    """What the words of a pool of signs or winners are for."""
+    return winners.gates() if need.kind == WINNERS else signs.gates(signs.digit_bits_of(need.shapes[0][1]))
 
 
 def signs_name(digit_bits: int) -> str:
@@ -233,6 +243,15 @@ class Material:
             MaterialUsedUp: see there.
         """
         masks, _, products = self._next(signs_name(digit_bits), words)
+        return masks, products
+
+    def of_winners(self, words: int) -> tuple[Ring, Ring]:
+        """For so many words of groups: shares of masks, and of their products, `(words, ...)`.
+
+        Raises:
+            MaterialUsedUp: see there.
+        """
+        masks, _, products = self._next(WINNERS, words)
         return masks, products
 
     def of_bits(self, count: int) -> Ring:

@@ -24,6 +24,18 @@ def words_for(bits: int) -> int:
     return -(-bits // WORD)
 
 
+def as_words(bits: NDArray[np.uint8]) -> Ring:
+    """Bits `(..., n)`, n a multiple of 64, as words: the first in a word's lowest place."""
+    words: Ring = np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
+    return words
+
+
+def from_words(words: Ring, count: int) -> NDArray[np.uint8]:
+    """The first `count` bits of words `(..., n)`."""
+    octets = np.ascontiguousarray(words, "<u8").view(np.uint8)
+    return np.unpackbits(octets, axis=-1, count=count, bitorder="little")
+
+
 def uniform(shape: tuple[int, ...]) -> Ring:
     """Numbers that are uniformly random, from the operating system's generator."""
     size = int(np.prod(shape, dtype=np.int64))

@@ -12,7 +12,7 @@ from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import Settings
 from entropi.records import StageCommunication
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
