@@ -20,7 +20,7 @@ from entropi.private.preparation.tickets import Binding
         (("--keep-ready", 2, "--sessions", 2), "in place of --sessions"),
         (("--tokens", 4, "--new-tokens", 5), "5 new tokens of 4"),
         (("--expires-days", 31), "30 days"),
-        (("--material-gb", 0), "--material-gb is 0 but must be between 0 and 1,000,000"),
+        (("--material-gb", 0), "--material-gb is 0 but must be more than 0 and at most 1,000,000"),
         (("--material-sessions", 1001), "--material-sessions is 1001 but must be between 1 and 1,000"),
         (("--list",), "nothing was prepared"),
         (("--server", "127.0.0.1:9"), "127.0.0.1:9"),
