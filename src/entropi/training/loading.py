@@ -30,7 +30,7 @@ from entropi.model.configuration import EntropiConfig
 from entropi.model.convert import Weights, options_of
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.gguf import configuration_of, is_gguf, read_once, source_of
-from entropi.model.shape import read_shape, shape_of
+from entropi.model.shape import read_shape, refuse_folded, shape_of
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 
@@ -59,6 +59,7 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
     if not folder.is_dir():
         raise UserError(f"there is no model at {path}" + (": a folder is needed" if folder.exists() else ""))
     if not (folder / "config.json").exists():
+        refuse_folded(folder)
         hint = "its training has not finished" if (path / CONFIG_FILE).exists() else "config.json is missing"
         raise UserError(f"{path} holds no model: {hint}")
     try:
