@@ -62,7 +62,7 @@ def test_what_is_ready_counts(capsys):
     assert happened == ["preparing 2 of 3", "preparing 3 of 3"]
     prepare._prepare_missing(1, lambda: 1, happened.append)
     assert len(happened) == 2
-    assert capsys.readouterr().out == "1 of 1 ready already: --sessions 2 prepares another one\n"
+    assert capsys.readouterr().out == "1 ready already: --sessions 2 prepares another one\n"
 
 
 def test_what_is_kept_is_listed_and_deleted_although_the_server_is_away(entropi, tmp_path):
