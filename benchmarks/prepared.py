@@ -43,7 +43,7 @@ from entropi.private import Store, Tls, Watcher, connect, prepare
 from entropi.private.compute.description import Description
 from entropi.private.compute.engine import Engine
 from entropi.private.compute.folded import DESCRIPTION_FILE, WEIGHTS_FILE, load_description
-from entropi.private.compute.program import compute_on_processor, stages_of_pass, warm_up
+from entropi.private.compute.program import compute_on_processor, stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.material import Material, needs
 from entropi.private.preparation.online import PreparedPasses
@@ -170,11 +170,6 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
     compute_on_processor()
     settings, random = Settings(embedding="public"), np.random.default_rng(0)
     engine = Engine(rank, open_link(rank, links), settings)
-    stage, shapes = warm_up(prepared=True)
-    for name, (shape, owner) in shapes.items():
-        engine.hold(name, shape, np.zeros(shape) if (owner == "server") == (rank == SERVER) else None)
-    engine.run(stage, 0)
-
     material = needs(model, settings, tokens + further, further + 1)
     matrices: dict[str, np.ndarray | None] = {need.matrix: None for need in material if need.matrix}
     for name, shape in model.weight_shapes().items():

@@ -248,3 +248,16 @@ def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert read_prompts(objects) == ["one\ntwo", ""]
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb"))
     assert read_prompts(Path("-")) == ["a", "b"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(UserError, match="no prompts in standard input"):
+        read_prompts(Path("-"))
+
+
+def test_a_prompt_of_a_file_ends_at_a_line_end_alone(tmp_path: Path):
+    """Not at a form feed or at one of Unicode's separators, which JSON texts may have unescaped."""
+    lines, objects = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    within = "a\x0cb\u2028c\x85d"
+    lines.write_bytes(f"\ufeff{within}\r\ntwo\rthree\n".encode())
+    objects.write_text(json.dumps({"prompt": within}, ensure_ascii=False) + "\n")
+    assert read_prompts(lines) == [within, "two", "three"]
+    assert read_prompts(objects) == [within]

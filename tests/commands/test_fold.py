@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import TINY, Done
+from command_line import TINY, Done, assert_refused
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -23,6 +23,15 @@ def test_fold_writes_what_the_server_reads(entropi: Callable[..., Done], trained
     ]
     description = json.loads((tmp_path / "folded" / "folded.json").read_text())
     assert (description["architecture"], description["layers"]) == ("SM(t)+ScFuFFN", 2)
+
+
+def test_commands_that_need_the_model_itself_say_what_a_folded_one_is(
+    entropi: Callable[..., Done], trained: Path, tmp_path: Path
+):
+    folded = tmp_path / "folded"
+    assert entropi("fold", trained, folded).status == 0
+    for words in (["cost", "--architecture", folded], ["evaluate", folded], ["diagnose", folded]):
+        assert_refused(entropi(*words), f"{folded} holds a folded model, which can only be served: name what it was")
 
 
 def test_fold_says_what_remains(entropi: Callable[..., Done], corpus: Path, tmp_path: Path):

@@ -20,7 +20,7 @@ from entropi.private.preparation.tickets import Binding
         (("--keep-ready", 2, "--sessions", 2), "in place of --sessions"),
         (("--tokens", 4, "--new-tokens", 5), "5 new tokens of 4"),
         (("--expires-days", 31), "30 days"),
-        (("--material-gb", 0), "--material-gb is 0 but must be between 0 and 1,000,000"),
+        (("--material-gb", 0), "--material-gb is 0 but must be more than 0 and at most 1,000,000"),
         (("--material-sessions", 1001), "--material-sessions is 1001 but must be between 1 and 1,000"),
         (("--list",), "nothing was prepared"),
         (("--server", "127.0.0.1:9"), "127.0.0.1:9"),
@@ -62,7 +62,7 @@ def test_what_is_ready_counts(capsys):
     assert happened == ["preparing 2 of 3", "preparing 3 of 3"]
     prepare._prepare_missing(1, lambda: 1, happened.append)
     assert len(happened) == 2
-    assert capsys.readouterr().out == "1 of 1 ready already: --sessions 2 prepares another one\n"
+    assert capsys.readouterr().out == "1 ready already: --sessions 2 prepares another one\n"
 
 
 def test_what_is_kept_is_listed_and_deleted_although_the_server_is_away(entropi, tmp_path):

@@ -375,6 +375,64 @@ def test_gguf_files_that_cannot_be_used_say_why(entropi, surroundings, tmp_path,
     assert_refused(entropi("convert", tmp_path / "bare.gguf", tmp_path / "ours"), "pip install 'entropi[gguf]'")
 
 
+def test_a_gguf_file_is_read_once(entropi, surroundings, tmp_path, monkeypatch):
+    """For configuration, tokenizer, weights and chat template together; its vocabulary takes seconds a time."""
+    gguf = pytest.importorskip("gguf")
+    readings = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path, *more):
+            readings.append(path)
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    for number, command in enumerate(("fold", "convert")):
+        path = write_llama(tmp_path / f"{number}.gguf")  # transformers' reading of a configuration is kept
+        done = entropi(command, path, tmp_path / command)
+        assert (done.status, len(readings)) == (0, number + 1), done.err
+    assert (tmp_path / "fold" / "chat.json").is_file()
+    assert gguf.GGUFReader is Counted
+
+
+def write_llama(path: Path) -> Path:
+    """A GGUF file of a tiny Llama with random weights, a tokenizer of bytes and a chat template."""
+    import gguf
+    import numpy as np
+    from tokenizers import pre_tokenizers
+
+    tokens, width = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|end|>"], 16
+    end = len(tokens) - 1
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * end + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
+    shapes |= {f"blk.0.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.{part}_norm": (width,) for part in ("attn", "ffn")}
+    shapes |= {"blk.0.ffn_gate": (2 * width, width), "blk.0.ffn_up": (2 * width, width)}
+    shapes |= {"blk.0.ffn_down": (width, 2 * width)}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.pretrained
 @torch.no_grad()

@@ -239,7 +239,7 @@ def test_a_converted_model_is_tapered(tmp_path: Path):
         ({"layers": 3}, "layers is 3, the teacher has 2"),
         ({"hidden_size": 32, "heads": 8}, "heads is 8, the teacher has 2; hidden_size is 32, the teacher has 16"),
         ({"architecture": "EReg(SM+ScFuFFN)"}, "leave EReg"),
-        ({"context_length": 32}, "context_length is 32, the teacher takes 16 tokens"),
+        ({"context_length": 32}, "context_length is 32, the teacher takes 16 tokens: --context-length 16 at most"),
         ({"tokenizer": "x", "temperature_init": 2.0}, "tokenizer is for models that begin anew: .*; temperature_init"),
         ({"architecture": "SM+RMS+G"}, "the teacher has no RMSNorm"),
         ({"architecture": "SM+XX"}, "unknown architecture"),

@@ -62,9 +62,9 @@ def run(
         prompt: text to continue, or - for standard input (the list of processes shows command lines to other users
             of this machine); it does not leave this machine in readable form
         batch: file with several prompts, one a line, or in a .jsonl file one JSON object with "prompt" a line; - for
-            lines on standard input. They share passes, as many as the server allows, and each answer is the one its
-            prompt has alone. Answers are written one a line, in the file's order; with --json the records. The server
-            learns how many share a pass, and how many tokens each has
+            lines on standard input. Empty lines are left out. The prompts share passes, as many as the server allows,
+            and each answer is the one its prompt has alone. Answers are written one a line, in the file's order; with
+            --json the records. The server learns how many share a pass, and how many tokens each has
         server: HOST:PORT of an `entropi serve`
         max_new_tokens: tokens to generate
         chat: put PROMPT into the model's chat template, so that it is answered; otherwise it is continued
@@ -120,7 +120,7 @@ def run(
     if batch is not None:
         _refuse_beside_batch(prompt, canary, draft, material, logits)
         how |= dict(sampling=sampling, privacy=privacy)
-        _ask_batch(server, tls, read_prompts(batch), max_new_tokens, record, how, json=json)
+        _ask_batch(server, tls, read_prompts(batch), max_new_tokens, record, how, json=json, unprepared=no_prepared)
         return
 
     if canary and (chat or draft != "off"):
@@ -184,6 +184,7 @@ def _ask_batch(
     options: dict[str, Any],
     *,
     json: bool,
+    unprepared: bool,
 ) -> None:
     """Ask several prompts; answers are written as soon as those before them are, and after a failure all there are."""
     from entropi.private.preparation.store import default_folder
@@ -193,7 +194,7 @@ def _ask_batch(
     display, started = AnswerDisplay(quiet=False, lines=True), time.monotonic()
     answers = AnswerLines(display.text, json=json)
     with display, answers, terminated_like_interrupted():
-        if default_folder().is_dir():
+        if default_folder().is_dir() and not unprepared:
             display.status("what is prepared is for one prompt a session and is kept: everything is computed now")
 
         def answered(place: int, answer: Any) -> None:
@@ -221,9 +222,11 @@ def read_prompts(file: Path) -> list[str]:
             raise UserError("standard input is not UTF-8 text") from None
     else:
         text = read_text(file, "the prompts")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # `splitlines` would also part a prompt, or a JSON text, at a form feed or another of Unicode's line ends in it.
+    ends = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = [(number, line) for number, line in enumerate(ends, 1) if line.strip()]
     if not lines:
-        raise UserError(f"there are no prompts in {file}")
+        raise UserError(f"there are no prompts in {'standard input' if str(file) == '-' else file}")
     if file.suffix != ".jsonl":
         return [line for _, line in lines]
     return [_prompt_in(line, f"line {number} of {file}") for number, line in lines]

@@ -25,21 +25,23 @@ def run(model: str, output: Path) -> None:
     path = on_disk(model)
     refuse_unknown_families(path)
     from entropi.model.folding import fold
+    from entropi.model.gguf import read_once
     from entropi.training.loading import check_memory_for_folding, open_chat_form, open_model
 
-    check_memory_for_folding(path)
-    loaded, tokenizer, folder = open_model(path)
+    with read_once(path):
+        check_memory_for_folding(path)
+        loaded, tokenizer, folder = open_model(path)
+        try:
+            form = open_chat_form(path)
+        except UserError as error:
+            form = None
+            print(f"no chat with this model: {error}")
     folded = fold(loaded)
     folded.save(output)
     if (folder / "tokenizer.json").is_file():
         shutil.copy(folder / "tokenizer.json", output)
     else:  # of a GGUF file
         tokenizer.save(str(output / "tokenizer.json"))
-    try:
-        form = open_chat_form(path)
-    except UserError as error:
-        form = None
-        print(f"no chat with this model: {error}")
     (output / FORM_FILE).unlink(missing_ok=True)
     if form is not None:
         (output / FORM_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(form)))

@@ -126,7 +126,7 @@ def run(
 def _prepare_missing(wanted: int, ready: Callable[[], int], prepare: Callable[[str], None]) -> None:
     """Prepare as many as are missing."""
     if (there := ready()) >= wanted:
-        print(f"{there} of {wanted} ready already: --sessions {there + 1} prepares another one", flush=True)
+        print(f"{there} ready already: --sessions {there + 1} prepares another one", flush=True)
     for number in range(there, wanted):
         prepare(f"preparing {number + 1} of {wanted}" if wanted > 1 else "preparing")
 

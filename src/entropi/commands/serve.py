@@ -210,7 +210,7 @@ def _material(folder: Path | None, most: float, most_of_client: float, sessions_
     if folder is None:
         return contextlib.nullcontext()
     if not 0 < most <= MOST_GB:
-        raise UserError(f"--material-gb is {most:g} but must be between 0 and {MOST_GB:,.0f}")
+        raise UserError(f"--material-gb is {most:g} but must be more than 0 and at most {MOST_GB:,.0f}")
     options = "--client-material-gb", "--client-material-sessions"
     quota = msgspec.structs.replace(quota_for_one(most_of_client, sessions_of_client, *options), size=int(most * 1e9))
     return Store(folder, expires=days * DAY_SECONDS, quota=quota)

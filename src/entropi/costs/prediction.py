@@ -26,7 +26,7 @@ from entropi.model.shape import expected_description
 from entropi.private.compute import prefix
 from entropi.private.compute.description import LEAST_PAIR_FRACTION_BITS, Description, Embedding, Output
 from entropi.private.compute.layout import Layout
-from entropi.private.compute.program import Stage, forward, warm_up
+from entropi.private.compute.program import Stage, forward, warm_up, warms_up
 from entropi.private.compute.settings import TRUST
 from entropi.records import BatchCost, OperationCost, PassCost, PredictionRecord
 from entropi.softmax import USUAL_FOR_EXACT
@@ -178,7 +178,7 @@ class Predictor:
 
         Nothing at all where all that is left to the engine is to reveal logits.
         """
-        if prepared and self._costs.options.output == "logits":
+        if not warms_up(self._costs.options.output != "logits", prepared=prepared):
             return PassCost(operations=[])
         stage, shapes = warm_up(prepared=prepared)
         self._values |= {name: Value(shape, party) for name, (shape, party) in shapes.items()}

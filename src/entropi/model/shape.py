@@ -185,6 +185,8 @@ def read_shape(path: Path) -> Shape:
     if is_gguf(path):
         return shape_of(configuration_of(path))
     file = next((p for p in (path / "config.json", path / "model" / "config.json") if p.is_file()), path)
+    if file == path:
+        refuse_folded(path)
     try:
         config = json.loads(file.read_bytes())
     except OSError as error:
@@ -201,6 +203,12 @@ def read_shape(path: Path) -> Shape:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} has a value of the wrong kind: {error}") from None
+
+
+def refuse_folded(folder: Path) -> None:
+    """Raise `UserError` for what `entropi fold` wrote: it can be served, and does not say all of what it was before."""
+    if (folder / "folded.json").is_file():
+        raise UserError(f"{folder} holds a folded model, which can only be served: name what it was folded from")
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:

@@ -152,7 +152,8 @@ def _tapered_config(recipe: Recipe) -> EntropiConfig:
         problems.append("heads are held near the teacher's entropies with entropy_weight: leave EReg(...) out")
     if recipe.context_length > teacher.max_position_embeddings:
         most = teacher.max_position_embeddings
-        problems.append(f"context_length is {recipe.context_length}, the teacher takes {most} tokens")
+        asked = f"context_length is {recipe.context_length}"
+        problems.append(f"{asked}, the teacher takes {most} tokens: --context-length {most} at most")
     if problems:
         raise UserError(f"{recipe.taper_from} cannot be tapered so: {'; '.join(problems)}")
     return target_of(

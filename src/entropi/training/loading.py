@@ -29,8 +29,8 @@ from entropi.model.chat_template import chat_form
 from entropi.model.configuration import EntropiConfig
 from entropi.model.convert import Weights, options_of
 from entropi.model.decoder import EntropiForCausalLM
-from entropi.model.gguf import configuration_of, is_gguf, source_of
-from entropi.model.shape import read_shape, shape_of
+from entropi.model.gguf import configuration_of, is_gguf, read_once, source_of
+from entropi.model.shape import read_shape, refuse_folded, shape_of
 from entropi.training.evaluation import HeldOut, evaluate_blocks
 from entropi.training.recipe import CONFIG_FILE, load_recipe
 
@@ -59,6 +59,7 @@ def open_model(path: Path) -> tuple[EntropiForCausalLM, Tokenizer, Path]:
     if not folder.is_dir():
         raise UserError(f"there is no model at {path}" + (": a folder is needed" if folder.exists() else ""))
     if not (folder / "config.json").exists():
+        refuse_folded(folder)
         hint = "its training has not finished" if (path / CONFIG_FILE).exists() else "config.json is missing"
         raise UserError(f"{path} holds no model: {hint}")
     try:
@@ -157,7 +158,8 @@ def open_causal_lm(path: Path) -> tuple[PreTrainedModel, Tokenizer, int, bool]:
         UserError: what cannot be opened, in one line.
     """
     path = model_folder(path)
-    model, tokenizer = _open_foreign(path)
+    with read_once(path):
+        model, tokenizer = _open_foreign(path)
     begins = bool(ids := tokenizer("a").input_ids) and ids[0] == tokenizer.bos_token_id
     end = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
     if end is None:
@@ -230,10 +232,11 @@ def open_converted(path: Path) -> Converted:
         UserError: an unknown family, options that entropi models do not have, too little memory, or damaged files.
     """
     path = model_folder(path)
-    values = configuration_of(path) if is_gguf(path) else _configuration(path)
-    count = parameters(shape_of(values))
-    _check_memory(path, count, count * CONVERSION_BYTES, "converting")
-    theirs, tokenizer = _open_foreign(path, strict=True)
+    with read_once(path):
+        values = configuration_of(path) if is_gguf(path) else _configuration(path)
+        count = parameters(shape_of(values))
+        _check_memory(path, count, count * CONVERSION_BYTES, "converting")
+        theirs, tokenizer = _open_foreign(path, strict=True)
     notes, generation = list[str](), theirs.generation_config
     stored = values.get("dtype") or values.get("torch_dtype")
     if stored not in (None, "float32"):

@@ -32,7 +32,7 @@ from entropi.private.compute.fixed_point import (  # noqa: E402
     sweep_vocabulary,
 )
 from entropi.private.compute.folded import load_folded  # noqa: E402
-from entropi.private.compute.program import Stage, forward, run_plain  # noqa: E402
+from entropi.private.compute.program import Stage, forward, run_plain, warms_up  # noqa: E402
 from entropi.private.compute.settings import CLIENT, SERVER, Settings, trust  # noqa: E402
 from entropi.private.wire.messages import Failed, Job, Revealed  # noqa: E402
 from private_reference import FIELDS, VARIANTS, describe, random_weights, reference_logits  # noqa: E402
@@ -801,3 +801,11 @@ def test_norms_of_rows_of_any_size_are_computed_right(mean_square, moved):
     if mean_square > 2.0**17:
         (nonsense,), _ = simulate("ref2k", model, weights, [PROMPT], SETTINGS)
         assert np.abs(nonsense["logits"][0] - expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("chooses", "prepared", "expected"), [(False, True, False), (True, True, True), (False, False, True)]
+)
+def test_a_prepared_session_sets_up_for_choices_alone(chooses, prepared, expected):
+    """By the one rule that the parties, the client's progress and the prediction share."""
+    assert warms_up(chooses, prepared=prepared) == expected

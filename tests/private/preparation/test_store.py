@@ -447,7 +447,7 @@ def test_what_is_open_to_others_is_refused(tmp_path, what, mode):
     with Store(folder) as store:
         prepare(store, ONE)
     (folder / what).chmod(mode)
-    with pytest.raises(UserError, match="open to other users"):
+    with pytest.raises(UserError, match="open to other users: chmod 700"):
         Store(folder)
     (folder / what).chmod(0o600 if what == INDEX else 0o700)
     with Store(folder) as store:

@@ -9,15 +9,18 @@ import pytest
 
 pytest.importorskip("spu")
 
+from entropi.errors import UserError
 from entropi.private import Privacy, Watcher, connect
 from entropi.private.admission.limits import Limits
 from entropi.private.compute.settings import Settings, trust
 from entropi.private.sessions.batch import Batch, BatchSession
+from entropi.private.sessions.client import Connection
 from entropi.private.sessions.client_session import ClientSession
 from entropi.private.sessions.generation import Generation
 from entropi.private.sessions.memory import needed_memory
 from entropi.private.sessions.sampling import GREEDY
 from entropi.private.sessions.server_session import Asking, _check_length
+from entropi.private.wire.channel import ServerAddress
 from entropi.private.wire.messages import Next, Start, Welcome
 from entropi.private.wire.server_channel import Refusal, SessionError
 from private_reference import describe
@@ -233,3 +236,12 @@ def test_each_prompt_has_the_answer_that_it_has_alone(folded, model, scratch, tm
     assert [len(start.others) for start in starts] == [1, 1, 0]
     assert starts[1].prompt_length == starts[0].prompt_length + 1  # a token was received before it broke
     assert no_parties_left(scratch)
+
+
+def test_prompts_that_nobody_can_be_asked_are_told_by_their_place():
+    """Before a server is asked."""
+    connection = Connection(ServerAddress.at("127.0.0.1:1", None), None)
+    with pytest.raises(UserError, match="prompt 2 is not valid Unicode text"):
+        connection.ask_batch(["a", "\ud800"], 1)
+    with pytest.raises(UserError, match="prompts is one text: give a list"):
+        connection.ask_batch("text", 1)

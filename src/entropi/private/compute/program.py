@@ -416,6 +416,11 @@ def warm_up(*, prepared: bool = False) -> tuple[Stage, dict[str, tuple[tuple[int
     return stage, {"warm_x": ((4, 8), "server"), "warm_y": ((8, 4), "client")}
 
 
+def warms_up(chooses: bool, *, prepared: bool) -> bool:
+    """Whether a session begins with `warm_up`: one with `prepared` products only if the engine still `chooses`."""
+    return chooses or not prepared
+
+
 def compute_on_processor() -> None:
     """Keep JAX in this process from looking for accelerators."""
     jax.config.update("jax_platforms", "cpu")

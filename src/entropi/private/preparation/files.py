@@ -55,7 +55,7 @@ def for_this_user_only(path: Path) -> None:
     if status.st_uid != os.geteuid():
         raise UserError(f"{path} belongs to another user: prepared material is kept for one user alone")
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"{path} is open to other users: prepared material is kept where this user alone may enter")
+        raise UserError(f"{path} is open to other users: chmod 700, as prepared material is for this user alone")
 
 
 def sync(folder: Path) -> None:

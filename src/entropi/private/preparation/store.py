@@ -90,7 +90,7 @@ MOST_GB, MOST_TICKETS = 1e6, 1000
 def quota_for_one(gigabytes: float, tickets: int, size_option: str, count_option: str) -> Quota:
     """A quota with these limits for one peer, and in all no less than usually; `UserError` names the option."""
     if not 0 < gigabytes <= MOST_GB:
-        raise UserError(f"{size_option} is {gigabytes:g} but must be between 0 and {MOST_GB:,.0f}")
+        raise UserError(f"{size_option} is {gigabytes:g} but must be more than 0 and at most {MOST_GB:,.0f}")
     if not 1 <= tickets <= MOST_TICKETS:
         raise UserError(f"{count_option} is {tickets} but must be between 1 and {MOST_TICKETS:,}")
     size = int(gigabytes * 1e9)

@@ -19,6 +19,7 @@ from entropi.private.sessions.drafting import Drafter, drafter_of
 from entropi.private.sessions.generation import Answer, Generation, Watcher
 from entropi.private.sessions.privacy import USUAL, Privacy
 from entropi.private.sessions.sampling import GREEDY, Sampling
+from entropi.private.sessions.tokenization import check_prompt
 from entropi.private.wire.certificates import Tls
 from entropi.private.wire.channel import (
     ServerAddress,
@@ -156,6 +157,10 @@ class Connection:
         Raises:
             UserError: as for `ask`; nothing is computed if one of the prompts cannot be asked.
         """
+        if isinstance(prompts, str):  # each of its characters would be a prompt
+            raise UserError("prompts is one text: give a list of texts, or use ask")
+        for place, prompt in enumerate(prompts):
+            check_prompt(prompt, f"prompt {place + 1}")
         generations = [
             Generation(
                 prompt,

@@ -19,7 +19,7 @@ from entropi.chat import ChatForm, ids_of
 from entropi.console import without_controls
 from entropi.errors import UserError
 from entropi.private.compute.folded import sha256_of
-from entropi.private.compute.program import stages_of_pass
+from entropi.private.compute.program import stages_of_pass, warms_up
 from entropi.private.compute.settings import CLIENT, Settings, trust
 from entropi.private.preparation.claims import Claim
 from entropi.private.sessions.drafting import NOTHING, Draft
@@ -517,7 +517,7 @@ class ClientSession(PartySession):
             return sum(1 for _ in stages_of_pass(model, self.welcome.settings, new, past, prepared=prepared))
 
         total = (
-            int(set_up and (not prepared or self.welcome.settings.chooses))
+            int(set_up and warms_up(self.welcome.settings.chooses, prepared=prepared))
             + stages(fresh, past)
             + (generation.left - 1) * stages(1, past + fresh)
         )

@@ -24,7 +24,7 @@ from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.engine import Engine, EngineError
 from entropi.private.compute.layout import Layout
-from entropi.private.compute.program import keep_first, keep_prompts, stages_of_pass, warm_up
+from entropi.private.compute.program import keep_first, keep_prompts, stages_of_pass, warm_up, warms_up
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.dealing import deal
 from entropi.private.preparation.material import Material, joined
@@ -62,8 +62,9 @@ def run(line: bytes, files: Mapping[str, bytes], lines: queue.SimpleQueue[bytes]
         job = decode(line, Job)
         engine = Engine(job.rank, open_link(job.rank, job.links, job.session), job.settings)
         _emit(events, Linked())
-        if job.prepares or job.material is None or job.settings.chooses:
-            _warm_up(engine, events, prepared=job.material is not None)
+        prepared = job.material is not None
+        if warms_up(job.settings.chooses, prepared=prepared):
+            _warm_up(engine, events, prepared=prepared)
         if job.prepares:
             _prepare(engine, job, files, events)
         else:

@@ -124,14 +124,14 @@ class Encoder:
         return [number for _, number in found if number is not None]
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, what: str = "the prompt") -> None:
     """Raise `UserError` for what no tokenizer is to see: too long a text, or one that is no Unicode text."""
     if len(prompt) > MAX_PROMPT:
-        raise UserError(f"the prompt has more than {MAX_PROMPT} characters, the most that are possible")
+        raise UserError(f"{what} has more than {MAX_PROMPT} characters, the most that are possible")
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise UserError("the prompt is not valid Unicode text") from None
+        raise UserError(f"{what} is not valid Unicode text") from None
 
 
 def sha256_of_tokenizer(text: str) -> str:
