@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,7 @@ def read_once(path: Path) -> Iterator[None]:
     if not is_gguf(path) or importlib.util.find_spec("gguf") is None:
         yield
         return
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     anew = gguf.GGUFReader
     gguf.GGUFReader = functools.lru_cache(maxsize=1)(anew)
     try:
