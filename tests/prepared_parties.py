@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 
+from entropi.private.compute import lookahead
 from entropi.private.compute.prefix import with_prefix
 from entropi.private.compute.program import cached_tokens, compute_on_processor, warm_up
 from entropi.private.compute.settings import SERVER, Settings
@@ -38,7 +39,8 @@ class Case:
     def __init__(self, name):
         changes, settings, prefix = CASES[name.removesuffix(AGAIN[AGAIN.index(",") :])]
         self.model, self.settings = describe(**changes), Settings(**settings)
-        self.weights = with_prefix(self.model, random_weights(self.model), prefix)
+        weights = random_weights(self.model)
+        self.weights = with_prefix(self.model, weights, prefix) | lookahead.weights(self.model, weights)
         self.past = len(prefix)
         self.needs = needs(self.model, self.settings, self.past + sum(map(len, PASSES)))
 

@@ -27,6 +27,7 @@ from entropi.private.admission.monitoring import Counters, monitoring_app
 from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
+from entropi.private.compute import lookahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.folded import WEIGHTS_FILE, load_folded, sha256_of
 from entropi.private.compute.prefix import names, with_prefix
@@ -146,6 +147,7 @@ def serve(
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
         table, known = _public_files(temporary, description, weights, settings, prefixed=bool(prefix))
+        ahead = _write_ahead(temporary, description, weights) if material is not None else None
         del weights
         table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
         drafts = limits.draft_tokens if settings.output == "logits" else 0
@@ -153,7 +155,9 @@ def serve(
         welcome = Welcome(
             description, tokenizer, settings, table_hash, published, list(prefix), chat, most, drafts, *batches
         )
-        weights_hash = sha256_of(folder / WEIGHTS_FILE) if material is not None else None
+        # What was prepared holds for one rounding of the matrices that are made here.
+        files_of_weights = [folder / WEIGHTS_FILE, *([ahead] if ahead is not None else [])]
+        weights_hash = " ".join(map(sha256_of, files_of_weights)) if material is not None else None
         state = ServerState(
             folder=folder,
             material=Material(material, welcome, weights_hash) if material is not None else None,
@@ -165,6 +169,7 @@ def serve(
             quota=Quota(limits, open_store(quota_store, limits)),
             counters=counters,
             table=table,
+            ahead=ahead,
             prefix=known,
             audit=Audit(counters, audit_log),
             watched=files,
@@ -187,6 +192,14 @@ def _public_files(
         table = folder / "table.safetensors"
         save_file({"embedding": weights["embedding"]}, table)
     return table, known
+
+
+def _write_ahead(folder: Path, description: Description, weights: Mapping[str, np.ndarray]) -> Path | None:
+    """Write the matrices that look ahead into `folder`, for this server's parties alone; None if there are none."""
+    found = lookahead.weights(description, weights)
+    if found:
+        save_file(found, folder / "ahead.safetensors")
+    return folder / "ahead.safetensors" if found else None
 
 
 def _run(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:

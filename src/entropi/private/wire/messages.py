@@ -12,7 +12,7 @@ from entropi.private.compute.description import Description, TokenId
 from entropi.private.compute.settings import Settings
 from entropi.records import StageCommunication
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 MAX_CLIENT_MESSAGE = 4 << 10  # bytes; nothing a client says is longer
 MAX_SERVER_MESSAGE = 32 << 20  # the tokenizer is the largest thing a server sends
@@ -194,6 +194,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     prompt_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     prompt: list[TokenId] | None = None  # the client's
     weights: str | None = None  # the server's: path of the safetensors file
+    ahead: str | None = None  # likewise of the matrices that look ahead, where products are prepared
     prefix_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     prefix: str | None = None  # the server's: path of a safetensors file with the public prefix's keys and values
     table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
