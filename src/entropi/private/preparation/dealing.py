@@ -13,7 +13,7 @@ from jax import Array
 from jax.experimental import enable_x64
 
 from entropi.private.compute import functions
-from entropi.private.compute.functions import BILINEAR, CIPHERTEXT, POLYNOMIALS
+from entropi.private.compute.functions import BILINEAR
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.cutting import Shape
@@ -44,16 +44,16 @@ class Piece:
 
 
 def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
-    """The multiplications of `need`, one after another: as many rows of a matrix, or numbers, as memory holds.
+    """The multiplications of `need`, one after another: as many rows or numbers as memory holds.
 
-    Of the token table as many one-hot rows as the program would multiply at a time.
+    Of a matrix and of the token table as many as the program would multiply at a time.
     """
     if need.masking == "server":
         (rows, inner), (_, columns) = need.shapes
         if need.kind == "times_table":
             function, (step, _) = functions.times_table, functions.table_blocks(rows, inner, columns)
         else:
-            function, step = functions.times_matrix, _rows_at_a_time(rows, inner, columns)
+            function, step = functions.times_matrix, functions.rows_at_a_time(rows, inner, columns)
         for start in range(0, rows, step):
             mask, matrix = (min(step, rows - start), inner), (inner, columns)
             yield _piece(need, function, {"mask": (mask, CLIENT), "matrix": (matrix, SERVER)})
@@ -78,16 +78,6 @@ def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
                 yield _piece(need, function, {f"a {rank}": (shapes[0], rank) for rank in (SERVER, CLIENT)})
             else:
                 yield _of_shared(need, shapes)
-
-
-def _rows_at_a_time(rows: int, inner: int, columns: int) -> int:
-    """Of a product with a matrix `(inner, columns)`: all where a block of rows fits the server's memory.
-
-    Otherwise as many as fit beside all of the matrix, each piece of which would be sent the rows again: a power of two,
-    because other numbers fill ciphertexts badly.
-    """
-    most = POLYNOMIALS * CIPHERTEXT // (inner * columns)
-    return rows if most >= min(rows, _BLOCK) else 1 << max(most.bit_length() - 1, 0)
 
 
 def counts_of(pool: Need) -> list[int]:
