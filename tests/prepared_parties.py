@@ -29,6 +29,7 @@ CASES = {
         dict(embedding="public"),
         [4, 4, 8],
     ),
+    "looking ahead": (VARIANTS["polynomial"], dict(embedding="public"), []),
 }
 AGAIN = "every kind of product, once more"  # the same with other material
 

@@ -243,7 +243,8 @@ def projection_stages(
     cached = (w + "k", w + "v") if layout.before else ()
     where = dict[str, Any](frequencies=model.frequencies(layer), layout=layout)
     stage = partial(Stage, "qkv", layer)
-    weights, more = (read, w + "qkv", w + "qkv_bias"), tuple[str, ...]()
+    weights: tuple[str, ...] = (read, w + "qkv", w + "qkv_bias")
+    more: tuple[str, ...] = ()
     projection: Callable[..., Any] = partial(project, model=model, rows=rows, wide=prepared)
     if prepared and looks_ahead(model, layer - 1):
         before, more = f"{layer - 1}.", ("state",)
