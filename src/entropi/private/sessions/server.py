@@ -146,8 +146,7 @@ def serve(
 
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
-        table, known = _public_files(temporary, description, weights, settings, prefixed=bool(prefix))
-        ahead = _write_ahead(temporary, description, weights) if material is not None else None
+        table, known, ahead = _temporary_files(temporary, description, weights, settings, prefix, material)
         del weights
         table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
         drafts = limits.draft_tokens if settings.output == "logits" else 0
@@ -155,12 +154,9 @@ def serve(
         welcome = Welcome(
             description, tokenizer, settings, table_hash, published, list(prefix), chat, most, drafts, *batches
         )
-        # What was prepared holds for one rounding of the matrices that are made here.
-        files_of_weights = [folder / WEIGHTS_FILE, *([ahead] if ahead is not None else [])]
-        weights_hash = " ".join(map(sha256_of, files_of_weights)) if material is not None else None
         state = ServerState(
             folder=folder,
-            material=Material(material, welcome, weights_hash) if material is not None else None,
+            material=_kept(material, welcome, folder, ahead),
             welcome=welcome,
             digest=welcome.digest(),
             limits=limits,
@@ -180,18 +176,29 @@ def serve(
     log.info("stopped")
 
 
-def _public_files(
-    folder: Path, description: Description, weights: Mapping[str, np.ndarray], settings: Settings, *, prefixed: bool
-) -> tuple[Path | None, Path | None]:
-    """Write what clients may have into `folder`: the token embeddings, and keys and values of the prefix."""
+def _temporary_files(
+    folder: Path,
+    description: Description,
+    weights: Mapping[str, np.ndarray],
+    settings: Settings,
+    prefix: Sequence[int],
+    material: Store | None,
+) -> tuple[Path | None, Path | None, Path | None]:
+    """Write into `folder` what clients may have, token embeddings and the prefix, and what parties here look ahead with."""
     table = known = None
-    if prefixed:
+    if prefix:
         known = folder / "prefix.safetensors"
         save_file({name: weights[name] for name in names(description)}, known)
     if settings.embedding == "public":
         table = folder / "table.safetensors"
         save_file({"embedding": weights["embedding"]}, table)
-    return table, known
+    return table, known, _write_ahead(folder, description, weights) if material is not None else None
+
+
+def _kept(store: Store | None, welcome: Welcome, folder: Path, ahead: Path | None) -> Material | None:
+    """What is prepared for this model, for one rounding of the matrices that look ahead; None where nothing may be."""
+    files = [folder / WEIGHTS_FILE, *([ahead] if ahead is not None else [])]
+    return Material(store, welcome, " ".join(map(sha256_of, files))) if store is not None else None
 
 
 def _write_ahead(folder: Path, description: Description, weights: Mapping[str, np.ndarray]) -> Path | None:
