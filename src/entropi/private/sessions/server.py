@@ -184,7 +184,7 @@ def _temporary_files(
     prefix: Sequence[int],
     material: Store | None,
 ) -> tuple[Path | None, Path | None, Path | None]:
-    """Write into `folder` what clients may have, token embeddings and the prefix, and what parties here look ahead with."""
+    """Write what clients may have, token embeddings and the prefix, and what parties here look ahead with."""
     table = known = None
     if prefix:
         known = folder / "prefix.safetensors"
