@@ -51,12 +51,12 @@ def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
     if need.masking == "server":
         (rows, inner), (_, columns) = need.shapes
         if need.kind == "times_table":
-            function, (step, _) = functions.times_table, functions.table_blocks(rows, inner, columns)
+            step, _ = functions.table_blocks(rows, inner, columns)
         else:
-            function, step = functions.times_matrix, functions.rows_at_a_time(rows, inner, columns)
+            step = functions.rows_at_a_time(rows, inner, columns)
         for start in range(0, rows, step):
             mask, matrix = (min(step, rows - start), inner), (inner, columns)
-            yield _piece(need, function, {"mask": (mask, CLIENT), "matrix": (matrix, SERVER)})
+            yield _piece(need, BILINEAR[need.kind], {"mask": (mask, CLIENT), "matrix": (matrix, SERVER)})
     elif need.kind == TRUNCATE:
         for count in counts_of(need):
             yield _piece(need, partial(_truncation, bits=fraction_bits), {"bits": ((count,), "numbers")})
