@@ -40,6 +40,7 @@ from entropi.costs.prediction import CostModel
 from entropi.costs.preparation import predict
 from entropi.machine import machine
 from entropi.private import Store, Tls, Watcher, connect, prepare
+from entropi.private.compute import lookahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.engine import Engine
 from entropi.private.compute.folded import DESCRIPTION_FILE, WEIGHTS_FILE, load_description
@@ -172,7 +173,7 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
     engine = Engine(rank, open_link(rank, links), settings)
     material = needs(model, settings, tokens + further, further + 1)
     matrices: dict[str, np.ndarray | None] = {need.matrix: None for need in material if need.matrix}
-    for name, shape in model.weight_shapes().items():
+    for name, shape in (model.weight_shapes() | lookahead.shapes(model)).items():
         if name == "embedding":
             continue
         weight = random_weight(name, shape, model, random) if rank == SERVER else None

@@ -11,6 +11,7 @@ import jax
 import msgspec
 import numpy as np
 
+from entropi.private.compute import lookahead
 from entropi.private.compute.embedding import one_hot
 from entropi.private.compute.program import Comparable, cached_tokens, keep_first, run_stages, stages_of_pass
 from entropi.private.compute.settings import CLIENT, SERVER
@@ -256,6 +257,7 @@ def products_of_masks(masks, gates):
 
 def ideal_material(model, settings, weights, tokens, random, read=None):
     """Needs, and each party's arrays; for the logits after `read` tokens."""
+    weights = {**weights, **lookahead.weights(model, weights)}
     wanted = needs(model, settings, tokens, read)
     dealt = [ideal_arrays(need, weights, settings.fraction_bits, random) for need in wanted]
     return wanted, [{name: array for one in dealt for name, array in one[rank].items()} for rank in (SERVER, CLIENT)]
@@ -275,6 +277,7 @@ class Session:
 
     def __init__(self, model, settings, weights, passes, materials, random, drafts=()):
         engines = IdealEngine.pair(settings.fraction_bits, random)
+        weights = {**weights, **lookahead.weights(model, weights)}
         client_rows = list(inputs_of_passes(passes, model, settings, weights["embedding"]))
         results, failures = {}, []
         matrices = [need.name for need in needs(model, settings, model.positions) if need.matrix]

@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 
+from entropi.private.compute import lookahead
 from entropi.private.compute.prefix import with_prefix
 from entropi.private.compute.program import cached_tokens, compute_on_processor, warm_up
 from entropi.private.compute.settings import SERVER, Settings
@@ -28,6 +29,7 @@ CASES = {
         dict(embedding="public"),
         [4, 4, 8],
     ),
+    "looking ahead": (VARIANTS["polynomial"], dict(embedding="public"), []),
 }
 AGAIN = "every kind of product, once more"  # the same with other material
 
@@ -38,7 +40,8 @@ class Case:
     def __init__(self, name):
         changes, settings, prefix = CASES[name.removesuffix(AGAIN[AGAIN.index(",") :])]
         self.model, self.settings = describe(**changes), Settings(**settings)
-        self.weights = with_prefix(self.model, random_weights(self.model), prefix)
+        weights = random_weights(self.model)
+        self.weights = with_prefix(self.model, weights, prefix) | lookahead.weights(self.model, weights)
         self.past = len(prefix)
         self.needs = needs(self.model, self.settings, self.past + sum(map(len, PASSES)))
 

@@ -60,6 +60,7 @@ def _take_part(
     read: Sequence[int],
     results: Any,
 ) -> None:
+    from entropi.private.compute import lookahead
     from entropi.private.compute.engine import Engine
     from entropi.private.compute.program import compute_on_processor, stages_of_pass, warm_up
     from entropi.private.preparation.dealing import deal
@@ -78,6 +79,7 @@ def _take_part(
     random = np.random.default_rng(0)
     matrices: dict[str, Any] = {}
     weights = {name: 0.05 * random.standard_normal(shape) for name, shape in model.weight_shapes().items()}
+    weights |= lookahead.weights(model, weights)
     for name, weight in weights.items():
         engine.hold(name, weight.shape, weight if rank == SERVER else None)
 

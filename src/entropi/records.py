@@ -188,7 +188,7 @@ OPERATIONS = {
     "values": "attention weights times values, and the sum of every row of weights; prepared, the division by it too",
     "normalise": "the softmax's division by those sums",
     "average": "the weighted values over the number of keys, which is public: nothing is divided",
-    "output": "the heads' results put together: one matrix product",
+    "output": "the heads' results put together: one matrix product; prepared, that of the next layer's \"qkv\" too",
     "ffn": "matrix products of the feed-forward network",
     "activation": "the feed-forward network's nonlinearity",
     "centre": "one matrix product before the final norm: what folding left over, and the mean subtracted",

@@ -14,6 +14,7 @@ from entropi.costs import exchanges
 from entropi.costs.prediction import CostModel, Predictor, described, summed
 from entropi.costs.tracing import Numbers, ProtocolCall, Value, trace_calls
 from entropi.errors import UserError
+from entropi.private.compute import lookahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER, Settings
@@ -30,6 +31,12 @@ class PreparedPredictor(Predictor):
 
     _prepared = True
     _paired = False
+
+    def __init__(self, model: Description, costs: CostModel) -> None:
+        super().__init__(model, costs)
+        more = lookahead.shapes(model)
+        self._of_server = model.weight_shapes() | more
+        self._values |= {name: Value(shape, "server") for name, shape in more.items()}
 
     def needs(self, tokens: int, passes: int | None = None) -> list[Need]:
         """What a session of at most `tokens` tokens in so many passes takes, the prefix included."""
@@ -58,11 +65,10 @@ class PreparedPredictor(Predictor):
         prefix_tokens = self._costs.options.prefix_tokens
         opened = self._past if self._past > prefix_tokens else 0  # the first pass opens the prefix's keys and values
         shapes = {name: self._values[name].shape for name in stage.inputs}
-        weights = self._model.weight_shapes()
         calls: list[ProtocolCall | Counter[str]] = []
         for step in cut(stage, shapes):
             if step.products or step.comparisons:
-                calls.append(exchanges.count(step, weights, opened, self._costs.options.fraction_bits))
+                calls.append(exchanges.count(step, self._of_server, opened, self._costs.options.fraction_bits))
             for part in step.parts:
                 if isinstance(part, LinearPart):
                     calls += map(exchanges.count_truncation, part.truncations)

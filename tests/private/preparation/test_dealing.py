@@ -114,13 +114,13 @@ def test_products_of_random_numbers(name):
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_in_pieces(name, monkeypatch):
-    """Columns of a matrix, rows of the token table, and rows of a pool in whole blocks of products."""
+    """Rows for a matrix, as a power of two, and for the token table; and rows of a pool in whole blocks of products."""
     monkeypatch.setattr(functions, "table_blocks", lambda rows, entries, width: (4, entries))
     monkeypatch.setattr(dealing, "POOL_STEP", 400)
-    monkeypatch.setattr(dealing, "POLYNOMIALS", 1)
-    monkeypatch.setattr(dealing, "CIPHERTEXT", 800)
+    monkeypatch.setattr(functions, "POLYNOMIALS", 1)
+    monkeypatch.setattr(functions, "CIPHERTEXT", 800)
     pieces = check(NEEDS[name])
-    assert pieces == {"0.up": 1, "1.up": 3, "0.scores": 1, "0.mix": 1, "times": 1, "square": 1}.get(name, 3)
+    assert pieces == {"0.up": 1, "1.up": 5, "0.scores": 1, "0.mix": 1, "times": 1, "square": 1}.get(name, 3)
 
 
 def test_nothing_is_drawn_twice():

@@ -9,23 +9,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save, save_file
 
 pytest.importorskip("spu")
 
 from entropi.errors import UserError
 from entropi.private import Watcher, connect
+from entropi.private.compute import lookahead
+from entropi.private.compute.settings import CLIENT, SERVER, Settings
 from entropi.private.preparation.growth import Growth
+from entropi.private.preparation.material import needs
 from entropi.private.preparation.store import DAY_SECONDS, Store
 from entropi.private.preparation.tickets import Binding
-from entropi.private.sessions import client, client_session, inquiry, preparing, server_session
+from entropi.private.sessions import client, client_session, inquiry, party, preparing, server, server_session
 from entropi.private.sessions.material import Growing, Material, Size
 from entropi.private.sessions.party_handle import Party
 from entropi.private.sessions.party_session import PartySession
 from entropi.private.wire.channel import LostServer
-from entropi.private.wire.messages import part_file
+from entropi.private.wire.messages import Job, part_file
 from entropi.private.wire.server_channel import SessionError
 from entropi.records import StageCommunication
+from private_reference import VARIANTS, describe, random_weights
 from serving import (
     HANGING,
     PROMPT,
@@ -123,7 +127,10 @@ def test_what_was_prepared_is_used_once_and_saves_the_products(running, model, s
     assert "Unhandled" not in running.server.log
     moved, before = (sum(stage.bytes for stage in run.record.stages) for run in (fast, slow))
     assert moved < before / 20
-    names = [stage.name for stage in slow.record.stages if stage.name != "normalise"]  # which is one with "values" then
+    # Then the division is one with "values", and the second layer's queries, keys and values with the first's "output".
+    ahead = [stage for stage in slow.record.stages if stage.name == "qkv" and stage.layer > 0]
+    assert ahead
+    names = [stage.name for stage in slow.record.stages if stage.name != "normalise" and stage not in ahead]
     assert [stage.name for stage in record.stages] == names
     assert no_parties_left(scratch)
 
@@ -307,6 +314,46 @@ def test_material_of_other_weights_is_not_used(running, store, tmp_path):
         asyncio.run(Material(store, welcome, "0" * 64).take(ticket, size, running.address))
     taken = asyncio.run(Material(store, welcome).take(ticket, size, running.address))
     assert taken.size == Size(TOKENS, TOKENS)
+
+
+class Held:
+    """An engine that keeps what it is told of values."""
+
+    def __init__(self, rank):
+        self.rank, self.fraction_bits, self.compiler = rank, 18, self
+        self.held, self.noted = {}, {}
+
+    def hold(self, name, shape, value):
+        self.held[name] = shape, value
+
+    def note(self, name, shape):
+        self.noted[name] = shape
+
+
+@pytest.mark.parametrize("rank", [SERVER, CLIENT])
+def test_matrices_that_look_ahead_are_made_by_the_server_once(rank, tmp_path):
+    """A file that its parties read; the engine knows the shapes of matrices alone, which it never multiplies."""
+    model, settings = describe(**VARIANTS["powers"]), Settings(embedding="public")
+    weights = random_weights(model)
+    path = server._write_ahead(tmp_path, model, weights)
+    assert load_file(path).keys() == lookahead.shapes(model).keys()
+    assert server._write_ahead(tmp_path, describe(layers=1), random_weights(describe(layers=1))) is None
+
+    wanted = needs(model, settings, 3, 3)
+    material = {name: np.zeros(shape, np.uint64) for need in wanted for name, shape in need.kept(rank).items()}
+    files = {"material": save(material)}
+    if rank == SERVER:
+        files |= {"weights": save(weights), "ahead": path.read_bytes()}
+    job = Job(rank, "0" * 32, ("unix:/a", "unix:/b"), model, settings, material_tokens=3, material_passes=3)
+    engine, known = Held(rank), party._weights(files)
+    passes = party._prepared_passes(engine, job, files, known)
+    assert engine.held.keys() == {"0.ahead_bias", "1.ahead_bias"}
+    assert engine.noted == {name: lookahead.shapes(model)[name] for name in ("0.ahead", "1.ahead")}
+    assert passes._matrices.keys() == {"0.qkv", "0.ahead", "1.ahead", "2.output", "head"}
+    if rank == CLIENT:
+        assert (known, set(passes._matrices.values())) == (None, {None})
+    else:
+        np.testing.assert_array_equal(engine.held["1.ahead_bias"][1], load_file(path)["1.ahead_bias"])
 
 
 @pytest.mark.parametrize("options", [("--embedding", "private"), ("--embedding", "public", "--output", "top_k")])

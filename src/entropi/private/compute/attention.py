@@ -36,23 +36,44 @@ BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a cipher
 def project(
     state: Array, matrix: Array, bias: Array, *, model: Description, rows: int, wide: bool = False
 ) -> tuple[Array, ...]:
-    """`(m, d)` -> q `(H, r, k)`, k and v `(G, m, k)`; one wide product where every row's query is needed, or if `wide`.
+    """`(m, d)` -> what `split_columns` returns; one wide product where every row's query is needed, or if `wide`."""
+    if rows == state.shape[0] or wide:
+        joint = times_matrix(state, matrix) + bias
+        return split_columns(joint[-rows:, : _asking(model)], joint[:, _asking(model) :], model)
+    query = state[-rows:] @ matrix[:, : _asking(model)] + bias[: _asking(model)]
+    rest = times_matrix(state, matrix[:, _asking(model) :]) + bias[_asking(model) :]
+    return split_columns(query, rest, model)
 
-    Where queries and keys are normalised also their rows without the norms' gains, `(H r + G m, k)`. Columns of
-    `matrix` are queries, plain queries, keys, values and plain keys.
+
+def merge_and_project(
+    state: Array, heads: Array, matrix: Array, bias: Array, *, model: Description, rows: int
+) -> tuple[Array, ...]:
+    """`merge_heads` with the last `rows` of the state, and what `project` makes of it for the next layer, at once.
+
+    Of the state and the heads side by side one product, see `lookahead`.
+    """
+    width = state.shape[1]
+    joint = times_matrix(jnp.concatenate([state, side_by_side(heads, None)], axis=1), matrix) + bias
+    query, rest = joint[-rows:, width : width + _asking(model)], joint[:, width + _asking(model) :]
+    return state[-rows:] + joint[-rows:, :width], *split_columns(query, rest, model)
+
+
+def _asking(model: Description) -> int:
+    """How many columns are of queries, the plain ones included."""
+    return 2 * model.query_size if model.query_key_norm else model.query_size
+
+
+def split_columns(query: Array, rest: Array, model: Description) -> tuple[Array, ...]:
+    """Columns of queries `(r, ...)` and all others `(m, ...)` -> q `(H, r, k)`, k and v `(G, m, k)`.
+
+    Where queries and keys are normalised also their rows without the norms' gains, `(H r + G m, k)`. Columns are
+    queries, plain queries, keys, values and plain keys.
     """
     width, shared = model.query_size, model.key_value_heads * model.head_size
-    asking = 2 * width if model.query_key_norm else width
 
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0], -1, model.head_size).transpose(1, 0, 2)
 
-    if rows == state.shape[0] or wide:
-        joint = times_matrix(state, matrix) + bias
-        query, rest = joint[-rows:, :asking], joint[:, asking:]
-    else:
-        query = state[-rows:] @ matrix[:, :asking] + bias[:asking]
-        rest = times_matrix(state, matrix[:, asking:]) + bias[asking:]
     queries, keys, values = split(query[:, :width]), split(rest[:, :shared]), split(rest[:, shared : 2 * shared])
     if not model.query_key_norm:
         return queries, keys, values
@@ -92,19 +113,15 @@ def place(
 
 
 def project_and_place(
-    state: Array,
-    matrix: Array,
-    bias: Array,
-    *cached: Array,
-    model: Description,
-    rows: int,
-    layout: Layout,
+    *operands: Array,
+    projection: Callable[..., tuple[Array, ...]],
+    read: int,
     frequencies: Sequence[float],
-    wide: bool = False,
+    layout: Layout,
 ) -> tuple[Array, ...]:
-    """Both at once, where nothing is between them."""
-    placed = project(state, matrix, bias, model=model, rows=rows, wide=wide)
-    return place(*placed, *cached, frequencies=frequencies, layout=layout)
+    """A `projection` of the first `read` operands, and `place` with the cached keys and values behind them, at once."""
+    *others, query, key, value = projection(*operands[:read])
+    return *others, *place(query, key, value, *operands[read:], frequencies=frequencies, layout=layout)
 
 
 def rotate(x: Array, *, positions: np.ndarray, frequencies: Sequence[float]) -> Array:

@@ -79,13 +79,13 @@ def times_matrix(x: Array, matrix: Array) -> Array:
 def rows_at_a_time(rows: int, inner: int, columns: int) -> int:
     """How many rows `times_matrix` multiplies at a time: 128 fill ciphertexts, so that pieces cost no byte more.
 
-    As many may take twice the memory that is meant. Of larger matrices the pieces are smaller, and about equal.
+    As many may take twice the memory that is meant. Of larger matrices the pieces are smaller: powers of two, for
+    others fill ciphertexts badly.
     """
     fitting = POLYNOMIALS * CIPHERTEXT // (inner * columns)
     if fitting >= 64:
         return min(rows, max(128, fitting // 128 * 128))
-    pieces = -(-rows // max(fitting, 1))
-    return -(-rows // pieces)
+    return min(rows, 1 << max(fitting.bit_length() - 1, 0))
 
 
 @bilinear

@@ -25,6 +25,7 @@ from jax import Array
 from entropi.private.compute.attention import (
     average,
     divide,
+    merge_and_project,
     merge_before_norm,
     merge_heads,
     mix,
@@ -65,6 +66,7 @@ from entropi.private.compute.layers import (
     rounded,
 )
 from entropi.private.compute.layout import Layout
+from entropi.private.compute.lookahead import BIAS, MATRIX, looks_ahead
 from entropi.private.compute.settings import Settings
 from entropi.private.compute.several import mix_of_prompts, scores_of_prompts, weighted_values_of_prompts
 from entropi.softmax import SoftmaxForm
@@ -121,7 +123,8 @@ def forward(
 
     With `prepared` products and comparisons every row is multiplied by the whole matrix, which then costs nothing more,
     tokens are never paired, values are mixed and divided by their weights' sums in one stage, and functions take the
-    form that waits least, however many numbers there are.
+    form that waits least, however many numbers there are. Queries, keys and values are computed together with the
+    layer before where that is linear: see `lookahead`, whose matrices are then read.
     `norm_shifts` are those of the settings: what rows are multiplied by, as powers of two, before norms of the state.
 
     One layer, n = norm(state), norm(x) = x / sqrt(mean x^2 + eps):
@@ -153,7 +156,14 @@ def forward(
             yield from feed_forward(model, layer, rows, read, "base", fraction_bits, prepared)
             base = "base" if has_ffn else "state"
 
-        yield from attention_stages(model, layer, rows, layout, softmax, read, fraction_bits, prepared)
+        if not (prepared and looks_ahead(model, layer - 1)):
+            yield from projection_stages(model, layer, rows, layout, read, fraction_bits, prepared)
+        yield from attention_stages(model, layer, rows, layout, softmax, prepared)
+        if prepared and looks_ahead(model, layer):
+            following = new if every_row or layer + 1 < model.layers - 1 else last_rows
+            yield from projection_stages(model, layer + 1, following, layout, read, fraction_bits, prepared)
+            continue
+
         weights = (f"{layer}.output", f"{layer}.output_bias")
         # Without a layout where it changes nothing: then passes of as many rows share what is compiled.
         order = {"layout": layout} if layout.prompts > 1 and rows == layout.tokens > layout.prompts else {}
@@ -221,32 +231,43 @@ def norm_stages(
     yield _norm(layer, normalise_state, (read,), (result,), fraction_bits, prepared, kind=kind, epsilon=epsilon)
 
 
-def attention_stages(
-    model: Description,
-    layer: int,
-    rows: int,
-    layout: Layout,
-    softmax: SoftmaxForm,
-    read: str,
-    fraction_bits: int,
-    prepared: bool = False,
+def projection_stages(
+    model: Description, layer: int, rows: int, layout: Layout, read: str, fraction_bits: int, prepared: bool
 ) -> Iterator[Stage]:
-    """Stages of a layer's attention, from the value `read` to "heads" `(H, r, k)`, divided."""
-    w, several = f"{layer}.", layout.prompts > 1
+    """Stages to a layer's queries "q" `(H, r, k)`, and keys and values of all tokens.
+
+    They begin with the value `read`, or where `prepared` products look ahead with the "heads" of the layer before,
+    which are also added to the state.
+    """
+    w = f"{layer}."
     cached = (w + "k", w + "v") if layout.before else ()
-    weights = (read, w + "qkv", w + "qkv_bias")
     where = dict[str, Any](frequencies=model.frequencies(layer), layout=layout)
+    stage = partial(Stage, "qkv", layer)
+    weights: tuple[str, ...] = (read, w + "qkv", w + "qkv_bias")
+    more: tuple[str, ...] = ()
+    projection: Callable[..., Any] = partial(project, model=model, rows=rows, wide=prepared)
+    if prepared and looks_ahead(model, layer - 1):
+        before, more = f"{layer - 1}.", ("state",)
+        stage = partial(Stage, "output", layer - 1)
+        weights = ("state", "heads", before + MATRIX, before + BIAS)
+        projection = partial(merge_and_project, model=model, rows=rows)
+
     if model.query_key_norm:
-        projection = partial(project, model=model, rows=rows, wide=prepared)
-        yield Stage("qkv", layer, projection, weights, ("q", "new_k", "new_v", "plain"))
+        yield stage(projection, weights, (*more, "q", "new_k", "new_v", "plain"))
         rows_read, written = ("plain", "q", "new_k"), ("q", "new_k")
         yield _norm(layer, normalise_heads, rows_read, written, fraction_bits, prepared, epsilon=model.norm_epsilon)
         placing = partial(place, **where)
-        yield Stage("qkv", layer, placing, ("q", "new_k", "new_v", *cached), ("q", w + "k", w + "v"))
+        yield stage(placing, ("q", "new_k", "new_v", *cached), ("q", w + "k", w + "v"))
     else:
-        projection = partial(project_and_place, model=model, rows=rows, wide=prepared, **where)
-        yield Stage("qkv", layer, projection, (*weights, *cached), ("q", w + "k", w + "v"))
+        both = partial(project_and_place, projection=projection, read=len(weights), **where)
+        yield stage(both, (*weights, *cached), (*more, "q", w + "k", w + "v"))
 
+
+def attention_stages(
+    model: Description, layer: int, rows: int, layout: Layout, softmax: SoftmaxForm, prepared: bool
+) -> Iterator[Stage]:
+    """Stages of a layer's attention, from queries, keys and values to "heads" `(H, r, k)`, divided."""
+    w, several = f"{layer}.", layout.prompts > 1
     if model.temperature:
         temperature = partial(temper, rows=rows, layout=layout)
         yield Stage("temperature", layer, temperature, ("q", w + "inverse_temperature"), ("q",))

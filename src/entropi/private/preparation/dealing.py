@@ -13,7 +13,7 @@ from jax import Array
 from jax.experimental import enable_x64
 
 from entropi.private.compute import functions
-from entropi.private.compute.functions import BILINEAR, CIPHERTEXT, POLYNOMIALS
+from entropi.private.compute.functions import BILINEAR
 from entropi.private.compute.program import Stage
 from entropi.private.compute.settings import CLIENT, SERVER
 from entropi.private.preparation.cutting import Shape
@@ -44,26 +44,19 @@ class Piece:
 
 
 def pieces(need: Need, fraction_bits: int) -> Iterator[Piece]:
-    """The multiplications of `need`, one after another: as many columns of a matrix, or numbers, as memory holds.
+    """The multiplications of `need`, one after another: as many rows or numbers as memory holds.
 
-    Of the token table as many one-hot rows as the program would multiply at a time.
+    Of a matrix and of the token table as many as the program would multiply at a time.
     """
-    if need.kind == "times_table":
-        (rows, entries), (_, width) = need.shapes
-        step, _ = functions.table_blocks(rows, entries, width)
-        for start in range(0, rows, step):
-            operands: Operands = {
-                "mask": ((min(step, rows - start), entries), CLIENT),
-                "matrix": ((entries, width), SERVER),
-            }
-            yield _piece(need, functions.times_table, operands)
-    elif need.masking == "server":
+    if need.masking == "server":
         (rows, inner), (_, columns) = need.shapes
-        step = max(POLYNOMIALS * CIPHERTEXT // (min(rows, _BLOCK) * inner), 1)
-        for start in range(0, columns, step):
-            width = min(step, columns - start)
-            operands = {"mask": ((rows, inner), CLIENT), "matrix": ((inner, width), SERVER)}
-            yield _piece(need, functions.times_matrix, operands)
+        if need.kind == "times_table":
+            step, _ = functions.table_blocks(rows, inner, columns)
+        else:
+            step = functions.rows_at_a_time(rows, inner, columns)
+        for start in range(0, rows, step):
+            mask, matrix = (min(step, rows - start), inner), (inner, columns)
+            yield _piece(need, BILINEAR[need.kind], {"mask": (mask, CLIENT), "matrix": (matrix, SERVER)})
     elif need.kind == TRUNCATE:
         for count in counts_of(need):
             yield _piece(need, partial(_truncation, bits=fraction_bits), {"bits": ((count,), "numbers")})
@@ -172,7 +165,7 @@ def deal(
     """
     if need.masking == "server":
         assert (matrix is not None) == (engine.rank == SERVER)
-        yield from (_deal_table if need.kind == "times_table" else _deal_matrix)(engine, need, matrix)
+        yield from _deal_matrix(engine, need, matrix)
     elif need.kind in (SIGNS, WINNERS):
         yield from _deal_words(engine, need)
     elif need.kind in (TRUNCATE, BITS, KEPT):
@@ -186,25 +179,8 @@ def deal(
 def _deal_matrix(
     engine: Engine, need: Need, matrix: np.ndarray | None
 ) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
-    """The client's rows times the server's matrix, by columns."""
-    drawn = uniform(need.shapes[0]) if engine.rank == CLIENT else None
-    start = 0
-    for piece in pieces(need, engine.fraction_bits):
-        end = start + piece.operands["matrix"][0][1]
-        columns = None if matrix is None else matrix[:, start:end].astype(np.int64)
-        product, cost = _product(engine, piece, {"mask": drawn, "matrix": columns})
-        arrays = {array_name(need.name, "c"): product}
-        if drawn is not None and not start:
-            arrays[array_name(need.name, "a")] = drawn
-        yield arrays, cost
-        start = end
-
-
-def _deal_table(
-    engine: Engine, need: Need, table: np.ndarray | None
-) -> Iterator[tuple[dict[str, Ring], StageCommunication]]:
-    """The client's rows, each as long as the vocabulary, times the server's token table, by rows."""
-    whole = None if table is None else table.astype(np.int64)
+    """The client's rows times the server's matrix, or times its token table, by rows."""
+    whole = None if matrix is None else matrix.astype(np.int64)
     for piece in pieces(need, engine.fraction_bits):
         rows = uniform(piece.operands["mask"][0]) if engine.rank == CLIENT else None
         product, cost = _product(engine, piece, {"mask": rows, "matrix": whole})

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from entropi.private.compute import lookahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.program import stages_of_pass
 from entropi.private.compute.settings import CLIENT, Settings
@@ -75,7 +76,7 @@ def needs(model: Description, settings: Settings, tokens: int, passes: int | Non
     most pairs; None for as many as tokens. Only scores and mixed values have a place for every token, in every layer.
     """
     read = tokens if passes is None else min(passes, tokens)
-    weights = model.weight_shapes()
+    weights = model.weight_shapes() | lookahead.shapes(model)
     shapes: dict[str, Shape] = {**weights, "embedded": (tokens, model.hidden_size)}
     shapes["tokens"] = (tokens, model.vocab_size)
     found: dict[str, Need] = {}
@@ -180,7 +181,7 @@ def array_name(need: str, which: Literal["a", "b", "c"]) -> str:
 
 
 def joined(need: Need, pieces: Iterable[Mapping[str, Ring]]) -> dict[str, Ring]:
-    """Arrays of one need, of the pieces in which they were dealt: columns of a matrix, rows of a table or a pool.
+    """Arrays of one need, of the pieces in which they were dealt, by rows.
 
     Row by row in memory: safetensors writes others down in the order of memory, without a word.
     """
@@ -188,8 +189,7 @@ def joined(need: Need, pieces: Iterable[Mapping[str, Ring]]) -> dict[str, Ring]:
     for piece in pieces:
         for name, array in piece.items():
             found.setdefault(name, []).append(array)
-    axis = -1 if need.kind == "times_matrix" else 0
-    whole = {name: some[0] if len(some) == 1 else np.concatenate(some, axis=axis) for name, some in found.items()}
+    whole = {name: some[0] if len(some) == 1 else np.concatenate(some) for name, some in found.items()}
     return {name: np.ascontiguousarray(array) for name, array in whole.items()}
 
 

@@ -7,8 +7,9 @@ knows s and the other t. That product is the only thing that neither can compute
 bits u v is prepared, u known to the one and v to the other; each sends its bit less its random one, modulo two,
 one bit a number (Beaver, CRYPTO 1991).
 
-The engine truncates in the same way (Cheetah, USENIX Security 2022), with an oblivious transfer in place of what was
-prepared, so results are as exact: rounded down, or one less in the last place.
+What the shares have below the last place is lost: one last place in the mean, whatever the number. The server adds it,
+so results are rounded down or up, and are the numbers in the mean. The engine truncates in the same way (Cheetah,
+USENIX Security 2022), with an oblivious transfer in place of what was prepared, and does not add it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def truncated(x: Ring, own: Bits, theirs: Bits, masks: TruncationMasks, fraction
 
     result: Ring = (moved >> shift) - (wrap << (np.uint64(WORD) - shift))
     if server:
-        result -= np.uint64(1) << (_HALF - shift)
+        result -= (np.uint64(1) << (_HALF - shift)) - np.uint64(1)
     return result
 
 

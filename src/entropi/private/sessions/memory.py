@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from entropi.private.compute import lookahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.functions import CIPHERTEXT, POLYNOMIALS, rows_at_a_time
 from entropi.private.wire.link_frames import DEFAULT_UNREAD
@@ -59,9 +60,9 @@ def needed_memory(
     # Multiplications of the largest product; larger ones are computed in pieces (`times_matrix`, `times_table`).
     # The head has one row, but where it is prepared for all.
     rows, once = min(tokens, 128), ("embedding", "positions", *(() if prepares else ("head",)))
-    matrices = [shape for name, shape in shapes.items() if name not in once and len(shape) == 2]
+    multiplied = shapes | lookahead.shapes(model) if prepares else shapes
+    matrices = [shape for name, shape in multiplied.items() if name not in once and len(shape) == 2]
     largest = max(rows_at_a_time(rows, *shape) * math.prod(shape) for shape in matrices)
-    largest = min(largest, POLYNOMIALS * CIPHERTEXT) if prepares else largest
     read = max(1 + draft_tokens, len(prompts))
     if read > 1:
         largest = max(largest, rows_at_a_time(read, *shapes["head"]) * math.prod(shapes["head"]))

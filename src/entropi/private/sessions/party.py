@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors.numpy import load, save_file
 
-from entropi.private.compute import prefix
+from entropi.private.compute import lookahead, prefix
 from entropi.private.compute.compiling import compile_ahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.embedding import one_hot
@@ -87,7 +87,7 @@ def _serve_session(
     """Hold what the model has, and run passes over one prompt and its answer, or over several."""
     model, settings = job.description, job.settings
     public = settings.embedding == "public"
-    weights = load(files["weights"]) if "weights" in files else None
+    weights = _weights(files)
     table = load(files["table"])["embedding"] if "table" in files and public else None
     if public and job.rank == CLIENT and table is None:
         raise EngineError("the embedding is public, but the client has no copy of it")
@@ -104,6 +104,13 @@ def _serve_session(
         return
     prepared = _prepared_passes(engine, job, files, weights) if job.material is not None else None
     _answer_one(engine, job, table, prepared, lines, events)
+
+
+def _weights(files: Mapping[str, bytes]) -> dict[str, np.ndarray] | None:
+    """The server's weights, and the matrices that look ahead where products are prepared; None at the client."""
+    if "weights" not in files:
+        return None
+    return {**load(files["weights"]), **(load(files["ahead"]) if "ahead" in files else {})}
 
 
 def _answer_one(
@@ -247,6 +254,11 @@ def _prepared_passes(
 ) -> PreparedPasses:
     """What runs stages with the material of this session, which exists here alone by now."""
     bits = job.settings.fraction_bits
+    for name, shape in lookahead.shapes(job.description).items():
+        if len(shape) == 1:
+            engine.hold(name, shape, weights[name] if weights is not None else None)
+        else:
+            engine.compiler.note(name, shape)  # nothing of the engine's multiplies by it
     matrices: dict[str, np.ndarray | None] = {}
     parts = parts_for(job.description, job.settings, job.material_tokens, job.material_passes)
     for part in parts:
@@ -262,7 +274,7 @@ def _prepare(engine: Engine, job: Job, files: Mapping[str, bytes], events: Binar
     """
     with contextlib.suppress(OSError):
         os.nice(PREPARING_NICENESS)
-    weights = load(files["weights"]) if "weights" in files else None
+    weights = _weights(files)
     folder = Path(job.links[job.rank].removeprefix("unix:")).parent
     parts = parts_for(job.description, job.settings, job.material_tokens, job.material_passes)
     for number, need in enumerate(parts):

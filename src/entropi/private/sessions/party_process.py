@@ -32,7 +32,7 @@ def main() -> int:
     line, begun = _first_line()
     try:
         job = json.loads(line)
-        names = ("weights", "prefix", "table", "material")
+        names = ("weights", "ahead", "prefix", "table", "material")
         files = {name: Path(job[name]).read_bytes() for name in names if job.get(name)}
         if "material" in files:
             os.close(int(Path(job["material"]).name))  # of a file in memory, which is here now

@@ -27,6 +27,7 @@ from entropi.private.admission.monitoring import Counters, monitoring_app
 from entropi.private.admission.quota_stores import open_store
 from entropi.private.admission.quotas import Quota
 from entropi.private.admission.slots import Slots
+from entropi.private.compute import lookahead
 from entropi.private.compute.description import Description
 from entropi.private.compute.folded import WEIGHTS_FILE, load_folded, sha256_of
 from entropi.private.compute.prefix import names, with_prefix
@@ -145,7 +146,7 @@ def serve(
 
     counters = Counters()
     with swept_folder("entropi-table-") as temporary:
-        table, known = _public_files(temporary, description, weights, settings, prefixed=bool(prefix))
+        table, known, ahead = _temporary_files(temporary, description, weights, settings, prefix, material)
         del weights
         table_hash, most = sha256_of(table) if table else None, limits.conversation_tokens
         drafts = limits.draft_tokens if settings.output == "logits" else 0
@@ -153,10 +154,9 @@ def serve(
         welcome = Welcome(
             description, tokenizer, settings, table_hash, published, list(prefix), chat, most, drafts, *batches
         )
-        weights_hash = sha256_of(folder / WEIGHTS_FILE) if material is not None else None
         state = ServerState(
             folder=folder,
-            material=Material(material, welcome, weights_hash) if material is not None else None,
+            material=_kept(material, welcome, folder, ahead),
             welcome=welcome,
             digest=welcome.digest(),
             limits=limits,
@@ -165,6 +165,7 @@ def serve(
             quota=Quota(limits, open_store(quota_store, limits)),
             counters=counters,
             table=table,
+            ahead=ahead,
             prefix=known,
             audit=Audit(counters, audit_log),
             watched=files,
@@ -175,18 +176,37 @@ def serve(
     log.info("stopped")
 
 
-def _public_files(
-    folder: Path, description: Description, weights: Mapping[str, np.ndarray], settings: Settings, *, prefixed: bool
-) -> tuple[Path | None, Path | None]:
-    """Write what clients may have into `folder`: the token embeddings, and keys and values of the prefix."""
+def _temporary_files(
+    folder: Path,
+    description: Description,
+    weights: Mapping[str, np.ndarray],
+    settings: Settings,
+    prefix: Sequence[int],
+    material: Store | None,
+) -> tuple[Path | None, Path | None, Path | None]:
+    """Write what clients may have, token embeddings and the prefix, and what parties here look ahead with."""
     table = known = None
-    if prefixed:
+    if prefix:
         known = folder / "prefix.safetensors"
         save_file({name: weights[name] for name in names(description)}, known)
     if settings.embedding == "public":
         table = folder / "table.safetensors"
         save_file({"embedding": weights["embedding"]}, table)
-    return table, known
+    return table, known, _write_ahead(folder, description, weights) if material is not None else None
+
+
+def _kept(store: Store | None, welcome: Welcome, folder: Path, ahead: Path | None) -> Material | None:
+    """What is prepared for this model, for one rounding of the matrices that look ahead; None where nothing may be."""
+    files = [folder / WEIGHTS_FILE, *([ahead] if ahead is not None else [])]
+    return Material(store, welcome, " ".join(map(sha256_of, files))) if store is not None else None
+
+
+def _write_ahead(folder: Path, description: Description, weights: Mapping[str, np.ndarray]) -> Path | None:
+    """Write the matrices that look ahead into `folder`, for this server's parties alone; None if there are none."""
+    found = lookahead.weights(description, weights)
+    if found:
+        save_file(found, folder / "ahead.safetensors")
+    return folder / "ahead.safetensors" if found else None
 
 
 def _run(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:

@@ -295,7 +295,7 @@ class Session:
         passes = 1 if start.conversation else start.max_new_tokens
         taken = await self._take(start, Size(length - 1 + start.drafts, passes + start.drafts))
         asked = dict(max_new_tokens=start.max_new_tokens, prompt_length=start.prompt_length, drafts=start.drafts)
-        job = self._job(**asked, others=start.others)
+        job = self._job(prepared=taken is not None, **asked, others=start.others)
         self.progress.idle_seconds = limits.idle_seconds if start.conversation else None
         self.progress.several = bool(start.others)
         memory = memory_for(
@@ -324,7 +324,7 @@ class Session:
             raise Refusal(str(error)) from None
         self.log.info("preparing %d tokens, from part %d of %d on", request.tokens, done, growing.total)
         asked = dict(material_tokens=request.tokens, material_passes=request.passes)
-        job = self._job(prepares=True, first_part=done, **asked)
+        job = self._job(prepared=True, prepares=True, first_part=done, **asked)
         memory = memory_for(self.state.welcome.description, request.tokens, self.state.limits.memory_gb, prepares=True)
         accepted = Accepted(job.session, parts=done, expires_in=max(left, 1.0))
         await self._compute(job, memory, accepted, Asking(0), growing=growing)
@@ -339,7 +339,7 @@ class Session:
             self.log.info("without prepared material: %s", error)
             return None
 
-    def _job(self, **what: Any) -> Job:
+    def _job(self, *, prepared: bool, **what: Any) -> Job:
         welcome, state = self.state.welcome, self.state
         return Job(
             rank=SERVER,
@@ -348,6 +348,7 @@ class Session:
             description=welcome.description,
             settings=welcome.settings,
             weights=str(state.folder / WEIGHTS_FILE),
+            ahead=str(state.ahead) if prepared and state.ahead is not None else None,
             prefix_length=len(welcome.prefix),
             prefix=str(state.prefix) if state.prefix is not None else None,
             **what,

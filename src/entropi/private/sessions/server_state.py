@@ -38,6 +38,7 @@ class ServerState:
     audit: Audit
     material: Material | None  # what was prepared, where that is allowed
     watched: Watched | None  # certificates and what is revoked; None without TLS
+    ahead: Path | None = None  # matrices that look ahead, see `compute.lookahead`, for what is prepared
     greeting: tuple[bytes, ...] = ()  # the welcome as it goes over every connection
     sockets: dict[web.WebSocketResponse, Peer | None] = field(default_factory=dict)
     recent: deque[float] = field(default_factory=deque)  # when connections had their own log lines

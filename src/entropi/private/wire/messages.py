@@ -194,6 +194,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     prompt_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     prompt: list[TokenId] | None = None  # the client's
     weights: str | None = None  # the server's: path of the safetensors file
+    ahead: str | None = None  # likewise of the matrices that look ahead, where products are prepared
     prefix_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     prefix: str | None = None  # the server's: path of a safetensors file with the public prefix's keys and values
     table: str | None = None  # the client's, where the embedding is public: path of a safetensors file that has it
