@@ -2,7 +2,8 @@
 
     python benchmarks/prepared.py --out FILE [--model "polynomial SM(t)+ScFuFFN" or FOLDER] [--tokens 128]
         [--new-tokens 65] [--prefix-file FILE] [--work FOLDER]
-    python benchmarks/prepared.py --out FILE --online [--lines loopback lan wan] [--further 6] [--model, --tokens]
+    python benchmarks/prepared.py --out FILE --online [--lines loopback lan wan] [--further 6] [--drafts 0]
+        [--model, --tokens]
 
 The first is all of it: a server that keeps its half, `prepare`, and a question over the loopback with TLS. A name is
 one of the models of `private_forward.py`, GPT-2 small's shape with random weights; a folder is what `serve` takes. That
@@ -10,8 +11,9 @@ takes tens of minutes, nearly all of them before the question.
 
 The second runs the online part alone, between two processes over a line of limited speed and added delay (`SlowLine`),
 with material that is drawn at random instead of computed: answers mean nothing, and bytes, rounds and seconds are those
-of any session, because nothing that is done depends on values. The passes of the first `--further` tokens after the
-prompt are shown, and their median without the first, whose stages are compiled while the prompt is answered.
+of any session, because nothing that is done depends on values. The first `--further` passes after the prompt's are
+shown, of a token or of one and `--drafts` drafts, and their median without the first, whose stages are compiled while
+the prompt is answered.
 
 Rows already in FILE are not measured again. The last line is JSON.
 """
@@ -166,12 +168,15 @@ def whole_session(
 # --- The online part alone --------------------------------------------------------------------------------------------
 
 
-def party(rank: int, links: tuple[str, str], model: Description, tokens: int, further: int, channel: Any) -> None:
-    """One of the two processes; the client's puts what every pass took into `channel`."""
+def party(
+    rank: int, links: tuple[str, str], model: Description, tokens: int, further: int, drafts: int, channel: Any
+) -> None:
+    """One of the two processes; the client's puts what every pass took into `channel`. All drafts are kept."""
     compute_on_processor()
     settings, random = Settings(embedding="public"), np.random.default_rng(0)
     engine = Engine(rank, open_link(rank, links), settings)
-    material = needs(model, settings, tokens + further, further + 1)
+    each = 1 + drafts
+    material = needs(model, settings, tokens + further * each, further * each + 1)
     matrices: dict[str, np.ndarray | None] = {need.matrix: None for need in material if need.matrix}
     for name, shape in (model.weight_shapes() | lookahead.shapes(model)).items():
         if name == "embedding":
@@ -184,13 +189,13 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
     passes = PreparedPasses(engine, Material(material, arrays), settings.fraction_bits, matrices)
 
     past = 0
-    for number, new in enumerate([tokens] + [1] * further):
+    for number, new in enumerate([tokens] + [each] * further):
         rows = random.normal(size=(new, model.hidden_size)) if rank == CLIENT else None
         engine.hold("embedded", (new, model.hidden_size), rows)
         started, keys = time.perf_counter(), past + new
         if number < further:  # as a session does
-            compile_next(engine, model, settings, keys, passes)
-        stages = stages_of_pass(model, settings, new, past, prepared=True)
+            compile_next(engine, model, settings, keys, passes, each)
+        stages = stages_of_pass(model, settings, new, past, last_rows=each if number else 1, prepared=True)
         costs = [cost for stage in stages for cost in passes.run(stage, number, keys)]
         engine.reveal_to_client("logits")
         if rank == CLIENT:
@@ -199,7 +204,7 @@ def party(rank: int, links: tuple[str, str], model: Description, tokens: int, fu
     engine.close()
 
 
-def online(model: Description, line: str, tokens: int, further: int) -> dict[str, Any]:
+def online(model: Description, line: str, tokens: int, further: int, drafts: int) -> dict[str, Any]:
     """The client's view of a prompt's pass and of those of further tokens."""
     context = multiprocessing.get_context("spawn")
     links, channel = free_links(), context.Queue()
@@ -208,7 +213,7 @@ def online(model: Description, line: str, tokens: int, further: int) -> dict[str
         lines = [SlowLine(link, LINES[line]) for link in links]
         views = [(links[0], lines[1].address), (lines[0].address, links[1])]
     processes = [
-        context.Process(target=party, args=(rank, views[rank], model, tokens, further, channel), daemon=True)
+        context.Process(target=party, args=(rank, views[rank], model, tokens, further, drafts, channel), daemon=True)
         for rank in (SERVER, CLIENT)
     ]
     for process in processes:
@@ -226,6 +231,7 @@ def online(model: Description, line: str, tokens: int, further: int) -> dict[str
     return {
         "line": line,
         "tokens": tokens,
+        "drafts": drafts,
         "prompt_mb": mb(*prompt),
         "prompt_seconds": prompt_seconds,
         "further_mb": [mb(*costs) for _, costs in later],
@@ -241,12 +247,14 @@ def online(model: Description, line: str, tokens: int, further: int) -> dict[str
 # --- Both -------------------------------------------------------------------------------------------------------------
 
 
-def predicted(model: Description, tokens: int, new_tokens: int, line: str, prefix: int) -> dict[str, float]:
-    """What `entropi cost --prepared` says of the session."""
+def predicted(
+    model: Description, tokens: int, new_tokens: int, line: str, prefix: int, drafts: int = 0
+) -> dict[str, float]:
+    """What `entropi cost --prepared` says of the session; of further passes those with drafts, if there are any."""
     shipped = CostModel.shipped(network="lan" if line == "loopback" else line)
     options = replace(shipped.options, embedding="public", prefix_tokens=prefix)
-    record = predict(replace(shipped, options=options), model, tokens, new_tokens)
-    further = record.further or record.prompt
+    record = predict(replace(shipped, options=options), model, tokens, new_tokens, drafts)
+    further = record.drafted or record.further or record.prompt
     waiting = 0 if line == "loopback" else 1
     return {
         "offline_mb": record.totals()["offline"].bytes / 1e6,
@@ -268,15 +276,17 @@ def rows_of(given: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[d
     """What is not in `rows` yet."""
 
     def there(line: str | None) -> bool:
-        return any((row["model"], row.get("line")) == (given.model, line) for row in rows)
+        wanted = (given.model, line, given.drafts)
+        return any((row["model"], row.get("line"), row.get("drafts", 0)) == wanted for row in rows)
 
     if given.online:
         named = given.model in ARCHITECTURES
         model = description(given.model, 12) if named else load_description(Path(given.model))
         for line in given.lines:
             if not there(line):
-                expected = predicted(model, given.tokens, given.further + 1, line, 0)
-                yield {**online(model, line, given.tokens, given.further), "predicted": expected}
+                expected = predicted(model, given.tokens, given.further * (1 + given.drafts) + 1, line, 0, given.drafts)
+                measured = online(model, line, given.tokens, given.further, given.drafts)
+                yield {**measured, "predicted": expected}
         return
     if there(None):
         return
@@ -311,6 +321,7 @@ def main() -> None:
     parser.add_argument("--online", action="store_true", help="the online part alone, with material drawn at random")
     parser.add_argument("--lines", nargs="+", choices=["loopback", *LINES], default=["loopback", *LINES])
     parser.add_argument("--further", type=int, default=6, help="tokens after the prompt, with --online")
+    parser.add_argument("--drafts", type=int, default=0, help="of each of these, beside its own row, with --online")
     parser.add_argument("--out", type=Path, required=True, help="file of the rows")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(given.out.read_bytes()) if given.out.exists() else []
