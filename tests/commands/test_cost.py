@@ -342,10 +342,14 @@ def test_every_operation_of_the_program_has_words():
     named = set()
     for path in (Path(records.__file__).parent / "private").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Stage":
-                first = node.args[0]
-                if isinstance(first, ast.Constant) and first.value:  # a part takes its name from its stage
-                    named.add(first.value)
+            if isinstance(node, ast.Call):
+                called, *given = [node.func, *node.args]
+                if isinstance(called, ast.Name) and called.id == "partial":
+                    called, *given = given
+                if isinstance(called, ast.Name) and called.id == "Stage":
+                    first = given[0]
+                    if isinstance(first, ast.Constant) and first.value:  # a part takes its name from its stage
+                        named.add(first.value)
     assert {"norm", "exp", "setup"} <= named
     named.add("reveal")  # which is no computation, and no stage
     assert named == records.OPERATIONS.keys()
