@@ -54,6 +54,9 @@ def on_disk(model: str, files: tuple[str, ...] = MODEL) -> Path:
         raise UserError(f"the hub has no model {name}, or it is private and needs hf auth login") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision}") from None
+    except errors.LocalEntryNotFoundError as error:  # an EntryNotFoundError, but of a hub that was not asked
+        reason = " ".join(str(error.__cause__ or "it is not in the cache").split())[:200]
+        raise UserError(f"the hub cannot be reached, and {name} is not in its cache: {reason}") from None
     except errors.EntryNotFoundError:
         raise UserError(f"{name} has no file {file}") from None
     except Exception as error:  # the network and the disk raise what they like

@@ -271,3 +271,11 @@ def test_paths_are_no_names(tmp_path, monkeypatch):
     assert name_of("hf://openai-community/gpt2@main") == "gpt2"
     assert name_of(str(tmp_path / "run")) == "run"
     assert name_of("hf://a/b/c.Q4_1.gguf@main") == name_of("x/c.Q4_1.gguf") == "c.Q4_1"
+
+
+@pytest.mark.parametrize("name", ["hf://nobody/nothing", "hf://nobody/nothing/weights.gguf"])
+def test_a_hub_that_is_not_reached_is_told_from_one_that_lacks_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"^the hub cannot be reached, and nobody/nothing is not in its cache: \S"):
+        on_disk(name)
