@@ -44,6 +44,7 @@ VARIANTS = {
     "kernel": dict(softmax="power-3", final_norm="none", centre=False),
     "polynomial": dict(softmax="polynomial-1", key_value_heads=2),
     "powers": dict(softmax="polynomial-1/keys", key_value_heads=2, temperature=True, final_norm="none", centre=False),
+    "powers over a number": dict(softmax="polynomial-1/9", key_value_heads=2, final_norm="none", centre=False),
     "layer norm": dict(norm="layer", activation="relu", intermediate_size=40, final_norm="layer", centre=False),
     "rms norm, linear map and branch": dict(norm="rms", activation="gelu", intermediate_size=40, explicit_ffn=[0, 2]),
     "rms norm, linear": dict(norm="rms", explicit_ffn=[0, 1, 2]),
@@ -115,7 +116,7 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
             weights[name] = random.uniform(0.5, 2, shape)
             continue
         if part == "offset":
-            weights[name] = random.uniform(3, 5, shape) / (4 if model.softmax.endswith("/keys") else 1)
+            weights[name] = random.uniform(3, 5, shape) / (4 if "/" in model.softmax else 1)
             continue
         if part in ("embedding", "positions"):
             size = 0.7
@@ -124,7 +125,7 @@ def random_weights(model, seed=0, scale=1.0, dtype=np.float32):
         weights[name] = scale * size * random.normal(size=shape)
         if part == "qkv":
             # What nothing divides grows from layer to layer, with the fifth power of its size.
-            spread = {"polynomial-1": 3, "polynomial-1/keys": 0.2}.get(model.softmax, 1)
+            spread = {"polynomial-1": 3, "polynomial-1/keys": 0.2, "polynomial-1/9": 0.2}.get(model.softmax, 1)
             weights[name][:, : model.query_size] *= model.head_size**-0.5 * spread
         if part in ("ffn", "centre") and model.norm == "none":
             weights[name] = np.eye(len(weights[name])) + 0.3 * weights[name]
@@ -201,7 +202,8 @@ def reference_logits(model, weights, tokens):
                 q = q * np.log(position + 1) / np.log(model.positions)
             logits = np.array([q @ one[group] for one in keys[layer]])
             x = logits - logits.max()
-            kind, _, iterations = model.softmax.removesuffix("/keys").partition("-")
+            weights_of, _, over = model.softmax.partition("/")
+            kind, _, iterations = weights_of.partition("-")
             power = 2 ** int(iterations or 0)
             if kind == "polynomial":
                 weights = (logits + w[f"{layer}.offset"][head, position]) ** power
@@ -210,8 +212,8 @@ def reference_logits(model, weights, tokens):
             else:
                 weights = (1 + np.maximum(x, -0.9 * power) / power) ** power
             divisor = weights.sum()
-            if model.softmax.endswith("/keys"):
-                divisor = len(weights) / max(1, model.positions**0.5 / 4)
+            if over:
+                divisor = (len(weights) if over == "keys" else int(over)) / max(1, model.positions**0.5 / 4)
             out.append(sum(a * one[group] for a, one in zip(weights, values[layer])) / divisor)
         return branch(np.concatenate(out) @ w[f"{layer}.output"] + w[f"{layer}.output_bias"])
 

@@ -128,8 +128,8 @@ def test_no_command():
         (
             ["cost", "--softmax", "power-9"],
             [
-                "--softmax must be quartic, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys, "
-                "got 'power-9'"
+                "--softmax must be quartic, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys "
+                "or a number such as /128, got 'power-9'"
             ],
         ),
         (["cost", "--prefix-tokens", "1", "--seq-len", "0"], ["seq_len is 0"]),

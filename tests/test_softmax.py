@@ -17,11 +17,15 @@ from entropi.softmax import (
     parse_of_model,
 )
 
-POSSIBLE = "softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys"
+POSSIBLE = (
+    "softmax must be exact, quartic, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys or a "
+    "number such as /128"
+)
+DIVISORS = {name: ("sum", "keys", 7) if kind.public_divisors else ("sum",) for name, kind in KINDS.items()}
 FORMS = [
     SoftmaxForm(name, iterations, divisor)
     for name, kind in KINDS.items()
-    for divisor in kind.divisors
+    for divisor in DIVISORS[name]
     for iterations in range(bool(kind.most), kind.most + 1)
 ]
 
@@ -40,8 +44,9 @@ def test_texts_are_those_of_files():
         "polynomial-1",
     ]
     assert str(SoftmaxForm("polynomial", 2, "keys")) == "polynomial-2/keys"
-    assert str(SoftmaxForm("polynomial", 2, "keys").over_sum) == "polynomial-2"
-    assert len({str(form) for form in FORMS}) == len(FORMS) == 1 + 1 + 16 + 8 + 8
+    assert str(SoftmaxForm("polynomial", 2, 128)) == "polynomial-2/128"
+    assert {str(SoftmaxForm("polynomial", 2, divisor).over_sum) for divisor in ("keys", 128)} == {"polynomial-2"}
+    assert len({str(form) for form in FORMS}) == len(FORMS) == 1 + 1 + 16 + 8 + 8 + 8
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,15 @@ def test_texts_are_those_of_files():
         "\n",
         "polynomial-1/sum",
         "/keys",
+        "polynomial-1/",
+        "polynomial-1/0",
+        "polynomial-1/07",
+        "polynomial-1/1000000",
+        "polynomial-1/-7",
+        "polynomial-1/7.5",
+        "polynomial-1/keys/7",
+        "power-1/7",
+        "exact/7",
     ],
 )
 def test_a_form_has_one_text(text):
@@ -69,6 +83,8 @@ def test_a_form_has_one_text(text):
     [
         *(("exact", 1), ("power", 0), ("power", 17), ("polynomial", 9), ("power", 2.0), ("power", True), ("cubic", 2)),
         *(("exact", 0, "keys"), ("power", 2, "keys"), ("polynomial", 2, "values")),
+        *(("polynomial", 2, 0), ("polynomial", 2, 1_000_000), ("polynomial", 2, True), ("polynomial", 2, "7")),
+        *(("polynomial", 2, 7.0), ("power", 2, 7)),
     ],
 )
 def test_there_are_no_other_forms(form):
@@ -92,7 +108,7 @@ def test_models_and_servers_have_fewer():
         parse_of_model("quartic")
     with pytest.raises(UserError, match=r"softmax must be exact, power-1 to power-16 or .*, got 'quartic'"):
         parse_of_attention("quartic")
-    for text in ("exact", "power-9", "polynomial-1", "polynomial-1/keys"):
+    for text in ("exact", "power-9", "polynomial-1", "polynomial-1/keys", "polynomial-1/7"):
         with pytest.raises(UserError, match=f"--softmax must be quartic or power-1 to power-8, got '{text}'"):
             parse_for_exact(text, "--softmax")
 
@@ -112,6 +128,10 @@ def test_words():
     assert over_keys.words == "polynomial kernel t=1 over the number of keys"
     assert over_keys.label == "polynomial t=1/keys"
     assert over_keys.formula == "(1 + x/2)^2 of the logit itself, nothing compared, over the number of keys"
+    over_a_number = SoftmaxForm.parse("polynomial-1/128")
+    assert over_a_number.words == "polynomial kernel t=1 over 128"
+    assert over_a_number.label == "polynomial t=1/128"
+    assert over_a_number.formula == "(1 + x/2)^2 of the logit itself, nothing compared, over 128"
     assert [SoftmaxForm.parse(text).formula for text in ("power-3", "polynomial-1")] == [
         "(1 + x/8)^8 of the distance to the row's largest logit",
         "(1 + x/2)^2 of the logit itself, nothing compared",
@@ -175,7 +195,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize(
-    ("kind", "divisor"), [(name, over) for name, known in KINDS.items() if known.trained for over in known.divisors]
+    ("kind", "divisor"), [(name, over) for name, known in KINDS.items() if known.trained for over in DIVISORS[name]]
 )
 def test_every_kind_has_its_formula(kind, divisor, implementation):
     generator = torch.Generator().manual_seed(0)
@@ -185,5 +205,5 @@ def test_every_kind_has_its_formula(kind, divisor, implementation):
         query, key, value, is_causal=False, scale=2.0, softmax=form, implementation=implementation
     )
     weights = FORMULAS[kind](2.0 * query @ key.transpose(-1, -2), form.iterations)
-    divided_by = weights.sum(-1, keepdim=True) if divisor == "sum" else 5
+    divided_by = {"sum": weights.sum(-1, keepdim=True), "keys": 5, 7: 7}[divisor]
     torch.testing.assert_close(found, weights / divided_by @ value)

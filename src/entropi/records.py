@@ -187,7 +187,7 @@ OPERATIONS = {
     "exp": "what stands for the exponential: the softmax kernel (1 + x/2^t)^(2^t), or the quartic exponential",
     "values": "attention weights times values, and the sum of every row of weights; prepared, the division by it too",
     "normalise": "the softmax's division by those sums",
-    "average": "the weighted values over the number of keys, which is public: nothing is divided",
+    "average": "the weighted values over the number of keys or a constant, which are public: nothing is divided",
     "output": "the heads' results put together: one matrix product; prepared, that of the next layer's \"qkv\" too",
     "ffn": "matrix products of the feed-forward network",
     "activation": "the feed-forward network's nonlinearity",

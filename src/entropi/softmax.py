@@ -7,8 +7,9 @@
 | `power-t` | (1 + x / 2^t)^(2^t) of the distance x to the row's largest logit, clipped |
 | `polynomial-t` | (1 + s / 2^t)^(2^t) of the logit s itself; nothing is compared |
 | `polynomial-t/keys` | the same, divided by the number of keys that the row sees, which is public; no softmax |
+| `polynomial-t/N` | the same, divided by N in every row, such as 128: the keys of a long row, and no softmax either |
 
-Weights are divided by their row's sum, but for the last form. Its entropy is that of the weights divided by their sum.
+Weights are divided by their row's sum, but for the last two forms, whose entropy is that of the weights so divided.
 
 Configurations, recipes, messages and the command line hold the text. A further form is an entry of `KINDS`, and its
 mathematics in `entropi.entropy.secure_softmax` and `entropi.private.compute`.
@@ -24,7 +25,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from entropi.errors import UserError
 
-Divisor: TypeAlias = Literal["sum", "keys"]  # what a row's weights are divided by: their sum, or how many they are
+# What a row's weights are divided by: their sum, how many they are, or a number that is the same for all rows.
+Divisor: TypeAlias = Literal["sum", "keys"] | int
+LARGEST_DIVISOR = 999_999
 
 
 class Kind(NamedTuple):
@@ -38,7 +41,7 @@ class Kind(NamedTuple):
     trained: bool  # models may be trained with it
     stands_for_exact: bool  # private inference may evaluate it for models trained with the exact softmax
     of_distance: bool  # weights are of the distance to the row's largest logit: T divides it, and the sum is 1 or more
-    divisors: tuple[Divisor, ...] = ("sum",)  # a number of keys is for weights that nothing has made small before
+    public_divisors: bool = False  # for weights that nothing has made small before
 
 
 KINDS = {
@@ -73,9 +76,15 @@ KINDS = {
         trained=True,
         stands_for_exact=False,
         of_distance=False,
-        divisors=("sum", "keys"),
+        public_divisors=True,
     ),
 }
+
+
+def _divides(divisor: object, kind: Kind) -> bool:
+    """Whether weights of this kind may be divided so."""
+    constant = type(divisor) is int and 1 <= divisor <= LARGEST_DIVISOR
+    return divisor == "sum" or (kind.public_divisors and (divisor == "keys" or constant))
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class SoftmaxForm:
     Attributes:
         kind: a name of `KINDS`: "exact", "quartic", "power" or "polynomial".
         iterations: t, the number of squarings; 0 where the kind has none.
-        divisor: what a row's weights are divided by: their "sum", or the number of "keys" that the row sees.
+        divisor: what a row's weights are divided by: their "sum", the number of "keys" that the row sees, or a number.
 
     Raises:
         UserError: another kind, an impossible t, or a divisor that the kind does not have; lists what is possible.
@@ -101,7 +110,7 @@ class SoftmaxForm:
             kind is None
             or type(self.iterations) is not int
             or not bool(kind.most) <= self.iterations <= kind.most
-            or self.divisor not in kind.divisors
+            or not _divides(self.divisor, kind)
         ):
             raise _refusal("softmax", str(self), {name: known.most for name, known in KINDS.items()})
 
@@ -133,9 +142,9 @@ class SoftmaxForm:
         return KINDS[self.kind].of_distance
 
     @property
-    def over_keys(self) -> bool:
-        """Whether weights are divided by their number, which is public, and not by their sum."""
-        return self.divisor == "keys"
+    def public_divisor(self) -> bool:
+        """Whether weights are divided by what everyone knows, their number or a constant, and not by their sum."""
+        return self.divisor != "sum"
 
     @property
     def over_sum(self) -> SoftmaxForm:
@@ -145,7 +154,7 @@ class SoftmaxForm:
     @property
     def has_offsets(self) -> bool:
         """Whether a temperature is an offset of the logits: where weights may be multiplied by anything."""
-        return not self.of_distance and not self.over_keys
+        return not self.of_distance and not self.public_divisor
 
     @property
     def stands_for_exact(self) -> bool:
@@ -155,20 +164,24 @@ class SoftmaxForm:
     @property
     def words(self) -> str:
         """For people: "softmax kernel t=8"."""
-        over = " over the number of keys" if self.over_keys else ""
+        over = f" over {self._over}" if self.public_divisor else ""
         return KINDS[self.kind].words + (f" t={self.iterations}" if self.iterations else "") + over
 
     @property
     def label(self) -> str:
         """The same, short enough to stand beside a figure: "t=8"."""
         label = " ".join(filter(None, (KINDS[self.kind].label, f"t={self.iterations}" if self.iterations else "")))
-        return label + ("/keys" if self.over_keys else "")
+        return label + (f"/{self.divisor}" if self.public_divisor else "")
 
     @property
     def formula(self) -> str:
         """The weight of a key, before it is divided: "(1 + x/4)^4 of ..."."""
-        over = ", over the number of keys" if self.over_keys else ""
+        over = f", over {self._over}" if self.public_divisor else ""
         return KINDS[self.kind].formula.replace("{n}", str(2**self.iterations)) + over
+
+    @property
+    def _over(self) -> str:
+        return "the number of keys" if self.divisor == "keys" else str(self.divisor)
 
 
 EXACT = SoftmaxForm()
@@ -180,6 +193,7 @@ USUAL_FOR_EXACT = "quartic"  # which private inference evaluates for models trai
 def share_scale(positions: int) -> float:
     """K of the public K / n by which a row's sum over n keys is multiplied in private; its weights are K times smaller.
 
+    With a constant in the place of n it is the same K.
     As a fixed-point number 1 / n would be wrong by a share of up to n / 2^19 at 18 fraction bits, 0.2 % of 1,024 keys;
     but what short rows are wrong by grows with K. This one of the `positions` makes the former 0.02 % at 1,024.
     """
@@ -250,10 +264,13 @@ def from_former(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parsed(text: object, name: str, most: Mapping[str, int]) -> SoftmaxForm:
     """The form of a text, if it is one of those with t up to `most` of their kind."""
-    found = re.fullmatch(r"([a-z]+)(?:-([1-9][0-9]?))?(/keys)?", text) if isinstance(text, str) else None
+    pattern = r"([a-z]+)(?:-([1-9][0-9]?))?(?:/(keys|[1-9][0-9]{0,5}))?"
+    found = re.fullmatch(pattern, text, re.ASCII) if isinstance(text, str) else None
     kind, iterations = (found[1], int(found[2] or 0)) if found else ("", 0)
-    divisor: Divisor = "keys" if found and found[3] else "sum"
-    if kind not in most or not bool(most[kind]) <= iterations <= most[kind] or divisor not in KINDS[kind].divisors:
+    divisor: Divisor = "sum"
+    if found and found[3]:
+        divisor = "keys" if found[3] == "keys" else int(found[3])
+    if kind not in most or not bool(most[kind]) <= iterations <= most[kind] or not _divides(divisor, KINDS[kind]):
         raise _refusal(name, text, most)
     return SoftmaxForm(kind, iterations, divisor)
 
@@ -261,7 +278,7 @@ def _parsed(text: object, name: str, most: Mapping[str, int]) -> SoftmaxForm:
 def _refusal(name: str, got: object, most: Mapping[str, int]) -> UserError:
     *first, last = (
         (f"{kind}-1 to {kind}-{iterations}" if iterations else kind)
-        + (" with or without /keys" if "keys" in KINDS[kind].divisors else "")
+        + (" with or without /keys or a number such as /128" if KINDS[kind].public_divisors else "")
         for kind, iterations in most.items()
     )
     return UserError(f"{name} must be {' or '.join(filter(None, (', '.join(first), last)))}, got {str(got)[:60]!r}")

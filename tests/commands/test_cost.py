@@ -190,7 +190,7 @@ def test_the_polynomial_kernel_is_priced_shown_and_advised(capsys: pytest.Captur
     assert "softmax polynomial-1/keys is for architectures that begin with Pow" in capsys.readouterr().err
     with pytest.raises(
         UserError,
-        match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys",
+        match="softmax must be exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys or a",
     ):
         Shape(softmax="polynomial")
 

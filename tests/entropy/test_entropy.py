@@ -41,14 +41,14 @@ def definition(query, key, value, visible, temperature=None, iterations=None, so
                     logits = torch.cat([logits, sinks[b, h, i, None]])
                 p = shares = torch.softmax(logits, dim=0)
                 if iterations is not None:
-                    over_keys = isinstance(iterations, str)
-                    t = -SoftmaxForm.parse(iterations).iterations if over_keys else iterations
+                    form = SoftmaxForm.parse(iterations) if isinstance(iterations, str) else None
+                    t = -form.iterations if form else iterations
                     n = 2 ** abs(t)
                     x = (logits - logits.max()).clamp(min=-0.9 * n) if t > 0 else logits
                     weights = (1 + x / n) ** n
                     p = shares = weights / weights.sum()
-                    if over_keys:
-                        shares = weights / len(seen)
+                    if form:
+                        shares = weights / (len(seen) if form.divisor == "keys" else form.divisor)
                 output[b, h, i] = shares[: len(seen)] @ value[b, h, seen]
                 entropy[b, h, i] = -(p * p.log()).sum()
     return output, entropy
@@ -81,7 +81,9 @@ def assert_same_values_and_gradients(function, other, tensors):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 8, 16, -1, -2, -5, -8, "polynomial-1/keys", "polynomial-3/keys"])
+@pytest.mark.parametrize(
+    "iterations", [1, 2, 5, 8, 16, -1, -2, -5, -8, "polynomial-1/keys", "polynomial-3/keys", "polynomial-1/9"]
+)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (5, 12), (7, 4)])
 def test_secure_softmax_and_its_gradients_are_the_definition(implementation, iterations, queries, keys):
     """Logits spread far enough for clipped ones at t = 1 and 2, as the next test makes sure."""
@@ -242,11 +244,24 @@ def test_secure_softmax_is_what_the_secure_engine_computes(iterations):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["power", "power-0", "power-17", "polynomial-9", "exact-1", "exact/keys", "power-2/keys", "cubic-2", "", 5, None],
+    [
+        "power",
+        "power-0",
+        "power-17",
+        "polynomial-9",
+        "exact-1",
+        "exact/keys",
+        "power-2/keys",
+        "power-2/9",
+        "cubic-2",
+        "",
+        5,
+        None,
+    ],
 )
 def test_an_impossible_softmax_is_refused(wrong):
     query, key, value = make_qkv()
-    legal = "softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys, got"
+    legal = "softmax must be exact, power-1 to power-16 or polynomial-1 to polynomial-8 with or without /keys or"
     with pytest.raises(ValueError, match=legal):
         entropy_attention(query, key, value, softmax=wrong)
 
@@ -292,7 +307,7 @@ def test_blockwise_gradients_equal_the_reference(length, iterations):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("iterations", [None, 1, 4, -1, -3, "polynomial-2/keys"])
+@pytest.mark.parametrize("iterations", [None, 1, 4, -1, -3, "polynomial-2/keys", "polynomial-2/9"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_double_precision_gradcheck(is_causal, iterations, implementation):
     query, key, value = make_qkv(batch=1, heads=2, queries=5, keys=6, width=3)
@@ -320,7 +335,7 @@ def test_double_precision_gradcheck_with_sinks_and_softcap(is_causal, implementa
     assert torch.autograd.gradcheck(both, (*tensors, sinks))
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8, -1, "polynomial-1/keys"])
+@pytest.mark.parametrize("iterations", [None, 1, 8, -1, "polynomial-1/keys", "polynomial-1/9"])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(implementation, additive, iterations):

@@ -108,13 +108,13 @@ def test_a_thousand_rows(iterations):
     assert_as_exact("native", *make(1000, 1000, 64, batch=1, heads=2), **squared(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 3, -1, "polynomial-1/keys"])
+@pytest.mark.parametrize("iterations", [None, 3, -1, "polynomial-1/keys", "polynomial-1/90"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 200), (5, 130), (7, 4), (200, 129), (49, 400)])
 def test_queries_and_keys_of_different_length(queries, keys, iterations):
     assert_as_exact("native", *make(queries, keys, 32), **squared(iterations))
 
 
-@pytest.mark.parametrize("iterations", [None, 5, -1, "polynomial-1/keys"])
+@pytest.mark.parametrize("iterations", [None, 5, -1, "polynomial-1/keys", "polynomial-1/90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [65, 300])
 def test_half_precision_is_no_worse_than_plain(dtype, length, iterations):
@@ -196,7 +196,7 @@ def test_masks_broadcast(shape, additive, is_causal):
     mask = visible
     if additive:
         mask = torch.randn(shape, generator=generator).masked_fill(~visible, -math.inf)
-    for iterations in (None, 2, -1, "polynomial-1/keys"):
+    for iterations in (None, 2, -1, "polynomial-1/keys", "polynomial-1/90"):
         options = dict(attn_mask=mask, is_causal=is_causal, **squared(iterations))
         assert_as_exact("native", *make(150, 170, 24), **options)
 
@@ -213,7 +213,7 @@ def test_masks_that_have_to_be_converted(dtype):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 8, -1, "polynomial-1/keys"])
+@pytest.mark.parametrize("iterations", [None, 1, 8, -1, "polynomial-1/keys", "polynomial-1/90"])
 @pytest.mark.parametrize("additive", [False, True])
 def test_rows_that_see_nothing(additive, iterations):
     visible = torch.ones(140, 140, dtype=torch.bool)

@@ -124,7 +124,8 @@ def interpret(description, weights, ids):
             q = q * np.log(np.arange(1, length + 1))[:, None] / np.log(d["positions"])
         s = q @ k.transpose(0, 2, 1)
         future = np.triu(np.ones((length, length), bool), 1)
-        kind, _, iterations = d["softmax"].removesuffix("/keys").partition("-")
+        weights_of, _, divisor = d["softmax"].partition("/")
+        kind, _, iterations = weights_of.partition("-")
         n_steps = 2 ** int(iterations or 0)
         if kind == "polynomial":
             a = (s + w["offset"][:, :length, None]) ** n_steps
@@ -135,8 +136,9 @@ def interpret(description, weights, ids):
             a = np.exp(s)
         elif kind == "power":
             a = np.where(np.isfinite(s), (1 + np.maximum(s, -0.9 * n_steps) / n_steps) ** n_steps, 0.0)
-        if d["softmax"].endswith("/keys"):
-            a = a / np.arange(1, length + 1)[:, None] * max(1, d["positions"] ** 0.5 / 4)
+        if divisor:
+            seen = np.arange(1, length + 1)[:, None] if divisor == "keys" else int(divisor)
+            a = a / seen * max(1, d["positions"] ** 0.5 / 4)
         else:
             a = a / a.sum(-1, keepdims=True)
         attended = branch((a @ v).transpose(1, 0, 2).reshape(length, -1) @ w["output"] + w["output_bias"])
@@ -190,13 +192,14 @@ def test_every_option_folds_exactly(architecture, variant):
     [
         dict(bias="all", num_key_value_heads=2),
         dict(softmax="polynomial-2/keys", max_position_embeddings=100),  # the public factor is not 1
+        dict(softmax="polynomial-1/50", max_position_embeddings=100),
         dict(temperature_granularity="head", position_embedding="rotary", bias="qkv"),
         dict(log_length_scaling=True, query_key_norm=True),
         dict(parallel_residual=True, bias="all", final_norm=True),
     ],
     ids=str,
 )
-def test_powers_over_the_number_of_keys_fold_exactly(architecture, options):
+def test_powers_over_a_public_number_fold_exactly(architecture, options):
     """The bias of values stays where it is: rows of weights do not sum to 1."""
     folded = check(trained(architecture, **options))
     assert folded.description["temperature"] == ("(t)" in architecture and "temperature_granularity" not in options)

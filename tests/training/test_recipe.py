@@ -86,7 +86,7 @@ def test_recipe_tells_all_problems_at_once(tmp_path: Path):
         ({"softmax": "power-9"}, "softmax must be exact, power-1 to power-8 or .*, got 'power-9'"),
         (
             {"softmax": "polynomial"},
-            "softmax must be exact, .* or polynomial-1 to polynomial-8 with or without /keys, got 'polynomial'",
+            "softmax must be exact, .* or polynomial-1 to polynomial-8 with or without /keys or a .*, got 'polynomial'",
         ),
         ({"softmax": 2}, "softmax is 2, expected str"),
         ({"architecture": "EReg(Pow+ScFuFFN)", "softmax": "power-2"}, "must be polynomial-1/keys to .*, got 'power-2'"),

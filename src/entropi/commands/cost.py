@@ -83,8 +83,8 @@ def run(
         embedding: token table private to the server, or public
         softmax: quartic or power-1 to power-8, what is evaluated for models that were trained with the exact softmax,
             by default quartic; or polynomial-1 to polynomial-8, weights of (1 + s/2^t)^(2^t) of the logits s, with
-            which a model has to be trained; or polynomial-1/keys to polynomial-8/keys, for architectures of powers
-            (Pow), which have the first of these by default
+            which a model has to be trained; or polynomial-1/keys to polynomial-8/keys, or with a number such as 128 in
+            the place of keys, for architectures of powers (Pow), which have the first of these by default
         prepared: price a session whose products are prepared before its prompt is known (entropi prepare), offline and
             online, and what each side stores, beside the same session without preparation
         new_tokens: tokens of the answer in this session, by default 64, and fewer for a model that takes fewer
@@ -291,9 +291,9 @@ def _base(asked: Mapping[str, Any], positions: int, trained_with: str) -> Shape:
     for name in ("intermediate_size", "key_value_heads"):
         if asked.get(name, 1) < 1:
             raise UserError(f"{name} is {asked[name]}, at least 1 is needed")
-    over_keys = SoftmaxForm.parse(trained_with).over_keys
+    powers = SoftmaxForm.parse(trained_with).public_divisor
     return Shape(
-        architecture="Pow" if over_keys else "SM",  # those by name take its place
+        architecture="Pow" if powers else "SM",  # those by name take its place
         **{names.get(name, name): value for name, value in asked.items()},
         max_position_embeddings=max(positions, 1024),
         softmax=trained_with,

@@ -31,8 +31,8 @@ def run(
         corpus: "stdlib", a text file or folder, or what else entropi train takes; its held-out part is used, and all of
             a file or folder for models that are not entropi's; by default the run's own, and else stdlib
         batch_size: sequences at a time
-        softmax: exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys, which private
-            inference evaluates; by default the model's own
+        softmax: exact, power-1 to power-8 or polynomial-1 to polynomial-8 with or without /keys or a number such as
+            /128, which private inference evaluates; by default the model's own
         sequences: how many to use; by default all, and 32 for models that are not entropi's
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024

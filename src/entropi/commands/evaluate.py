@@ -76,8 +76,8 @@ def run(
             folder was trained, and else from a stream
         batch_size: sequences at a time
         softmax: exact; power-1 to power-8, the (1 + x/2^t)^(2^t) that private inference evaluates, or polynomial-1 to
-            polynomial-8 with or without /keys; by default what the model was trained with. With --private what stands
-            for an exact one: quartic, by default, or power-1 to power-8
+            polynomial-8 with or without /keys or a number such as /128; by default what the model was trained with.
+            With --private what stands for an exact one: quartic, by default, or power-1 to power-8
         sequences: how many to use; by default all, and for models that are not entropi's 32 of a data set
         context_length: tokens a sequence; by default what the model takes, and for models that are not entropi's at
             most 1024

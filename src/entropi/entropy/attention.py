@@ -4,7 +4,7 @@ Notation, per row: s = scaled, masked logits (temperature included); p = softmax
 H = -sum_j p_j log p_j = L - sum_j p_j s_j (Eq. 5-7 and 9-10 of the paper; their t is `temperature`, their
 E^(l,h) the mean of our H over rows). All entropies are in nats. With `softcap` c logits are c tanh(s / c) before they
 are masked; with `sinks` a row has one logit more than keys (`sinks.py`). With another form of the softmax the
-log-weights l of `secure_softmax` take the place of s. Over the number of keys the output differs, not the entropy.
+log-weights l of `secure_softmax` take the place of s. Over a public number the output differs, not the entropy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from entropi.entropy import native
 from entropi.entropy import sinks as attention_sinks
 from entropi.entropy.operators import COMPILED_KINDS, as_mean, before_mean
-from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, numbers_of_keys
+from entropi.entropy.secure_softmax import HIDDEN, log_weights, log_weights_backward, public_divisors
 from entropi.softmax import EXACT, KINDS, SoftmaxForm, parse_of_attention
 
 # Finite stand-in for -inf: exp() of it is 0 at every precision, and 0 * MASKED stays 0 where 0 * -inf is NaN.
@@ -66,7 +66,8 @@ def entropy_attention(
         softmax: a `SoftmaxForm` or its text, "exact" by default; "power-t" is what private inference evaluates,
             "polynomial-t" does without comparisons, see `entropi.softmax`. Entropy is that of the weights so found. The
             exact one alone has `softcap` and `sinks`. "polynomial-t/keys" divides these weights by the number of keys
-            that the row sees, masks counted, and not by their sum; the entropy is that of the weights over their sum.
+            that the row sees, masks counted, and not by their sum, "polynomial-t/128" by 128; the entropy is that of
+            the weights over their sum.
         implementation: "reference" is the definition; "blockwise" never holds the T x S matrix and recomputes
             it in the backward pass, block by block; "native" does the same in a compiled CPU kernel, "triton" in a
             GPU kernel; "auto" takes the fastest that can run, see `available_implementations`. Matrix products are
@@ -91,7 +92,7 @@ def entropy_attention(
 
     chosen = _implementation(implementation, query, softmax)
     query, scale = _scaled(query, scale, temperature, chosen)
-    seen = numbers_of_keys(query, key.shape[2], attn_mask, is_causal) if softmax.over_keys else None
+    divisors = public_divisors(softmax, query, key.shape[2], attn_mask, is_causal)
     if sinks is not None:
         sinks = attention_sinks.per_row(sinks, query)
 
@@ -106,7 +107,7 @@ def entropy_attention(
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
     options = (is_causal, softmax, softcap) if scale is None else (is_causal, softmax, softcap, scale)
-    output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, seen, *options)
+    output, entropy, *_ = chosen.load()(query, key, value, attn_mask, sinks, divisors, *options)
     return (output, entropy) if output.shape == shape else (output.reshape(shape), entropy.reshape(shape[:3]))
 
 
@@ -114,9 +115,9 @@ class Implementation(NamedTuple):
     """One way to compute `entropy_attention`.
 
     `load()` gives the function: (query, key, value, mask, sinks, seen, is_causal, softmax, softcap), and after
-    these the scale where it `scales` the logits itself, to output, entropy and whatever else; `seen` are the numbers of
-    keys that rows are divided by, `(B, H, T)` or what broadcasts against it, or None. `unavailable_reason` says why it
-    cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
+    these the scale where it `scales` the logits itself, to output, entropy and whatever else; `seen` is what rows are
+    divided by, such as numbers of keys, `(B, H, T)` or what broadcasts against it, or None. `unavailable_reason` says
+    why it cannot run on tensors like the given one, or None; `computes` are the kinds of softmax that it knows.
     """
 
     name: str
@@ -296,7 +297,8 @@ def _reference(
     entropy = -(probabilities * log_probabilities).sum(dim=-1)
     weights = probabilities[..., : key.shape[2]]
     if seen is not None:
-        weights = logits.exp() * visible / visible.sum(dim=-1, keepdim=True).clamp(min=1)
+        counted = visible.sum(dim=-1, keepdim=True).clamp(min=1)
+        weights = logits.exp() * visible / (counted if softmax.divisor == "keys" else float(softmax.divisor))
     return weights.to(value.dtype) @ value, entropy
 
 

@@ -19,7 +19,8 @@ even. It is e^s for small s and grows like s^(2^t) on both sides; a softmax temp
 the number of keys that the row sees, which everyone knows: O = sum_j k_j v_j / n = f P V, with the softmax P of l, its
 log-sum-exp L and f = e^L / n. The entropy stays that of P. As nothing divides by the row's sum, nothing flows through
 it: with gradients g_O and g_H, dl_j = p_j (f g_O . v_j - g_H (log p_j + H)) and dv_j = sum_i f_i p_ij g_O,i. That is
-the softmax's backward pass, given f g_O for the output's gradient and 0 for the output (`mean_factors`).
+the softmax's backward pass, given f g_O for the output's gradient and 0 for the output (`mean_factors`). A constant in
+the place of n makes rows that see few keys no larger than others: f = e^L / N.
 
 `entropi.softmax` names the forms.
 """
@@ -67,8 +68,20 @@ def log_weights_backward(grad: Tensor, logits: Tensor, softmax: SoftmaxForm) -> 
 
 
 def mean_factors(lse: Tensor, keys: Tensor) -> Tensor:
-    """f = e^L / n `(B, H, T)` of log-sum-exps in nats and numbers of keys that broadcast; 0 where there are none."""
+    """f = e^L / n `(B, H, T)` of log-sum-exps in nats and divisors that broadcast; 0 for rows that see no key."""
     return torch.where(keys > 0, lse.exp() / keys, 0.0)
+
+
+def public_divisors(
+    softmax: SoftmaxForm, query: Tensor, keys: int, mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """What rows' weights are divided by if not by their sum, for `mean_factors`; arguments as of `numbers_of_keys`."""
+    if not softmax.public_divisor:
+        return None
+    if softmax.divisor == "keys":
+        return numbers_of_keys(query, keys, mask, is_causal)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.full((1, 1, 1), float(softmax.divisor), dtype=wide, device=query.device)
 
 
 def numbers_of_keys(query: Tensor, keys: int, mask: Tensor | None, is_causal: bool) -> Tensor:

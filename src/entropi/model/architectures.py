@@ -1,7 +1,7 @@
 """Architecture names in the paper's notation, parsed into the choices they stand for. Imports nothing heavy.
 
     SM | SM(t)   softmax, with learnable temperatures       + LN | RMS             norm before attention and FFN
-    Pow | Pow(t)   powers of logits over the number of keys, in the softmax's place
+    Pow | Pow(t)   powers of logits over the number of keys or a constant, in the softmax's place
     + WNorm(..) | SNorm(..)   norm on weights, instead      + G | R | LeakyR | Square | Bilinear   FFN activation
                                                             + ScFFN | ScFuFFN      scaled linear FFN (Eq. 8)
 
@@ -34,7 +34,7 @@ WEIGHT_NORM_TARGETS: dict[str, frozenset[str]] = {
 class Parts:
     """The choices an architecture name stands for (Table 1 and section 4 of the paper)."""
 
-    powers: bool = False  # powers of logits over the number of keys in the softmax's place, "Pow"
+    powers: bool = False  # powers of logits over a public number in the softmax's place, "Pow"
     temperature: bool = False  # learnable softmax temperature, "SM(t)"
     norm: Literal["layernorm", "rmsnorm", "none"] = "none"
     weight_norm: Literal["weight", "spectral", "none"] = "none"
@@ -146,12 +146,12 @@ def softmax_problem(architecture: str, softmax: str) -> str | None:
     except UserError as error:
         return str(error)
     powers = _has_powers(architecture)
-    if powers == form.over_keys:
+    if powers == form.public_divisor:
         return None
     if powers:
         return (
-            f"{architecture} has powers of logits over the number of keys: softmax must be polynomial-1/keys to "
-            f"polynomial-8/keys, got {softmax!r}"
+            f"{architecture} has powers of logits over a public number: softmax must be polynomial-1/keys to "
+            f"polynomial-8/keys, or with a number such as 128 in the place of keys, got {softmax!r}"
         )
     return f"softmax {softmax} is for architectures that begin with Pow, such as Pow(t)+ScFuFFN, not {architecture}"
 

@@ -67,8 +67,9 @@ class EntropiConfig(PreTrainedConfig):
             answers in private exactly as in the open, and a small t is cheap; or "polynomial-t", that power of the
             logit itself, not of its distance to the row's largest: nothing is compared, which takes most of the rounds
             out of a private softmax; "polynomial-t/keys" divides these by the number of keys that a row sees, which
-            is public, and not by their sum: what architectures of powers (Pow) have, polynomial-1/keys by default, and
-            no others. t is 1 to 8. See `entropi.softmax`.
+            is public, and not by their sum, "polynomial-t/128" by 128 in every row, so that short rows are no larger
+            than others: what architectures of powers (Pow) have, polynomial-1/keys by default, and no others. t is 1
+            to 8. See `entropi.softmax`.
         temperature_init: initial t of SM(t). The paper's 1e-2 (1e-1 on Languini), read literally with 1/t,
             multiplies the logits by 100 (10); 1 starts at the plain softmax.
         temperature_granularity: a temperature per head and query "position" (the paper), or one per "head", which

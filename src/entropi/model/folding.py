@@ -33,7 +33,7 @@ a product that is sent anyway, where a multiplication by g would be one of every
 the head: temperatures become offsets, which the model's owner adds for nothing, and a goes into W_Q. It is chosen so
 that a row's mean weight is about 16: larger ones would leave fixed-point numbers less room, smaller ones be less exact.
 
-**Over the number of keys** nothing is proportional: temperatures stay what they are elsewhere, factors on the queries;
+**Over the number of keys** or a constant nothing is proportional: temperatures stay factors on the queries;
 the private program multiplies sums by K / n (`softmax.share_scale`), weights (a + a s / (2^t T))^(2^t) have a mean of
 about 1 / K, and what they are wrong by in all, by head, goes out again in the output matrix. Larger weights would make
 that matrix so small that it loses digits, as 2^t sqrt(d_k) would W_Q: half of it goes into W_K. Since rows of weights
@@ -235,14 +235,14 @@ MEAN_WEIGHT = 16.0  # of rows by a polynomial softmax
 
 
 def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
-    """For every layer the size of the polynomial's base 2^t T + s, or over keys 1 + s / (2^t T), by head, `(H,)`.
+    """For every layer the size of the polynomial's base 2^t T + s, or over a public number 1 + s / (2^t T), by head.
 
     Divided by it, rows' mean weights have `MEAN_WEIGHT` as their geometric mean, or over keys 1 / `share_scale`, over
     random tokens. The first row is left out, whose only weight may be anything.
     """
     config, found = model.config, list[Array]()
-    over_keys = config.softmax_form.over_keys
-    wanted = 1.0 / share_scale(config.max_position_embeddings) if over_keys else MEAN_WEIGHT
+    undivided = config.softmax_form.public_divisor
+    wanted = 1.0 / share_scale(config.max_position_embeddings) if undivided else MEAN_WEIGHT
     tokens = torch.randint(
         config.vocab_size,
         (CALIBRATION_SEQUENCES, min(config.max_position_embeddings, CALIBRATION_LENGTH)),
@@ -262,7 +262,7 @@ def _sizes_of_bases(model: EntropiForCausalLM) -> list[Array]:
         for one in range(len(query)):
             logits = query[one] @ key[one].transpose(-1, -2) * attention.head_dim**-0.5
             bases = logits + offset[..., None]
-            weights = (bases / offset[..., None] if over_keys else bases) ** power
+            weights = (bases / offset[..., None] if undivided else bases) ** power
             seen = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
             means.append((weights.tril().sum(dim=-1) / seen)[:, 1:])
         found.append((torch.stack(means) / wanted).log().mean(dim=(0, 2)).div(power).exp().cpu().numpy())
@@ -294,7 +294,7 @@ def _fold_attention(
     head_dim = attention.head_dim
     groups = query.shape[1] // key.shape[1]  # query heads that share one head of keys and values
     kept_bias, key_scale = np.zeros_like(value_bias), 1.0
-    if attention.softmax.over_keys:
+    if attention.softmax.public_divisor:
         assert size is not None
         power = 2.0**attention.softmax.iterations
         key_scale = (power * head_dim**0.5) ** -0.5  # W_Q alone would become so small that it loses digits
@@ -324,7 +324,7 @@ def _fold_temperature(attention: Any, tempered: bool, size: Array | None) -> tup
         scale = scale * np.repeat(_array(attention.length_scale.gain), head_dim)
     if size is not None:
         base: Any = 2.0**softmax.iterations  # 2^t T + s, or over keys 1 + s / (2^t T)
-        if softmax.over_keys:
+        if softmax.public_divisor:
             base, scale = 1.0, scale / base
         elif attention.temperature is not None:
             base = base * _array(attention.temperature.values())

@@ -53,7 +53,8 @@ class Recipe:
         softmax: "exact"; "power-1" to "power-8", the (1 + x/2^t)^(2^t) of private inference, cheap at t of 1 to 3; or
             "polynomial-1" to "polynomial-8", that power of the logits themselves, without maximum and clip: fewest
             bytes and rounds of a softmax; architectures of powers (Pow) have "polynomial-1/keys", their default, to
-            "polynomial-8/keys", divided by the number of keys and not by their sum
+            "polynomial-8/keys", divided by the number of keys and not by their sum, or by one number in all rows:
+            "polynomial-1/128", best the context length
         activation_function: which GELU "G" is: "gelu_new" (GPT-2's tanh form) or "gelu" (the authors' erf form)
         leaky_slope: negative slope of LeakyR
         leaky_slope_learned: "fixed", or learned by "layer" or for all layers ("global")

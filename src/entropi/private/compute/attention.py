@@ -28,7 +28,7 @@ from entropi.private.compute.functions import (
 )
 from entropi.private.compute.layers import plain_and_gained
 from entropi.private.compute.layout import Layout
-from entropi.softmax import share_scale
+from entropi.softmax import Divisor, share_scale
 
 BLOCK_ROWS = 128  # of queries: with heads of 64 their keys' part fills a ciphertext
 
@@ -259,9 +259,10 @@ def mix(weights: Array, value: Array, *, rows: int) -> Array:
     return (matrix @ value).reshape(heads, rows, width)
 
 
-def average(heads: Array, *, layout: Layout, positions: int) -> Array:
-    """Sums over keys `(H, r, k)` times `share_scale` over the number of keys: public, so this is local; 3 bytes."""
-    share = share_scale(positions) / layout.seen(heads.shape[1])
+def average(heads: Array, *, layout: Layout, positions: int, divisor: Divisor) -> Array:
+    """Sums over keys `(H, r, k)` times `share_scale` over the divisor: public, so this is local; 3 bytes."""
+    seen = layout.seen(heads.shape[1])
+    share = share_scale(positions) / (seen if divisor == "keys" else np.full(len(seen), float(divisor)))
     return heads * share.astype(heads.dtype)[:, None]
 
 

@@ -115,8 +115,8 @@ def forward(
     perplexity, those after all. Keys and values of
     all tokens seen stay behind as values "l.k" and "l.v" `(G, s, k)` for the next pass. The softmax is the
     model's own, or `exact_softmax_as` for a model that was trained with the exact one. A polynomial takes no
-    maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row; one over the number of keys has no
-    division either, and what `share_scale` says beside that number is folded away.
+    maximum and weighs a pair (q k^T + offset)^(2^t), `offset` by head and row; one over the number of keys or a
+    constant has no division either, and what `share_scale` says beside that number is folded away.
 
     With a `layout` several prompts share the pass, whose `new` and `past` are its tokens and the cached ones; inputs
     stand in its order of states, and there is a row of results for each prompt, in their order.
@@ -278,7 +278,7 @@ def attention_stages(
     multiply = partial(scores_of_prompts, layout=layout) if several else scores
     yield Stage("scores", layer, multiply, ("q", w + "k"), ("scores",))
     if softmax.kind == "polynomial":
-        divided = not softmax.over_keys
+        divided = not softmax.public_divisor
         weigh = partial(powers, rows=rows, layout=layout, iterations=softmax.iterations, divided=divided)
         yield Stage("power", layer, weigh, ("scores", w + "offset"), ("weights",))
     else:
@@ -289,10 +289,10 @@ def attention_stages(
         exact = jnp.exp if model.softmax_form.exact else None
         yield Stage("exp", layer, exponential, ("shifted",), ("weights",), exact=exact)
 
-    if softmax.over_keys:
+    if softmax.public_divisor:
         mixing = partial(mix_of_prompts, rows=rows, layout=layout) if several else partial(mix, rows=rows)
         yield Stage("values", layer, mixing, ("weights", w + "v"), ("heads",))
-        averaging = partial(average, layout=layout, positions=model.positions)
+        averaging = partial(average, layout=layout, positions=model.positions, divisor=softmax.divisor)
         yield Stage("average", layer, averaging, ("heads",), ("heads",))
         return
     mixing = partial(weighted_values, rows=rows)
