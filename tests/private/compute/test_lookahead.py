@@ -24,6 +24,7 @@ AHEAD = {
     "kernel": [0, 1],
     "polynomial": [0, 1],
     "powers": [0, 1],
+    "powers over a number": [0, 1],
 }
 
 
