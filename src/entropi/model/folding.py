@@ -59,11 +59,10 @@ from entropi.errors import UserError
 from entropi.model.configuration import EntropiConfig
 from entropi.model.decoder import EntropiForCausalLM
 from entropi.model.feedforward import FusedFeedForward, ScaledFeedForward
-from entropi.model.shape import describe
+from entropi.model.shape import DESCRIPTION_FILE, describe
 from entropi.softmax import share_scale
 
 WEIGHTS_FILE = "folded.safetensors"
-DESCRIPTION_FILE = "folded.json"
 # Condition number of a basis beyond which the fixed-point arithmetic of private inference would lose accuracy: its 18
 # fraction bits leave about five decimal digits, of which the basis may cost two.
 WORST_CONDITION = 100.0

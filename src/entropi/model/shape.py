@@ -18,6 +18,8 @@ from entropi.model.convert import options_of
 from entropi.model.gguf import configuration_of, is_gguf
 from entropi.softmax import SoftmaxForm, from_former
 
+DESCRIPTION_FILE = "folded.json"  # of a folded model
+
 FOLDED_FORMAT = 3
 # Which linear layers have a bias, by the value of the option `bias`; "ffn" are those of the feed-forward network.
 BIASES: dict[str, frozenset[str]] = {
@@ -207,7 +209,7 @@ def read_shape(path: Path) -> Shape:
 
 def refuse_folded(folder: Path) -> None:
     """Raise `UserError` for what `entropi fold` wrote: it can be served, and does not say all of what it was before."""
-    if (folder / "folded.json").is_file():
+    if (folder / DESCRIPTION_FILE).is_file():
         raise UserError(f"{folder} holds a folded model, which can only be served: name what it was folded from")
 
 

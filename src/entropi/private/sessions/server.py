@@ -197,16 +197,19 @@ def _temporary_files(
 
 def _kept(store: Store | None, welcome: Welcome, folder: Path, ahead: Path | None) -> Material | None:
     """What is prepared for this model, for one rounding of the matrices that look ahead; None where nothing may be."""
+    if store is None:
+        return None
     files = [folder / WEIGHTS_FILE, *([ahead] if ahead is not None else [])]
-    return Material(store, welcome, " ".join(map(sha256_of, files))) if store is not None else None
+    return Material(store, welcome, " ".join(map(sha256_of, files)))
 
 
 def _write_ahead(folder: Path, description: Description, weights: Mapping[str, np.ndarray]) -> Path | None:
     """Write the matrices that look ahead into `folder`, for this server's parties alone; None if there are none."""
-    found = lookahead.weights(description, weights)
-    if found:
-        save_file(found, folder / "ahead.safetensors")
-    return folder / "ahead.safetensors" if found else None
+    if not (found := lookahead.weights(description, weights)):
+        return None
+    ahead = folder / "ahead.safetensors"
+    save_file(found, ahead)
+    return ahead
 
 
 def _run(state: ServerState, address: tuple[str, int], metrics: tuple[str, int]) -> None:
